@@ -1,0 +1,154 @@
+"""Measures decode steps of a model with random weights under several plans, on one prompt length and batch.
+
+    python experiments/benchmark.py --model=opt-6.7b --batch=32 --prompt=1024 --new=32 --plans=activations,keys_values
+
+Steps are those of `kvrecomp.generate`: dispatched one ahead, each awaited; the first WARM_UP are not counted. Link
+efficiency is the bytes sent over the step's seconds, over the rate of whole-block copies alone in the same process.
+"""
+
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from rich.console import Console
+from rich.table import Table
+
+import kvrecomp
+import models
+from experiments.report import run_info, write_json
+from kvrecomp.generate import TokenLoop
+from kvrecomp.plan import DEFAULT_TAIL, DEFAULT_WINDOW, MIB
+from kvrecomp.profiler import copy_rate
+from kvrecomp.sampling import Sampling
+
+_MODEL = flags.DEFINE_string("model", "opt-125m", "Preset whose random weights are decoded with.")
+_BATCH = flags.DEFINE_integer("batch", 8, "Rows decoded together.")
+_PROMPT = flags.DEFINE_integer("prompt", 256, "Tokens in each prompt.")
+_NEW = flags.DEFINE_integer("new", 32, "New tokens per row.")
+_PLANS = flags.DEFINE_list("plans", ["activations", "keys_values"], "Plans, by the names of kvrecomp.named_plan.")
+_DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.")
+_WINDOW = flags.DEFINE_float("window_mib", DEFAULT_WINDOW / MIB, "Bytes from the host in flight or in use, in MiB.")
+_TAIL = flags.DEFINE_integer("tail", DEFAULT_TAIL, "Tokens in the tail.")
+_DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Device memory to use, weights included; default: free.")
+_HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
+_COPY_GIB = flags.DEFINE_float("copy_gib", 4, "Pinned memory to measure the copies-only rate with, in GiB.")
+_SEED = flags.DEFINE_integer("seed", 0, "Of weights and prompts.")
+_OUT = flags.DEFINE_string("out", None, "Also write the JSON document to this file.")
+_COMMIT = flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.")
+
+WARM_UP = 3
+
+
+@dataclasses.dataclass
+class Row:
+    """One plan measured on one workload; milliseconds are per decode step, bytes are bytes."""
+
+    model: str
+    batch: int
+    prompt: int
+    new: int
+    plan: str
+    weights: str
+    groups: int
+    order: str
+    median_ms: float
+    p95_ms: float
+    worst_ms: float
+    predicted_ms: float | None
+    link_bytes: int
+    predicted_bytes: int
+    link_efficiency: float | None
+    tokens_per_second: float
+    peak_device_bytes: int | None
+    temp_bytes: int
+    compile_s: float
+    prefill_s: float
+    programs: int
+
+
+def measure(
+    model: Any, plan: kvrecomp.Plan, budget: kvrecomp.Budget, copy_bytes_per_second: float, seed: int = 0
+) -> Row:
+    """Runs the plan's workload on random prompts, twice through prefill so that its compilation is not counted."""
+    work = plan.workload
+    ids = np.random.default_rng(seed).integers(3, plan.shape.vocab, (work.batch, work.prompt), np.int32)
+    decoder = kvrecomp.Decoder(model, plan, budget=budget)
+    jax.block_until_ready(decoder.prefill(ids))  # compiles; its cache is dropped
+    result = TokenLoop(decoder, Sampling(), [], 0).run(ids, None, work.new)
+    skip = min(WARM_UP, len(result.step_seconds) - 1)
+    seconds, sent = result.step_seconds[skip:], result.link_bytes[skip:]
+    median = statistics.median(seconds)
+    stats = jax.devices()[0].memory_stats() or {}
+    link_bytes = int(statistics.median(sent))
+    return Row(
+        model=plan.shape.name,
+        batch=work.batch,
+        prompt=work.prompt,
+        new=work.new,
+        plan=plan.name,
+        weights="device",
+        groups=1,
+        order="row",
+        median_ms=median * 1e3,
+        p95_ms=float(np.percentile(seconds, 95)) * 1e3,
+        worst_ms=max(seconds) * 1e3,
+        predicted_ms=None,
+        link_bytes=link_bytes,
+        predicted_bytes=plan.bytes_in("host"),
+        link_efficiency=link_bytes / median / copy_bytes_per_second if link_bytes else None,
+        tokens_per_second=work.batch / median,
+        peak_device_bytes=stats.get("peak_bytes_in_use"),
+        temp_bytes=decoder.compiled["step", 0].temp_bytes,
+        compile_s=decoder.compiled["step", 0].seconds,
+        prefill_s=result.prefill_seconds,
+        programs=len(decoder.compiled),
+    )
+
+
+def table(rows: list[Row], copy_gbps: float) -> Table:
+    """The rows for a terminal."""
+    out = Table(title=f"decode steps; copies alone reach {copy_gbps:.1f} GB/s", title_justify="left")
+    for heading in ("model", "batch", "prompt", "plan"):
+        out.add_column(heading)
+    for heading in ("median ms", "p95", "worst", "link GB", "efficiency", "tokens/s", "temp GB", "compile s", "prefill s"):
+        out.add_column(heading, justify="right")
+    for row in rows:
+        efficiency = "-" if row.link_efficiency is None else f"{row.link_efficiency:.3f}"
+        out.add_row(
+            row.model, str(row.batch), str(row.prompt), row.plan, f"{row.median_ms:.2f}", f"{row.p95_ms:.2f}",
+            f"{row.worst_ms:.2f}", f"{row.link_bytes / 1e9:.2f}", efficiency, f"{row.tokens_per_second:.0f}",
+            f"{row.temp_bytes / 1e9:.2f}", f"{row.compile_s:.1f}", f"{row.prefill_s:.2f}",
+        )  # fmt: skip
+    return out
+
+
+def main(_: list[str]) -> None:
+    window = int(_WINDOW.value * MIB)
+    work = kvrecomp.Workload(_BATCH.value, _PROMPT.value, _NEW.value)
+    shape = dataclasses.replace(models.PRESETS[_MODEL.value].shape, dtype=_DTYPE.value)
+    plans = [kvrecomp.named_plan(name, shape, work, tail=_TAIL.value, window=window) for name in _PLANS.value]
+    rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)))
+    model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
+    budget = kvrecomp.Budget.of_gib(_DEVICE_GIB.value, _HOST_GIB.value)
+    rows = []
+    for plan in plans:
+        rows.append(measure(model, plan, budget, rate, _SEED.value))
+        gc.collect()  # a decoder's cache is gone before the next one's is made
+    document = run_info(_COMMIT.value) | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}
+    Console(width=150).print(table(rows, rate / 1e9))
+    if _OUT.value:
+        write_json(_OUT.value, document)
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    try:
+        app.run(main)
+    except (kvrecomp.PlanError, ValueError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,36 @@
+"""Decoding with a KV cache larger than device memory: send activations, absorb or recompute K and V.
+
+    result = kvrecomp.generate(model, input_ids, max_new_tokens=128)
+
+or, step by step,
+
+    plan = kvrecomp.named_plan("activations", model.shape, kvrecomp.Workload(batch=32, prompt=1024, new=128))
+    decoder = kvrecomp.Decoder(model, plan)
+    cache, logits = decoder.prefill(input_ids, attention_mask)
+    cache, logits = decoder.step(cache, token_ids)
+"""
+
+from kvrecomp import memory as _memory
+
+_memory.raise_pinned_limit()  # before anything below starts the backend
+
+from kvrecomp.budget import memory_needed  # noqa: E402
+from kvrecomp.generate import Generated, generate  # noqa: E402
+from kvrecomp.named import named_plan  # noqa: E402
+from kvrecomp.plan import Budget, ModelShape, Plan, PlanError, Workload  # noqa: E402
+from kvrecomp.prompt import PromptError  # noqa: E402
+from kvrecomp.runtime import Decoder  # noqa: E402
+
+__all__ = [
+    "Budget",
+    "Decoder",
+    "Generated",
+    "ModelShape",
+    "Plan",
+    "PlanError",
+    "PromptError",
+    "Workload",
+    "generate",
+    "memory_needed",
+    "named_plan",
+]

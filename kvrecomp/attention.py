@@ -1,0 +1,239 @@
+"""Attention of the newest token over a list of cached blocks, and of a whole prompt over itself.
+
+A block is read in the form it is cached in. With x the activations of a cached token, W_K and W_V its projections and
+q a query, absorption moves the projections to the other side (Slim attention, arXiv 2503.05840; DeepSeek-V2's MLA):
+
+    scores    q . (x W_K + b_K)            = (W_K q) . x + q . b_K
+    output    sum_s p_s (x_s W_V + b_V)    = (sum_s p_s x_s) W_V + b_V        since the weights p sum to one
+
+so that nothing is recomputed. `q . b_K` is the same for all tokens and would drop out of one softmax; it is kept
+because blocks of different forms share one. Where K is normalised or rotated after its projection, K is recomputed from x and
+only V is absorbed. Every block gives a `Partial`; `merge` joins them by log-sum-exp, so the result does not depend on
+how tokens were cut into blocks.
+
+Axes: b batch row, s cached token, t prompt token, n heads = k kv_heads x g queries of each, d head_dim, h hidden.
+Tokens come first in arrays, since the blocks are token-major.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kvrecomp.plan import Method
+
+MASKED = -1e30  # finite: a block that is masked whole must not give NaN, its weight vanishes when merged
+SCORE_BYTES = 2**28  # scores of one chunk of queries during prefill
+
+
+class Projection(NamedTuple):
+    """x [..., h] -> x kernel + bias [..., n, d]; kernel [h, n, d], bias [n, d] or None."""
+
+    kernel: Array
+    bias: Array | None = None
+
+    def __call__(self, x: Array) -> Array:
+        out = jnp.einsum("...h,hnd->...nd", x, self.kernel)
+        return out if self.bias is None else out + self.bias
+
+
+@dataclass(frozen=True)
+class Projections:
+    """What one layer's attention computes with; a model's layer makes it from its parameters at each call.
+
+    `encode_query` and `encode_key` are applied to heads [..., n, d] at positions [...] after the projection (rotation,
+    normalisation). `sliding_window` is how many tokens, itself included, a token sees; `soft_cap` c bounds scores to
+    c tanh(score / c).
+    """
+
+    query: Projection
+    key: Projection
+    value: Projection
+    scale: float
+    encode_query: Callable[[Array, Array], Array] | None = None
+    encode_key: Callable[[Array, Array], Array] | None = None
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+
+    def queries(self, x: Array, positions: Array) -> Array:
+        """x [..., h], positions [...] -> [..., n, d]."""
+        query = self.query(x)
+        return query if self.encode_query is None else self.encode_query(query, positions)
+
+    def keys(self, x: Array, positions: Array) -> Array:
+        """x [..., h], positions [...] -> [..., k, d]."""
+        key = self.key(x)
+        return key if self.encode_key is None else self.encode_key(key, positions)
+
+    def values(self, x: Array) -> Array:
+        """x [..., h] -> [..., k, d]."""
+        return self.value(x)
+
+    def bound(self, scores: Array) -> Array:
+        """Scaled, and soft-capped, scores in float32."""
+        scores = scores.astype(jnp.float32) * self.scale
+        return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
+
+
+Attend = Callable[[Array, Projections], Array]
+"""What a model's layer is given: x [..., h], what K and V come from, and projections -> [..., n * d]."""
+
+
+def positions_of(slots: Array, padding: Array) -> Array:
+    """Positions int32[s, b] of slots int32[s] in rows left-padded by int32[b]; padding itself gets position 0."""
+    return jnp.maximum(slots[:, None] - padding, 0)
+
+
+def visible(slots: Array, padding: Array, query_slots: Array, sliding_window: int | None) -> Array:
+    """bool[t, s, b]: whether the query in slot t sees slot s: not padding, not later, not too long ago."""
+    slots, query_slots = slots[None, :, None], query_slots[:, None, None]
+    seen = (slots >= padding) & (slots <= query_slots)
+    return seen if sliding_window is None else seen & (slots > query_slots - sliding_window)
+
+
+# --- a whole prompt over itself ---------------------------------------------------------------------------------------
+
+
+def attend_causal(projections: Projections, x: Array, padding: Array) -> tuple[Array, Array, Array]:
+    """x [t, b, h], rows left-padded by int32[b] -> outputs [t, b, n * d], K and V [t, b, k, d].
+
+    Queries are taken in chunks, so memory grows with the prompt, not with its square. Rows of padding attend to
+    nothing; their outputs are finite and mean nothing.
+    """
+    tokens, batch, _ = x.shape
+    slots = jnp.arange(tokens)
+    positions = positions_of(slots, padding)
+    query = projections.queries(x, positions)
+    key, value = projections.keys(x, positions), projections.values(x)
+    kv_heads = key.shape[-2]
+    heads, head_dim = query.shape[-2:]
+    query = query.reshape(tokens, batch, kv_heads, heads // kv_heads, head_dim)
+
+    def attend_chunk(query: Array, query_slots: Array) -> Array:
+        scores = jnp.einsum("tbkgd,sbkd->bkgts", query, key, preferred_element_type=jnp.float32)
+        seen = visible(slots, padding, query_slots, projections.sliding_window)
+        scores = jnp.where(jnp.moveaxis(seen, -1, 0)[:, None, None], projections.bound(scores), MASKED)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        return jnp.einsum("bkgts,sbkd->tbkgd", weights, value)
+
+    chunk = max(1, min(tokens, SCORE_BYTES // (4 * batch * heads * tokens)))
+    if chunk == tokens:
+        mixed = attend_chunk(query, slots)
+    else:
+        chunks = -(-tokens // chunk)
+        padded = jnp.pad(query, [(0, chunks * chunk - tokens)] + [(0, 0)] * 4)
+        mixed = jax.lax.map(
+            lambda piece: attend_chunk(*piece),
+            (padded.reshape(chunks, chunk, *query.shape[1:]), jnp.arange(chunks * chunk).reshape(chunks, chunk)),
+        )
+        mixed = mixed.reshape(chunks * chunk, *query.shape[1:])[:tokens]
+    return mixed.reshape(tokens, batch, heads * head_dim), key, value
+
+
+def causal(padding: Array) -> Attend:
+    """The `Attend` of a plain forward pass over whole, left-padded rows."""
+    return lambda x, projections: attend_causal(projections, x, padding)[0]
+
+
+# --- the newest token over blocks -------------------------------------------------------------------------------------
+
+
+class Partial(NamedTuple):
+    """Softmax attention over one block, not yet normalised.
+
+    `maximum` and `total` float32[b, k, g] are the largest score and the sum of exp(score - maximum); `mixed` float32
+    [b, k, g, w] is that weighted sum over values (w = d) or, where V is absorbed, over activations (w = h).
+    """
+
+    maximum: Array
+    total: Array
+    mixed: Array
+    mixes: Literal["values", "activations"]
+
+
+@dataclass(frozen=True)
+class Query:
+    """The newest token of each row, ready to be attended from: x [b, h] at positions int32[b]."""
+
+    projections: Projections
+    x: Array
+    positions: Array
+
+    @functools.cached_property
+    def heads(self) -> Array:
+        """[b, k, g, d]."""
+        heads = self.projections.queries(self.x, self.positions)
+        kv_heads = self.projections.key.kernel.shape[1]
+        return heads.reshape(heads.shape[0], kv_heads, -1, heads.shape[-1])
+
+    @functools.cached_property
+    def absorbed(self) -> tuple[Array, Array | None]:
+        """W_K q [b, k, g, h], to be multiplied by activations, and q . b_K float32[b, k, g]."""
+        kernel, bias = self.projections.key
+        absorbed = jnp.einsum("bkgd,hkd->bkgh", self.heads, kernel)
+        if bias is None:
+            return absorbed, None
+        return absorbed, jnp.einsum("bkgd,kd->bkg", self.heads, bias, preferred_element_type=jnp.float32)
+
+
+def attend_keys_values(query: Query, key: Array, value: Array, seen: Array) -> Partial:
+    """key and value [s, b, k, d], seen bool[s, b] -> Partial over values."""
+    return _mix(query, _key_scores(query, key), value, seen, "values")
+
+
+def attend_activations(query: Query, x: Array, positions: Array, seen: Array, method: Method) -> Partial:
+    """x [s, b, h] at positions int32[s, b], seen bool[s, b] -> Partial; absorbing what can be, or recomputing all."""
+    projections = query.projections
+    if method == "recompute":
+        return attend_keys_values(query, projections.keys(x, positions), projections.values(x), seen)
+    if projections.encode_key is None:
+        absorbed, constant = query.absorbed
+        scores = jnp.einsum("bkgh,sbh->bkgs", absorbed, x, preferred_element_type=jnp.float32)
+        scores = scores if constant is None else scores + constant[..., None]
+    else:
+        scores = _key_scores(query, projections.keys(x, positions))
+    return _mix(query, scores, x, seen, "activations")
+
+
+def _key_scores(query: Query, key: Array) -> Array:
+    return jnp.einsum("bkgd,sbkd->bkgs", query.heads, key, preferred_element_type=jnp.float32)
+
+
+def _mix(query: Query, scores: Array, mixable: Array, seen: Array, mixes: Literal["values", "activations"]) -> Partial:
+    scores = jnp.where(seen.T[:, None, None], query.projections.bound(scores), MASKED)
+    maximum = scores.max(axis=-1)
+    weights = jnp.exp(scores - maximum[..., None])
+    subscripts = "bkgs,sbkd->bkgd" if mixes == "values" else "bkgs,sbh->bkgh"
+    mixed = jnp.einsum(subscripts, weights.astype(mixable.dtype), mixable, preferred_element_type=jnp.float32)
+    return Partial(maximum, weights.sum(axis=-1), mixed, mixes)
+
+
+def merge(query: Query, partials: Sequence[Partial]) -> Array:
+    """All blocks' partial results -> [b, n * d], in the dtype of x."""
+    maximum = functools.reduce(jnp.maximum, (partial.maximum for partial in partials))
+    scales = [jnp.exp(partial.maximum - maximum) for partial in partials]
+    total = sum(scale * partial.total for scale, partial in zip(scales, partials))
+
+    def weighted(mixes: str) -> tuple[Array, Array] | None:
+        """The share of the weights that lies in blocks of that kind, and their mix."""
+        own = [(scale / total, partial) for scale, partial in zip(scales, partials) if partial.mixes == mixes]
+        if not own:
+            return None
+        share = sum(scale * partial.total for scale, partial in own)
+        return share, sum(scale[..., None] * partial.mixed for scale, partial in own)
+
+    dtype = query.x.dtype
+    out = jnp.zeros((), dtype)
+    if (values := weighted("values")) is not None:
+        out = values[1]
+    if (activations := weighted("activations")) is not None:
+        share, mixed = activations
+        kernel, bias = query.projections.value
+        out = out + jnp.einsum("bkgh,hkd->bkgd", mixed.astype(dtype), kernel, preferred_element_type=jnp.float32)
+        if bias is not None:
+            out = out + share[..., None] * bias[:, None]
+    return out.astype(dtype).reshape(query.x.shape[0], -1)

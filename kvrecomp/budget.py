@@ -1,0 +1,78 @@
+"""What a plan needs of device and host memory, item by item, and whether that is there."""
+
+from kvrecomp import memory
+from kvrecomp.attention import SCORE_BYTES
+from kvrecomp.plan import Budget, Plan, PlanError, format_bytes
+
+MARGIN = 0.05  # of what is free: fragmentation, and the programs themselves
+
+
+def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[str, dict[str, int]]:
+    """Bytes by memory and item, after that many write-outs (default: at the end of the workload).
+
+    `prefill` is an estimate of the prompt's intermediate results: the hidden states, Q, K and V, one feed-forward, and
+    the scores of a chunk of queries. It and the window are not in use at the same time; the larger one counts.
+    """
+    write_outs = plan.write_outs if write_outs is None else write_outs
+    shape, work = plan.shape, plan.workload
+    widest = max(
+        3 * layer.hidden + layer.width("keys_values") + max(3 * layer.hidden, (1 + layer.gated) * layer.intermediate)
+        for layer in shape.layers
+    )
+    prefill = work.batch * work.prompt * widest * shape.itemsize + 3 * SCORE_BYTES
+    host = plan.bytes_in("host", write_outs)
+    return {
+        "device": {
+            "weights": shape.parameters * shape.itemsize,
+            "blocks": plan.bytes_in("device", write_outs),
+            "tail": plan.tail_bytes,
+            "prefill or window": max(prefill, min(plan.window, host)),
+        },
+        "host": {"blocks": host},
+    }
+
+
+def limits(budget: Budget, weights: int) -> dict[str, float]:
+    """Bytes that may be used of each memory; what the budget leaves open is what is free now, less a margin.
+
+    `weights` bytes are on the device already, and count as available there.
+    """
+    device, host = budget.device, budget.host
+    if device is None:
+        device = memory.free_device_bytes() * (1 - MARGIN) + weights
+    if host is None:
+        host = memory.free_host_bytes() * (1 - MARGIN)
+    return {"device": device, "host": min(host, memory.pinned_limit())}
+
+
+def check_memory(plan: Plan, budget: Budget | None = None) -> None:
+    """Raises `PlanError`, with sizes and with what would fit, if the plan needs more than the budget (default: free)."""
+    needed = memory_needed(plan)
+    for place, limit in limits(budget or Budget(), needed["device"]["weights"]).items():
+        total = sum(needed[place].values())
+        if total <= limit:
+            continue
+        items = ", ".join(f"{item} {format_bytes(size)}" for item, size in needed[place].items() if size)
+        raise PlanError(
+            f"plan {plan.name} needs {format_bytes(total)} of {place} memory ({items}); {format_bytes(limit)} may be "
+            f"used: {_what_fits(plan, place, limit)}{_pool_hint(place, total)}"
+        )
+
+
+def _what_fits(plan: Plan, place: str, limit: float) -> str:
+    """The largest batch for which the plan fits; every item but the weights grows with the batch."""
+    items = memory_needed(plan)[place]
+    fixed = items.get("weights", 0)
+    batch = int((limit - fixed) // max(1, (sum(items.values()) - fixed) / plan.workload.batch))
+    if batch >= 1:
+        return f"a batch of {batch} fits where {plan.workload.batch} were asked for"
+    return "not even a batch of 1 fits; use a smaller model, a shorter prompt or more memory"
+
+
+def _pool_hint(place: str, total: float) -> str:
+    if place == "device" or total <= memory.pinned_limit():
+        return ""
+    return (
+        f"; the pinned pool is capped at {memory.pinned_limit() / 1e9:.0f} GB: set {memory.LIMIT_VARIABLE} before jax "
+        "starts its backend"
+    )

@@ -1,0 +1,125 @@
+"""What is cached: pure pytrees, passed in and returned, never hidden in a module.
+
+    Cache -> LayerCache (one a layer) -> Block... in token order, then the tail
+
+A block is one array per tensor, tokens first, and is copied whole: a slice of a host array would be read by a kernel
+over the link instead of by the copy engine. Its form and memory are static, so they select the program.
+
+    activations    (x [s, b, hidden],)
+    keys_values    (k [s, b, kv_heads, head_dim], v [s, b, kv_heads, head_dim])
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from kvrecomp.plan import BlockSpec, Form, LayerShape, Memory
+
+STATIC: dict = {"static": True}  # part of the tree's structure, so it selects the program
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Block:
+    """Consecutive cached tokens of one layer."""
+
+    arrays: tuple[Array, ...]
+    form: Form = field(metadata=STATIC)
+    memory: Memory = field(metadata=STATIC)
+
+    @property
+    def tokens(self) -> int:
+        return self.arrays[0].shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.size * array.dtype.itemsize for array in self.arrays)
+
+    @property
+    def spec(self) -> BlockSpec:
+        return BlockSpec(self.form, self.memory, self.tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's blocks in token order, and its tail: a block on the device of which the first tokens are in use."""
+
+    blocks: tuple[Block, ...]
+    tail: Block
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Cache:
+    """All that decoding remembers.
+
+    `padding` int32[b] counts each row's padding on the left. `length` int32[] is the number of slots in use, padding
+    included, on the device; `in_tail` is how many of them are in the tail, known to the host without asking the device.
+    """
+
+    layers: tuple[LayerCache, ...]
+    padding: Array
+    length: Array
+    in_tail: int = field(metadata=STATIC)
+
+    @property
+    def blocks(self) -> tuple[tuple[Block, ...], ...]:
+        return tuple(layer.blocks for layer in self.layers)
+
+    @property
+    def tails(self) -> tuple[Block, ...]:
+        return tuple(layer.tail for layer in self.layers)
+
+    def bytes_in(self, memory: Memory) -> int:
+        """Bytes of all blocks in that memory; those in `host` cross the link once a step."""
+        return sum(block.nbytes for own in self.blocks for block in own if block.memory == memory)
+
+    @property
+    def layout(self) -> tuple[tuple[BlockSpec, ...], ...]:
+        """The blocks of every layer, as a plan lists them."""
+        return tuple(tuple(block.spec for block in blocks) for blocks in self.blocks)
+
+
+def make_cache(
+    blocks: Sequence[Sequence[Block]], tails: Sequence[Block], padding: Array, length: Array, in_tail: int
+) -> Cache:
+    """A cache from its blocks and tails, both one entry a layer."""
+    layers = tuple(LayerCache(tuple(own), tail) for own, tail in zip(blocks, tails, strict=True))
+    return Cache(layers, padding, length, in_tail)
+
+
+def cut(specs: Sequence[BlockSpec], x: Array, key: Array, value: Array) -> tuple[Block, ...]:
+    """One layer's prompt, x [s, b, h] and K and V [s, b, k, d], as the blocks that the plan lists."""
+    blocks, start = [], 0
+    for spec in specs:
+        whole = (x,) if spec.form == "activations" else (key, value)
+        arrays = tuple(array[start : start + spec.tokens] for array in whole)
+        blocks.append(Block(arrays, spec.form, spec.memory))
+        start += spec.tokens
+    return tuple(blocks)
+
+
+def block_shapes(spec: BlockSpec, layer: LayerShape, batch: int) -> tuple[tuple[int, ...], ...]:
+    """The shapes of a block's arrays."""
+    if spec.form == "activations":
+        return ((spec.tokens, batch, layer.hidden),)
+    return ((spec.tokens, batch, layer.kv_heads, layer.head_dim),) * 2
+
+
+def empty_tail(form: Form, tokens: int, layer: LayerShape, batch: int, dtype) -> Block:
+    """A tail of zeros: its unused slots are masked, and must be finite for that."""
+    shapes = block_shapes(BlockSpec(form, "device", tokens), layer, batch)
+    return Block(tuple(jnp.zeros(shape, dtype) for shape in shapes), form, "device")
+
+
+def append(tail: Block, slot: Array, arrays: Sequence[Array]) -> Block:
+    """The tail with one token [b, ...] written at int32[] slot; in place where the tail's buffers are donated."""
+    written = tuple(
+        jax.lax.dynamic_update_index_in_dim(whole, array.astype(whole.dtype), slot, 0)
+        for whole, array in zip(tail.arrays, arrays, strict=True)
+    )
+    return Block(written, tail.form, tail.memory)

@@ -1,0 +1,177 @@
+"""The token loop: prompts in, continuations out.
+
+A step is dispatched before the token of the step before it has reached the host, so the device never waits for Python.
+Stopping is therefore seen one step late; that step's result is dropped.
+"""
+
+import functools
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kvrecomp import memory
+from kvrecomp.named import named_plan
+from kvrecomp.plan import Budget, Plan, Workload
+from kvrecomp.prompt import PromptError
+from kvrecomp.runtime import Decoder, Model
+from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
+
+
+class Streamer(Protocol):
+    """Gets tokens as they come, as Hugging Face's streamers do: first the prompt, then int32[batch] a step."""
+
+    def put(self, value: np.ndarray) -> None: ...
+
+    def end(self) -> None: ...
+
+
+@dataclass
+class Generated:
+    """What `generate` returns.
+
+    `sequences` int32[batch, prompt + new] are prompts and continuations, padded where a row ended before others;
+    `new_tokens` int32[batch] counts each row's, its end token included. `logits` float32[new, batch, vocab] if asked
+    for. `prefill_seconds` includes compiling; `step_seconds` are the times between tokens after the first, and
+    `link_bytes` the bytes of host blocks that each of those steps copied.
+    """
+
+    sequences: np.ndarray
+    new_tokens: np.ndarray
+    plan: Plan
+    logits: np.ndarray | None = None
+    prefill_seconds: float = 0.0
+    step_seconds: list[float] = field(default_factory=list)
+    link_bytes: list[int] = field(default_factory=list)
+
+
+def generate(
+    model: Model,
+    input_ids: Any,
+    attention_mask: Any = None,
+    *,
+    max_new_tokens: int = 128,
+    plan: Plan | str = "activations",
+    budget: Budget | None = None,
+    do_sample: bool = False,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    eos_token_id: int | Sequence[int] | None = None,
+    pad_token_id: int | None = None,
+    streamer: Streamer | None = None,
+    output_logits: bool = False,
+) -> Generated:
+    """Continues prompts int[batch, prompt], left-padded where `attention_mask` is 0, by up to `max_new_tokens`.
+
+    `plan` is a `Plan` or the name of one (`kvrecomp.named_plan`). Raises `PromptError` for prompts that cannot be
+    decoded, `PlanError` for a plan that does not fit, ValueError for sampling options out of range, and
+    FloatingPointError where logits are NaN.
+    """
+    sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
+    shape = np.shape(input_ids)
+    if len(shape) != 2 or 0 in shape:
+        raise PromptError(f"input_ids must be [batch, prompt] with at least one token a row; got {list(shape)}")
+    if isinstance(plan, str):
+        plan = named_plan(plan, model.shape, Workload(shape[0], shape[1], max_new_tokens))
+    decoder = Decoder(model, plan, budget=budget)
+    eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0
+    return TokenLoop(decoder, sampling, eos, pad, streamer, output_logits).run(
+        input_ids, attention_mask, max_new_tokens
+    )
+
+
+@dataclass
+class TokenLoop:
+    """Prefill, then steps until every row has ended or has `max_new_tokens`; `eos` ids end a row, `pad` fills it."""
+
+    decoder: Decoder
+    sampling: Sampling
+    eos: Sequence[int]
+    pad: int
+    streamer: Streamer | None = None
+    output_logits: bool = False
+
+    def run(self, input_ids: Any, attention_mask: Any, max_new_tokens: int) -> Generated:
+        """See `generate`."""
+        started = time.perf_counter()
+        cache, logits = self.decoder.prefill(input_ids, attention_mask)
+        choose_next, rows = self._sampler(cache)
+        rows, tokens, report = choose_next(rows, logits)
+        tokens_out, logits_out, arrivals, link_bytes = [], [], [started], []
+        prompt = np.asarray(jax.device_get(input_ids), np.int32)
+        if self.streamer is not None:
+            self.streamer.put(prompt)
+        with _progress(max_new_tokens) as advance:
+            for index in range(max_new_tokens):
+                arriving = (report, logits if self.output_logits else None)
+                jax.tree.map(lambda array: array.copy_to_host_async(), arriving)
+                if index + 1 < max_new_tokens:  # dispatched before the token at hand is looked at
+                    cache, logits = self.decoder.step(cache, tokens)
+                    rows, tokens, report = choose_next(rows, logits)
+                    link_bytes.append(cache.bytes_in("host"))
+                arrived, arrived_logits = jax.device_get(arriving)
+                arrivals.append(time.perf_counter())
+                if (arrived == NAN_TOKEN).any():
+                    raise FloatingPointError(
+                        f"the logits of row {int(np.argmax(arrived == NAN_TOKEN))} are NaN at new token {index}: check "
+                        "the weights, or use a dtype with a larger range"
+                    )
+                tokens_out.append(arrived)
+                logits_out.append(arrived_logits)
+                if self.streamer is not None:
+                    self.streamer.put(arrived)
+                advance()
+                if self.eos and self._new_tokens(np.stack(tokens_out))[1].all():
+                    break
+        if self.streamer is not None:
+            self.streamer.end()
+        new = np.stack(tokens_out)
+        times = np.diff(arrivals)
+        return Generated(
+            sequences=np.concatenate([prompt, new.T], axis=1),
+            new_tokens=self._new_tokens(new)[0],
+            plan=self.decoder.plan,
+            logits=np.stack(logits_out) if self.output_logits else None,
+            prefill_seconds=float(times[0]),
+            step_seconds=times[1:].tolist(),
+            link_bytes=link_bytes[: len(times) - 1],
+        )
+
+    def _sampler(self, cache):
+        """The jitted choice of the next token, and the state of the rows after the prompt."""
+        put = functools.partial(jax.device_put, device=memory.sharding("device"))
+        eos, pad = put(np.asarray(self.eos, np.int32)), put(np.int32(self.pad))
+        row_ids = put(np.arange(cache.padding.shape[0], dtype=np.int32))
+        start = jax.jit(lambda ids, length, padding: start_rows(self.sampling, ids, length - padding))
+        return jax.jit(functools.partial(choose, self.sampling, eos, pad)), start(row_ids, cache.length, cache.padding)
+
+    def _new_tokens(self, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """int32[new, batch] -> how many of them are each row's own, and whether the row has ended."""
+        ends = np.isin(new, self.eos)
+        ended = ends.any(axis=0)
+        return np.where(ended, ends.argmax(axis=0) + 1, len(new)), ended
+
+
+class _progress:
+    """A progress bar on a terminal, nothing elsewhere: a context that gives the function to advance it."""
+
+    def __init__(self, total: int):
+        columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        console = Console(stderr=True)
+        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._task = self._bar.add_task("", total=total)
+
+    def __enter__(self):
+        self._bar.start()
+        return lambda: self._bar.advance(self._task)
+
+    def __exit__(self, *_):
+        self._bar.stop()

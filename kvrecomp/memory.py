@@ -1,0 +1,67 @@
+"""Device and host memory: shardings of each kind, the pinned pool, and how much is free.
+
+Host blocks live in pinned memory, which the GPU's copy engines read at the link's full rate. XLA caps its pinned pool
+at 64 GB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set before the backend starts. Importing this module sets it to the
+machine's memory when it still can.
+"""
+
+import os
+import pathlib
+
+import jax
+from jax.sharding import Sharding, SingleDeviceSharding
+
+from kvrecomp.plan import Memory
+
+LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+_DEFAULT_LIMIT_GB = 64
+_KINDS = {"device": "device", "host": "pinned_host"}
+
+
+def sharding(memory: Memory, device: jax.Device | None = None) -> Sharding:
+    """Where arrays of that memory live; `device` is the one that computes, by default jax's first."""
+    return SingleDeviceSharding(device or jax.devices()[0], memory_kind=_KINDS[memory])
+
+
+def backend_started() -> bool:
+    """Whether jax has initialised its backends, after which environment variables for them come too late."""
+    name = "jax_num_cpu_devices"  # jax refuses to change it once a backend has started
+    before = getattr(jax.config, name)
+    try:
+        jax.config.update(name, before + 2)
+    except RuntimeError:
+        return True
+    jax.config.update(name, before)
+    return False
+
+
+def _proc_meminfo(field: str) -> int:
+    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/meminfo has no {field}")
+
+
+def raise_pinned_limit() -> None:
+    """Lets the pinned pool grow to the machine's memory, unless the variable is set or the backend has started."""
+    if LIMIT_VARIABLE not in os.environ and not backend_started():
+        os.environ[LIMIT_VARIABLE] = str(max(_DEFAULT_LIMIT_GB, _proc_meminfo("MemTotal") // 10**9))
+
+
+
+def pinned_limit() -> int:
+    """Bytes that the pinned pool may hold."""
+    return int(os.environ.get(LIMIT_VARIABLE, _DEFAULT_LIMIT_GB)) * 10**9
+
+
+def free_host_bytes() -> int:
+    """Host memory that is available now, in bytes."""
+    return _proc_meminfo("MemAvailable")
+
+
+def free_device_bytes(device: jax.Device | None = None) -> int:
+    """Device memory that XLA may still allocate, in bytes; host memory where the device is the CPU."""
+    stats = (device or jax.devices()[0]).memory_stats()
+    if not stats or "bytes_limit" not in stats:
+        return free_host_bytes()
+    return stats["bytes_limit"] - stats["bytes_in_use"]

@@ -1,0 +1,88 @@
+"""Plans by name: the methods that are compared, uniform over layers.
+
+    activations    all activations in host memory, absorbed
+    recompute      the same, with K and V recomputed on the device
+    keys_values    all keys and values in host memory
+    split:F        the first F of the prompt as activations, the rest as keys and values, in host memory, pipelined
+    kvpr:F         the same split in KVPR's own schedule: K and V recomputed, copies layer by layer
+    device[:F]     activations, absorbed, with the first F (default: all) of the prompt on the device
+"""
+
+from collections.abc import Sequence
+
+from kvrecomp.plan import (
+    DEFAULT_TAIL,
+    DEFAULT_WINDOW,
+    BlockSpec,
+    Form,
+    LayerPlan,
+    LayerShape,
+    Memory,
+    ModelShape,
+    Plan,
+    PlanError,
+    Workload,
+)
+
+BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
+NAMES = ("activations", "recompute", "keys_values", "split:F", "kvpr:F", "device[:F]")
+
+
+def named_plan(
+    name: str, shape: ModelShape, workload: Workload, *, tail: int = DEFAULT_TAIL, window: int = DEFAULT_WINDOW
+) -> Plan:
+    """The plan of that name. `tail` is in tokens, `window` in bytes. Raises `PlanError` if there is no such plan."""
+    kind, _, argument = name.partition(":")
+    fraction = _fraction(name, argument) if argument else None
+    if kind not in ("activations", "recompute", "keys_values", "split", "kvpr", "device") or (
+        (fraction is None) != (kind in ("activations", "recompute", "keys_values")) and kind != "device"
+    ):
+        raise PlanError(f"there is no plan {name!r}; the plans are {', '.join(NAMES)}, with F from 0 to 1")
+    tail = min(tail, workload.new)
+    first = workload.prompt if fraction is None else round(fraction * workload.prompt)
+    runs: list[tuple[Form, Memory, int]]
+    if kind == "keys_values":
+        runs = [("keys_values", "host", workload.prompt)]
+    elif kind == "device":
+        runs = [("activations", "device", first), ("activations", "host", workload.prompt - first)]
+    elif kind in ("split", "kvpr"):
+        runs = [("activations", "host", first), ("keys_values", "host", workload.prompt - first)]
+    else:
+        runs = [("activations", "host", workload.prompt)]
+    layers = tuple(
+        LayerPlan(
+            prompt=cut_runs(runs, layer, shape, workload, window),
+            tail=runs[-1][0] if kind != "device" and runs[-1][2] else runs[0][0],
+            grown=("device" if kind == "device" and fraction in (None, 1) else "host",),
+            method="recompute" if kind in ("recompute", "kvpr") else "absorb",
+        )
+        for layer in shape.layers
+    )
+    schedule = "layerwise" if kind == "kvpr" else "pipelined"
+    return Plan(name, shape, workload, layers, tail=tail, window=window, schedule=schedule)
+
+
+def _fraction(name: str, argument: str) -> float:
+    try:
+        fraction = float(argument)
+    except ValueError:
+        fraction = -1.0
+    if not 0 <= fraction <= 1:
+        raise PlanError(f"plan {name!r}: {argument!r} is not a fraction from 0 to 1")
+    return fraction
+
+
+def cut_runs(
+    runs: Sequence[tuple[Form, Memory, int]], layer: LayerShape, shape: ModelShape, workload: Workload, window: int
+) -> tuple[BlockSpec, ...]:
+    """Runs of (form, memory, tokens) as blocks: equal within one token, several of which fit in the window."""
+    blocks = []
+    for form, memory, tokens in runs:
+        if tokens == 0:
+            continue
+        token_bytes = workload.batch * layer.width(form) * shape.itemsize
+        largest = max(1, window // BLOCKS_PER_WINDOW // token_bytes)
+        count = -(-tokens // largest)
+        sizes = [tokens // count + (i < tokens % count) for i in range(count)]
+        blocks += [BlockSpec(form, memory, size) for size in sizes]
+    return tuple(blocks)

@@ -1,0 +1,293 @@
+"""Plain data: the sizes of a model, the work, the memory to do it in, and the plan that says what is cached where.
+
+A layer caches either of two forms of a token, in numbers per token and row:
+
+    activations    hidden                      what K and V are projected from
+    keys_values    2 * kv_heads * head_dim     K and V themselves
+
+in either of two memories: `device` or `host` (pinned, behind the link). A `Plan` lists the blocks of every layer:
+
+    Plan -> LayerPlan (one a layer) -> BlockSpec(form, memory, tokens) (consecutive tokens, in order)
+
+A prompt becomes the layer's `prompt` blocks. Generated tokens collect in the `tail`; each time it is full it becomes a
+block, in the memory that the layer's `grown` says.
+
+Nothing here imports jax: a plan can be made, printed and compared anywhere.
+"""
+
+import dataclasses
+import io
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+Form = Literal["activations", "keys_values"]
+Memory = Literal["device", "host"]
+Method = Literal["absorb", "recompute"]
+Schedule = Literal["pipelined", "layerwise"]
+
+MIB = 2**20
+GIB = 2**30
+DEFAULT_WINDOW = GIB
+DEFAULT_TAIL = 64
+_ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+class PlanError(ValueError):
+    """A plan, workload or budget that cannot be carried out; the message says what would work."""
+
+
+def _check_positive(thing: object, **sizes: int | float) -> None:
+    for name, size in sizes.items():
+        if size <= 0:
+            raise PlanError(f"{type(thing).__name__}: {name} is {size}; it must be greater than zero")
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """The sizes of one transformer layer.
+
+    `gated` feed-forwards have three matrices (gate, up, down) where others have two. `absorbs_keys` says that K is a
+    plain projection of the activations, so that it can be absorbed into the query; a rotation or a normalisation of K
+    forbids it.
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    gated: bool = False
+    absorbs_keys: bool = True
+
+    def __post_init__(self):
+        _check_positive(self, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:5]})
+        if self.heads % self.kv_heads:
+            raise PlanError(f"LayerShape: {self.heads} heads do not divide into {self.kv_heads} key-value heads")
+
+    def width(self, form: Form) -> int:
+        """Numbers cached for one token of one row."""
+        return self.hidden if form == "activations" else 2 * self.kv_heads * self.head_dim
+
+    @property
+    def attention_parameters(self) -> int:
+        """Weights of the query, key, value and output projections, biases left out."""
+        return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the layer, biases and norms left out."""
+        return self.attention_parameters + (3 if self.gated else 2) * self.hidden * self.intermediate
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """The sizes of a model: `embedding` is the width of its token table, `positions` the most tokens a row may have."""
+
+    name: str
+    layers: tuple[LayerShape, ...]
+    vocab: int
+    embedding: int
+    positions: int
+    dtype: str = "bfloat16"
+    tied: bool = True
+
+    def __post_init__(self):
+        _check_positive(self, layers=len(self.layers), vocab=self.vocab, positions=self.positions)
+        if self.dtype not in _ITEMSIZE:
+            raise PlanError(f"ModelShape: dtype is {self.dtype!r}; it must be one of {', '.join(_ITEMSIZE)}")
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of one number, weights and cache alike."""
+        return _ITEMSIZE[self.dtype]
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the model, biases and norms left out."""
+        return sum(layer.parameters for layer in self.layers) + self.vocab * self.embedding * (1 if self.tied else 2)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """`batch` rows with prompts of `prompt` tokens (padding included), continued by `new` tokens."""
+
+    batch: int
+    prompt: int
+    new: int
+
+    def __post_init__(self):
+        _check_positive(self, batch=self.batch, prompt=self.prompt, new=self.new)
+
+    def __str__(self) -> str:
+        return f"batch {self.batch}, prompt {self.prompt}, {self.new} new"
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes that a plan may use, weights included, on the device and of pinned host memory; None: what is free."""
+
+    device: float | None = None
+    host: float | None = None
+
+    def __post_init__(self):
+        if self.device is not None and self.device <= 0:
+            raise PlanError(f"Budget: device is {self.device} bytes; it must be greater than zero")
+        if self.host is not None and self.host < 0:
+            raise PlanError(f"Budget: host is {self.host} bytes; it must not be negative")
+
+    @classmethod
+    def of_gib(cls, device: float | None = None, host: float | None = None) -> "Budget":
+        """From GiB, as flags give them."""
+        return cls(*(None if size is None else size * GIB for size in (device, host)))
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """Consecutive cached tokens of one layer: one array per tensor, copied whole."""
+
+    form: Form
+    memory: Memory
+    tokens: int
+
+    def __post_init__(self):
+        for value, allowed in ((self.form, Form), (self.memory, Memory)):
+            if value not in get_args(allowed):
+                raise PlanError(f"BlockSpec: {value!r} is not one of {', '.join(get_args(allowed))}")
+        _check_positive(self, tokens=self.tokens)
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """How one layer caches: the prompt's blocks in order, the tail's form, and where its written-out blocks go.
+
+    `grown[i]` is the memory of the i-th block written out; the last entry holds for all after it. `method` says how
+    activations are used: `absorb` attends over them directly where the model allows, `recompute` projects K and V.
+    """
+
+    prompt: tuple[BlockSpec, ...]
+    tail: Form = "activations"
+    grown: tuple[Memory, ...] = ("host",)
+    method: Method = "absorb"
+
+    def blocks(self, write_outs: int, tail_tokens: int) -> tuple[BlockSpec, ...]:
+        """The layer's blocks after that many write-outs of the tail."""
+        memories = (self.grown[min(i, len(self.grown) - 1)] for i in range(write_outs))
+        return self.prompt + tuple(BlockSpec(self.tail, memory, tail_tokens) for memory in memories)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is cached in which form and memory, for one model shape and workload.
+
+    `tail` is in tokens; `window` is how many bytes from the host may be in flight or in use at once. `schedule` is
+    `pipelined`, where copies run ahead across layers as far as the window allows, or `layerwise`, KVPR's own, where a
+    layer's copies start when the layer before is done.
+    """
+
+    name: str
+    shape: ModelShape
+    workload: Workload
+    layers: tuple[LayerPlan, ...]
+    tail: int = DEFAULT_TAIL
+    window: int = DEFAULT_WINDOW
+    schedule: Schedule = "pipelined"
+    reason: str = ""
+
+    def __post_init__(self):
+        _check_positive(self, tail=self.tail, window=self.window)
+        if len(self.layers) != len(self.shape.layers):
+            raise PlanError(f"Plan: {len(self.layers)} layer plans for a model of {len(self.shape.layers)} layers")
+        total = self.workload.prompt + self.workload.new
+        if total > self.shape.positions:
+            raise PlanError(
+                f"a prompt of {self.workload.prompt} and {self.workload.new} new tokens need {total} positions; "
+                f"{self.shape.name} has {self.shape.positions}: shorten one of them"
+            )
+        for number, (layer, layer_shape) in enumerate(zip(self.layers, self.shape.layers)):
+            tokens = sum(block.tokens for block in layer.prompt)
+            if tokens != self.workload.prompt:
+                raise PlanError(f"layer {number}: its blocks hold {tokens} tokens, the prompt {self.workload.prompt}")
+            for block in layer.blocks(self.write_outs, self.tail):
+                size = self.bytes_of(layer_shape, block)
+                if block.memory == "host" and size > self.window:
+                    raise PlanError(
+                        f"layer {number}: the window of {format_bytes(self.window)} is smaller than a block of "
+                        f"{block.tokens} tokens, {format_bytes(size)}: use a larger window or smaller blocks"
+                    )
+
+    def bytes_of(self, layer_shape: LayerShape, block: BlockSpec) -> int:
+        """Bytes of a block of that layer."""
+        return block.tokens * self.workload.batch * layer_shape.width(block.form) * self.shape.itemsize
+
+    @property
+    def write_outs(self) -> int:
+        """How often the tail is written out: when full, and only if another token follows."""
+        return max(0, (self.workload.new - 1) // self.tail)
+
+    def blocks(self, write_outs: int = 0) -> tuple[tuple[BlockSpec, ...], ...]:
+        """The blocks of every layer after that many write-outs."""
+        return tuple(layer.blocks(write_outs, self.tail) for layer in self.layers)
+
+    def bytes_in(self, memory: Memory, write_outs: int = 0) -> int:
+        """Bytes of all blocks in that memory; those in `host` cross the link once a step."""
+        return sum(
+            self.bytes_of(layer_shape, block)
+            for layer_shape, blocks in zip(self.shape.layers, self.blocks(write_outs))
+            for block in blocks
+            if block.memory == memory
+        )
+
+    @property
+    def tail_bytes(self) -> int:
+        """Bytes of the tails of all layers."""
+        return sum(
+            self.bytes_of(layer_shape, BlockSpec(layer.tail, "device", self.tail))
+            for layer_shape, layer in zip(self.shape.layers, self.layers)
+        )
+
+    def table(self) -> Table:
+        """A table for a terminal: tokens and bytes per layer in each form and memory, layers alike in one line."""
+        title = f"Plan {self.name}: {self.shape.name}, {self.workload}"
+        table = Table(title=title, box=box.SIMPLE, title_justify="left")
+        table.add_column("layers", no_wrap=True)
+        columns = [(form, memory) for memory in get_args(Memory) for form in get_args(Form)]
+        for form, memory in columns:
+            table.add_column(f"{form.replace('_', ' and ')}\non the {memory}", justify="right")
+        table.add_column("tail", justify="right")
+        table.add_column("method")
+        alike = itertools.groupby(enumerate(zip(self.layers, self.shape.layers)), key=lambda item: item[1])
+        for (layer, layer_shape), members in alike:
+            numbers = [number for number, _ in members]
+            cells = []
+            for form, memory in columns:
+                blocks = [b for b in layer.prompt if (b.form, b.memory) == (form, memory)]
+                tokens, size = sum(b.tokens for b in blocks), sum(self.bytes_of(layer_shape, b) for b in blocks)
+                cells.append(f"{tokens} ({format_bytes(size)})" if blocks else "-")
+            tail_size = self.bytes_of(layer_shape, BlockSpec(layer.tail, "device", self.tail))
+            span = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
+            table.add_row(span, *cells, f"{self.tail} ({format_bytes(tail_size)})", layer.method)
+        total = [f"{format_bytes(self.bytes_in(memory))} in blocks on the {memory}" for memory in get_args(Memory)]
+        caption = f"{', '.join(total)}; window {format_bytes(self.window)}; {self.schedule}"
+        table.caption = f"{caption}\n{self.reason}" if self.reason else caption
+        table.caption_justify = "left"
+        return table
+
+    def __str__(self) -> str:
+        console = Console(width=120, record=True, file=io.StringIO())
+        console.print(self.table())
+        return console.export_text().rstrip()
+
+
+def format_bytes(size: float) -> str:
+    """Bytes for people, in powers of 1024: `format_bytes(3 * 2**20) == "3.0 MiB"`."""
+    for unit in ("B", "KiB", "MiB"):
+        if abs(size) < 1024:
+            return f"{size:.1f} {unit}" if unit != "B" else f"{size:.0f} B"
+        size /= 1024
+    return f"{size:.2f} GiB"

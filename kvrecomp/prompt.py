@@ -1,0 +1,44 @@
+"""Prompts as the decoder takes them: checked on the host, before anything is sent to the device."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from kvrecomp.plan import Plan
+
+
+class PromptError(ValueError):
+    """Token ids or a mask that cannot be decoded; the message says which row and why."""
+
+
+def check_prompt(input_ids: Any, attention_mask: Any, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
+    """int[batch, prompt] and its mask (None: no padding) -> int32 ids, and int32[batch] padding on the left.
+
+    Raises `PromptError` where the shapes are not the plan's, the mask is not left-padded, a row is empty or a token id
+    is outside the vocabulary.
+    """
+    ids = np.asarray(jax.device_get(input_ids))
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise PromptError(f"input_ids must be integers [batch, prompt]; got {ids.dtype}{list(ids.shape)}")
+    if 0 in ids.shape:
+        raise PromptError(f"input_ids is empty, {list(ids.shape)}: give every row at least one token")
+    if ids.shape != (plan.workload.batch, plan.workload.prompt):
+        raise PromptError(
+            f"input_ids is {list(ids.shape)}, the plan is for [{plan.workload.batch}, {plan.workload.prompt}]: pad the "
+            "prompts on the left to that length, or make a plan for this one"
+        )
+    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(jax.device_get(attention_mask)) != 0
+    if mask.shape != ids.shape:
+        raise PromptError(f"attention_mask is {list(mask.shape)}, input_ids {list(ids.shape)}: they must be the same")
+    for row, own in enumerate(mask):
+        if not own.any():
+            raise PromptError(f"row {row} is empty: its mask has no token; give every row at least one")
+        if not own[own.argmax() :].all():
+            raise PromptError(f"row {row} is not left-padded: its mask has a 0 after a 1; move the padding to the left")
+    vocab = plan.shape.vocab
+    wrong = (ids < 0) | (ids >= vocab)
+    if (wrong & mask).any():
+        row, column = np.argwhere(wrong & mask)[0]
+        raise PromptError(f"token id {ids[row, column]} in row {row} is outside the vocabulary of {vocab} tokens")
+    return np.where(mask, ids, 0).astype(np.int32), (~mask).sum(axis=1, dtype=np.int32)

@@ -1,0 +1,297 @@
+"""The decoder: three XLA programs over an explicit cache.
+
+    prefill     the prompt -> its blocks, streamed to where the plan wants them under the next layer's compute
+    step        one token per row: copies of host blocks under the compute of earlier ones
+    write-out   full tails -> new blocks
+
+A program is fixed by the plan and the layout (the blocks of every layer). A written-out tail makes a new layout and so
+a new step program; it is compiled in the background while the tail fills, so that no step waits for it. Token ids,
+padding and the number of tokens in the tail are data: changing them compiles nothing.
+"""
+
+import itertools
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from kvrecomp import attention, memory
+from kvrecomp.budget import check_memory
+from kvrecomp.cache import Block, Cache, LayerCache, append, cut, empty_tail, make_cache
+from kvrecomp.plan import Budget, Memory, Method, ModelShape, Plan, PlanError, Schedule
+from kvrecomp.programs import Compiled, Programs
+from kvrecomp.prompt import check_prompt
+
+
+class Model(Protocol):
+    """What the library asks of a `flax.nnx` module, so that anyone's model can join."""
+
+    shape: ModelShape
+    layers: Any  # a sequence of callables: layer(hidden [..., h], attend: attention.Attend) -> [..., h]
+
+    def embed(self, token_ids: Array, positions: Array) -> Array:
+        """int32[...], int32[...] -> [..., h]."""
+        ...
+
+    def unembed(self, hidden: Array) -> Array:
+        """[..., h] -> float32 logits [..., vocab]."""
+        ...
+
+
+# --- the step ---------------------------------------------------------------------------------------------------------
+
+
+class Window:
+    """Copies host blocks to the device in order, with at most `size` bytes in flight or in use.
+
+    XLA starts a copy as early as its operands allow. An optimization barrier makes a block unreadable until an earlier
+    result is there; without it every copy of the step starts at once and the whole cache is on the device.
+    """
+
+    def __init__(self, size: int, schedule: Schedule):
+        self._size = size
+        self._schedule = schedule
+        self._copies: list[tuple[int, Array]] = []  # bytes of each copied block, and what is computed once it is used
+        self._layer: Array | None = None
+
+    def copy(self, block: Block) -> Block:
+        """The block on the device; to be followed by `used` if it was copied."""
+        if block.memory == "device":
+            return block
+        gate = self._layer if self._schedule == "layerwise" else self._gate(block.nbytes)
+        held = block.arrays if gate is None else jax.lax.optimization_barrier((block.arrays, gate))[0]
+        return replace(block, arrays=tuple(jax.device_put(array, jax.memory.Space.Device) for array in held))
+
+    def used(self, block: Block, result: Array) -> None:
+        """Says that `block` is no longer needed once `result` is computed."""
+        if block.memory == "host":
+            self._copies.append((block.nbytes, result))
+
+    def layer_done(self, hidden: Array) -> None:
+        """Ends a layer: KVPR's own schedule starts the next layer's copies here."""
+        self._layer = hidden
+
+    def _gate(self, size: int) -> Array | None:
+        """What must be computed before `size` bytes more fit in the window; None if they fit now."""
+        for copied, result in reversed(self._copies):
+            size += copied
+            if size > self._size:
+                return result
+        return None
+
+
+@dataclass
+class CachedAttention:
+    """The `Attend` of one layer during a step: the new token joins the tail, and attends to blocks and tail."""
+
+    cache: LayerCache
+    method: Method
+    window: Window
+    slot: Array
+    padding: Array
+
+    def __call__(self, x: Array, projections: attention.Projections) -> Array:
+        query = attention.Query(projections, x, self.slot - self.padding)
+        keys_values = self.cache.tail.form == "keys_values"
+        new = (projections.keys(x, query.positions), projections.values(x)) if keys_values else (x,)
+        blocks, starts = self.cache.blocks, [0, *itertools.accumulate(block.tokens for block in self.cache.blocks)]
+        tail = append(self.cache.tail, self.slot - starts[-1], new)
+        self.cache = LayerCache(blocks, tail)
+        # What is on the device comes first: it is computed while the first copies are on their way.
+        order = sorted(zip((*blocks, tail), starts), key=lambda item: item[0].memory)
+        return attention.merge(query, [self._attend(query, block, start) for block, start in order])
+
+    def _attend(self, query: attention.Query, block: Block, start: int) -> attention.Partial:
+        slots = start + jnp.arange(block.tokens)
+        seen = attention.visible(slots, self.padding, self.slot[None], query.projections.sliding_window)[0]
+        arrays = self.window.copy(block).arrays
+        if block.form == "activations":
+            positions = attention.positions_of(slots, self.padding)
+            partial = attention.attend_activations(query, *arrays, positions, seen, self.method)
+        else:
+            partial = attention.attend_keys_values(query, *arrays, seen)
+        self.window.used(block, partial.total)
+        return partial
+
+
+def decode_step(model: Model, plan: Plan, cache: Cache, token_ids: Array) -> tuple[tuple[Block, ...], Array]:
+    """One token of every row, int32[b] -> the tails with it written, and logits float32[b, vocab]."""
+    window = Window(plan.window, plan.schedule)
+    hidden = model.embed(token_ids, cache.length - cache.padding)
+    tails = []
+    for layer, layer_plan, layer_cache in zip(model.layers, plan.layers, cache.layers, strict=True):
+        attend = CachedAttention(layer_cache, layer_plan.method, window, cache.length, cache.padding)
+        hidden = layer(hidden, attend)
+        window.layer_done(hidden)
+        tails.append(attend.cache.tail)
+    return tuple(tails), model.unembed(hidden)
+
+
+def prefill(model: Model, plan: Plan, token_ids: Array, padding: Array) -> tuple[Any, tuple[Block, ...], Array]:
+    """Prompts int32[t, b], left-padded by int32[b] -> blocks, empty tails, logits float32[b, vocab]."""
+    tokens, batch = token_ids.shape
+    hidden = model.embed(token_ids, attention.positions_of(jnp.arange(tokens), padding))
+    blocks, tails = [], []
+    for layer, layer_plan, shape in zip(model.layers, plan.layers, plan.shape.layers, strict=True):
+
+        def attend(x: Array, projections: attention.Projections) -> Array:
+            mixed, key, value = attention.attend_causal(projections, x, padding)
+            blocks.append(cut(layer_plan.prompt, x, key, value))  # noqa: B023 - called before the next layer
+            return mixed
+
+        hidden = layer(hidden, attend)
+        tails.append(empty_tail(layer_plan.tail, plan.tail, shape, batch, hidden.dtype))
+    return tuple(blocks), tuple(tails), model.unembed(hidden[-1])
+
+
+# --- the decoder ------------------------------------------------------------------------------------------------------
+
+
+class Decoder:
+    """Decodes one model under one plan.
+
+        decoder = Decoder(model, plan)
+        cache, logits = decoder.prefill(input_ids, attention_mask)
+        cache, logits = decoder.step(cache, token_ids)
+
+    A cache given to `step` is used up: its tail is written in place.
+    """
+
+    def __init__(self, model: Model, plan: Plan, *, budget: Budget | None = None):
+        """Raises `PlanError` if the plan is for another model, or does not fit in `budget` (default: what is free)."""
+        if model.shape != plan.shape:
+            raise PlanError(
+                f"the plan is for {plan.shape.name} in {plan.shape.dtype}, the model is {model.shape.name} in "
+                f"{model.shape.dtype}: make the plan from model.shape"
+            )
+        check_memory(plan, budget)
+        self.plan = plan
+        self._graph, self._state = nnx.split(model)
+        self._programs = Programs()
+        self._stand_ins: dict[Any, Array] = {}
+        self._on_device = memory.sharding("device")
+
+    @property
+    def compiled(self) -> dict[Hashable, Compiled]:
+        """The programs so far: "prefill", ("step", write-outs before it), ("write-out", memory of each layer)."""
+        return self._programs.compiled
+
+    def prefill(self, input_ids: Any, attention_mask: Any = None) -> tuple[Cache, Array]:
+        """int[batch, prompt], left-padded where `attention_mask` is 0 -> cache, logits float32[batch, vocab].
+
+        Raises `PromptError` where the shapes are not the plan's, the mask is not left-padded, a row is empty or a token
+        id is outside the vocabulary.
+        """
+        token_ids, padding = check_prompt(input_ids, attention_mask, self.plan)
+        token_ids, padding, length = jax.device_put(
+            (np.ascontiguousarray(token_ids.T), padding, np.int32(token_ids.shape[1])), self._on_device
+        )
+        program = self._programs.get("prefill", lambda: self._lower_prefill(token_ids, padding))
+        blocks, tails, logits = program(self._state, token_ids, padding)
+        return make_cache(blocks, tails, padding, length, 0), logits
+
+    def step(self, cache: Cache, token_ids: Array) -> tuple[Cache, Array]:
+        """One more token of every row, int32[batch] on the device -> cache, logits float32[batch, vocab].
+
+        Returns before the step has run. Raises `PlanError` if the plan's workload is exceeded.
+        """
+        plan, write_outs = self.plan, len(cache.layers[0].blocks) - len(self.plan.layers[0].prompt)
+        if write_outs * plan.tail + cache.in_tail >= plan.workload.new:
+            raise PlanError(
+                f"the plan is for {plan.workload.new} new tokens and all of them are cached: make a plan with a larger "
+                "Workload.new"
+            )
+        if cache.in_tail == plan.tail:
+            cache, write_outs = self._write_out(cache, write_outs), write_outs + 1
+        program = self._programs.get(("step", write_outs), lambda: self._lower_step(cache))
+        if write_outs < plan.write_outs:
+            self._prepare(cache, write_outs)
+        tails, length, logits = program(
+            self._state, cache.blocks, cache.tails, cache.padding, cache.length, token_ids
+        )
+        return make_cache(cache.blocks, tails, cache.padding, length, cache.in_tail + 1), logits
+
+    def _write_out(self, cache: Cache, write_outs: int) -> Cache:
+        """The cache with its full tails as blocks, and empty tails."""
+        memories = self._written_to(write_outs)
+        program = self._programs.get(("write-out", memories), lambda: self._lower_write_out(cache.tails, memories))
+        blocks = [(*own, new) for own, new in zip(cache.blocks, program(cache.tails), strict=True)]
+        return make_cache(blocks, cache.tails, cache.padding, cache.length, 0)
+
+    def _prepare(self, cache: Cache, write_outs: int) -> None:
+        """Compiles in the background what the next write-out, the given one, and the step after it need."""
+        if ("step", write_outs + 1) in self._programs:
+            return
+        memories = self._written_to(write_outs)
+        tails = jax.tree.map(_struct, cache.tails)
+        blocks = [
+            (*own, self._stand_in(tail, place)) for own, tail, place in zip(cache.blocks, tails, memories, strict=True)
+        ]
+        like = make_cache(blocks, tails, _struct(cache.padding), _struct(cache.length), 0)
+        self._programs.start(("write-out", memories), lambda: self._lower_write_out(tails, memories))
+        self._programs.start(("step", write_outs + 1), lambda: self._lower_step(like))
+
+    def _written_to(self, write_outs: int) -> tuple[Memory, ...]:
+        """Where each layer's tail goes when it is written out for the given time."""
+        return tuple(layer.grown[min(write_outs, len(layer.grown) - 1)] for layer in self.plan.layers)
+
+    def _stand_in(self, tail: Block, place: Memory) -> Block:
+        """A block to lower with, like a written-out tail: jax takes a described host array for one on the device."""
+
+        def array(like: jax.ShapeDtypeStruct) -> Any:
+            if place == "device":
+                return like
+            key = (like.shape, like.dtype)
+            if key not in self._stand_ins:
+                self._stand_ins[key] = jax.device_put(np.zeros(like.shape, like.dtype), memory.sharding("host"))
+            return self._stand_ins[key]
+
+        return Block(tuple(array(like) for like in tail.arrays), tail.form, place)
+
+    # --- the jit boundary: static are the plan and the layout, all else is data ---
+
+    def _lower_prefill(self, token_ids: Array, padding: Array) -> Any:
+        def program(state, token_ids, padding):
+            return prefill(nnx.merge(self._graph, state), self.plan, token_ids, padding)
+
+        blocks, tails, _ = jax.eval_shape(program, self._state, token_ids, padding)
+        shardings = (_shardings(blocks), _shardings(tails), self._on_device)
+        return jax.jit(program, out_shardings=shardings).lower(self._state, token_ids, padding)
+
+    def _lower_step(self, cache: Cache) -> Any:
+        def program(state, blocks, tails, padding, length, token_ids):
+            cache = make_cache(blocks, tails, padding, length, 0)
+            tails, logits = decode_step(nnx.merge(self._graph, state), self.plan, cache, token_ids)
+            return tails, length + 1, logits
+
+        token_ids = jax.ShapeDtypeStruct((self.plan.workload.batch,), jnp.int32, sharding=self._on_device)
+        return jax.jit(program, donate_argnames=("tails", "length")).lower(
+            self._state, cache.blocks, cache.tails, cache.padding, cache.length, token_ids
+        )
+
+    def _lower_write_out(self, tails: Sequence[Block], memories: Sequence[Memory]) -> Any:
+        def program(tails):
+            return tuple(
+                Block(jax.tree.map(jnp.copy, tail.arrays), tail.form, place)
+                for tail, place in zip(tails, memories, strict=True)
+            )
+
+        return jax.jit(program, out_shardings=_shardings(jax.eval_shape(program, tails))).lower(tails)
+
+
+def _struct(array: Array) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+
+
+def _shardings(blocks: Any) -> Any:
+    """The sharding of every array in a tree of blocks."""
+    return jax.tree.map(
+        lambda block: jax.tree.map(lambda _: memory.sharding(block.memory), block),
+        blocks,
+        is_leaf=lambda node: isinstance(node, Block),
+    )

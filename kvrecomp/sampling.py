@@ -1,0 +1,82 @@
+"""Choosing the next token of every row, on the device.
+
+Randomness is keyed by (seed, row, position), position counting the row's own tokens, so that a row's text does not
+depend on padding or on which rows were decoded beside it.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+NAN_TOKEN = -1  # reported in place of a token id where a row's logits are not finite
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; names as in Hugging Face's `generate`.
+
+    Without `do_sample` the likeliest token is taken. With it, logits are divided by `temperature`, the `top_k`
+    likeliest kept (0: all), and of those the smallest set whose probability reaches `top_p`. Raises ValueError where a
+    value is out of range.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self):
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}; it must be above zero (greedy: do_sample=False)")
+        if self.top_k < 0:
+            raise ValueError(f"top_k is {self.top_k}; it must be zero (all tokens) or more")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p is {self.top_p}; it must be greater than 0 and at most 1")
+
+
+class Rows(NamedTuple):
+    """The state of every row: its random key, the position of the token to come, and whether it has ended."""
+
+    keys: Array
+    positions: Array  # int32[b]
+    finished: Array  # bool[b]
+
+
+def start_rows(sampling: Sampling, row_ids: Array, positions: Array) -> Rows:
+    """Rows named by int32[b] ids, whose next token has position int32[b]."""
+    fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
+    return Rows(fold(jax.random.key(sampling.seed), row_ids), positions, jnp.zeros(positions.shape, bool))
+
+
+def choose(sampling: Sampling, eos: Array, pad: Array, rows: Rows, logits: Array) -> tuple[Rows, Array, Array]:
+    """logits float32[b, vocab] -> rows, token ids int32[b], and the same with NAN_TOKEN where logits are not finite.
+
+    Rows that have ended get `pad`; a row ends with any token of int32[e] `eos`.
+    """
+    if sampling.do_sample:
+        keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.positions)
+        tokens = jax.vmap(jax.random.categorical)(keys, truncate(sampling, logits / sampling.temperature))
+    else:
+        tokens = jnp.argmax(logits, axis=-1)
+    tokens = jnp.where(rows.finished, pad, tokens.astype(jnp.int32))
+    broken = jnp.isnan(logits).any(axis=-1) & ~rows.finished
+    finished = rows.finished | (tokens[:, None] == eos).any(axis=-1)
+    return Rows(rows.keys, rows.positions + 1, finished), tokens, jnp.where(broken, NAN_TOKEN, tokens)
+
+
+def truncate(sampling: Sampling, logits: Array) -> Array:
+    """float32[b, vocab] with tokens outside top_k, then outside top_p of what is left, at minus infinity."""
+    if not sampling.top_k and sampling.top_p == 1:
+        return logits
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    if sampling.top_k:
+        ordered = jnp.where(jnp.arange(logits.shape[-1]) < sampling.top_k, ordered, -jnp.inf)
+    probability = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probability, axis=-1) - probability
+    kept = (before < sampling.top_p) & (ordered > -jnp.inf)
+    smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= smallest, logits, -jnp.inf)

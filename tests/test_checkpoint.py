@@ -1,0 +1,369 @@
+"""Reading and writing checkpoints: round trips, every kind of file, and every kind of mistake."""
+
+import builtins
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+import models
+from models import huggingface
+from models.checkpoint import Skeleton, parameters_of
+
+CONFIG = models.OPTConfig("tiny", layers=2, hidden=35, heads=5, intermediate=53, vocab=97, positions=41)
+NARROW = models.OPTConfig("narrow", 3, 35, 5, 53, 97, 41, embedding=17, pre_norm=False, final_norm=False)
+HUGGINGFACE = {
+    "model_type": "opt",
+    "vocab_size": 97,
+    "hidden_size": 35,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 5,
+    "ffn_dim": 53,
+    "max_position_embeddings": 41,
+    "word_embed_proj_dim": 35,
+}
+IDS = jnp.arange(21).reshape(3, 7)
+
+
+def tensors(seed=0, dtype=np.float32):
+    """Random tensors, named and shaped as Hugging Face does."""
+    shapes = Skeleton(CONFIG, "float32").shapes
+    table = huggingface.expand(huggingface.OPT_TABLE, shapes, CONFIG.layers)
+    rng = np.random.default_rng(seed)
+    return {
+        f"model.{name}": rng.normal(size=stored.shape(shapes[ours])).astype(dtype)
+        for name, (ours, stored) in table.items()
+    }
+
+
+@pytest.fixture
+def directory(tmp_path):
+    """A Hugging Face directory, to be changed."""
+    (tmp_path / "config.json").write_text(json.dumps(HUGGINGFACE))
+    save_file(tensors(), tmp_path / "model.safetensors")
+    return tmp_path
+
+
+def rewrite(directory, **changes):
+    """Change tensors by name; None leaves one out."""
+    new = load_file(directory / "model.safetensors") | changes
+    save_file({name: tensor for name, tensor in new.items() if tensor is not None}, directory / "model.safetensors")
+
+
+def shard(directory, files=2):
+    """The same weights in several files with an index."""
+    whole = load_file(directory / "model.safetensors")
+    (directory / "model.safetensors").unlink()
+    index = {}
+    for number in range(files):
+        file = f"model-{number + 1:05}-of-{files:05}.safetensors"
+        part = {name: whole[name] for name in sorted(whole)[number::files]}
+        save_file(part, directory / file)
+        index |= dict.fromkeys(part, file)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+
+
+def fails(path, match, **options):
+    """Loading must fail in one line."""
+    with pytest.raises(models.CheckpointError, match=match) as raised:
+        models.load(path, **options)
+    assert "\n" not in str(raised.value)
+
+
+def equal(one, other):
+    one, other = parameters_of(one), parameters_of(other)
+    return one.keys() == other.keys() and all(
+        one[name].dtype == other[name].dtype and (np.asarray(one[name]) == np.asarray(other[name])).all()
+        for name in one
+    )
+
+
+# --- ours -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("config", [CONFIG, NARROW], ids=lambda config: config.name)
+def test_save_and_load(config, dtype, tmp_path):
+    model = models.create(config, dtype=dtype, seed=5)
+    models.save(model, tmp_path / "model")
+    loaded = models.load(tmp_path / "model")
+    assert equal(model, loaded) and loaded.shape == model.shape and loaded.config == config
+    np.testing.assert_array_equal(loaded(IDS), model(IDS))
+
+
+def test_load_in_another_dtype(tmp_path):
+    model = models.create(CONFIG, dtype="float32")
+    models.save(model, tmp_path / "model")
+    loaded = models.load(tmp_path / "model", dtype=jnp.bfloat16)
+    assert loaded.shape.dtype == "bfloat16" and equal(loaded, models.load(tmp_path / "model", dtype="bfloat16"))
+    np.testing.assert_allclose(loaded(IDS), model(IDS), atol=1e-2)
+
+
+def test_save_replaces_only_what_is_ours(tmp_path):
+    model = models.create(CONFIG)
+    target = tmp_path / "model"
+    target.mkdir()
+    models.save(model, target)  # an empty directory may be taken
+    models.save(models.create(CONFIG, seed=1), target, tokenizer=models.byte_tokenizer())
+    assert equal(models.load(target), models.create(CONFIG, seed=1))
+    assert models.load_tokenizer(target).get_vocab_size() == 258
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").write_text("years of work")
+    with pytest.raises(models.CheckpointError, match="not a checkpoint of ours"):
+        models.save(model, tmp_path / "other")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["model", "other"]
+
+
+def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
+    model = models.create(CONFIG)
+    models.save(model, tmp_path / "model")
+    monkeypatch.setattr(models.checkpoint.ocp.StandardCheckpointer, "save", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        models.save(models.create(CONFIG, seed=1), tmp_path / "model")
+    assert [p.name for p in tmp_path.iterdir()] == ["model"] and equal(models.load(tmp_path / "model"), model)
+
+
+def test_ours_damaged_or_mismatched(tmp_path):
+    models.save(models.create(CONFIG), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    original = json.loads(file.read_text())
+    for change, message in [
+        ({"hidden": 45, "embedding": 45}, r"has shape \[.*; the configuration expects \[.*45"),
+        ({"hidden": 45}, r"missing project_in\.kernel and 1 more"),
+        ({"layers": 1}, r"unknown layers\.1\.attention"),
+        ({"layers": 3}, r"missing layers\.2\.attention"),
+        ({"family": "mamba"}, "family is 'mamba'; expected one of opt"),
+        ({"colour": "red"}, "colour"),
+        ({"dtype": "int8"}, "dtype is int8"),
+    ]:
+        file.write_text(json.dumps(original | change))
+        fails(tmp_path / "model", message)
+    file.write_text(json.dumps(original))
+    for part in (tmp_path / "model" / "params").rglob("*"):
+        if part.is_file() and part.stat().st_size > 1000:
+            part.write_bytes(part.read_bytes()[:100])
+    fails(tmp_path / "model", "params cannot be read")
+
+
+# --- random weights ---------------------------------------------------------------------------------------------------
+
+
+def test_create():
+    model = models.create("opt-125m")
+    values = parameters_of(model)
+    assert all(value.dtype == jnp.bfloat16 for value in values.values())
+    for name, value in list(values.items())[:20]:
+        kind = name.rpartition(".")[2]
+        mean, std = {"kernel": (0, 0.02), "embedding": (0, 0.02), "scale": (1, 0), "bias": (0, 0)}[kind]
+        value = np.asarray(value, np.float32)
+        assert abs(value.mean() - mean) < 1e-3 and abs(value.std() - std) < 1e-3, name
+    first, second = values["layers.0.attention.query.kernel"], values["layers.1.attention.query.kernel"]
+    assert (first != second).mean() > 0.9
+
+
+def test_create_depends_on_the_seed_only():
+    assert equal(models.create(CONFIG, seed=3), models.create(CONFIG, seed=3))
+    assert not equal(models.create(CONFIG, seed=3), models.create(CONFIG, seed=4))
+
+
+def test_unknown_presets_and_dtypes_are_named():
+    with pytest.raises(models.CheckpointError, match=r"'opt-13'; expected one of opt-125m, .* did you mean 'opt-13b'"):
+        models.create("opt-13")
+    with pytest.raises(models.CheckpointError, match="dtype is int8; expected one of float32, bfloat16, float16"):
+        models.create(CONFIG, dtype="int8")
+    with pytest.raises(models.CheckpointError, match="dtype is half-ish"):
+        models.create(CONFIG, dtype="half-ish")
+
+
+# --- Hugging Face directories -----------------------------------------------------------------------------------------
+
+
+def test_every_tensor_lands_where_it_is_used(directory):
+    given, ours = tensors(), parameters_of(models.load(directory))
+    attention, theirs = "layers.1.attention", "model.decoder.layers.1.self_attn"
+    x = np.random.default_rng(1).normal(size=(3, 35)).astype(np.float32)
+    for our, their in [("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")]:
+        heads = np.einsum("bh,hnd->bnd", x, ours[f"{attention}.{our}.kernel"]) + ours[f"{attention}.{our}.bias"]
+        expected = x @ given[f"{theirs}.{their}.weight"].T + given[f"{theirs}.{their}.bias"]
+        np.testing.assert_allclose(heads.reshape(3, 35), expected, atol=1e-4)
+    np.testing.assert_array_equal(ours[f"{attention}.output.kernel"], given[f"{theirs}.out_proj.weight"].T)
+    assert len(ours) == len(given)
+
+
+@pytest.mark.parametrize("files", [1, 2, 3])
+def test_sharded_equals_whole(directory, files):
+    whole = models.load(directory)
+    shard(directory, files)
+    assert equal(models.load(directory), whole)
+
+
+@pytest.mark.parametrize(("dtype", "name"), [(np.float16, "float16"), (jnp.dtype("bfloat16"), "bfloat16")])
+def test_dtypes_of_files(directory, dtype, name):
+    save_file(tensors(dtype=dtype), directory / "model.safetensors")
+    model = models.load(directory)
+    assert model.shape.dtype == name
+    kernel = parameters_of(model)["layers.0.feed_forward.up.kernel"]
+    np.testing.assert_array_equal(np.asarray(kernel), tensors(dtype=dtype)["model.decoder.layers.0.fc1.weight"].T)
+    wide = parameters_of(models.load(directory, dtype="float32"))["layers.0.feed_forward.up.kernel"]
+    np.testing.assert_array_equal(wide, np.asarray(kernel).astype(np.float32))
+
+
+def test_names_without_the_prefix_and_with_the_tied_head(directory):
+    whole = models.load(directory)
+    plain = {name.removeprefix("model."): tensor for name, tensor in tensors().items()}
+    save_file(plain | {"lm_head.weight": plain["decoder.embed_tokens.weight"]}, directory / "model.safetensors")
+    assert equal(models.load(directory), whole)
+
+
+def test_straight_to_its_sharding(directory):
+    host = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind="pinned_host")
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    model = models.load(directory, sharding=lambda name, shape: host if name.startswith("layers.1.") else device)
+    for name, value in parameters_of(model).items():
+        assert value.sharding == (host if name.startswith("layers.1.") else device)
+    assert parameters_of(models.create(CONFIG, sharding=host))["tokens.embedding"].sharding == host
+    models.save(model, directory / "ours")
+    loaded = models.load(directory / "ours", sharding=host)
+    assert all(value.sharding == host for value in parameters_of(loaded).values())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("layout", ["whole", "sharded", "before torch 1.6"])
+def test_torch_files(directory, dtype, layout):
+    torch = pytest.importorskip("torch", reason="reads torch's own files")
+    whole = models.load(directory, dtype=dtype)
+    given = {name: torch.from_numpy(tensor).to(getattr(torch, dtype)) for name, tensor in tensors().items()}
+    (directory / "model.safetensors").unlink()
+    if layout == "sharded":
+        names = sorted(given)
+        index = {name: f"pytorch_model-{i % 2}.bin" for i, name in enumerate(names)}
+        for file in set(index.values()):
+            torch.save({name: given[name] for name in names if index[name] == file}, directory / file)
+        (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
+    else:
+        file = directory / "pytorch_model.bin"
+        torch.save(given, file, _use_new_zipfile_serialization=layout == "whole")
+    assert equal(models.load(directory), whole)
+
+
+class Bomb:
+    def __reduce__(self):
+        return print, ("executed",)
+
+
+def test_torch_files_that_hold_code_are_refused(directory, capsys):
+    torch = pytest.importorskip("torch", reason="writes torch's own files")
+    (directory / "model.safetensors").unlink()
+    torch.save({"model.decoder.embed_tokens.weight": Bomb()}, directory / "pytorch_model.bin")
+    fails(directory, "holds more than tensors")
+    torch.save({"model.decoder.embed_tokens.weight": 5}, directory / "pytorch_model.bin")
+    fails(directory, "is a int; expected a tensor")
+    file = directory / "pytorch_model.bin"
+    torch.save({"decoder.x": torch.ones(500)}, file)
+    file.write_bytes(file.read_bytes()[:-700])
+    fails(directory, "pytorch_model.bin is damaged")
+    assert "executed" not in capsys.readouterr().out
+
+
+def test_torch_files_without_torch_name_the_remedy(directory, monkeypatch):
+    (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    real = builtins.__import__
+
+    def without_torch(name, *rest, **options):
+        if name == "torch":
+            raise ImportError(name)
+        return real(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", without_torch)
+    fails(directory, "torch is not installed; convert it to safetensors or `pip install torch`")
+
+
+# --- mistakes ---------------------------------------------------------------------------------------------------------
+
+NORM = "model.decoder.layers.1.fc1.bias"
+
+
+def test_unknown_tensor(directory):
+    rewrite(directory, **{"model.decoder.layers.2.fc1.bias": np.ones(53, np.float32)})
+    fails(directory, r"unknown decoder\.layers\.2\.fc1\.bias")
+
+
+def test_missing_tensor(directory):
+    rewrite(directory, **{NORM: None})
+    fails(directory, r"missing decoder\.layers\.1\.fc1\.bias")
+
+
+def test_misshapen_tensor(directory):
+    rewrite(directory, **{NORM: np.ones(54, np.float32)})
+    fails(directory, r"decoder\.layers\.1\.fc1\.bias has shape \[54\]; the configuration expects \[53\]")
+
+
+def test_transposed_tensor(directory):
+    rewrite(directory, **{"model.decoder.layers.0.fc1.weight": np.ones((35, 53), np.float32)})
+    fails(directory, r"fc1\.weight has shape \[35, 53\]; the configuration expects \[53, 35\]")
+
+
+def test_doubled_tensor(directory):
+    rewrite(directory, **{NORM.removeprefix("model."): np.ones(53, np.float32)})
+    fails(directory, "fc1.bias is doubled")
+
+
+def test_doubled_across_shards(directory):
+    shard(directory)
+    for file in directory.glob("model-*"):
+        save_file(load_file(file) | {NORM: np.ones(53, np.float32)}, file)
+    fails(directory, "fc1.bias is doubled, in .*00001-of-00002.* and .*00002-of-00002")
+
+
+def test_dtype_that_models_do_not_have(directory):
+    rewrite(directory, **{NORM: np.ones(53, np.int8)})
+    fails(directory, "fc1.bias has dtype I8; expected one of float32")
+
+
+def test_mixed_dtypes_must_be_decided(directory):
+    rewrite(directory, **{NORM: np.ones(53, np.float16)})
+    fails(directory, "stores float16 and float32; say which with dtype=")
+    assert models.load(directory, dtype="float16").shape.dtype == "float16"
+
+
+@pytest.mark.parametrize("keep", [0, 5, 1000, -1])
+def test_truncated_file(directory, keep):
+    file = directory / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:keep])
+    fails(directory, "model.safetensors is damaged or cut short")
+
+
+def test_missing_shard(directory):
+    shard(directory)
+    (directory / "model-00002-of-00002.safetensors").unlink()
+    fails(directory, "model-00002-of-00002.safetensors is missing")
+
+
+@pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}'])
+def test_damaged_index(directory, text):
+    shard(directory)
+    (directory / "model.safetensors.index.json").write_text(text)
+    fails(directory, "index.json is damaged")
+
+
+def test_index_that_points_elsewhere(directory):
+    shard(directory)
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../../secret"}}))
+    fails(directory, "expected names of files beside it")
+
+
+def test_directories_that_are_not_models(directory):
+    fails(directory / "nowhere", "nowhere is not a directory")
+    (directory / "model.safetensors").unlink()
+    fails(directory, "has no weights; expected model.safetensors")
+    (directory / "config.json").write_text(json.dumps(HUGGINGFACE | {"model_type": "llama"}))
+    fails(directory, "model_type is 'llama'; expected one of opt")
+    (directory / "config.json").write_text(json.dumps(HUGGINGFACE | {"enable_bias": False}))
+    fails(directory, "config.json: OPT: enable_bias is False")
+    (directory / "config.json").write_text("{")
+    fails(directory, "config.json is not JSON")
+    (directory / "config.json").unlink()
+    fails(directory, "has no config.json")
