@@ -116,7 +116,17 @@ def table(rows: list[Row], copy_gbps: float) -> Table:
     out = Table(title=f"decode steps; copies alone reach {copy_gbps:.1f} GB/s", title_justify="left")
     for heading in ("model", "batch", "prompt", "plan"):
         out.add_column(heading)
-    for heading in ("median ms", "p95", "worst", "link GB", "efficiency", "tokens/s", "temp GB", "compile s", "prefill s"):
+    for heading in (
+        "median ms",
+        "p95",
+        "worst",
+        "link GB",
+        "efficiency",
+        "tokens/s",
+        "temp GB",
+        "compile s",
+        "prefill s",
+    ):
         out.add_column(heading, justify="right")
     for row in rows:
         efficiency = "-" if row.link_efficiency is None else f"{row.link_efficiency:.3f}"

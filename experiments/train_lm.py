@@ -56,7 +56,8 @@ STEPS_PER_CALL = 25  # often enough for a progress bar, seldom enough that dispa
 
 @dataclass(frozen=True)
 class Config:
-    """One training run. `output`, `work_dir` and `log` are paths; the rest decides the result.
+    """One training run. `output`, `work_dir` and `log` are paths, the rest decides the result: two are equal,
+    and share a compiled step, if they give the same weights.
 
     Sizes are in tokens, which are bytes. Rows start at random positions when `context` is less than `positions`, so
     that all positions are trained. `dtype` is that of the saved weights, `compute_dtype` that of the products in
@@ -67,7 +68,7 @@ class Config:
             directory that is not a checkpoint of ours.
     """
 
-    output: str
+    output: str = dataclasses.field(compare=False)
     steps: int = 3000
     batch: int = 64
     context: int = 1024
@@ -82,8 +83,8 @@ class Config:
     dtype: str = "bfloat16"
     compute_dtype: str = "bfloat16"
     eval_every: int = 250
-    work_dir: str | None = None
-    log: str | None = None
+    work_dir: str | None = dataclasses.field(default=None, compare=False)
+    log: str | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):
         for name in ("steps", "batch", "context", "positions", "layers", "hidden", "heads", "eval_every"):
@@ -141,7 +142,7 @@ class Config:
     @property
     def decisive(self) -> dict[str, Any]:
         """The fields that the result depends on."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if k not in ("output", "work_dir", "log")}
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.compare}
 
 
 class Result(NamedTuple):
@@ -310,7 +311,6 @@ def train(config: Config, documents: Sequence[str] | None = None) -> Result:
         logging.info("resumed at step %d", step)
     resumed = step
 
-    static = dataclasses.replace(config, work_dir=None, log=None)  # paths must not compile a second program
     seed = jax.device_put(np.uint32(config.seed))
     with _progress(config.steps, step) as advance:
         while step < config.steps:
@@ -318,7 +318,7 @@ def train(config: Config, documents: Sequence[str] | None = None) -> Result:
             bits = 0.0
             for first, last in _calls(step, stop):
                 bounds = jax.device_put((np.int32(first), np.int32(last)))
-                state, total = train_steps(static, graph, state, tokens, seed, *bounds)
+                state, total = train_steps(config, graph, state, tokens, seed, *bounds)
                 bits += float(jax.device_get(total))
                 advance(last, bits / (last - step))
             record = {"step": stop, "train_loss_bits_per_byte": bits / (stop - step)}

@@ -55,9 +55,7 @@ class OPTConfig:
         if self.hidden % self.heads:
             raise ValueError(f"OPT: hidden size {self.hidden} does not divide into {self.heads} heads")
         if self.activation not in ACTIVATIONS:
-            raise ValueError(
-                f"OPT: activation {self.activation!r} is not supported; expected {' or '.join(ACTIVATIONS)}"
-            )
+            raise ValueError(f"OPT: activation is {self.activation!r}; expected {' or '.join(ACTIVATIONS)}")
 
     @property
     def shape(self) -> ModelShape:

@@ -1,6 +1,7 @@
 """Reading and writing checkpoints: round trips, every kind of file, and every kind of mistake."""
 
 import builtins
+import dataclasses
 import json
 
 import jax
@@ -25,7 +26,7 @@ HUGGINGFACE = {
     "max_position_embeddings": 41,
     "word_embed_proj_dim": 35,
 }
-IDS = jnp.arange(21).reshape(3, 7)
+IDS = np.arange(21, dtype=np.int32).reshape(3, 7)
 
 
 def tensors(seed=0, dtype=np.float32):
@@ -91,7 +92,7 @@ def test_save_and_load(config, dtype, tmp_path):
     models.save(model, tmp_path / "model")
     loaded = models.load(tmp_path / "model")
     assert equal(model, loaded) and loaded.shape == model.shape and loaded.config == config
-    np.testing.assert_array_equal(loaded(IDS), model(IDS))
+    np.testing.assert_array_equal(loaded(jax.device_put(IDS)), model(jax.device_put(IDS)))
 
 
 def test_load_in_another_dtype(tmp_path):
@@ -99,7 +100,7 @@ def test_load_in_another_dtype(tmp_path):
     models.save(model, tmp_path / "model")
     loaded = models.load(tmp_path / "model", dtype=jnp.bfloat16)
     assert loaded.shape.dtype == "bfloat16" and equal(loaded, models.load(tmp_path / "model", dtype="bfloat16"))
-    np.testing.assert_allclose(loaded(IDS), model(IDS), atol=1e-2)
+    np.testing.assert_allclose(loaded(jax.device_put(IDS)), model(jax.device_put(IDS)), atol=1e-2)
 
 
 def test_save_replaces_only_what_is_ours(tmp_path):
@@ -152,16 +153,17 @@ def test_ours_damaged_or_mismatched(tmp_path):
 
 
 def test_create():
-    model = models.create("opt-125m")
-    values = parameters_of(model)
+    values = parameters_of(
+        models.create(dataclasses.replace(CONFIG, hidden=350, embedding=350, intermediate=530, vocab=997))
+    )
     assert all(value.dtype == jnp.bfloat16 for value in values.values())
-    for name, value in list(values.items())[:20]:
+    for name, value in values.items():
         kind = name.rpartition(".")[2]
         mean, std = {"kernel": (0, 0.02), "embedding": (0, 0.02), "scale": (1, 0), "bias": (0, 0)}[kind]
         value = np.asarray(value, np.float32)
         assert abs(value.mean() - mean) < 1e-3 and abs(value.std() - std) < 1e-3, name
     first, second = values["layers.0.attention.query.kernel"], values["layers.1.attention.query.kernel"]
-    assert (first != second).mean() > 0.9
+    assert (np.asarray(first) != np.asarray(second)).mean() > 0.9
 
 
 def test_create_depends_on_the_seed_only():
@@ -182,7 +184,7 @@ def test_unknown_presets_and_dtypes_are_named():
 
 
 def test_every_tensor_lands_where_it_is_used(directory):
-    given, ours = tensors(), parameters_of(models.load(directory))
+    given, ours = tensors(), jax.device_get(parameters_of(models.load(directory)))
     attention, theirs = "layers.1.attention", "model.decoder.layers.1.self_attn"
     x = np.random.default_rng(1).normal(size=(3, 35)).astype(np.float32)
     for our, their in [("query", "q_proj"), ("key", "k_proj"), ("value", "v_proj")]:

@@ -1,5 +1,6 @@
 """OPT against transformers' own, and against the published sizes."""
 
+import dataclasses
 import json
 
 import jax
@@ -65,11 +66,11 @@ def test_logits_equal_transformers(variant, tmp_path):
     with torch.no_grad():
         expected = theirs(torch.tensor(ids), attention_mask=torch.tensor(mask)).logits.numpy()
         unmasked = theirs(torch.tensor(ids)).logits.numpy()
-    logits = ours(jnp.asarray(ids), jnp.asarray(mask))
+    logits = ours(jax.device_put(ids), jax.device_put(mask))
     assert logits.dtype == jnp.float32
     assert np.abs(expected).max() > 1  # or the comparison says little
-    np.testing.assert_allclose(logits[mask == 1], expected[mask == 1], atol=1e-4, rtol=1e-4)
-    np.testing.assert_allclose(ours(jnp.asarray(ids)), unmasked, atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(np.asarray(logits)[mask == 1], expected[mask == 1], atol=1e-4, rtol=1e-4)
+    np.testing.assert_allclose(ours(jax.device_put(ids)), unmasked, atol=1e-4, rtol=1e-4)
     assert ours.shape.dtype == "float32"
 
 
@@ -83,10 +84,12 @@ def test_greedy_continuation_equals_transformers(tmp_path):
     expected = theirs.generate(
         torch.tensor(ids), attention_mask=torch.tensor(mask), max_new_tokens=11, do_sample=False, eos_token_id=None
     )
+    # As much padding as there will be new tokens, so that one compiled length serves every step.
+    ids, mask = (np.pad(array, [(0, 0), (11, 0)]) for array in (ids, mask))
     for _ in range(11):
-        token = ours(jnp.asarray(ids), jnp.asarray(mask))[:, -1].argmax(axis=-1)
-        ids = np.concatenate([ids, np.asarray(token, np.int32)[:, None]], axis=1)
-        mask = np.concatenate([mask, np.ones_like(mask[:, :1])], axis=1)
+        token = np.asarray(ours(jax.device_put(ids), jax.device_put(mask)))[:, -1].argmax(axis=-1).astype(np.int32)
+        ids = np.concatenate([ids[:, 1:], token[:, None]], axis=1)
+        mask = np.concatenate([mask[:, 1:], np.ones_like(mask[:, :1])], axis=1)
     np.testing.assert_array_equal(ids, expected.numpy())
 
 
@@ -133,7 +136,7 @@ def test_presets_equal_transformers_count():
 
 
 def test_no_copy_that_nobody_asked_for():
-    model = models.create(TINY, dtype="bfloat16")
+    model = models.create(TINY, dtype="float32")
     ids, mask = (jax.device_put(array) for array in ragged())
     with jax.transfer_guard("disallow"):
         logits = model(ids, mask)
@@ -141,47 +144,55 @@ def test_no_copy_that_nobody_asked_for():
 
 
 def test_split_merge_and_jit_give_the_same_logits():
-    model = models.create(TINY, dtype="float32")
-    ids, mask = (jnp.asarray(array) for array in ragged())
+    model = models.create(dataclasses.replace(TINY, layers=1), dtype="float32")
+    ids, mask = (jax.device_put(array) for array in ragged())
     graph, state = nnx.split(model)
-    jitted = jax.jit(lambda state, ids, mask: nnx.merge(graph, state)(ids, mask))
-    np.testing.assert_allclose(jitted(state, ids, mask), model(ids, mask), atol=1e-6)
-    gradient = jax.grad(lambda state: nnx.merge(graph, state)(ids, mask).sum())(state)
-    assert all(jnp.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
+    forward = jax.jit(lambda state, ids, mask: nnx.merge(graph, state)(ids, mask))
+    np.testing.assert_allclose(forward(state, ids, mask), model(ids, mask), atol=1e-6)
+    gradient = jax.jit(jax.grad(lambda state: nnx.merge(graph, state)(ids, mask).sum()))(state)
+    norms = [np.linalg.norm(leaf) for leaf in jax.tree.leaves(gradient)]
+    assert np.isfinite(norms).all() and max(norms) > 0
 
 
 def test_what_the_library_asks_of_a_model():
     """embed, layers and unembed work on [batch, hidden] as on [tokens, batch, hidden], and make up the forward pass."""
-    model = models.create(OPTConfig("narrow", 2, 35, 5, 53, 97, 41, embedding=17))
-    assert model.shape.layers[0].head_dim == 7 and model.shape.embedding == 17 and model.shape.dtype == "bfloat16"
-    ids = jnp.asarray(ragged()[0][:, :1])
-    one = model.embed(ids[:, 0], jnp.zeros(7, jnp.int32))
-    assert one.shape == (7, 35) and one.dtype == jnp.bfloat16
-    hidden = one
-    for layer in model.layers:
-        # One token attends to itself only: its value, whatever the scores.
-        hidden = layer(hidden, lambda x, projections: causal(jnp.zeros(7, jnp.int32))(x[None], projections)[0])
-    np.testing.assert_allclose(model.unembed(hidden), model(ids)[:, 0], atol=2e-2)
+    model = models.create(OPTConfig("narrow", 2, 35, 5, 53, 97, 41, embedding=17), dtype="float32")
+    assert model.shape.layers[0].head_dim == 7 and model.shape.embedding == 17 and model.shape.dtype == "float32"
+    graph, state = nnx.split(model)
+
+    @jax.jit
+    def step(state, token_ids):
+        model, padding = nnx.merge(graph, state), jnp.zeros(7, jnp.int32)
+        hidden = model.embed(token_ids, padding)
+        for layer in model.layers:
+            # A first token attends to itself only.
+            hidden = layer(hidden, lambda x, projections: causal(padding)(x[None], projections)[0])
+        return hidden, model.unembed(hidden)
+
+    ids = ragged()[0][:, :1]
+    hidden, logits = step(state, jax.device_put(ids[:, 0]))
+    assert hidden.shape == (7, 35) and logits.shape == (7, 97) and logits.dtype == jnp.float32
+    np.testing.assert_allclose(logits, np.asarray(model(jax.device_put(ids)))[:, 0], atol=1e-5)
 
 
 def test_ids_beyond_the_tables_are_seen():
     model = models.create(TINY, dtype="float32")
-    assert jnp.isnan(model(jnp.full((1, 2), 97))).any()
+    assert np.isnan(model(jax.device_put(np.full((1, 2), 97, np.int32)))).any()
 
 
 @pytest.mark.parametrize(
     ("ids", "mask", "message"),
     [
-        (jnp.zeros((2, 42), jnp.int32), None, "42 tokens; tiny has 41 positions"),
-        (jnp.zeros(5, jnp.int32), None, r"expected integers \[batch, tokens\]"),
-        (jnp.zeros((2, 5)), None, "expected integers"),
-        (jnp.zeros((2, 5), jnp.int32), jnp.ones((2, 4)), r"shape \[2, 4\]"),
-        (jnp.zeros((2, 3), jnp.int32), jnp.array([[0, 1, 1], [1, 1, 0]]), "row 1 .* left"),
+        (np.zeros((2, 42), np.int32), None, "42 tokens; tiny has 41 positions"),
+        (np.zeros(5, np.int32), None, r"expected integers \[batch, tokens\]"),
+        (np.zeros((2, 5)), None, "expected integers"),
+        (np.zeros((2, 5), np.int32), np.ones((2, 4)), r"shape \[2, 4\]"),
+        (np.zeros((2, 3), np.int32), np.array([[0, 1, 1], [1, 1, 0]]), "row 1 .* left"),
     ],
 )
 def test_bad_input_is_one_clear_line(ids, mask, message):
     with pytest.raises(ValueError, match=message) as raised:
-        models.create(TINY)(ids, mask)
+        models.create(TINY, dtype="float32")(ids, mask)
     assert "\n" not in str(raised.value)
 
 
