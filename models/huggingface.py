@@ -261,10 +261,10 @@ def _put(array: np.ndarray, dtype: str, sharding: Sharding) -> Array:
 
     Waits, so that one tensor at a time is in flight.
     """
-    placed = jax.device_put(array, sharding)
-    if array.dtype != jnp.dtype(dtype):
-        placed = _cast(dtype, sharding)(placed)
-    return placed.block_until_ready()
+    if array.dtype == jnp.dtype(dtype):
+        return jax.device_put(array, sharding).block_until_ready()
+    # Through device memory even where the sharding is the host's: nothing computes on host arrays.
+    return _cast(dtype, sharding)(jax.device_put(array, sharding.with_memory_kind("device"))).block_until_ready()
 
 
 @functools.lru_cache(maxsize=64)

@@ -226,6 +226,8 @@ def test_straight_to_its_sharding(directory):
     model = models.load(directory, sharding=lambda name, shape: host if name.startswith("layers.1.") else device)
     for name, value in parameters_of(model).items():
         assert value.sharding == (host if name.startswith("layers.1.") else device)
+    cast = parameters_of(models.load(directory, dtype="bfloat16", sharding=host))["tokens.embedding"]
+    assert cast.sharding == host and cast.dtype == jnp.bfloat16
     assert parameters_of(models.create(CONFIG, sharding=host))["tokens.embedding"].sharding == host
     models.save(model, directory / "ours")
     loaded = models.load(directory / "ours", sharding=host)
