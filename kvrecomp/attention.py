@@ -7,9 +7,9 @@ q a query, absorption moves the projections to the other side (Slim attention, a
     output    sum_s p_s (x_s W_V + b_V)    = (sum_s p_s x_s) W_V + b_V        since the weights p sum to one
 
 so that nothing is recomputed. `q . b_K` is the same for all tokens and would drop out of one softmax; it is kept
-because blocks of different forms share one. Where K is normalised or rotated after its projection, K is recomputed from x and
-only V is absorbed. Every block gives a `Partial`; `merge` joins them by log-sum-exp, so the result does not depend on
-how tokens were cut into blocks.
+because blocks of different forms share one. Where K is normalised or rotated after its projection, K is recomputed from
+x and only V is absorbed. Every block gives a `Partial`; `merge` joins them by log-sum-exp, so the result does not
+depend on how tokens were cut into blocks.
 
 Axes: b batch row, s cached token, t prompt token, n heads = k kv_heads x g queries of each, d head_dim, h hidden.
 Tokens come first in arrays, since the blocks are token-major.

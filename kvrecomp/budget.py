@@ -46,7 +46,7 @@ def limits(budget: Budget, weights: int) -> dict[str, float]:
 
 
 def check_memory(plan: Plan, budget: Budget | None = None) -> None:
-    """Raises `PlanError`, with sizes and with what would fit, if the plan needs more than the budget (default: free)."""
+    """Raises `PlanError`, with sizes and with what would fit, if the plan needs more than the budget."""
     needed = memory_needed(plan)
     for place, limit in limits(budget or Budget(), needed["device"]["weights"]).items():
         total = sum(needed[place].values())

@@ -16,7 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvrecomp.plan import BlockSpec, Form, LayerShape, Memory
+from kvrecomp import memory
+from kvrecomp.plan import BlockSpec, Form, LayerShape, Memory, Plan
 
 STATIC: dict = {"static": True}  # part of the tree's structure, so it selects the program
 
@@ -74,9 +75,9 @@ class Cache:
     def tails(self) -> tuple[Block, ...]:
         return tuple(layer.tail for layer in self.layers)
 
-    def bytes_in(self, memory: Memory) -> int:
+    def bytes_in(self, place: Memory) -> int:
         """Bytes of all blocks in that memory; those in `host` cross the link once a step."""
-        return sum(block.nbytes for own in self.blocks for block in own if block.memory == memory)
+        return sum(block.nbytes for own in self.blocks for block in own if block.memory == place)
 
     @property
     def layout(self) -> tuple[tuple[BlockSpec, ...], ...]:
@@ -110,10 +111,33 @@ def block_shapes(spec: BlockSpec, layer: LayerShape, batch: int) -> tuple[tuple[
     return ((spec.tokens, batch, layer.kv_heads, layer.head_dim),) * 2
 
 
-def empty_tail(form: Form, tokens: int, layer: LayerShape, batch: int, dtype) -> Block:
-    """A tail of zeros: its unused slots are masked, and must be finite for that."""
-    shapes = block_shapes(BlockSpec(form, "device", tokens), layer, batch)
-    return Block(tuple(jnp.zeros(shape, dtype) for shape in shapes), form, "device")
+def describe_blocks(plan: Plan, write_outs: int) -> tuple[tuple[Block, ...], ...]:
+    """The blocks of every layer after that many write-outs, as abstract arrays to lower a program with."""
+    return tuple(
+        tuple(_describe(spec, layer, plan) for spec in own)
+        for own, layer in zip(plan.blocks(write_outs), plan.shape.layers, strict=True)
+    )
+
+
+def describe_tails(plan: Plan) -> tuple[Block, ...]:
+    """The tails of every layer, as abstract arrays."""
+    return tuple(
+        _describe(BlockSpec(own.tail, "device", plan.tail), layer, plan)
+        for own, layer in zip(plan.layers, plan.shape.layers, strict=True)
+    )
+
+
+def _describe(spec: BlockSpec, layer: LayerShape, plan: Plan) -> Block:
+    # jax takes a ShapeDtypeStruct for an array on the device whatever its sharding says; the type of a host array
+    # carries the memory it is in, and so do its variations.
+    like = jax.typeof(memory.one_number(spec.memory, plan.shape.dtype))
+    shapes = block_shapes(spec, layer, plan.workload.batch)
+    return Block(tuple(like.update(shape=shape) for shape in shapes), spec.form, spec.memory)
+
+
+def empty_tails(plan: Plan) -> tuple[Block, ...]:
+    """Tails of zeros: unused slots are masked, and must be finite for that."""
+    return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), describe_tails(plan))
 
 
 def append(tail: Block, slot: Array, arrays: Sequence[Array]) -> Block:

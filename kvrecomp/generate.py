@@ -113,6 +113,8 @@ class TokenLoop:
             for index in range(max_new_tokens):
                 arriving = (report, logits if self.output_logits else None)
                 jax.tree.map(lambda array: array.copy_to_host_async(), arriving)
+                if index == 0:  # the first step may wait for its program; the first token should not
+                    jax.block_until_ready(report)
                 if index + 1 < max_new_tokens:  # dispatched before the token at hand is looked at
                     cache, logits = self.decoder.step(cache, tokens)
                     rows, tokens, report = choose_next(rows, logits)

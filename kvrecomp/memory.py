@@ -5,10 +5,13 @@ at 64 GB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set before the backend star
 machine's memory when it still can.
 """
 
+import functools
 import os
 import pathlib
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
 from kvrecomp.plan import Memory
@@ -33,6 +36,12 @@ def backend_started() -> bool:
         return True
     jax.config.update(name, before)
     return False
+
+
+@functools.cache
+def one_number(memory: Memory, dtype: str) -> jax.Array:
+    """The smallest array there is in that memory: its type says where it is."""
+    return jax.device_put(np.zeros((), jnp.dtype(dtype)), sharding(memory))
 
 
 def _proc_meminfo(field: str) -> int:

@@ -18,7 +18,6 @@ Nothing here imports jax: a plan can be made, printed and compared anywhere.
 import dataclasses
 import io
 import itertools
-import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -229,6 +228,10 @@ class Plan:
     def write_outs(self) -> int:
         """How often the tail is written out: when full, and only if another token follows."""
         return max(0, (self.workload.new - 1) // self.tail)
+
+    def written_to(self, write_outs: int) -> tuple[Memory, ...]:
+        """Where each layer's tail goes when it is written out the given time, counted from 0."""
+        return tuple(layer.grown[min(write_outs, len(layer.grown) - 1)] for layer in self.layers)
 
     def blocks(self, write_outs: int = 0) -> tuple[tuple[BlockSpec, ...], ...]:
         """The blocks of every layer after that many write-outs."""

@@ -10,6 +10,7 @@ padding and the number of tokens in the tail are data: changing them compiles no
 """
 
 import collections
+import functools
 import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +24,17 @@ from jax import Array
 
 from kvrecomp import attention, memory
 from kvrecomp.budget import check_memory
-from kvrecomp.cache import Block, Cache, LayerCache, append, cut, empty_tail, make_cache
+from kvrecomp.cache import (
+    Block,
+    Cache,
+    LayerCache,
+    append,
+    cut,
+    describe_blocks,
+    describe_tails,
+    empty_tails,
+    make_cache,
+)
 from kvrecomp.plan import Budget, Memory, Method, ModelShape, Plan, PlanError, Schedule
 from kvrecomp.programs import Compiled, Programs
 from kvrecomp.prompt import check_prompt
@@ -78,7 +89,7 @@ class Window:
         return self._in_use
 
     def used(self, result: Array) -> Array:
-        """Says that the block taken last is no longer needed once `result` is computed; go on with what this returns."""
+        """Says that the block taken last is not needed once `result` is computed; go on with what this returns."""
         self._in_use = None
         return self._start(result) if self._schedule == "pipelined" else result
 
@@ -155,10 +166,9 @@ def decode_step(model: Model, plan: Plan, cache: Cache, token_ids: Array) -> tup
 
 def prefill(model: Model, plan: Plan, token_ids: Array, padding: Array) -> tuple[Any, tuple[Block, ...], Array]:
     """Prompts int32[t, b], left-padded by int32[b] -> blocks, empty tails, logits float32[b, vocab]."""
-    tokens, batch = token_ids.shape
-    hidden = model.embed(token_ids, attention.positions_of(jnp.arange(tokens), padding))
-    blocks, tails = [], []
-    for layer, layer_plan, shape in zip(model.layers, plan.layers, plan.shape.layers, strict=True):
+    hidden = model.embed(token_ids, attention.positions_of(jnp.arange(len(token_ids)), padding))
+    blocks = []
+    for layer, layer_plan in zip(model.layers, plan.layers, strict=True):
 
         def attend(x: Array, projections: attention.Projections) -> Array:
             mixed, key, value = attention.attend_causal(projections, x, padding)
@@ -166,8 +176,7 @@ def prefill(model: Model, plan: Plan, token_ids: Array, padding: Array) -> tuple
             return mixed
 
         hidden = layer(hidden, attend)
-        tails.append(empty_tail(layer_plan.tail, plan.tail, shape, batch, hidden.dtype))
-    return tuple(blocks), tuple(tails), model.unembed(hidden[-1])
+    return tuple(blocks), empty_tails(plan), model.unembed(hidden[-1])
 
 
 # --- the decoder ------------------------------------------------------------------------------------------------------
@@ -194,12 +203,10 @@ class Decoder:
         self.plan = plan
         self._graph, self._state = nnx.split(model)
         self._programs = Programs()
-        self._stand_ins: dict[Any, Array] = {}
-        self._on_device = memory.sharding("device")
 
     @property
     def compiled(self) -> dict[Hashable, Compiled]:
-        """The programs so far: "prefill", ("step", write-outs before it), ("write-out", memory of each layer)."""
+        """The programs so far: ("prefill",), ("step", write-outs before it), ("write-out", memory of each layer)."""
         return self._programs.compiled
 
     def prefill(self, input_ids: Any, attention_mask: Any = None) -> tuple[Cache, Array]:
@@ -209,10 +216,11 @@ class Decoder:
         id is outside the vocabulary.
         """
         token_ids, padding = check_prompt(input_ids, attention_mask, self.plan)
+        program = self._program("prefill")
+        self._prepare(("step", 0))  # while the prompt is computed
         token_ids, padding, length = jax.device_put(
-            (np.ascontiguousarray(token_ids.T), padding, np.int32(token_ids.shape[1])), self._on_device
+            (np.ascontiguousarray(token_ids.T), padding, np.int32(token_ids.shape[1])), memory.sharding("device")
         )
-        program = self._programs.get("prefill", lambda: self._lower_prefill(token_ids, padding))
         blocks, tails, logits = program(self._state, token_ids, padding)
         return make_cache(blocks, tails, padding, length, 0), logits
 
@@ -229,9 +237,9 @@ class Decoder:
             )
         if cache.in_tail == plan.tail:
             cache, write_outs = self._write_out(cache, write_outs), write_outs + 1
-        program = self._programs.get(("step", write_outs), lambda: self._lower_step(cache))
+        program = self._program("step", write_outs)
         if write_outs < plan.write_outs:
-            self._prepare(cache, write_outs)
+            self._prepare(("write-out", plan.written_to(write_outs)), ("step", write_outs + 1))
         tails, length, logits = program(
             self._state, cache.blocks, cache.tails, cache.padding, cache.length, token_ids
         )
@@ -239,74 +247,59 @@ class Decoder:
 
     def _write_out(self, cache: Cache, write_outs: int) -> Cache:
         """The cache with its full tails as blocks, and empty tails."""
-        memories = self._written_to(write_outs)
-        program = self._programs.get(("write-out", memories), lambda: self._lower_write_out(cache.tails, memories))
-        blocks = [(*own, new) for own, new in zip(cache.blocks, program(cache.tails), strict=True)]
+        new = self._program("write-out", self.plan.written_to(write_outs))(cache.tails)
+        blocks = [(*own, block) for own, block in zip(cache.blocks, new, strict=True)]
         return make_cache(blocks, cache.tails, cache.padding, cache.length, 0)
 
-    def _prepare(self, cache: Cache, write_outs: int) -> None:
-        """Compiles in the background what the next write-out, the given one, and the step after it need."""
-        if ("step", write_outs + 1) in self._programs:
-            return
-        memories = self._written_to(write_outs)
-        tails = jax.tree.map(_struct, cache.tails)
-        blocks = [
-            (*own, self._stand_in(tail, place)) for own, tail, place in zip(cache.blocks, tails, memories, strict=True)
-        ]
-        like = make_cache(blocks, tails, _struct(cache.padding), _struct(cache.length), 0)
-        self._programs.start(("write-out", memories), lambda: self._lower_write_out(tails, memories))
-        self._programs.start(("step", write_outs + 1), lambda: self._lower_step(like))
+    # --- the jit boundary: static are the plan and what names the program, all else is data ---
 
-    def _written_to(self, write_outs: int) -> tuple[Memory, ...]:
-        """Where each layer's tail goes when it is written out for the given time."""
-        return tuple(layer.grown[min(write_outs, len(layer.grown) - 1)] for layer in self.plan.layers)
+    def _program(self, *name: Any) -> Any:
+        return self._programs.get(name, lambda: self._lower(*name))
 
-    def _stand_in(self, tail: Block, place: Memory) -> Block:
-        """A block to lower with, like a written-out tail: jax takes a described host array for one on the device."""
+    def _prepare(self, *names: tuple[Any, ...]) -> None:
+        """Compiles programs in the background."""
+        for name in names:
+            self._programs.start(name, functools.partial(self._lower, *name))
 
-        def array(like: jax.ShapeDtypeStruct) -> Any:
-            if place == "device":
-                return like
-            key = (like.shape, like.dtype)
-            if key not in self._stand_ins:
-                self._stand_ins[key] = jax.device_put(np.zeros(like.shape, like.dtype), memory.sharding("host"))
-            return self._stand_ins[key]
+    def _lower(self, kind: str, *which: Any) -> Any:
+        lower = {"prefill": self._lower_prefill, "step": self._lower_step, "write-out": self._lower_write_out}
+        return lower[kind](*which)
 
-        return Block(tuple(array(like) for like in tail.arrays), tail.form, place)
-
-    # --- the jit boundary: static are the plan and the layout, all else is data ---
-
-    def _lower_prefill(self, token_ids: Array, padding: Array) -> Any:
+    def _lower_prefill(self) -> Any:
         def program(state, token_ids, padding):
             return prefill(nnx.merge(self._graph, state), self.plan, token_ids, padding)
 
-        blocks, tails, _ = jax.eval_shape(program, self._state, token_ids, padding)
-        shardings = (_shardings(blocks), _shardings(tails), self._on_device)
-        return jax.jit(program, out_shardings=shardings).lower(self._state, token_ids, padding)
+        work = self.plan.workload
+        inputs = self._state, _ints(work.prompt, work.batch), _ints(work.batch)
+        blocks, tails, _ = jax.eval_shape(program, *inputs)
+        shardings = (_shardings(blocks), _shardings(tails), memory.sharding("device"))
+        return jax.jit(program, out_shardings=shardings).lower(*inputs)
 
-    def _lower_step(self, cache: Cache) -> Any:
+    def _lower_step(self, write_outs: int) -> Any:
         def program(state, blocks, tails, padding, length, token_ids):
             cache = make_cache(blocks, tails, padding, length, 0)
             tails, logits = decode_step(nnx.merge(self._graph, state), self.plan, cache, token_ids)
             return tails, length + 1, logits
 
-        token_ids = jax.ShapeDtypeStruct((self.plan.workload.batch,), jnp.int32, sharding=self._on_device)
-        return jax.jit(program, donate_argnames=("tails", "length")).lower(
-            self._state, cache.blocks, cache.tails, cache.padding, cache.length, token_ids
-        )
+        batch = self.plan.workload.batch
+        blocks = describe_blocks(self.plan, write_outs)
+        inputs = self._state, blocks, describe_tails(self.plan), _ints(batch), _ints(), _ints(batch)
+        shardings = (None, _shardings(blocks), None, None, None, None)
+        return jax.jit(program, in_shardings=shardings, donate_argnames=("tails", "length")).lower(*inputs)
 
-    def _lower_write_out(self, tails: Sequence[Block], memories: Sequence[Memory]) -> Any:
+    def _lower_write_out(self, memories: Sequence[Memory]) -> Any:
         def program(tails):
             return tuple(
                 Block(jax.tree.map(jnp.copy, tail.arrays), tail.form, place)
                 for tail, place in zip(tails, memories, strict=True)
             )
 
+        tails = describe_tails(self.plan)
         return jax.jit(program, out_shardings=_shardings(jax.eval_shape(program, tails))).lower(tails)
 
 
-def _struct(array: Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=memory.sharding("device"))
 
 
 def _shardings(blocks: Any) -> Any:
