@@ -7,9 +7,9 @@ q a query, absorption moves the projections to the other side (Slim attention, a
     output    sum_s p_s (x_s W_V + b_V)    = (sum_s p_s x_s) W_V + b_V        since the weights p sum to one
 
 so that nothing is recomputed. `q . b_K` is the same for all tokens and would drop out of one softmax; it is kept
-because blocks of different forms share one. Where K is normalised or rotated after its projection, K is recomputed from
-x and only V is absorbed. Every block gives a `Partial`; `merge` joins them by log-sum-exp, so the result does not
-depend on how tokens were cut into blocks.
+because blocks of different forms share one. Where K is normalised or rotated after its projection, K is recomputed
+from x and only V is absorbed. Blocks give a `Partial` each as they arrive; `merge` joins them by log-sum-exp, so the
+result does not depend on how tokens were cut into blocks.
 
 Axes: b batch row, s cached token, t prompt token, n heads = k kv_heads x g queries of each, d head_dim, h hidden.
 Tokens come first in arrays, since the blocks are token-major.
@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvrecomp.plan import Method
+from kvrecomp.plan import Form, Method
 
 MASKED = -1e30  # finite: a block that is masked whole must not give NaN, its weight vanishes when merged
 SCORE_BYTES = 2**28  # scores of one chunk of queries during prefill
@@ -142,26 +142,47 @@ def causal(padding: Array) -> Attend:
 # --- the newest token over blocks -------------------------------------------------------------------------------------
 
 
-class Partial(NamedTuple):
-    """Softmax attention over one block, not yet normalised.
+Mixes = Literal["values", "activations"]
 
-    `maximum` and `total` float32[b, k, g] are the largest score and the sum of exp(score - maximum); `mixed` float32
-    [b, k, g, w] is that weighted sum over values (w = d) or, where V is absorbed, over activations (w = h).
+
+class Partial(NamedTuple):
+    """Softmax attention over some of the tokens.
+
+    `log_total` float32[b, k, g] is the log of the sum of exp(score); `mixed` [b, k, g, w] is the weighted mean of their
+    values (w = d) or, where V is absorbed, of their activations (w = h).
     """
 
-    maximum: Array
-    total: Array
+    log_total: Array
     mixed: Array
-    mixes: Literal["values", "activations"]
+    mixes: Mixes
+
+
+class Cached(NamedTuple):
+    """Cached tokens to attend to: a block's arrays, on the device, and the slot of its first token."""
+
+    form: Form
+    arrays: tuple[Array, ...]
+    start: int
+
+    @property
+    def slots(self) -> Array:
+        """int32[s]."""
+        return self.start + jnp.arange(self.arrays[0].shape[0])
 
 
 @dataclass(frozen=True)
 class Query:
-    """The newest token of each row, ready to be attended from: x [b, h] at positions int32[b]."""
+    """The newest token of each row: x [b, h] in slot int32[] of rows left-padded by int32[b]."""
 
     projections: Projections
     x: Array
-    positions: Array
+    slot: Array
+    padding: Array
+
+    @property
+    def positions(self) -> Array:
+        """int32[b]."""
+        return self.slot - self.padding
 
     @functools.cached_property
     def heads(self) -> Array:
@@ -180,60 +201,76 @@ class Query:
         return absorbed, jnp.einsum("bkgd,kd->bkg", self.heads, bias, preferred_element_type=jnp.float32)
 
 
-def attend_keys_values(query: Query, key: Array, value: Array, seen: Array) -> Partial:
-    """key and value [s, b, k, d], seen bool[s, b] -> Partial over values."""
-    return _mix(query, _key_scores(query, key), value, seen, "values")
+def attend(query: Query, cached: Sequence[Cached], method: Method) -> list[Partial]:
+    """Attention over all of the given tokens: one partial for the values and one for the activations that are mixed.
+
+    `method` says how activations are used: "absorb" what can be, or "recompute" K and V from them.
+    """
+    scored = [_score(query, tokens, method) for tokens in cached]
+    partials = []
+    for mixes in ("values", "activations"):
+        own = [(scores, mixable) for scores, mixable, kind in scored if kind == mixes]
+        if own:
+            partials.append(_mix(own, mixes))
+    return partials
 
 
-def attend_activations(query: Query, x: Array, positions: Array, seen: Array, method: Method) -> Partial:
-    """x [s, b, h] at positions int32[s, b], seen bool[s, b] -> Partial; absorbing what can be, or recomputing all."""
+def _score(query: Query, cached: Cached, method: Method) -> tuple[Array, Array, Mixes]:
+    """float32[b, k, g, s] scores, and what is to be mixed with their weights: V [s, b, k, d] or x [s, b, h]."""
     projections = query.projections
-    if method == "recompute":
-        return attend_keys_values(query, projections.keys(x, positions), projections.values(x), seen)
-    if projections.encode_key is None:
+    if cached.form == "keys_values":
+        key, mixable = cached.arrays
+        mixes: Mixes = "values"
+    else:
+        (x,) = cached.arrays
+        recompute = method == "recompute"
+        positions = positions_of(cached.slots, query.padding)
+        key = projections.keys(x, positions) if recompute or projections.encode_key is not None else None
+        mixable, mixes = (projections.values(x), "values") if recompute else (x, "activations")
+    if key is None:
         absorbed, constant = query.absorbed
-        scores = jnp.einsum("bkgh,sbh->bkgs", absorbed, x, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bkgh,sbh->bkgs", absorbed, mixable, preferred_element_type=jnp.float32)
         scores = scores if constant is None else scores + constant[..., None]
     else:
-        scores = _key_scores(query, projections.keys(x, positions))
-    return _mix(query, scores, x, seen, "activations")
+        scores = jnp.einsum("bkgd,sbkd->bkgs", query.heads, key, preferred_element_type=jnp.float32)
+    seen = visible(cached.slots, query.padding, query.slot[None], projections.sliding_window)[0]
+    return jnp.where(seen.T[:, None, None], projections.bound(scores), MASKED), mixable, mixes
 
 
-def _key_scores(query: Query, key: Array) -> Array:
-    return jnp.einsum("bkgd,sbkd->bkgs", query.heads, key, preferred_element_type=jnp.float32)
-
-
-def _mix(query: Query, scores: Array, mixable: Array, seen: Array, mixes: Literal["values", "activations"]) -> Partial:
-    scores = jnp.where(seen.T[:, None, None], query.projections.bound(scores), MASKED)
-    maximum = scores.max(axis=-1)
-    weights = jnp.exp(scores - maximum[..., None])
+def _mix(scored: Sequence[tuple[Array, Array]], mixes: Mixes) -> Partial:
+    """One softmax over several pieces of scores, each with what it weighs."""
+    scores = jnp.concatenate([piece for piece, _ in scored], axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)
     subscripts = "bkgs,sbkd->bkgd" if mixes == "values" else "bkgs,sbh->bkgh"
-    mixed = jnp.einsum(subscripts, weights.astype(mixable.dtype), mixable, preferred_element_type=jnp.float32)
-    return Partial(maximum, weights.sum(axis=-1), mixed, mixes)
+    mixed, start = [], 0
+    for piece, mixable in scored:
+        own = weights[..., start : start + piece.shape[-1]].astype(mixable.dtype)
+        mixed.append(jnp.einsum(subscripts, own, mixable))
+        start += piece.shape[-1]
+    return Partial(jax.nn.logsumexp(scores, axis=-1), functools.reduce(jnp.add, mixed), mixes)
 
 
 def merge(query: Query, partials: Sequence[Partial]) -> Array:
-    """All blocks' partial results -> [b, n * d], in the dtype of x."""
-    maximum = functools.reduce(jnp.maximum, (partial.maximum for partial in partials))
-    scales = [jnp.exp(partial.maximum - maximum) for partial in partials]
-    total = sum(scale * partial.total for scale, partial in zip(scales, partials))
+    """Partial results over disjoint tokens -> [b, n * d], in the dtype of x.
 
-    def weighted(mixes: str) -> tuple[Array, Array] | None:
-        """The share of the weights that lies in blocks of that kind, and their mix."""
-        own = [(scale / total, partial) for scale, partial in zip(scales, partials) if partial.mixes == mixes]
-        if not own:
-            return None
-        share = sum(scale * partial.total for scale, partial in own)
-        return share, sum(scale[..., None] * partial.mixed for scale, partial in own)
+    Each counts by its share of the weights, exp(log_total) over the sum of all.
+    """
+    shares = jax.nn.softmax(jnp.stack([partial.log_total for partial in partials]), axis=0)
 
-    dtype = query.x.dtype
-    out = jnp.zeros((), dtype)
-    if (values := weighted("values")) is not None:
-        out = values[1]
-    if (activations := weighted("activations")) is not None:
-        share, mixed = activations
+    def weighted(mixes: Mixes) -> tuple[Array, Array]:
+        """The share of the partials of that kind, and their mix."""
+        own = [(share[..., None], partial.mixed) for share, partial in zip(shares, partials) if partial.mixes == mixes]
+        if len(own) == len(partials) == 1:
+            return jnp.ones((), jnp.float32), own[0][1]
+        return sum(share for share, _ in own), sum(share * mixed for share, mixed in own)
+
+    kinds, dtype = {partial.mixes for partial in partials}, query.x.dtype
+    out = jnp.zeros((), jnp.float32)
+    if "values" in kinds:
+        out = weighted("values")[1]
+    if "activations" in kinds:
+        share, mixed = weighted("activations")
         kernel, bias = query.projections.value
-        out = out + jnp.einsum("bkgh,hkd->bkgd", mixed.astype(dtype), kernel, preferred_element_type=jnp.float32)
-        if bias is not None:
-            out = out + share[..., None] * bias[:, None]
+        out += jnp.einsum("bkgh,hkd->bkgd", mixed.astype(dtype), kernel, preferred_element_type=jnp.float32)
+        out += 0 if bias is None else share * bias[:, None]
     return out.astype(dtype).reshape(query.x.shape[0], -1)

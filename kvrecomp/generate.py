@@ -113,13 +113,14 @@ class TokenLoop:
             for index in range(max_new_tokens):
                 arriving = (report, logits if self.output_logits else None)
                 jax.tree.map(lambda array: array.copy_to_host_async(), arriving)
-                if index == 0:  # the first step may wait for its program; the first token should not
-                    jax.block_until_ready(report)
-                if index + 1 < max_new_tokens:  # dispatched before the token at hand is looked at
+                # A step is dispatched before the token at hand is looked at; not the first, which may wait for its
+                # program to be compiled while the first token is there already.
+                arrived = jax.device_get(arriving) if index == 0 else None
+                if index + 1 < max_new_tokens:
                     cache, logits = self.decoder.step(cache, tokens)
                     rows, tokens, report = choose_next(rows, logits)
                     link_bytes.append(cache.bytes_in("host"))
-                arrived, arrived_logits = jax.device_get(arriving)
+                arrived, arrived_logits = arrived or jax.device_get(arriving)
                 arrivals.append(time.perf_counter())
                 if (arrived == NAN_TOKEN).any():
                     raise FloatingPointError(

@@ -23,6 +23,7 @@ from flax import nnx
 from jax import Array
 
 from kvrecomp import attention, memory
+from kvrecomp.attention import Cached
 from kvrecomp.budget import check_memory
 from kvrecomp.cache import (
     Block,
@@ -129,26 +130,20 @@ class CachedAttention:
     padding: Array
 
     def __call__(self, x: Array, projections: attention.Projections) -> Array:
-        query = attention.Query(projections, x, self.slot - self.padding)
+        query = attention.Query(projections, x, self.slot, self.padding)
         keys_values = self.cache.tail.form == "keys_values"
         new = (projections.keys(x, query.positions), projections.values(x)) if keys_values else (x,)
         blocks, starts = self.cache.blocks, [0, *itertools.accumulate(block.tokens for block in self.cache.blocks)]
         tail = append(self.cache.tail, self.slot - starts[-1], new)
         self.cache = LayerCache(blocks, tail)
-        # What is on the device comes first: it is computed while the first copies are on their way.
-        order = sorted(zip((*blocks, tail), starts), key=lambda item: item[0].memory)
-        return attention.merge(query, [self._attend(query, block, start) for block, start in order])
-
-    def _attend(self, query: attention.Query, block: Block, start: int) -> attention.Partial:
-        slots = start + jnp.arange(block.tokens)
-        seen = attention.visible(slots, self.padding, self.slot[None], query.projections.sliding_window)[0]
-        arrays = (block if block.memory == "device" else self.window.take()).arrays
-        if block.form == "activations":
-            positions = attention.positions_of(slots, self.padding)
-            partial = attention.attend_activations(query, *arrays, positions, seen, self.method)
-        else:
-            partial = attention.attend_keys_values(query, *arrays, seen)
-        return partial if block.memory == "device" else partial._replace(mixed=self.window.used(partial.mixed))
+        # What is on the device is attended to as one, while the first copies are on their way.
+        here = [Cached(b.form, b.arrays, at) for b, at in zip((*blocks, tail), starts) if b.memory == "device"]
+        partials = attention.attend(query, here, self.method)
+        for start in [at for block, at in zip(blocks, starts) if block.memory == "host"]:
+            block = self.window.take()
+            (partial,) = attention.attend(query, [Cached(block.form, block.arrays, start)], self.method)
+            partials.append(partial._replace(mixed=self.window.used(partial.mixed)))
+        return attention.merge(query, partials)
 
 
 def decode_step(model: Model, plan: Plan, cache: Cache, token_ids: Array) -> tuple[tuple[Block, ...], Array]:
