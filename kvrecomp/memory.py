@@ -38,6 +38,16 @@ def backend_started() -> bool:
     return False
 
 
+def zeros(shape: tuple[int, ...], dtype: jnp.dtype, memory: Memory) -> jax.Array:
+    """A new array of zeros in that memory."""
+    return _make_zeros(shape, dtype, memory)()
+
+
+@functools.cache
+def _make_zeros(shape: tuple[int, ...], dtype: jnp.dtype, memory: Memory):
+    return jax.jit(lambda: jnp.zeros(shape, dtype), out_shardings=sharding(memory))
+
+
 @functools.cache
 def one_number(memory: Memory, dtype: str) -> jax.Array:
     """The smallest array there is in that memory: its type says where it is."""

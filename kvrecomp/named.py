@@ -5,7 +5,8 @@
     keys_values    all keys and values in host memory
     split:F        the first F of the prompt as activations, the rest as keys and values, in host memory, pipelined
     kvpr:F         the same split in KVPR's own schedule: K and V recomputed, copies layer by layer
-    device[:F]     activations, absorbed, with the first F (default: all) of the prompt on the device
+    device         all keys and values on the device
+    device:F       the first F of the prompt as keys and values on the device, the rest as activations in host memory
 """
 
 from collections.abc import Sequence
@@ -26,6 +27,14 @@ from kvrecomp.plan import (
 
 BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
 NAMES = ("activations", "recompute", "keys_values", "split:F", "kvpr:F", "device[:F]")
+_ACCEPTS = {  # whether a plan is named with a fraction, without one, or both
+    "activations": (False,),
+    "recompute": (False,),
+    "keys_values": (False,),
+    "split": (True,),
+    "kvpr": (True,),
+    "device": (False, True),
+}
 
 
 def named_plan(
@@ -33,33 +42,30 @@ def named_plan(
 ) -> Plan:
     """The plan of that name. `tail` is in tokens, `window` in bytes. Raises `PlanError` if there is no such plan."""
     kind, _, argument = name.partition(":")
-    fraction = _fraction(name, argument) if argument else None
-    if kind not in ("activations", "recompute", "keys_values", "split", "kvpr", "device") or (
-        (fraction is None) != (kind in ("activations", "recompute", "keys_values")) and kind != "device"
-    ):
+    if kind not in _ACCEPTS or bool(argument) not in _ACCEPTS[kind]:
         raise PlanError(f"there is no plan {name!r}; the plans are {', '.join(NAMES)}, with F from 0 to 1")
-    tail = min(tail, workload.new)
-    first = workload.prompt if fraction is None else round(fraction * workload.prompt)
+    first = round(_fraction(name, argument) * workload.prompt) if argument else workload.prompt
+    rest = workload.prompt - first
     runs: list[tuple[Form, Memory, int]]
     if kind == "keys_values":
         runs = [("keys_values", "host", workload.prompt)]
     elif kind == "device":
-        runs = [("activations", "device", first), ("activations", "host", workload.prompt - first)]
-    elif kind in ("split", "kvpr"):
-        runs = [("activations", "host", first), ("keys_values", "host", workload.prompt - first)]
+        runs = [("keys_values", "device", first), ("activations", "host", rest)]
     else:
-        runs = [("activations", "host", workload.prompt)]
+        runs = [("activations", "host", first), ("keys_values", "host", rest)]
+    runs = [run for run in runs if run[2]]
+    last_form, last_memory, _ = runs[-1]
     layers = tuple(
         LayerPlan(
             prompt=cut_runs(runs, layer, shape, workload, window),
-            tail=runs[-1][0] if kind != "device" and runs[-1][2] else runs[0][0],
-            grown=("device" if kind == "device" and fraction in (None, 1) else "host",),
+            tail=last_form,
+            grown=(last_memory,),
             method="recompute" if kind in ("recompute", "kvpr") else "absorb",
         )
         for layer in shape.layers
     )
     schedule = "layerwise" if kind == "kvpr" else "pipelined"
-    return Plan(name, shape, workload, layers, tail=tail, window=window, schedule=schedule)
+    return Plan(name, shape, workload, layers, tail=min(tail, workload.new), window=window, schedule=schedule)
 
 
 def _fraction(name: str, argument: str) -> float:
@@ -78,8 +84,6 @@ def cut_runs(
     """Runs of (form, memory, tokens) as blocks: equal within one token, several of which fit in the window."""
     blocks = []
     for form, memory, tokens in runs:
-        if tokens == 0:
-            continue
         token_bytes = workload.batch * layer.width(form) * shape.itemsize
         largest = max(1, window // BLOCKS_PER_WINDOW // token_bytes)
         count = -(-tokens // largest)

@@ -12,7 +12,7 @@ padding and the number of tokens in the tail are data: changing them compiles no
 import collections
 import functools
 import itertools
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -36,7 +36,7 @@ from kvrecomp.cache import (
     empty_tails,
     make_cache,
 )
-from kvrecomp.plan import Budget, Memory, Method, ModelShape, Plan, PlanError, Schedule
+from kvrecomp.plan import Budget, LayerPlan, Memory, Method, ModelShape, Plan, PlanError, Schedule
 from kvrecomp.programs import Compiled, Programs
 from kvrecomp.prompt import check_prompt
 
@@ -162,16 +162,27 @@ def decode_step(model: Model, plan: Plan, cache: Cache, token_ids: Array) -> tup
 def prefill(model: Model, plan: Plan, token_ids: Array, padding: Array) -> tuple[Any, tuple[Block, ...], Array]:
     """Prompts int32[t, b], left-padded by int32[b] -> blocks, empty tails, logits float32[b, vocab]."""
     hidden = model.embed(token_ids, attention.positions_of(jnp.arange(len(token_ids)), padding))
-    blocks = []
+    blocks: list[tuple[Block, ...]] = []
     for layer, layer_plan in zip(model.layers, plan.layers, strict=True):
 
-        def attend(x: Array, projections: attention.Projections) -> Array:
+        def attend(x: Array, projections: attention.Projections, own: LayerPlan = layer_plan) -> Array:
             mixed, key, value = attention.attend_causal(projections, x, padding)
-            blocks.append(cut(layer_plan.prompt, x, key, value))  # noqa: B023 - called before the next layer
+            blocks.append(tuple(_place(block) for block in cut(own.prompt, x, key, value)))
             return mixed
 
         hidden = layer(hidden, attend)
+        if len(blocks) > 1:
+            # The layer before has left the device when this one ends; XLA would copy all layers at the end. The barrier
+            # ties its copies to a zero, not to `hidden` itself, which would then live as long as they do.
+            zero, blocks[-2] = jax.lax.optimization_barrier((jnp.zeros((), hidden.dtype), blocks[-2]))
+            hidden += zero
     return tuple(blocks), empty_tails(plan), model.unembed(hidden[-1])
+
+
+def _place(block: Block) -> Block:
+    """The block in the memory that it says it is in."""
+    space = jax.memory.Space.Host if block.memory == "host" else jax.memory.Space.Device
+    return replace(block, arrays=tuple(jax.device_put(array, space) for array in block.arrays))
 
 
 # --- the decoder ------------------------------------------------------------------------------------------------------
@@ -212,7 +223,7 @@ class Decoder:
         """
         token_ids, padding = check_prompt(input_ids, attention_mask, self.plan)
         program = self._program("prefill")
-        self._prepare(("step", 0))  # while the prompt is computed
+        self._prepare("step", 0)  # while the prompt is computed
         token_ids, padding, length = jax.device_put(
             (np.ascontiguousarray(token_ids.T), padding, np.int32(token_ids.shape[1])), memory.sharding("device")
         )
@@ -234,7 +245,8 @@ class Decoder:
             cache, write_outs = self._write_out(cache, write_outs), write_outs + 1
         program = self._program("step", write_outs)
         if write_outs < plan.write_outs:
-            self._prepare(("write-out", plan.written_to(write_outs)), ("step", write_outs + 1))
+            self._prepare("write-out", plan.written_to(write_outs))
+            self._prepare("step", write_outs + 1, rehearse=functools.partial(self._rehearse, write_outs + 1))
         tails, length, logits = program(
             self._state, cache.blocks, cache.tails, cache.padding, cache.length, token_ids
         )
@@ -251,10 +263,21 @@ class Decoder:
     def _program(self, *name: Any) -> Any:
         return self._programs.get(name, lambda: self._lower(*name))
 
-    def _prepare(self, *names: tuple[Any, ...]) -> None:
-        """Compiles programs in the background."""
-        for name in names:
-            self._programs.start(name, functools.partial(self._lower, *name))
+    def _prepare(self, *name: Any, rehearse: Callable[[Any], Any] | None = None) -> None:
+        """Compiles a program in the background."""
+        self._programs.start(name, functools.partial(self._lower, *name), rehearse)
+
+    def _rehearse(self, write_outs: int, program: Any) -> None:
+        """Runs a step program once on a cache of zeros; all blocks of one shape and memory are the same array."""
+        zeros = functools.cache(memory.zeros)
+        blocks = jax.tree.map(
+            lambda block: replace(block, arrays=tuple(zeros(a.shape, a.dtype, block.memory) for a in block.arrays)),
+            describe_blocks(self.plan, write_outs),
+            is_leaf=lambda node: isinstance(node, Block),
+        )
+        tails = jax.tree.map(lambda like: memory.zeros(like.shape, like.dtype, "device"), describe_tails(self.plan))
+        rows = memory.zeros((self.plan.workload.batch,), jnp.int32, "device")
+        jax.block_until_ready(program(self._state, blocks, tails, rows, memory.zeros((), jnp.int32, "device"), rows))
 
     def _lower(self, kind: str, *which: Any) -> Any:
         lower = {"prefill": self._lower_prefill, "step": self._lower_step, "write-out": self._lower_write_out}

@@ -1,0 +1,375 @@
+"""Continues prompts with the cache in host memory, and compares the result with that of a cache on the device.
+
+    python experiments/generate.py
+    python experiments/generate.py --prompt='Return the' --plan=split:0.5 --do_sample --temperature=0.7
+    python experiments/generate.py --model=opt-1.3b --max_new_tokens=64 --json
+
+Without flags it loads the checkpoint that this repository ships, puts the whole cache of a left-padded batch into host
+memory as activations, and prints the texts, the plan, the time of a step, the bytes that crossed the link, and how far
+the logits are from those of the on-device plan. From a notebook:
+
+    model, tokenizer = load("experiments/checkpoints/pydoc")
+    run = continue_prompts(model, tokenizer, ["Return the"], plan="keys_values")
+    show(run)
+"""
+
+import dataclasses
+import functools
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from rich.console import Console
+from rich.text import Text
+from tokenizers import Tokenizer
+
+import kvrecomp
+import models
+from experiments.report import run_info
+from kvrecomp.budget import check_memory, limits
+from kvrecomp.named import NAMES
+from kvrecomp.plan import DEFAULT_TAIL, DEFAULT_WINDOW, MIB, format_bytes
+from kvrecomp.sampling import Sampling
+
+SHIPPED = Path(__file__).parent / "checkpoints" / "pydoc"
+PROMPTS = (
+    "Return the ",
+    "Open the file and read ",
+    'The "with" statement\n********************\n\nThe "with" statement is used to ',
+    "Create a new thread.\n\nThe first argument is the function that ",
+    "Raised when a sequence subscript is out of range. If an index is not an integer, ",
+)
+ENDS = ("<|endoftext|>", "</s>")  # a text begins and ends with the one that the tokenizer has: ours, OPT's
+PADS = ("<|pad|>", "<pad>")
+NEW_TOKENS = 200
+WIDTH = 120  # of what is printed into a file or a pipe
+
+
+def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
+    """Called by the script only: notebooks and tests import without them."""
+    defining = (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool)
+    string, integer, number, boolean = (functools.partial(define, flag_values=into) for define in defining)
+    string("checkpoint", str(SHIPPED), "Directory of a model: Hugging Face's format, or models.save's.")
+    string("model", None, "Instead of a checkpoint, a preset with random weights; ids are printed.")
+    flags.DEFINE_multi_string("prompt", [], "Text to continue; repeatable. Default: a few built in.", flag_values=into)
+    string("prompts_file", None, "More prompts, one a line; blank lines are skipped.")
+    integer("max_new_tokens", NEW_TOKENS, "Most new tokens a row.")
+    string("plan", "activations", f"What is cached how and where: {', '.join(NAMES)}.")
+    number("window_mib", DEFAULT_WINDOW / MIB, "Bytes from the host in flight or in use, in MiB.")
+    integer("tail", DEFAULT_TAIL, "Tokens in the tail.")
+    number("device_memory_gib", None, "Device memory to use, weights included; default: what is free.")
+    number("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
+    boolean("do_sample", False, "Sample, instead of taking the likeliest token.")
+    number("temperature", 1.0, "Logits are divided by it.")
+    integer("top_k", 0, "Sample from so many of the likeliest tokens; 0: all.")
+    number("top_p", 1.0, "Sample from the fewest tokens that have this probability together.")
+    integer("seed", 0, "Of sampling, and of random weights.", lower_bound=0, upper_bound=2**32 - 1)
+    string("dtype", None, "Of weights and cache; default: float32 on a CPU, else as stored or bfloat16.")
+    boolean("check", True, "Compare the logits with those of the on-device plan.")
+    boolean("json", False, "Print a JSON document as the last line of standard output.")
+
+
+@dataclass(frozen=True)
+class Check:
+    """How far logits are from those of another plan that is fed the same tokens.
+
+    `difference` is the largest absolute one, None where the other plan could not be run, for the `reason` given.
+    """
+
+    plan: str
+    difference: float | None
+    tolerance: float
+    reason: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within the tolerance; a check that could not be made has not failed."""
+        return self.difference is None or self.difference <= self.tolerance
+
+    def __str__(self) -> str:
+        if self.difference is None:
+            return f"logits not compared with those of plan {self.plan}: {self.reason}"
+        verdict = "equal" if self.passed else "DIFFER FROM"
+        return (
+            f"logits {verdict} those of plan {self.plan}: largest difference {self.difference:.2g}, "
+            f"tolerance {self.tolerance:.2g}"
+        )
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `continue_prompts` did: `continuations` are token ids, `texts` the same as text if there is a tokenizer."""
+
+    prompts: list[str]
+    prompt_tokens: list[int]
+    continuations: list[list[int]]
+    texts: list[str] | None
+    result: kvrecomp.Generated
+    check: Check | None
+
+    @property
+    def median_step_ms(self) -> float | None:
+        """Milliseconds between tokens; None where there was one token only."""
+        return statistics.median(self.result.step_seconds) * 1e3 if self.result.step_seconds else None
+
+
+# --- the work ---------------------------------------------------------------------------------------------------------
+
+
+def load(
+    checkpoint: str | Path = SHIPPED, preset: str | None = None, dtype: str | None = None, seed: int = 0
+) -> tuple[models.CausalLM, Tokenizer | None]:
+    """A model and its tokenizer: from a checkpoint or, if a `preset` is named, of random weights and none."""
+    dtype = dtype or default_dtype()
+    if preset is not None:
+        return models.create(preset, dtype=dtype or "bfloat16", seed=seed), None
+    model, tokenizer = models.load(checkpoint, dtype=dtype), models.load_tokenizer(checkpoint)
+    if tokenizer is None:
+        raise models.CheckpointError(
+            f"{checkpoint} has no tokenizer.json, so text cannot be read or written: put the model's own there "
+            "(transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...))"
+        )
+    return model, tokenizer
+
+
+def default_dtype() -> str | None:
+    """float32 on a CPU, which computes nothing else fast; elsewhere None: as stored."""
+    return "float32" if jax.default_backend() == "cpu" else None
+
+
+def read_prompts(given: Sequence[str], file: str | Path | None) -> list[str]:
+    """The prompts given, then those of a file, one a line; the built-in ones if there are neither.
+
+    Raises:
+        PromptError: a prompt without a character, a file without a prompt or not in UTF-8.
+        OSError: a file that cannot be read.
+    """
+    if "" in given:
+        raise kvrecomp.PromptError(f"prompt {list(given).index('') + 1} is empty: give it at least one character")
+    lines = []
+    if file is not None:
+        try:
+            lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise kvrecomp.PromptError(f"{file} is not text in UTF-8 (byte {error.start}): convert it") from error
+        if not lines:
+            raise kvrecomp.PromptError(f"{file} has no prompt: write one a line")
+    return [*given, *lines] or list(PROMPTS)
+
+
+def special_token(tokenizer: Tokenizer | None, names: Sequence[str]) -> int | None:
+    """The id of the first of these tokens that there is."""
+    ids = [] if tokenizer is None else [tokenizer.token_to_id(name) for name in names]
+    return next((number for number in ids if number is not None), None)
+
+
+def encode(tokenizer: Tokenizer | None, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Left-padded ids int32[batch, longest], beginning with the token that texts begin with, and bool of their mask.
+
+    Without a tokenizer ids are UTF-8 bytes, which stand for nothing to random weights, but for different lengths.
+    """
+    end, rows = special_token(tokenizer, ENDS), []
+    for number, prompt in enumerate(prompts, 1):
+        try:
+            ids = list(prompt.encode()) if tokenizer is None else tokenizer.encode(prompt).ids
+        except UnicodeEncodeError as error:
+            raise kvrecomp.PromptError(f"prompt {number} is not text in UTF-8: convert it") from error
+        rows.append(ids if end is None or ids[:1] == [end] else [end, *ids])
+    longest = max(map(len, rows))
+    ids, mask = np.zeros((len(rows), longest), np.int32), np.zeros((len(rows), longest), bool)
+    for row, own in enumerate(rows):
+        ids[row, longest - len(own) :] = own
+        mask[row, longest - len(own) :] = True
+    return ids, mask
+
+
+def continue_prompts(
+    model: models.CausalLM,
+    tokenizer: Tokenizer | None,
+    prompts: Sequence[str] = PROMPTS,
+    *,
+    plan: str = "activations",
+    max_new_tokens: int = NEW_TOKENS,
+    tail: int = DEFAULT_TAIL,
+    window: int = DEFAULT_WINDOW,
+    budget: kvrecomp.Budget | None = None,
+    sampling: Sampling | None = None,
+    check: bool = True,
+) -> Run:
+    """Continues the prompts as one batch under the named plan; `check` compares all logits with the on-device plan's.
+
+    Raises:
+        PromptError, PlanError, FloatingPointError: as `kvrecomp.generate`.
+    """
+    ids, mask = encode(tokenizer, prompts)
+    workload = kvrecomp.Workload(*ids.shape, max_new_tokens)
+    end, pad = special_token(tokenizer, ENDS), special_token(tokenizer, PADS)
+    result = kvrecomp.generate(
+        model,
+        ids,
+        mask,
+        max_new_tokens=max_new_tokens,
+        plan=kvrecomp.named_plan(plan, model.shape, workload, tail=tail, window=window),
+        budget=budget,
+        eos_token_id=end,
+        pad_token_id=pad,
+        output_logits=check,
+        **dataclasses.asdict(sampling or Sampling()),
+    )
+    new = [row[ids.shape[1] :][:count].tolist() for row, count in zip(result.sequences, result.new_tokens)]
+    return Run(
+        prompts=list(prompts),
+        prompt_tokens=mask.sum(axis=1).tolist(),
+        continuations=new,
+        texts=None if tokenizer is None else [tokenizer.decode(own) for own in new],
+        result=result,
+        check=check_logits(model, result, mask, budget) if check else None,
+    )
+
+
+def check_logits(
+    model: models.CausalLM, result: kvrecomp.Generated, mask: np.ndarray, budget: kvrecomp.Budget | None = None
+) -> Check:
+    """Decodes the same tokens with the cache on the device (with K and V in host memory if it was there already).
+
+    The difference is rounding: float32 is held to 1e-4, and what is rounded more coarsely to a few units in the last
+    place of the largest logit.
+    """
+    plan = result.plan
+    name = "keys_values" if plan.name == "device" else "device"
+    coarse = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 0 if jax.default_backend() == "cpu" else 2**-11}
+    tolerance = max(1e-4, 8 * coarse[plan.shape.dtype] * float(np.abs(result.logits).max()))
+    try:
+        other = kvrecomp.named_plan(name, plan.shape, plan.workload, tail=plan.tail, window=plan.window)
+        decoder = kvrecomp.Decoder(model, other, budget=budget)
+    except kvrecomp.PlanError as error:
+        return Check(name, None, tolerance, str(error))
+    prompt, new = np.split(result.sequences, [plan.workload.prompt], axis=1)
+    cache, logits = decoder.prefill(prompt, mask)
+    difference = np.abs(jax.device_get(logits) - result.logits[0]).max()
+    for tokens, expected in zip(new.T, result.logits[1:]):
+        cache, logits = decoder.step(cache, jax.device_put(np.ascontiguousarray(tokens)))
+        difference = np.maximum(difference, np.abs(jax.device_get(logits) - expected).max())  # NaN stays NaN
+    return Check(name, float(difference), tolerance)
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def show(run: Run, console: Console | None = None) -> None:
+    """Prints texts, plan, times, bytes and the check."""
+    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    for number, prompt in enumerate(run.prompts):
+        new = run.continuations[number]
+        console.rule(f"prompt {number + 1}: {run.prompt_tokens[number]} tokens, {len(new)} new", align="left")
+        text = " " + " ".join(map(str, new)) if run.texts is None else run.texts[number]
+        console.print(Text.assemble((printable(prompt), "bold"), printable(text)), soft_wrap=True)
+    console.rule()
+    console.print(run.result.plan.table())
+    sent = run.result.link_bytes
+    if sent:
+        span = format_bytes(sent[0]) if sent[0] == sent[-1] else f"{format_bytes(sent[0])} to {format_bytes(sent[-1])}"
+        console.print(f"{run.median_step_ms:.2f} ms a step (median of {len(sent)}), {span} over the link a step")
+    if run.check is not None:
+        console.print(str(run.check), style="green" if run.check.passed else "bold red", soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """The text without what would move a terminal's cursor or change its colours."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
+
+
+def document(run: Run) -> dict[str, Any]:
+    """The run as plain data."""
+    plan, sent = run.result.plan, run.result.link_bytes
+    texts = run.texts or [None] * len(run.prompts)
+    return run_info() | {
+        "model": plan.shape.name,
+        "dtype": plan.shape.dtype,
+        "batch": plan.workload.batch,
+        "prompt": plan.workload.prompt,
+        "new": plan.workload.new,
+        "plan": plan.name,
+        "schedule": plan.schedule,
+        "tail": plan.tail,
+        "window": plan.window,
+        "layers": [dataclasses.asdict(layer) for layer in plan.layers],
+        "rows": [
+            {"prompt": prompt, "prompt_tokens": tokens, "text": text, "ids": ids}
+            for prompt, tokens, text, ids in zip(run.prompts, run.prompt_tokens, texts, run.continuations)
+        ],
+        "prefill_s": run.result.prefill_seconds,
+        "median_ms": run.median_step_ms,
+        "link_bytes": int(statistics.median(sent)) if sent else None,
+        "link_bytes_first": sent[0] if sent else None,
+        "link_bytes_last": sent[-1] if sent else None,
+        "check": None if run.check is None else dataclasses.asdict(run.check) | {"passed": run.check.passed},
+    }
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def check_preset(
+    preset: str, dtype: str | None, prompts: Sequence[str], new: int, budget: kvrecomp.Budget, **plan: Any
+) -> None:
+    """Raises `PlanError` where random weights and the plan would not fit: said before the weights are made."""
+    if preset in models.PRESETS:
+        shape = dataclasses.replace(models.PRESETS[preset].shape, dtype=dtype or default_dtype() or "bfloat16")
+        workload = kvrecomp.Workload(*encode(None, prompts)[0].shape, new)
+        check_memory(kvrecomp.named_plan(shape=shape, workload=workload, **plan), budget)
+
+
+def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
+    """Unpacks the flags."""
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of what it does not find
+    try:
+        prompts = read_prompts(given.prompt, given.prompts_file)
+        sampling = Sampling(given.do_sample, given.temperature, given.top_k, given.top_p, given.seed)
+        budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
+        budget = kvrecomp.Budget(**limits(budget, weights=0))  # what is free before the weights are there
+        window = int(given.window_mib * MIB)
+        if given.model is not None:
+            check_preset(
+                given.model,
+                given.dtype,
+                prompts,
+                given.max_new_tokens,
+                budget,
+                name=given.plan,
+                tail=given.tail,
+                window=window,
+            )
+        model, tokenizer = load(given.checkpoint, given.model, given.dtype, given.seed)
+        run = continue_prompts(
+            model,
+            tokenizer,
+            prompts,
+            plan=given.plan,
+            max_new_tokens=given.max_new_tokens,
+            tail=given.tail,
+            window=window,
+            budget=budget,
+            sampling=sampling,
+            check=given.check,
+        )
+    # PlanError, PromptError and CheckpointError are ValueErrors.
+    except (ValueError, OSError, FloatingPointError) as error:
+        sys.exit("error: " + " ".join(str(error).split()))
+    show(run)
+    if given.json:
+        print(json.dumps(document(run)))
+    if run.check is not None and not run.check.passed:
+        sys.exit(f"error: {run.check}")
+
+
+if __name__ == "__main__":
+    define_flags()
+    app.run(main)
