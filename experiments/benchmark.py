@@ -24,7 +24,7 @@ import kvrecomp
 import models
 from experiments.report import run_info, write_json
 from kvrecomp.generate import TokenLoop
-from kvrecomp.plan import DEFAULT_TAIL, DEFAULT_WINDOW, MIB
+from kvrecomp.plan import DEFAULT_WINDOW, MIB
 from kvrecomp.profiler import copy_rate
 from kvrecomp.sampling import Sampling
 
@@ -35,7 +35,7 @@ _NEW = flags.DEFINE_integer("new", 32, "New tokens per row.")
 _PLANS = flags.DEFINE_list("plans", ["activations", "keys_values"], "Plans, by the names of kvrecomp.named_plan.")
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.")
 _WINDOW = flags.DEFINE_float("window_mib", DEFAULT_WINDOW / MIB, "Bytes from the host in flight or in use, in MiB.")
-_TAIL = flags.DEFINE_integer("tail", DEFAULT_TAIL, "Tokens in the tail.")
+_TAIL = flags.DEFINE_integer("tail", None, "Tokens in the tail; default: by their bytes.")
 _DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Device memory to use, weights included; default: free.")
 _HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
 _COPY_GIB = flags.DEFINE_float("copy_gib", 2, "Pinned memory to measure the copies-only rate with, in GiB.")

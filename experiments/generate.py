@@ -35,7 +35,7 @@ import models
 from experiments.report import run_info
 from kvrecomp.budget import check_memory, limits
 from kvrecomp.named import NAMES
-from kvrecomp.plan import DEFAULT_TAIL, DEFAULT_WINDOW, MIB, format_bytes
+from kvrecomp.plan import DEFAULT_WINDOW, MIB, format_bytes
 from kvrecomp.sampling import Sampling
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "pydoc"
@@ -63,7 +63,7 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     integer("max_new_tokens", NEW_TOKENS, "Most new tokens a row.")
     string("plan", "activations", f"What is cached how and where: {', '.join(NAMES)}.")
     number("window_mib", DEFAULT_WINDOW / MIB, "Bytes from the host in flight or in use, in MiB.")
-    integer("tail", DEFAULT_TAIL, "Tokens in the tail.")
+    integer("tail", None, "Tokens in the tail; default: by their bytes.")
     number("device_memory_gib", None, "Device memory to use, weights included; default: what is free.")
     number("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
     boolean("do_sample", False, "Sample, instead of taking the likeliest token.")
@@ -178,9 +178,10 @@ def encode(tokenizer: Tokenizer | None, prompts: Sequence[str]) -> tuple[np.ndar
     end, rows = special_token(tokenizer, ENDS), []
     for number, prompt in enumerate(prompts, 1):
         try:
-            ids = list(prompt.encode()) if tokenizer is None else tokenizer.encode(prompt).ids
+            ids = list(prompt.encode())
         except UnicodeEncodeError as error:
             raise kvrecomp.PromptError(f"prompt {number} is not text in UTF-8: convert it") from error
+        ids = ids if tokenizer is None else tokenizer.encode(prompt).ids
         rows.append(ids if end is None or ids[:1] == [end] else [end, *ids])
     longest = max(map(len, rows))
     ids, mask = np.zeros((len(rows), longest), np.int32), np.zeros((len(rows), longest), bool)
@@ -197,7 +198,7 @@ def continue_prompts(
     *,
     plan: str = "activations",
     max_new_tokens: int = NEW_TOKENS,
-    tail: int = DEFAULT_TAIL,
+    tail: int | None = None,
     window: int = DEFAULT_WINDOW,
     budget: kvrecomp.Budget | None = None,
     sampling: Sampling | None = None,
@@ -209,7 +210,7 @@ def continue_prompts(
         PromptError, PlanError, FloatingPointError: as `kvrecomp.generate`.
     """
     ids, mask = encode(tokenizer, prompts)
-    workload = kvrecomp.Workload(*ids.shape, max_new_tokens)
+    workload = kvrecomp.Workload(len(prompts), ids.shape[1], max_new_tokens)
     end, pad = special_token(tokenizer, ENDS), special_token(tokenizer, PADS)
     result = kvrecomp.generate(
         model,
@@ -242,10 +243,12 @@ def check_logits(
     The difference is rounding: float32 is held to 1e-4, and what is rounded more coarsely to a few units in the last
     place of the largest logit.
     """
-    plan = result.plan
+    plan, given = result.plan, result.logits
+    if given is None:
+        raise ValueError("the result has no logits to check: generate with output_logits=True")
     name = "keys_values" if plan.name == "device" else "device"
     coarse = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 0 if jax.default_backend() == "cpu" else 2**-11}
-    tolerance = max(1e-4, 8 * coarse[plan.shape.dtype] * float(np.abs(result.logits).max()))
+    tolerance = max(1e-4, 8 * coarse[plan.shape.dtype] * float(np.abs(given).max()))
     try:
         other = kvrecomp.named_plan(name, plan.shape, plan.workload, tail=plan.tail, window=plan.window)
         decoder = kvrecomp.Decoder(model, other, budget=budget)
@@ -253,8 +256,8 @@ def check_logits(
         return Check(name, None, tolerance, str(error))
     prompt, new = np.split(result.sequences, [plan.workload.prompt], axis=1)
     cache, logits = decoder.prefill(prompt, mask)
-    difference = np.abs(jax.device_get(logits) - result.logits[0]).max()
-    for tokens, expected in zip(new.T, result.logits[1:]):
+    difference = np.abs(jax.device_get(logits) - given[0]).max()
+    for tokens, expected in zip(new.T, given[1:]):
         cache, logits = decoder.step(cache, jax.device_put(np.ascontiguousarray(tokens)))
         difference = np.maximum(difference, np.abs(jax.device_get(logits) - expected).max())  # NaN stays NaN
     return Check(name, float(difference), tolerance)
@@ -323,7 +326,7 @@ def check_preset(
     """Raises `PlanError` where random weights and the plan would not fit: said before the weights are made."""
     if preset in models.PRESETS:
         shape = dataclasses.replace(models.PRESETS[preset].shape, dtype=dtype or default_dtype() or "bfloat16")
-        workload = kvrecomp.Workload(*encode(None, prompts)[0].shape, new)
+        workload = kvrecomp.Workload(len(prompts), encode(None, prompts)[0].shape[1], new)
         check_memory(kvrecomp.named_plan(shape=shape, workload=workload, **plan), budget)
 
 

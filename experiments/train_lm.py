@@ -69,7 +69,7 @@ class Config:
     """
 
     output: str = dataclasses.field(compare=False)
-    steps: int = 2000
+    steps: int = 5000
     batch: int = 32
     context: int = 512
     positions: int = 1024

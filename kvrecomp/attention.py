@@ -262,7 +262,8 @@ def merge(query: Query, partials: Sequence[Partial]) -> Array:
         own = [(share[..., None], partial.mixed) for share, partial in zip(shares, partials) if partial.mixes == mixes]
         if len(own) == len(partials) == 1:
             return jnp.ones((), jnp.float32), own[0][1]
-        return sum(share for share, _ in own), sum(share * mixed for share, mixed in own)
+        add = functools.partial(functools.reduce, jnp.add)
+        return add([share for share, _ in own]), add([share * mixed for share, mixed in own])
 
     kinds, dtype = {partial.mixes for partial in partials}, query.x.dtype
     out = jnp.zeros((), jnp.float32)

@@ -159,7 +159,7 @@ class TokenLoop:
     def _new_tokens(self, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int32[new, batch] -> how many of them are each row's own, and whether the row has ended."""
         ends = np.isin(new, self.eos)
-        ended = ends.any(axis=0)
+        ended = np.logical_or.reduce(ends, axis=0)
         return np.where(ended, ends.argmax(axis=0) + 1, len(new)), ended
 
 

@@ -21,9 +21,9 @@ _DEFAULT_LIMIT_GB = 64
 _KINDS = {"device": "device", "host": "pinned_host"}
 
 
-def sharding(memory: Memory, device: jax.Device | None = None) -> Sharding:
+def sharding(memory: Memory) -> Sharding:
     """Where arrays of that memory live; `device` is the one that computes, by default jax's first."""
-    return SingleDeviceSharding(device or jax.devices()[0], memory_kind=_KINDS[memory])
+    return SingleDeviceSharding(jax.devices()[0], memory_kind=_KINDS[memory])
 
 
 def backend_started() -> bool:
@@ -78,9 +78,9 @@ def free_host_bytes() -> int:
     return _proc_meminfo("MemAvailable")
 
 
-def free_device_bytes(device: jax.Device | None = None) -> int:
+def free_device_bytes() -> int:
     """Device memory that XLA may still allocate, in bytes; host memory where the device is the CPU."""
-    stats = (device or jax.devices()[0]).memory_stats()
+    stats = jax.devices()[0].memory_stats()
     if not stats or "bytes_limit" not in stats:
         return free_host_bytes()
     return stats["bytes_limit"] - stats["bytes_in_use"]

@@ -12,7 +12,6 @@
 from collections.abc import Sequence
 
 from kvrecomp.plan import (
-    DEFAULT_TAIL,
     DEFAULT_WINDOW,
     BlockSpec,
     Form,
@@ -23,6 +22,7 @@ from kvrecomp.plan import (
     Plan,
     PlanError,
     Workload,
+    default_tail,
 )
 
 BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
@@ -38,9 +38,9 @@ _ACCEPTS = {  # whether a plan is named with a fraction, without one, or both
 
 
 def named_plan(
-    name: str, shape: ModelShape, workload: Workload, *, tail: int = DEFAULT_TAIL, window: int = DEFAULT_WINDOW
+    name: str, shape: ModelShape, workload: Workload, *, tail: int | None = None, window: int = DEFAULT_WINDOW
 ) -> Plan:
-    """The plan of that name. `tail` is in tokens, `window` in bytes. Raises `PlanError` if there is no such plan."""
+    """The plan of that name; `tail` in tokens, `window` in bytes. Raises `PlanError` if there is no such plan."""
     kind, _, argument = name.partition(":")
     if kind not in _ACCEPTS or bool(argument) not in _ACCEPTS[kind]:
         raise PlanError(f"there is no plan {name!r}; the plans are {', '.join(NAMES)}, with F from 0 to 1")
@@ -65,7 +65,8 @@ def named_plan(
         for layer in shape.layers
     )
     schedule = "layerwise" if kind == "kvpr" else "pipelined"
-    return Plan(name, shape, workload, layers, tail=min(tail, workload.new), window=window, schedule=schedule)
+    tail = default_tail(shape, workload) if tail is None else min(tail, workload.new)
+    return Plan(name, shape, workload, layers, tail=tail, window=window, schedule=schedule)
 
 
 def _fraction(name: str, argument: str) -> float:

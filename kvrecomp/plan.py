@@ -33,7 +33,7 @@ Schedule = Literal["pipelined", "layerwise"]
 MIB = 2**20
 GIB = 2**30
 DEFAULT_WINDOW = GIB
-DEFAULT_TAIL = 64
+TAIL_BYTES = GIB
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -176,8 +176,21 @@ class LayerPlan:
 
     def blocks(self, write_outs: int, tail_tokens: int) -> tuple[BlockSpec, ...]:
         """The layer's blocks after that many write-outs of the tail."""
-        memories = (self.grown[min(i, len(self.grown) - 1)] for i in range(write_outs))
-        return self.prompt + tuple(BlockSpec(self.tail, memory, tail_tokens) for memory in memories)
+        last = len(self.grown) - 1
+        return self.prompt + tuple(
+            BlockSpec(self.tail, self.grown[min(i, last)], tail_tokens) for i in range(write_outs)
+        )
+
+
+def default_tail(shape: ModelShape, workload: Workload) -> int:
+    """Tokens of a tail that takes about TAIL_BYTES in all layers, a power of two from 16 to 1024, at most `new`.
+
+    A write-out needs a new program, and compiling it takes longer than a few steps. Steps that send little are short
+    and their tails long, so the tail fills while the next program is compiled.
+    """
+    token_bytes = workload.batch * shape.itemsize * sum(max(map(layer.width, get_args(Form))) for layer in shape.layers)
+    fitting = max(16, min(1024, TAIL_BYTES // token_bytes))
+    return min(workload.new, 1 << (fitting.bit_length() - 1))
 
 
 @dataclass(frozen=True)
@@ -193,7 +206,7 @@ class Plan:
     shape: ModelShape
     workload: Workload
     layers: tuple[LayerPlan, ...]
-    tail: int = DEFAULT_TAIL
+    tail: int
     window: int = DEFAULT_WINDOW
     schedule: Schedule = "pipelined"
     reason: str = ""

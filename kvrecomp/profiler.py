@@ -30,7 +30,7 @@ COPY_PASSES = 4
 def copy_rate(block_bytes: int, blocks: int, repeats: int = 5) -> float:
     """Bytes a second from pinned host memory to the device: copies of whole blocks, and nothing else, in one program.
 
-    Every block is copied COPY_PASSES times, through the window of a step, so the rate is what a step could reach at best.
+    Every block is copied COPY_PASSES times, through the window of a step: the rate is what a step could reach at best.
     """
     arrays = [memory.zeros((1, 1, block_bytes // 4), jnp.dtype(jnp.int32), "host") for _ in range(blocks)]
 

@@ -14,7 +14,7 @@ import functools
 import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -44,7 +44,9 @@ from kvrecomp.prompt import check_prompt
 class Model(Protocol):
     """What the library asks of a `flax.nnx` module, so that anyone's model can join."""
 
-    shape: ModelShape
+    @property
+    def shape(self) -> ModelShape: ...
+
     layers: Any  # a sequence of callables: layer(hidden [..., h], attend: attention.Attend) -> [..., h]
 
     def embed(self, token_ids: Array, positions: Array) -> Array:
@@ -58,6 +60,8 @@ class Model(Protocol):
 
 # --- the step ---------------------------------------------------------------------------------------------------------
 
+
+Held = TypeVar("Held", Array, None)
 
 COPIES_AHEAD = 2  # blocks copied before the first of them is used; see Window
 
@@ -101,7 +105,7 @@ class Window:
         self._layers.popleft()
         return self._start(hidden)
 
-    def _start(self, result: Array | None) -> Array | None:
+    def _start(self, result: Held) -> Held:
         """Starts, once `result` is computed, the copies that there is room for."""
         while self._layers and self._layers[0] and self._has_room(self._layers[0][0]):
             block = self._layers[0].popleft()
@@ -222,8 +226,8 @@ class Decoder:
         id is outside the vocabulary.
         """
         token_ids, padding = check_prompt(input_ids, attention_mask, self.plan)
-        program = self._program("prefill")
-        self._prepare("step", 0)  # while the prompt is computed
+        # Both before anything runs: XLA chooses kernels by timing them, and beside other work it chooses wrongly.
+        program, _ = self._program("prefill"), self._program("step", 0)
         token_ids, padding, length = jax.device_put(
             (np.ascontiguousarray(token_ids.T), padding, np.int32(token_ids.shape[1])), memory.sharding("device")
         )

@@ -127,6 +127,26 @@ class LayerNorm(nnx.Module):
         return (wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
 
 
+def _rows(table: Array, ids: Array) -> Array:
+    """Rows of table [rows, width] at ids int32[...]; NaN beyond it."""
+    return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
+
+
+def _look_up_forward(table: Array, ids: Array) -> tuple[Array, tuple[Array, Array]]:
+    return _rows(table, ids), (table, ids)
+
+
+def _look_up_backward(saved: tuple[Array, Array], gradient: Array) -> tuple[Array, None]:
+    # As a product with one-hot rows. A scatter adds to few rows from all tokens at once: slow, and in any order.
+    table, ids = saved
+    chosen = jax.nn.one_hot(ids, table.shape[0], dtype=gradient.dtype)
+    return jnp.einsum("...r,...w->rw", chosen, gradient, preferred_element_type=jnp.float32).astype(table.dtype), None
+
+
+_look_up = jax.custom_vjp(_rows)
+_look_up.defvjp(_look_up_forward, _look_up_backward)
+
+
 class Embedding(nnx.Module):
     """A table [rows, width]: rows of it, and scores against all of its rows."""
 
@@ -135,7 +155,7 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Array) -> Array:
         """ids int32[...] -> [..., width]. An id beyond the table gives NaN, which is seen, not some other row."""
-        return jnp.take(self.embedding[...], ids, axis=0, mode="fill", fill_value=jnp.nan)
+        return _look_up(self.embedding[...], ids)
 
     def scores(self, x: Array) -> Array:
         """x [..., width] -> float32[..., rows]."""
