@@ -1,26 +1,33 @@
 """The token loop: prompts in, continuations out.
 
-A step is dispatched before the token of the step before it has reached the host, so the device never waits for Python.
-Stopping is therefore seen one step late; that step's result is dropped.
+Steps are dispatched in a thread of their own, before the tokens of earlier ones have reached the host, so the device
+never waits for Python. Stopping is therefore seen late; the results of steps dispatched by then are dropped.
 """
 
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
+from jax import Array
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvrecomp import memory
+from kvrecomp.ahead import Ahead
 from kvrecomp.named import named_plan
 from kvrecomp.plan import Budget, Plan, Workload
 from kvrecomp.prompt import PromptError
 from kvrecomp.runtime import Decoder, Model
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
+
+LEAD = 2  # unread steps: one that runs and one that waits
+# The first execution of a program takes the host half a second (for 32 layers, to load its kernels). Steps dispatched
+# ahead of it keep the device busy meanwhile.
+WRITE_OUT_LEAD = 8
 
 
 class Streamer(Protocol):
@@ -88,6 +95,15 @@ def generate(
     )
 
 
+class _Dispatched(NamedTuple):
+    """A token on its way: ids int32[b], logits if asked for, bytes its step copies, and how far dispatch may run on."""
+
+    tokens: Array
+    logits: Array | None
+    link_bytes: int
+    lead: int
+
+
 @dataclass
 class TokenLoop:
     """Prefill, then steps until every row has ended or has `max_new_tokens`; `eos` ids end a row, `pad` fills it."""
@@ -101,52 +117,55 @@ class TokenLoop:
 
     def run(self, input_ids: Any, attention_mask: Any, max_new_tokens: int) -> Generated:
         """See `generate`."""
-        started = time.perf_counter()
-        cache, logits = self.decoder.prefill(input_ids, attention_mask)
-        choose_next, rows = self._sampler(cache)
-        rows, tokens, report = choose_next(rows, logits)
-        tokens_out, logits_out, arrivals, link_bytes = [], [], [started], []
         prompt = np.asarray(jax.device_get(input_ids), np.int32)
+        new, logits, link_bytes, arrivals = [], [], [], [time.perf_counter()]
         if self.streamer is not None:
             self.streamer.put(prompt)
-        with _progress(max_new_tokens) as advance:
-            for index in range(max_new_tokens):
-                arriving = (report, logits if self.output_logits else None)
-                jax.tree.map(lambda array: array.copy_to_host_async(), arriving)
-                # A step is dispatched before the token at hand is looked at; not the first, which may wait for its
-                # program to be compiled while the first token is there already.
-                arrived = jax.device_get(arriving) if index == 0 else None
-                if index + 1 < max_new_tokens:
-                    cache, logits = self.decoder.step(cache, tokens)
-                    rows, tokens, report = choose_next(rows, logits)
-                    link_bytes.append(cache.bytes_in("host"))
-                arrived, arrived_logits = arrived or jax.device_get(arriving)
+        dispatched = Ahead(self._dispatch(input_ids, attention_mask, max_new_tokens))
+        with _progress(max_new_tokens) as advance, dispatched as steps:
+            for step in steps:
+                tokens, step_logits = jax.device_get((step.tokens, step.logits))
                 arrivals.append(time.perf_counter())
-                if (arrived == NAN_TOKEN).any():
+                if (tokens == NAN_TOKEN).any():
                     raise FloatingPointError(
-                        f"the logits of row {int(np.argmax(arrived == NAN_TOKEN))} are NaN at new token {index}: check "
-                        "the weights, or use a dtype with a larger range"
+                        f"the logits of row {int(np.argmax(tokens == NAN_TOKEN))} are NaN at new token {len(new)}: "
+                        "check the weights, or use a dtype with a larger range"
                     )
-                tokens_out.append(arrived)
-                logits_out.append(arrived_logits)
+                new.append(tokens)
+                logits.append(step_logits)
+                link_bytes.append(step.link_bytes)
                 if self.streamer is not None:
-                    self.streamer.put(arrived)
+                    self.streamer.put(tokens)
                 advance()
-                if self.eos and self._new_tokens(np.stack(tokens_out))[1].all():
+                if self.eos and self._new_tokens(np.stack(new))[1].all():
                     break
         if self.streamer is not None:
             self.streamer.end()
-        new = np.stack(tokens_out)
-        times = np.diff(arrivals)
+        seconds = np.diff(arrivals)
         return Generated(
-            sequences=np.concatenate([prompt, new.T], axis=1),
-            new_tokens=self._new_tokens(new)[0],
+            sequences=np.concatenate([prompt, np.stack(new, axis=1)], axis=1),
+            new_tokens=self._new_tokens(np.stack(new))[0],
             plan=self.decoder.plan,
-            logits=np.stack(logits_out) if self.output_logits else None,
-            prefill_seconds=float(times[0]),
-            step_seconds=times[1:].tolist(),
-            link_bytes=link_bytes[: len(times) - 1],
+            logits=np.stack(logits) if self.output_logits else None,
+            prefill_seconds=float(seconds[0]),
+            step_seconds=seconds[1:].tolist(),
+            link_bytes=link_bytes[1:],
         )
+
+    def _dispatch(self, input_ids: Any, attention_mask: Any, max_new_tokens: int) -> Iterator["_Dispatched"]:
+        """Prefill and steps, one item a token, as they are dispatched; nothing here waits for the device."""
+        cache, logits = self.decoder.prefill(input_ids, attention_mask)
+        choose_next, rows = self._sampler(cache)
+        sent = 0
+        for index in range(max_new_tokens):
+            rows, tokens, report = choose_next(rows, logits)
+            arriving = (report, logits if self.output_logits else None)
+            jax.tree.map(lambda array: array.copy_to_host_async(), arriving)
+            left = self.decoder.steps_to_write_out(cache)
+            yield _Dispatched(*arriving, sent, LEAD if left is None or left >= WRITE_OUT_LEAD else WRITE_OUT_LEAD)
+            if index + 1 < max_new_tokens:
+                cache, logits = self.decoder.step(cache, tokens)
+                sent = cache.bytes_in("host")
 
     def _sampler(self, cache):
         """The jitted choice of the next token, and the state of the rows after the prompt."""

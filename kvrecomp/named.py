@@ -82,12 +82,13 @@ def _fraction(name: str, argument: str) -> float:
 def cut_runs(
     runs: Sequence[tuple[Form, Memory, int]], layer: LayerShape, shape: ModelShape, workload: Workload, window: int
 ) -> tuple[BlockSpec, ...]:
-    """Runs of (form, memory, tokens) as blocks: equal within one token, several of which fit in the window."""
+    """Runs of (form, memory, tokens) as blocks: one on the device; on the host several, equal within one token, of
+    which BLOCKS_PER_WINDOW fit in the window."""
     blocks = []
     for form, memory, tokens in runs:
         token_bytes = workload.batch * layer.width(form) * shape.itemsize
         largest = max(1, window // BLOCKS_PER_WINDOW // token_bytes)
-        count = -(-tokens // largest)
+        count = 1 if memory == "device" else -(-tokens // largest)
         sizes = [tokens // count + (i < tokens % count) for i in range(count)]
         blocks += [BlockSpec(form, memory, size) for size in sizes]
     return tuple(blocks)

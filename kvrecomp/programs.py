@@ -28,25 +28,19 @@ class Programs:
         """Whether compiling it was begun."""
         return name in self._futures
 
-    def start(self, name: Hashable, lower: Callable[[], Any], rehearse: Callable[[Any], Any] | None = None) -> None:
-        """Compiles in the background, unless that was begun before.
-
-        `rehearse` is called with the program before it counts as ready: what a first execution costs (half a second to
-        load the kernels of a 32-layer step on an H200) is then paid in the background too.
-        """
+    def start(self, name: Hashable, lower: Callable[[], Any]) -> None:
+        """Compiles in the background, unless that was begun before."""
         if name not in self._futures:
-            self._futures[name] = self._background.submit(self._compile, name, lower, rehearse)
+            self._futures[name] = self._background.submit(self._compile, name, lower)
 
     def get(self, name: Hashable, lower: Callable[[], Any]) -> Any:
         """The compiled program; compiles it now, or waits for it, if it is not there yet."""
         self.start(name, lower)
         return self._futures[name].result()
 
-    def _compile(self, name: Hashable, lower: Callable[[], Any], rehearse: Callable[[Any], Any] | None) -> Any:
+    def _compile(self, name: Hashable, lower: Callable[[], Any]) -> Any:
         start = time.perf_counter()
         program = lower().compile()
         analysis = program.memory_analysis()
         self.compiled[name] = Compiled(time.perf_counter() - start, getattr(analysis, "temp_size_in_bytes", 0))
-        if rehearse is not None:
-            rehearse(program)
         return program

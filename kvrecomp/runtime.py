@@ -12,7 +12,7 @@ padding and the number of tokens in the tail are data: changing them compiles no
 import collections
 import functools
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol, TypeVar
 
@@ -214,6 +214,11 @@ class Decoder:
         self._graph, self._state = nnx.split(model)
         self._programs = Programs()
 
+    def steps_to_write_out(self, cache: Cache) -> int | None:
+        """How many more tokens the tail takes before the step that writes it out; None if none will."""
+        more = self.plan.write_outs - (len(cache.layers[0].blocks) - len(self.plan.layers[0].prompt))
+        return self.plan.tail - cache.in_tail if more > 0 else None
+
     @property
     def compiled(self) -> dict[Hashable, Compiled]:
         """The programs so far: ("prefill",), ("step", write-outs before it), ("write-out", memory of each layer)."""
@@ -232,6 +237,7 @@ class Decoder:
             (np.ascontiguousarray(token_ids.T), padding, np.int32(token_ids.shape[1])), memory.sharding("device")
         )
         blocks, tails, logits = program(self._state, token_ids, padding)
+        self._reserve_growth()
         return make_cache(blocks, tails, padding, length, 0), logits
 
     def step(self, cache: Cache, token_ids: Array) -> tuple[Cache, Array]:
@@ -250,7 +256,7 @@ class Decoder:
         program = self._program("step", write_outs)
         if write_outs < plan.write_outs:
             self._prepare("write-out", plan.written_to(write_outs))
-            self._prepare("step", write_outs + 1, rehearse=functools.partial(self._rehearse, write_outs + 1))
+            self._prepare("step", write_outs + 1)
         tails, length, logits = program(
             self._state, cache.blocks, cache.tails, cache.padding, cache.length, token_ids
         )
@@ -262,26 +268,21 @@ class Decoder:
         blocks = [(*own, block) for own, block in zip(cache.blocks, new, strict=True)]
         return make_cache(blocks, cache.tails, cache.padding, cache.length, 0)
 
+    def _reserve_growth(self) -> None:
+        """Pins host memory for the blocks to come."""
+        last = describe_blocks(self.plan, self.plan.write_outs)
+        grown = [block for own, layer in zip(last, self.plan.layers) for block in own[len(layer.prompt) :]]
+        arrays = [array for block in grown if block.memory == "host" for array in block.arrays]
+        memory.reserve("host", [(array.shape, array.dtype) for array in arrays])
+
     # --- the jit boundary: static are the plan and what names the program, all else is data ---
 
     def _program(self, *name: Any) -> Any:
         return self._programs.get(name, lambda: self._lower(*name))
 
-    def _prepare(self, *name: Any, rehearse: Callable[[Any], Any] | None = None) -> None:
+    def _prepare(self, *name: Any) -> None:
         """Compiles a program in the background."""
-        self._programs.start(name, functools.partial(self._lower, *name), rehearse)
-
-    def _rehearse(self, write_outs: int, program: Any) -> None:
-        """Runs a step program once on a cache of zeros; all blocks of one shape and memory are the same array."""
-        zeros = functools.cache(memory.zeros)
-        blocks = jax.tree.map(
-            lambda block: replace(block, arrays=tuple(zeros(a.shape, a.dtype, block.memory) for a in block.arrays)),
-            describe_blocks(self.plan, write_outs),
-            is_leaf=lambda node: isinstance(node, Block),
-        )
-        tails = jax.tree.map(lambda like: memory.zeros(like.shape, like.dtype, "device"), describe_tails(self.plan))
-        rows = memory.zeros((self.plan.workload.batch,), jnp.int32, "device")
-        jax.block_until_ready(program(self._state, blocks, tails, rows, memory.zeros((), jnp.int32, "device"), rows))
+        self._programs.start(name, functools.partial(self._lower, *name))
 
     def _lower(self, kind: str, *which: Any) -> Any:
         lower = {"prefill": self._lower_prefill, "step": self._lower_step, "write-out": self._lower_write_out}
