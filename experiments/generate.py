@@ -1,7 +1,7 @@
 """Continues prompts with the cache in host memory, and compares the result with that of a cache on the device.
 
     python experiments/generate.py
-    python experiments/generate.py --prompt='Return the' --plan=split:0.5 --do_sample --temperature=0.7
+    python experiments/generate.py --prompt='Return the' --plan=split:0.5 --temperature=0.5
     python experiments/generate.py --model=opt-1.3b --max_new_tokens=64 --json
 
 Without flags it loads the checkpoint that this repository ships, puts the whole cache of a left-padded batch into host
@@ -66,10 +66,10 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     integer("tail", None, "Tokens in the tail; default: by their bytes.")
     number("device_memory_gib", None, "Device memory to use, weights included; default: what is free.")
     number("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
-    boolean("do_sample", False, "Sample, instead of taking the likeliest token.")
-    number("temperature", 1.0, "Logits are divided by it.")
+    boolean("do_sample", True, "Sample; --nodo_sample takes the likeliest token.")
+    number("temperature", 0.7, "Logits are divided by it.")
     integer("top_k", 0, "Sample from so many of the likeliest tokens; 0: all.")
-    number("top_p", 1.0, "Sample from the fewest tokens that have this probability together.")
+    number("top_p", 0.9, "Sample from the fewest tokens that have this probability together.")
     integer("seed", 0, "Of sampling, and of random weights.", lower_bound=0, upper_bound=2**32 - 1)
     string("dtype", None, "Of weights and cache; default: float32 on a CPU, else as stored or bfloat16.")
     boolean("check", True, "Compare the logits with those of the on-device plan.")

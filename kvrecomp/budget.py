@@ -1,13 +1,17 @@
 """What a plan needs of device and host memory, item by item, and whether that is there."""
 
+import bisect
+import dataclasses
+from typing import get_args
+
 from kvrecomp import memory
 from kvrecomp.attention import SCORE_BYTES
-from kvrecomp.plan import Budget, Plan, PlanError, format_bytes
+from kvrecomp.plan import Budget, Memory, Plan, PlanError, format_bytes
 
 MARGIN = 0.05  # of what is free: fragmentation, and the programs themselves
 
 
-def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[str, dict[str, int]]:
+def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dict[str, int]]:
     """Bytes by memory and item, after that many write-outs (default: at the end of the workload).
 
     `prefill` is an estimate of the prompt's intermediate results: the hidden states, Q, K and V, one feed-forward, and
@@ -32,7 +36,7 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[str, dict[s
     }
 
 
-def limits(budget: Budget, weights: int) -> dict[str, float]:
+def limits(budget: Budget, weights: int) -> dict[Memory, float]:
     """Bytes that may be used of each memory; what the budget leaves open is what is free now, less a margin.
 
     `weights` bytes are on the device already, and count as available there.
@@ -48,7 +52,9 @@ def limits(budget: Budget, weights: int) -> dict[str, float]:
 def check_memory(plan: Plan, budget: Budget | None = None) -> None:
     """Raises `PlanError`, with sizes and with what would fit, if the plan needs more than the budget."""
     needed = memory_needed(plan)
-    for place, limit in limits(budget or Budget(), needed["device"]["weights"]).items():
+    allowed = limits(budget or Budget(), needed["device"]["weights"])
+    for place in get_args(Memory):
+        limit = allowed[place]
         total = sum(needed[place].values())
         if total <= limit:
             continue
@@ -59,17 +65,20 @@ def check_memory(plan: Plan, budget: Budget | None = None) -> None:
         )
 
 
-def _what_fits(plan: Plan, place: str, limit: float) -> str:
-    """The largest batch for which the plan fits; every item but the weights grows with the batch."""
-    items = memory_needed(plan)[place]
-    fixed = items.get("weights", 0)
-    batch = int((limit - fixed) // max(1, (sum(items.values()) - fixed) / plan.workload.batch))
-    if batch >= 1:
-        return f"a batch of {batch} fits where {plan.workload.batch} were asked for"
+def _what_fits(plan: Plan, place: Memory, limit: float) -> str:
+    """The largest batch for which the plan fits."""
+
+    def excess(batch: int) -> bool:
+        smaller = dataclasses.replace(plan, workload=dataclasses.replace(plan.workload, batch=batch))
+        return sum(memory_needed(smaller)[place].values()) > limit
+
+    fitting = bisect.bisect_left(range(1, plan.workload.batch), True, key=excess)
+    if fitting:
+        return f"a batch of {fitting} fits where {plan.workload.batch} were asked for"
     return "not even a batch of 1 fits; use a smaller model, a shorter prompt or more memory"
 
 
-def _pool_hint(place: str, total: float) -> str:
+def _pool_hint(place: Memory, total: float) -> str:
     if place == "device" or total <= memory.pinned_limit():
         return ""
     return (

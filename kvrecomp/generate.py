@@ -4,7 +4,6 @@ Steps are dispatched in a thread of their own, before the tokens of earlier ones
 never waits for Python. Stopping is therefore seen late; the results of steps dispatched by then are dropped.
 """
 
-import functools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,8 +18,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvrecomp import memory
 from kvrecomp.ahead import Ahead
 from kvrecomp.named import named_plan
-from kvrecomp.plan import Budget, Plan, Workload
-from kvrecomp.prompt import PromptError
+from kvrecomp.plan import Budget, Plan, PlanError, Workload
+from kvrecomp.prompt import as_ids
 from kvrecomp.runtime import Decoder, Model
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
 
@@ -82,13 +81,11 @@ def generate(
     FloatingPointError where logits are NaN.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
-    shape = np.shape(input_ids)
-    if len(shape) != 2 or 0 in shape:
-        raise PromptError(f"input_ids must be [batch, prompt] with at least one token a row; got {list(shape)}")
+    batch, prompt = as_ids(input_ids).shape
     if isinstance(plan, str):
-        plan = named_plan(plan, model.shape, Workload(shape[0], shape[1], max_new_tokens))
+        plan = named_plan(plan, model.shape, Workload(batch, prompt, max_new_tokens))
     decoder = Decoder(model, plan, budget=budget)
-    eos = [] if eos_token_id is None else [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id)
+    eos = [] if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id)).tolist()
     pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0
     return TokenLoop(decoder, sampling, eos, pad, streamer, output_logits).run(
         input_ids, attention_mask, max_new_tokens
@@ -116,8 +113,13 @@ class TokenLoop:
     output_logits: bool = False
 
     def run(self, input_ids: Any, attention_mask: Any, max_new_tokens: int) -> Generated:
-        """See `generate`."""
-        prompt = np.asarray(jax.device_get(input_ids), np.int32)
+        """See `generate`. Raises `PlanError` if the decoder's plan is for fewer new tokens."""
+        if not 0 < max_new_tokens <= self.decoder.plan.workload.new:
+            raise PlanError(
+                f"max_new_tokens is {max_new_tokens}, the plan is for 1 to {self.decoder.plan.workload.new}: make a "
+                "plan with a larger Workload.new"
+            )
+        prompt = as_ids(input_ids).astype(np.int32)
         new, logits, link_bytes, arrivals = [], [], [], [time.perf_counter()]
         if self.streamer is not None:
             self.streamer.put(prompt)
@@ -155,10 +157,15 @@ class TokenLoop:
     def _dispatch(self, input_ids: Any, attention_mask: Any, max_new_tokens: int) -> Iterator["_Dispatched"]:
         """Prefill and steps, one item a token, as they are dispatched; nothing here waits for the device."""
         cache, logits = self.decoder.prefill(input_ids, attention_mask)
-        choose_next, rows = self._sampler(cache)
+        row_ids = np.arange(cache.padding.shape[0], dtype=np.int32)
+        eos, pad, seed, row_ids = jax.device_put(
+            (np.asarray(self.eos, np.int32), np.int32(self.pad), np.uint32(self.sampling.seed), row_ids),
+            memory.sharding("device"),
+        )
+        rows = start_rows(seed, row_ids, cache.length, cache.padding)
         sent = 0
         for index in range(max_new_tokens):
-            rows, tokens, report = choose_next(rows, logits)
+            rows, tokens, report = choose(self.sampling, eos, pad, rows, logits)
             arriving = (report, logits if self.output_logits else None)
             jax.tree.map(lambda array: array.copy_to_host_async(), arriving)
             left = self.decoder.steps_to_write_out(cache)
@@ -166,14 +173,6 @@ class TokenLoop:
             if index + 1 < max_new_tokens:
                 cache, logits = self.decoder.step(cache, tokens)
                 sent = cache.bytes_in("host")
-
-    def _sampler(self, cache):
-        """The jitted choice of the next token, and the state of the rows after the prompt."""
-        put = functools.partial(jax.device_put, device=memory.sharding("device"))
-        eos, pad = put(np.asarray(self.eos, np.int32)), put(np.int32(self.pad))
-        row_ids = put(np.arange(cache.padding.shape[0], dtype=np.int32))
-        start = jax.jit(lambda ids, length, padding: start_rows(self.sampling, ids, length - padding))
-        return jax.jit(functools.partial(choose, self.sampling, eos, pad)), start(row_ids, cache.length, cache.padding)
 
     def _new_tokens(self, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int32[new, batch] -> how many of them are each row's own, and whether the row has ended."""

@@ -12,6 +12,7 @@
 from collections.abc import Sequence
 
 from kvrecomp.plan import (
+    BLOCKS_PER_WINDOW,
     DEFAULT_WINDOW,
     BlockSpec,
     Form,
@@ -25,7 +26,6 @@ from kvrecomp.plan import (
     default_tail,
 )
 
-BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
 NAMES = ("activations", "recompute", "keys_values", "split:F", "kvpr:F", "device[:F]")
 _ACCEPTS = {  # whether a plan is named with a fraction, without one, or both
     "activations": (False,),
@@ -65,7 +65,7 @@ def named_plan(
         for layer in shape.layers
     )
     schedule = "layerwise" if kind == "kvpr" else "pipelined"
-    tail = default_tail(shape, workload) if tail is None else min(tail, workload.new)
+    tail = default_tail(shape, workload, window) if tail is None else min(tail, workload.new)
     return Plan(name, shape, workload, layers, tail=tail, window=window, schedule=schedule)
 
 

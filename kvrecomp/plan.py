@@ -19,7 +19,7 @@ import dataclasses
 import io
 import itertools
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from rich import box
 from rich.console import Console
@@ -34,6 +34,7 @@ MIB = 2**20
 GIB = 2**30
 DEFAULT_WINDOW = GIB
 TAIL_BYTES = GIB
+BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -41,10 +42,16 @@ class PlanError(ValueError):
     """A plan, workload or budget that cannot be carried out; the message says what would work."""
 
 
-def _check_positive(thing: object, **sizes: int | float) -> None:
+def _check_positive(thing: object, **sizes: int) -> None:
     for name, size in sizes.items():
-        if size <= 0:
-            raise PlanError(f"{type(thing).__name__}: {name} is {size}; it must be greater than zero")
+        if size != int(size) or size <= 0:
+            raise PlanError(f"{type(thing).__name__}: {name} is {size}; it must be a whole number above zero")
+
+
+def _check_choice(thing: object, choices: Any, *values: str) -> None:
+    for value in values:
+        if value not in get_args(choices):
+            raise PlanError(f"{type(thing).__name__}: {value!r} is not one of {', '.join(get_args(choices))}")
 
 
 @dataclass(frozen=True)
@@ -155,9 +162,8 @@ class BlockSpec:
     tokens: int
 
     def __post_init__(self):
-        for value, allowed in ((self.form, Form), (self.memory, Memory)):
-            if value not in get_args(allowed):
-                raise PlanError(f"BlockSpec: {value!r} is not one of {', '.join(get_args(allowed))}")
+        _check_choice(self, Form, self.form)
+        _check_choice(self, Memory, self.memory)
         _check_positive(self, tokens=self.tokens)
 
 
@@ -174,6 +180,13 @@ class LayerPlan:
     grown: tuple[Memory, ...] = ("host",)
     method: Method = "absorb"
 
+    def __post_init__(self):
+        _check_choice(self, Form, self.tail)
+        _check_choice(self, Method, self.method)
+        _check_choice(self, Memory, *self.grown)
+        if not self.grown:
+            raise PlanError("LayerPlan: grown is empty; it must say where written-out blocks go, at least once")
+
     def blocks(self, write_outs: int, tail_tokens: int) -> tuple[BlockSpec, ...]:
         """The layer's blocks after that many write-outs of the tail."""
         last = len(self.grown) - 1
@@ -182,14 +195,18 @@ class LayerPlan:
         )
 
 
-def default_tail(shape: ModelShape, workload: Workload) -> int:
-    """Tokens of a tail that takes about TAIL_BYTES in all layers, a power of two from 16 to 1024, at most `new`.
+def default_tail(shape: ModelShape, workload: Workload, window: int) -> int:
+    """Tokens of a tail of at most TAIL_BYTES in all layers, and a fraction of the window in one: a power of two.
+
+    At least 16 and at most 1024 or `new` where the window allows.
 
     A write-out needs a new program, and compiling it takes longer than a few steps. Steps that send little are short
     and their tails long, so the tail fills while the next program is compiled.
     """
-    token_bytes = workload.batch * shape.itemsize * sum(max(map(layer.width, get_args(Form))) for layer in shape.layers)
-    fitting = max(16, min(1024, TAIL_BYTES // token_bytes))
+    widths = [max(layer.width(form) for form in get_args(Form)) for layer in shape.layers]
+    row_bytes = workload.batch * shape.itemsize
+    fitting = max(16, min(1024, TAIL_BYTES // (row_bytes * sum(widths))))
+    fitting = max(1, min(fitting, window // BLOCKS_PER_WINDOW // (row_bytes * max(widths))))
     return min(workload.new, 1 << (fitting.bit_length() - 1))
 
 
@@ -213,6 +230,7 @@ class Plan:
 
     def __post_init__(self):
         _check_positive(self, tail=self.tail, window=self.window)
+        _check_choice(self, Schedule, self.schedule)
         if len(self.layers) != len(self.shape.layers):
             raise PlanError(f"Plan: {len(self.layers)} layer plans for a model of {len(self.shape.layers)} layers")
         total = self.workload.prompt + self.workload.new

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import Array
 
 from kvrecomp.plan import Plan
 
@@ -12,17 +13,26 @@ class PromptError(ValueError):
     """Token ids or a mask that cannot be decoded; the message says which row and why."""
 
 
+def as_ids(input_ids: Any) -> np.ndarray:
+    """Token ids as int[batch, prompt]; raises `PromptError` if they are none, or a row or the batch is empty."""
+    try:
+        ids = np.asarray(jax.device_get(input_ids))
+    except ValueError:
+        raise PromptError("the rows of input_ids differ in length: pad the shorter ones on the left") from None
+    if 0 in ids.shape:
+        raise PromptError(f"input_ids is empty, {list(ids.shape)}: give every row at least one token")
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise PromptError(f"input_ids must be integers [batch, prompt]; got {ids.dtype}{list(ids.shape)}")
+    return ids
+
+
 def check_prompt(input_ids: Any, attention_mask: Any, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """int[batch, prompt] and its mask (None: no padding) -> int32 ids, and int32[batch] padding on the left.
 
     Raises `PromptError` where the shapes are not the plan's, the mask is not left-padded, a row is empty or a token id
     is outside the vocabulary.
     """
-    ids = np.asarray(jax.device_get(input_ids))
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise PromptError(f"input_ids must be integers [batch, prompt]; got {ids.dtype}{list(ids.shape)}")
-    if 0 in ids.shape:
-        raise PromptError(f"input_ids is empty, {list(ids.shape)}: give every row at least one token")
+    ids = as_ids(input_ids)
     if ids.shape != (plan.workload.batch, plan.workload.prompt):
         raise PromptError(
             f"input_ids is {list(ids.shape)}, the plan is for [{plan.workload.batch}, {plan.workload.prompt}]: pad the "
@@ -42,3 +52,12 @@ def check_prompt(input_ids: Any, attention_mask: Any, plan: Plan) -> tuple[np.nd
         row, column = np.argwhere(wrong & mask)[0]
         raise PromptError(f"token id {ids[row, column]} in row {row} is outside the vocabulary of {vocab} tokens")
     return np.where(mask, ids, 0).astype(np.int32), (~mask).sum(axis=1, dtype=np.int32)
+
+
+def check_step(length: Array, token_ids: Any, plan: Plan) -> None:
+    """Raises `PromptError` unless `token_ids` is int32[batch] and the cache of that `length` is not used up."""
+    if np.shape(token_ids) != (plan.workload.batch,) or getattr(token_ids, "dtype", None) != np.int32:
+        given = f"{getattr(token_ids, 'dtype', type(token_ids).__name__)}{list(np.shape(token_ids))}"
+        raise PromptError(f"token_ids is {given}; it must be int32[{plan.workload.batch}], one token for every row")
+    if length.is_deleted():
+        raise PromptError("this cache was given to a step before, which wrote into it: go on with the one it returned")

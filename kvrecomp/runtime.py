@@ -38,7 +38,7 @@ from kvrecomp.cache import (
 )
 from kvrecomp.plan import Budget, LayerPlan, Memory, Method, ModelShape, Plan, PlanError, Schedule
 from kvrecomp.programs import Compiled, Programs
-from kvrecomp.prompt import check_prompt
+from kvrecomp.prompt import check_prompt, check_step
 
 
 class Model(Protocol):
@@ -144,8 +144,11 @@ class CachedAttention:
         here = [Cached(b.form, b.arrays, at) for b, at in zip((*blocks, tail), starts) if b.memory == "device"]
         partials = attention.attend(query, here, self.method)
         for start in [at for block, at in zip(blocks, starts) if block.memory == "host"]:
-            block = self.window.take()
-            (partial,) = attention.attend(query, [Cached(block.form, block.arrays, start)], self.method)
+            block, before = self.window.take(), partials[-1]
+            # In order: XLA would await this block before it has finished with the one before, and the link would rest.
+            mixed, arrays = jax.lax.optimization_barrier((before.mixed, block.arrays))
+            partials[-1] = before._replace(mixed=mixed)
+            (partial,) = attention.attend(query, [Cached(block.form, arrays, start)], self.method)
             partials.append(partial._replace(mixed=self.window.used(partial.mixed)))
         return attention.merge(query, partials)
 
@@ -243,8 +246,10 @@ class Decoder:
     def step(self, cache: Cache, token_ids: Array) -> tuple[Cache, Array]:
         """One more token of every row, int32[batch] on the device -> cache, logits float32[batch, vocab].
 
-        Returns before the step has run. Raises `PlanError` if the plan's workload is exceeded.
+        Returns before the step has run. Raises `PlanError` if the plan's workload is exceeded, and `PromptError` if
+        `token_ids` are not one per row or the cache was given to a step before.
         """
+        check_step(cache.length, token_ids, self.plan)
         plan, write_outs = self.plan, len(cache.layers[0].blocks) - len(self.plan.layers[0].prompt)
         if write_outs * plan.tail + cache.in_tail >= plan.workload.new:
             raise PlanError(

@@ -4,7 +4,8 @@ Randomness is keyed by (seed, row, position), position counting the row's own to
 depend on padding or on which rows were decoded beside it.
 """
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import jax
@@ -27,7 +28,7 @@ class Sampling:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
-    seed: int = 0
+    seed: int = field(default=0, compare=False)  # not part of the program
 
     def __post_init__(self):
         if not self.temperature > 0:
@@ -46,12 +47,15 @@ class Rows(NamedTuple):
     finished: Array  # bool[b]
 
 
-def start_rows(sampling: Sampling, row_ids: Array, positions: Array) -> Rows:
-    """Rows named by int32[b] ids, whose next token has position int32[b]."""
+@jax.jit
+def start_rows(seed: Array, row_ids: Array, length: Array, padding: Array) -> Rows:
+    """Rows named by int32[b] ids, after `length` slots of which int32[b] are padding."""
+    positions = length - padding
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return Rows(fold(jax.random.key(sampling.seed), row_ids), positions, jnp.zeros(positions.shape, bool))
+    return Rows(fold(jax.random.key(seed), row_ids), positions, jnp.zeros(positions.shape, bool))
 
 
+@functools.partial(jax.jit, static_argnums=0)
 def choose(sampling: Sampling, eos: Array, pad: Array, rows: Rows, logits: Array) -> tuple[Rows, Array, Array]:
     """logits float32[b, vocab] -> rows, token ids int32[b], and the same with NAN_TOKEN where logits are not finite.
 
@@ -70,13 +74,13 @@ def choose(sampling: Sampling, eos: Array, pad: Array, rows: Rows, logits: Array
 
 def truncate(sampling: Sampling, logits: Array) -> Array:
     """float32[b, vocab] with tokens outside top_k, then outside top_p of what is left, at minus infinity."""
-    if not sampling.top_k and sampling.top_p == 1:
+    top_k = sampling.top_k or logits.shape[-1]
+    if top_k >= logits.shape[-1] and sampling.top_p == 1:
         return logits
     ordered = jnp.sort(logits, axis=-1, descending=True)
-    if sampling.top_k:
-        ordered = jnp.where(jnp.arange(logits.shape[-1]) < sampling.top_k, ordered, -jnp.inf)
-    probability = jax.nn.softmax(ordered, axis=-1)
-    before = jnp.cumsum(probability, axis=-1) - probability
-    kept = (before < sampling.top_p) & (ordered > -jnp.inf)
+    kept = jnp.broadcast_to(jnp.arange(logits.shape[-1]) < top_k, logits.shape)
+    if sampling.top_p < 1:  # rounded sums reach 1 early, which must not drop what top_k keeps
+        probability = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
+        kept &= jnp.cumsum(probability, axis=-1) - probability < sampling.top_p
     smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= smallest, logits, -jnp.inf)

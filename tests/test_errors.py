@@ -1,0 +1,283 @@
+"""Bad input is refused where it is given, in one line that says what was given, what was expected and what to do."""
+
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+from flax import nnx
+
+import kvrecomp
+import models
+from kvrecomp import budget, memory
+from kvrecomp.plan import GIB, BlockSpec, LayerPlan, Plan, PlanError, Workload
+from kvrecomp.prompt import PromptError, check_prompt
+
+
+@contextlib.contextmanager
+def one_line(kind, *parts):
+    """Expects an error of that kind whose message is one line and has all the parts."""
+    with pytest.raises(kind) as raised:
+        yield
+    message = str(raised.value)
+    assert "\n" not in message and len(message) < 400
+    for part in parts:
+        assert part in message, f"{part!r} is not in {message!r}"
+
+
+def plan_of(name="activations", *, batch=2, prompt=5, new=3, **options):
+    return kvrecomp.named_plan(name, toy.model().shape, Workload(batch, prompt, new), **options)
+
+
+IDS = np.arange(10, dtype=np.int32).reshape(2, 5)
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("ids", "mask", "parts"),
+    [
+        (IDS.astype(np.float32), None, ["integers [batch, prompt]", "float32[2, 5]"]),
+        (IDS.astype(bool), None, ["integers [batch, prompt]", "bool[2, 5]"]),
+        (IDS[0], None, ["integers [batch, prompt]", "int32[5]"]),
+        (IDS[:, :0], None, ["empty", "[2, 0]", "at least one token"]),
+        (IDS[:, :4], None, ["[2, 4]", "[2, 5]", "pad the prompts on the left"]),
+        (IDS[:1], None, ["[1, 5]", "[2, 5]", "make a plan for this one"]),
+        (IDS, np.ones((2, 4)), ["attention_mask is [2, 4]", "input_ids [2, 5]", "must be the same"]),
+        (IDS, [[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], ["row 1 is empty", "at least one"]),
+        (IDS, [[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]], ["row 1 is not left-padded", "move the padding to the left"]),
+        (IDS, [[0, 1, 0, 1, 1], [1, 1, 1, 1, 1]], ["row 0 is not left-padded", "0 after a 1"]),
+        (np.where(IDS == 7, 61, IDS), None, ["token id 61 in row 1", "vocabulary of 61 tokens"]),
+        (np.where(IDS == 3, -2, IDS), None, ["token id -2 in row 0", "vocabulary of 61 tokens"]),
+        (np.where(IDS == 3, np.int64(2**40 + 5), IDS), None, ["token id 1099511627781 in row 0", "vocabulary of 61"]),
+    ],
+)
+def test_prompts(ids, mask, parts):
+    with one_line(PromptError, *parts):
+        check_prompt(ids, mask, plan_of())
+
+
+def test_prompts_are_refused_by_the_decoder_before_anything_is_compiled():
+    decoder = kvrecomp.Decoder(toy.model(), plan_of())
+    with one_line(PromptError, "token id 61 in row 1"):
+        decoder.prefill(np.where(IDS == 7, 61, IDS))
+    assert not decoder.compiled
+
+
+def test_what_is_padding_may_be_any_id():
+    mask = np.array([[1, 1, 1, 1, 1], [0, 0, 0, 1, 1]])
+    ids, padding = check_prompt(np.where(mask, IDS, -100), mask, plan_of())
+    assert padding.tolist() == [0, 3] and ids.min() >= 0 and (ids[mask == 1] == IDS[mask == 1]).all()
+    assert ids.dtype == padding.dtype == np.int32
+
+
+@pytest.mark.parametrize("ids", [IDS[:, :0], IDS[:0], IDS[0], [[]], 7])
+def test_generate_wants_rows_of_tokens(ids):
+    with one_line(PromptError, "input_ids must be [batch, prompt] with at least one token a row", "got ["):
+        kvrecomp.generate(toy.model(), ids)
+
+
+def test_prompt_longer_than_the_positions():
+    with one_line(PlanError, "prompt of 39", "3 new tokens", "need 42 positions", "toy has 41", "shorten"):
+        plan_of(prompt=39)
+    with one_line(PlanError, "need 42 positions", "shorten"):
+        kvrecomp.generate(toy.model(), np.zeros((1, 39), np.int32), max_new_tokens=3)
+    assert plan_of(prompt=38).workload.prompt == 38
+
+
+# --- plans ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("", "activation", "keys", "split", "kvpr", "split:", "activations:0.5", "keys_values:1", "recompute:0"),
+        *("split:1.5", "split:-0.1", "kvpr:x", "split:nan", "device:2"),
+    ],
+)
+def test_unknown_plans(name):
+    with one_line(PlanError, repr(name), "from 0 to 1"):
+        plan_of(name)
+
+
+def test_unknown_plans_are_listed_by_generate():
+    with one_line(PlanError, "'best'", "activations, recompute, keys_values, split:F, kvpr:F, device[:F]"):
+        kvrecomp.generate(toy.model(), IDS, plan="best")
+
+
+def test_window_smaller_than_a_block():
+    token = 2 * 21 * 4  # batch, hidden, float32
+    sizes = f"window of {token - 1} B", "a block of 1 tokens", f"{token} B"
+    with one_line(PlanError, "layer 0", *sizes, "use a larger window"):
+        plan_of(window=token - 1, tail=1)
+    assert plan_of(window=token, tail=1).blocks()[0] == (BlockSpec("activations", "host", 1),) * 5
+    with one_line(PlanError, "a block of 3 tokens", f"{3 * token} B", "smaller blocks"):
+        plan_of(window=2 * token, new=4, tail=3)  # the tail, once written out
+
+
+def test_plan_for_another_model():
+    plan = plan_of()
+    with one_line(PlanError, "plan is for toy in float32", "model is toy-350m in float32", "from model.shape"):
+        kvrecomp.Decoder(toy.model("350m"), plan)
+    other = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, dtype="bfloat16"))
+    with one_line(PlanError, "plan is for toy in bfloat16", "model is toy in float32"):
+        kvrecomp.Decoder(toy.model(), other)
+
+
+def test_blocks_that_do_not_make_up_the_prompt():
+    layer = LayerPlan((BlockSpec("activations", "host", 3), BlockSpec("keys_values", "host", 1)))
+    with one_line(PlanError, "layer 0", "4 tokens", "the prompt 5"):
+        Plan("short", toy.model().shape, Workload(2, 5, 3), (layer, layer), tail=2)
+    with one_line(PlanError, "1 layer plans", "model of 2 layers"):
+        Plan("thin", toy.model().shape, Workload(2, 4, 3), (layer,), tail=2)
+
+
+@pytest.mark.parametrize(("batch", "prompt", "new"), [(0, 5, 3), (2, -1, 3), (2, 5, 0)])
+def test_workloads(batch, prompt, new):
+    with one_line(PlanError, "Workload", "must be greater than zero"):
+        Workload(batch, prompt, new)
+
+
+def test_stepping_past_the_workload():
+    decoder = kvrecomp.Decoder(toy.model(), plan_of(new=3, tail=2))
+    cache, _ = decoder.prefill(IDS)
+    token_ids = toy.put(IDS[:, 0])
+    for _ in range(3):
+        cache, logits = decoder.step(cache, token_ids)
+    with one_line(PlanError, "3 new tokens", "all of them are cached", "larger Workload.new"):
+        decoder.step(cache, token_ids)
+    assert np.isfinite(toy.get(logits)).all()  # and what is there is still there
+    assert all(np.isfinite(toy.get(array)).all() for tail in cache.tails for array in tail.arrays)
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def large(name="activations", batch=32):
+    """OPT-6.7B with 1024 tokens: 8 GiB of activations, as many of keys and as many of values, at batch 32."""
+    shape = models.PRESETS["opt-6.7b"].shape
+    return kvrecomp.named_plan(name, shape, Workload(batch, 1024, 32), tail=32)
+
+
+def test_host_memory_too_small_says_the_sizes_and_what_fits():
+    plan = large()
+    with one_line(PlanError, "plan activations needs 8.00 GiB of host memory", "5.10 GiB may be used", "a batch of 20"):
+        budget.check_memory(plan, kvrecomp.Budget.of_gib(device=100, host=5.1))
+    budget.check_memory(large(batch=20), kvrecomp.Budget.of_gib(device=100, host=5.1))
+    with one_line(PlanError, "of host memory"):
+        budget.check_memory(large(batch=21), kvrecomp.Budget.of_gib(device=100, host=5.1))
+    with one_line(PlanError, "not even a batch of 1 fits", "more memory"):
+        budget.check_memory(plan, kvrecomp.Budget.of_gib(device=100, host=0.2))
+
+
+def test_device_memory_too_small_says_the_sizes():
+    weights = large().shape.parameters * 2 / GIB
+    sizes = f"weights {weights:.2f} GiB", "blocks 16.00 GiB", "tail 512.0 MiB", "20.00 GiB may be used"
+    with one_line(PlanError, "plan device needs", "of device memory", *sizes):
+        budget.check_memory(large("device"), kvrecomp.Budget.of_gib(device=20))
+    with one_line(PlanError, "not even a batch of 1 fits"):
+        budget.check_memory(large("device"), kvrecomp.Budget.of_gib(device=weights))
+
+
+def test_memory_is_checked_before_anything_is_allocated():
+    small = kvrecomp.Budget(device=4 * GIB, host=100)
+    with one_line(PlanError, "of host memory", "100 B may be used", "not even a batch of 1"):
+        kvrecomp.Decoder(toy.model(), plan_of(), budget=small)
+    with one_line(PlanError, "of host memory"):
+        kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, budget=small)
+
+
+def test_what_is_free_bounds_a_plan_without_a_budget(monkeypatch):
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 100)
+    monkeypatch.setattr(memory, "free_device_bytes", lambda: 4 * GIB)
+    with one_line(PlanError, "of host memory", "95 B may be used"):
+        kvrecomp.Decoder(toy.model(), plan_of())
+    kvrecomp.Decoder(toy.model(), plan_of(), budget=kvrecomp.Budget(host=10**6))
+
+
+@pytest.mark.parametrize(("device", "host"), [(0, None), (-1.0, 1), (1, -1)])
+def test_budgets(device, host):
+    with one_line(PlanError, "Budget", "it must"):
+        kvrecomp.Budget(device, host)
+
+
+def test_the_pinned_pool_is_named_where_it_is_the_limit(monkeypatch):
+    monkeypatch.setenv(memory.LIMIT_VARIABLE, "6")
+    plenty = kvrecomp.Budget.of_gib(device=100, host=100)
+    with one_line(PlanError, "of host memory", "capped at 6 GB", "set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB before jax"):
+        budget.check_memory(large(), plenty)
+    monkeypatch.setenv(memory.LIMIT_VARIABLE, "9")
+    budget.check_memory(large(), plenty)
+    with pytest.raises(PlanError) as raised:
+        budget.check_memory(large(), kvrecomp.Budget.of_gib(device=100, host=1))
+    assert memory.LIMIT_VARIABLE not in str(raised.value)  # raising it would not help
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "expected"),
+    [
+        ("", None, str(max(64, memory._proc_meminfo("MemTotal") // 10**9))),
+        ("", "17", "17"),
+        ("import jax; jax.devices()", None, "None"),
+    ],
+    ids=["raised", "the user's own", "too late"],
+)
+def test_the_pinned_pool_is_raised_on_import(before, given, expected):
+    """Unless it was set, or the backend has started: then it is what XLA took it to be, and plans are held to that."""
+    program = f"{before}\nimport os, kvrecomp\nprint(os.environ.get('{memory.LIMIT_VARIABLE}'), memory.pinned_limit())"
+    environment = {name: value for name, value in os.environ.items() if name != memory.LIMIT_VARIABLE}
+    environment |= {"PYTHONPATH": str(Path(kvrecomp.__file__).parent.parent), "JAX_PLATFORMS": "cpu"}
+    environment |= {memory.LIMIT_VARIABLE: given} if given else {}
+    program = program.replace("import os, kvrecomp", "import os, kvrecomp; from kvrecomp import memory")
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
+    limit = 64 if expected == "None" else int(expected)
+    assert done.stdout.split() == [expected, str(limit * 10**9)]
+
+
+# --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def with_nan_at(position):
+    """A toy OPT whose embedding of one position is not a number."""
+    broken = toy.randomised(toy.OPT.build(dtype="float32", rngs=None))
+    graph, state = nnx.split(broken)
+    table = toy.get(state["positions"]["embedding"].get_value()).copy()
+    table[position + 2] = np.nan
+    state["positions"]["embedding"].set_value(toy.put(table))
+    return nnx.merge(graph, state)
+
+
+@pytest.mark.parametrize(("position", "row", "token"), [(4, 1, 0), (6, 1, 2), (5, 1, 1)])
+def test_nan_logits_name_the_row_and_the_token(position, row, token):
+    """Row 1 has 5 tokens, the others 2 and 3, so it is the first to reach a position."""
+    ids, padding = np.arange(15).reshape(3, 5), np.array([[3], [0], [2]])
+    with one_line(FloatingPointError, f"row {row} are NaN at new token {token}", "check the weights"):
+        kvrecomp.generate(with_nan_at(position), ids, np.arange(5) >= padding, max_new_tokens=4)
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        ({"temperature": 0.0}, "temperature is 0.0; it must be above zero"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"max_new_tokens": 0}, "new is 0; it must be greater than zero"),
+    ],
+)
+def test_options_out_of_range(options, part):
+    with one_line(ValueError, part):
+        kvrecomp.generate(toy.model(), IDS, **options)
+
+
+def test_ids_from_a_model_in_half_precision_are_refused():
+    with one_line(PromptError, "integers [batch, prompt]", "bfloat16[2, 5]"):
+        check_prompt(toy.put(IDS).astype(jnp.bfloat16), None, plan_of())

@@ -1,0 +1,308 @@
+"""Plans as data: bytes, write-outs, how runs are cut into blocks, what a plan says of itself."""
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvrecomp
+from kvrecomp import budget
+from kvrecomp.named import BLOCKS_PER_WINDOW, cut_runs, named_plan
+from kvrecomp.plan import (
+    GIB,
+    MIB,
+    BlockSpec,
+    Budget,
+    LayerPlan,
+    LayerShape,
+    ModelShape,
+    Plan,
+    PlanError,
+    Workload,
+    format_bytes,
+)
+
+# Two layers of different shapes; the second has grouped queries.
+PLAIN = LayerShape(hidden=35, heads=5, kv_heads=5, head_dim=7, intermediate=53)
+GROUPED = LayerShape(hidden=35, heads=6, kv_heads=2, head_dim=4, intermediate=59, gated=True, absorbs_keys=False)
+SHAPE = ModelShape("two", (PLAIN, GROUPED), vocab=97, embedding=17, positions=101, dtype="bfloat16")
+WORK = Workload(batch=3, prompt=11, new=8)
+
+
+def block(form, memory, tokens):
+    return BlockSpec({"a": "activations", "kv": "keys_values"}[form], memory, tokens)
+
+
+PLAN = Plan(
+    "hand-made",
+    SHAPE,
+    WORK,
+    (
+        LayerPlan((block("a", "host", 4), block("kv", "device", 7)), tail="keys_values", grown=("device", "host")),
+        LayerPlan((block("kv", "host", 11),), method="recompute"),
+    ),
+    tail=3,
+    window=10_000,
+)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def test_widths_and_parameters():
+    assert PLAIN.width("activations") == 35 and PLAIN.width("keys_values") == 70
+    assert GROUPED.width("activations") == 35 and GROUPED.width("keys_values") == 16
+    assert PLAIN.attention_parameters == 4 * 35 * 35
+    assert GROUPED.attention_parameters == 35 * 24 + 2 * 35 * 8 + 24 * 35
+    assert PLAIN.parameters == 4 * 35 * 35 + 2 * 35 * 53
+    assert GROUPED.parameters == GROUPED.attention_parameters + 3 * 35 * 59
+    assert SHAPE.parameters == PLAIN.parameters + GROUPED.parameters + 97 * 17
+    assert replace(SHAPE, tied=False).parameters == SHAPE.parameters + 97 * 17
+    assert SHAPE.itemsize == 2 and replace(SHAPE, dtype="float32").itemsize == 4
+
+
+def test_bytes_by_hand():
+    """A token of three rows in bfloat16: 210 bytes of activations; 420 of keys and values, and 96 where grouped."""
+    assert PLAN.bytes_of(PLAIN, block("a", "host", 4)) == 840
+    assert PLAN.bytes_in("host") == 4 * 210 + 11 * 96
+    assert PLAN.bytes_in("device") == 7 * 420
+    assert PLAN.tail_bytes == 3 * (420 + 210)
+    # The first layer's tail goes to the device, then to the host; the second's, of activations, to the host.
+    assert PLAN.bytes_in("device", 1) == PLAN.bytes_in("device", 2) == 7 * 420 + 3 * 420
+    assert PLAN.bytes_in("host", 1) == 4 * 210 + 11 * 96 + 3 * 210
+    assert PLAN.bytes_in("host", 2) == 4 * 210 + 11 * 96 + 2 * 3 * 210 + 3 * 420
+
+
+def test_blocks_by_hand():
+    assert PLAN.blocks() == (PLAN.layers[0].prompt, PLAN.layers[1].prompt)
+    grown = block("kv", "device", 3), block("kv", "host", 3), block("kv", "host", 3)
+    assert PLAN.blocks(3)[0] == PLAN.layers[0].prompt + grown
+    assert PLAN.blocks(1)[1] == (block("kv", "host", 11), block("a", "host", 3))
+    assert [PLAN.written_to(time) for time in range(3)] == [("device", "host"), ("host", "host"), ("host", "host")]
+
+
+@pytest.mark.parametrize(("new", "tail", "times"), [(1, 3, 0), (3, 3, 0), (4, 3, 1), (6, 3, 1), (7, 3, 2), (8, 1, 7)])
+def test_the_tail_is_written_out_when_another_token_follows(new, tail, times):
+    plan = replace(PLAN, workload=replace(WORK, new=new), tail=tail)
+    assert plan.write_outs == times
+    assert sum(spec.tokens for spec in plan.blocks(times)[0]) + tail >= WORK.prompt + new
+
+
+def test_memory_needed_by_hand():
+    needed = kvrecomp.memory_needed(PLAN)
+    assert PLAN.write_outs == 2
+    assert needed["host"] == {"blocks": PLAN.bytes_in("host", 2)}
+    device = needed["device"]
+    assert device["weights"] == 2 * SHAPE.parameters
+    assert device["blocks"] == PLAN.bytes_in("device", 2) and device["tail"] == PLAN.tail_bytes
+    assert kvrecomp.memory_needed(PLAN, 0)["host"] == {"blocks": PLAN.bytes_in("host")}
+    # At a long prompt, hidden states, Q, K, V and a feed-forward of it count; at a large window, the window.
+    long = named_plan("activations", replace(SHAPE, positions=10**6), Workload(3, 10**5, 8), window=2 * GIB)
+    prefill = kvrecomp.memory_needed(long)["device"]["prefill or window"]
+    assert prefill > 3 * 10**5 * 2 * (4 * 35 + 59) and prefill < 2 * GIB
+    more = named_plan("keys_values", replace(SHAPE, positions=10**8), Workload(3, 10**7, 8), window=GIB)
+    assert kvrecomp.memory_needed(more)["device"]["prefill or window"] >= GIB
+
+
+@pytest.mark.parametrize("name", ["device", "activations", "device:0.5"])
+@pytest.mark.parametrize("gib", [14, 15])
+def test_the_batch_that_is_said_to_fit_fits(name, gib):
+    """And one more does not."""
+    import models
+
+    def refused(batch):
+        plan = named_plan(name, models.PRESETS["opt-6.7b"].shape, Workload(batch, 1024, 32), tail=32)
+        try:
+            budget.check_memory(plan, Budget.of_gib(device=gib, host=100))
+        except PlanError as error:
+            return str(error)
+        return None
+
+    said = int(refused(32).partition("a batch of ")[2].split()[0])
+    assert refused(said) is None and refused(said + 1) is not None
+
+
+def test_budgets_in_gib():
+    assert Budget.of_gib(2, 0.5) == Budget(2 * 2**30, 2**29)
+    assert Budget.of_gib(host=3) == Budget(None, 3 * GIB) and Budget.of_gib() == Budget()
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 * MIB, "3.0 MiB"), (1.25 * GIB, "1.25 GiB")],
+)
+def test_format_bytes(size, text):
+    assert format_bytes(size) == text
+
+
+# --- plans by name ----------------------------------------------------------------------------------------------------
+
+
+def summary(plan, layer=0):
+    """Tokens by (form, memory) in order, runs of blocks alike put together."""
+    runs = []
+    for spec in plan.blocks()[layer]:
+        if runs and runs[-1][:2] == (spec.form, spec.memory):
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + spec.tokens)
+        else:
+            runs.append((spec.form, spec.memory, spec.tokens))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "tail", "grown", "method", "schedule"),
+    [
+        ("activations", [("activations", "host", 11)], "activations", "host", "absorb", "pipelined"),
+        ("recompute", [("activations", "host", 11)], "activations", "host", "recompute", "pipelined"),
+        ("keys_values", [("keys_values", "host", 11)], "keys_values", "host", "absorb", "pipelined"),
+        (
+            "split:0.3",
+            [("activations", "host", 3), ("keys_values", "host", 8)],
+            "keys_values",
+            "host",
+            "absorb",
+            "pipelined",
+        ),
+        ("split:0", [("keys_values", "host", 11)], "keys_values", "host", "absorb", "pipelined"),
+        ("split:1", [("activations", "host", 11)], "activations", "host", "absorb", "pipelined"),
+        (
+            "kvpr:0.75",
+            [("activations", "host", 8), ("keys_values", "host", 3)],
+            "keys_values",
+            "host",
+            "recompute",
+            "layerwise",
+        ),
+        ("device", [("keys_values", "device", 11)], "keys_values", "device", "absorb", "pipelined"),
+        (
+            "device:0.25",
+            [("keys_values", "device", 3), ("activations", "host", 8)],
+            "activations",
+            "host",
+            "absorb",
+            "pipelined",
+        ),
+        ("device:0", [("activations", "host", 11)], "activations", "host", "absorb", "pipelined"),
+    ],
+)
+def test_named_plans(name, runs, tail, grown, method, schedule):
+    plan = named_plan(name, SHAPE, WORK)
+    assert plan.name == name and plan.schedule == schedule
+    for layer, own in enumerate(plan.layers):
+        assert summary(plan, layer) == runs
+        assert (own.tail, own.grown, own.method) == (tail, (grown,), method)
+
+
+def test_the_tail_is_not_longer_than_the_new_tokens():
+    assert named_plan("activations", SHAPE, WORK).tail == WORK.new
+    assert named_plan("activations", SHAPE, WORK, tail=5).tail == 5
+    assert named_plan("activations", SHAPE, WORK, tail=500).tail == WORK.new
+
+
+@pytest.mark.parametrize(("batch", "new", "tail"), [(1, 3, 3), (1, 5000, 1024), (10_000, 5000, 256), (10**6, 5000, 16)])
+def test_a_tail_is_about_as_many_bytes_whatever_the_batch(batch, new, tail):
+    """A token of a row is at most 2 * (70 + 35) bytes here; 10000 rows of 256 tokens are 0.5 GiB."""
+    shape = replace(SHAPE, positions=10_000)
+    assert named_plan("activations", shape, Workload(batch, 3, new), window=10 * GIB).tail == tail
+
+
+@given(
+    st.lists(st.integers(1, 200), min_size=1, max_size=3),
+    st.sampled_from(["activations", "keys_values"]),
+    st.sampled_from([PLAIN, GROUPED]),
+    st.integers(1, 100_000),
+)
+def test_runs_are_cut_evenly_and_several_blocks_fit_in_the_window(tokens, form, layer, window):
+    runs = [(form, "host", count) for count in tokens]
+    blocks = cut_runs(runs, layer, SHAPE, WORK, window)
+    token_bytes = WORK.batch * layer.width(form) * 2
+    rest = list(blocks)
+    for count in tokens:
+        own = []
+        while sum(own) < count:
+            own.append(rest.pop(0).tokens)
+        assert sum(own) == count and max(own) - min(own) <= 1
+        assert max(own) == 1 or max(own) * token_bytes <= window / BLOCKS_PER_WINDOW
+        # No more blocks than it takes: with one less, the largest would be too large.
+        fewer = len(own) - 1
+        assert not fewer or -(-count // fewer) * token_bytes > window // BLOCKS_PER_WINDOW
+    assert not rest and {(spec.form, spec.memory) for spec in blocks} == {(form, "host")}
+
+
+def test_cutting_by_hand():
+    """One token is 420 bytes; a quarter of the window holds 4 of 11: blocks of 4, 4 and 3."""
+    blocks = cut_runs([("keys_values", "host", 11)], PLAIN, SHAPE, WORK, 4 * 4 * 420)
+    assert [spec.tokens for spec in blocks] == [4, 4, 3]
+
+
+# --- what a plan says -------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_in_words():
+    text = str(replace(PLAN, reason="because it is by hand"))
+    title, *lines = (line.rstrip() for line in text.splitlines())
+    assert title == "Plan hand-made: two, batch 3, prompt 11, 8 new"
+    (first,) = (line for line in lines if line.lstrip().startswith("0 "))
+    (second,) = (line for line in lines if line.lstrip().startswith("1 "))
+    assert first.split() == "0 - 7 (2.9 KiB) 4 (840 B) - 3 (1.2 KiB) absorb".split()
+    assert second.split() == "1 - - - 11 (1.0 KiB) 3 (630 B) recompute".split()
+    assert "2.9 KiB in blocks on the device, 1.9 KiB in blocks on the host; window 9.8 KiB; pipelined" in lines[-2]
+    assert lines[-1].strip() == "because it is by hand"
+    assert max(map(len, text.splitlines())) <= 120 and "\x1b" not in text
+
+
+def test_layers_alike_share_a_line():
+    shape = replace(SHAPE, layers=(PLAIN,) * 31)
+    lines = str(named_plan("split:0.5", shape, WORK)).splitlines()
+    assert sum(line.lstrip().startswith("0-30 ") for line in lines) == 1
+    layers = named_plan("split:0.5", shape, WORK).layers
+    other = named_plan("activations", shape, WORK).layers[0]
+    mixed = Plan("mixed", shape, WORK, (*layers[:5], other, *layers[6:]), tail=8)
+    starts = [line.split()[0] for line in str(mixed).splitlines() if line.strip()]
+    assert [start for start in starts if start in ("0-4", "5", "6-30")] == ["0-4", "5", "6-30"]
+
+
+def test_plans_are_plain_data_without_jax():
+    """Made, printed and compared where there is no jax."""
+    program = """if True:
+        import sys
+        sys.modules["jax"] = None
+        sys.path.insert(0, sys.argv[1])
+        import plan
+        print(plan.Workload(2, 3, 5))
+    """
+    command = [sys.executable, "-c", program, Path(kvrecomp.__file__).parent]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "batch 2, prompt 3, 5 new\n"
+    assert PLAN == replace(PLAN) and hash(PLAN) == hash(replace(PLAN)) and replace(PLAN, tail=2) != PLAN
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replace(PLAIN, kv_heads=3), "5 heads do not divide into 3 key-value heads"),
+        (lambda: replace(PLAIN, hidden=0), "LayerShape: hidden is 0; it must be greater than zero"),
+        (lambda: replace(SHAPE, dtype="float64"), "'float64'; it must be one of float32, bfloat16, float16"),
+        (lambda: replace(SHAPE, layers=()), "layers is 0"),
+        (lambda: BlockSpec("values", "host", 3), "'values' is not one of activations, keys_values"),
+        (lambda: BlockSpec("activations", "disk", 3), "'disk' is not one of device, host"),
+        (lambda: BlockSpec("activations", "host", 0), "tokens is 0; it must be greater than zero"),
+        (lambda: replace(PLAN, tail=0), "tail is 0"),
+        (lambda: replace(PLAN, window=-1), "window is -1"),
+        (lambda: replace(PLAN, layers=PLAN.layers[:1]), "1 layer plans for a model of 2 layers"),
+        (lambda: replace(PLAN, workload=replace(WORK, prompt=12)), "layer 0: its blocks hold 11 tokens, the prompt 12"),
+        (lambda: replace(PLAN, workload=replace(WORK, new=91)), "need 102 positions; two has 101: shorten"),
+        (lambda: replace(PLAN, window=839), "layer 0: the window of 839 B is smaller than a block of 4 tokens, 840 B"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_line(make, message):
+    with pytest.raises(PlanError) as raised:
+        make()
+    assert message in str(raised.value) and "\n" not in str(raised.value)
