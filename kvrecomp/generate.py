@@ -24,8 +24,8 @@ from kvrecomp.runtime import Decoder, Model
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
 
 LEAD = 2  # unread steps: one that runs and one that waits
-# The first execution of a program takes the host half a second (for 32 layers, to load its kernels). Steps dispatched
-# ahead of it keep the device busy meanwhile.
+# The first execution of a program takes the host about half a second for 32 layers, to load its kernels. Steps
+# dispatched ahead of it are to keep the device busy meanwhile; the README says what is left of the wait.
 WRITE_OUT_LEAD = 8
 
 
@@ -116,8 +116,8 @@ class TokenLoop:
         """See `generate`. Raises `PlanError` if the decoder's plan is for fewer new tokens."""
         if not 0 < max_new_tokens <= self.decoder.plan.workload.new:
             raise PlanError(
-                f"max_new_tokens is {max_new_tokens}, the plan is for 1 to {self.decoder.plan.workload.new}: make a "
-                "plan with a larger Workload.new"
+                f"max_new_tokens is {max_new_tokens}, the plan is for up to {self.decoder.plan.workload.new} new tokens:"
+                " ask for at least one, or make a plan with a larger Workload.new"
             )
         prompt = as_ids(input_ids).astype(np.int32)
         new, logits, link_bytes, arrivals = [], [], [], [time.perf_counter()]

@@ -16,7 +16,7 @@ class Compiled(NamedTuple):
 class Programs:
     """A table of ahead-of-time compiled programs; `compiled` has an entry for each that is ready.
 
-    `lower` functions return what `jax.jit(f).lower(...)` does.
+    `trace` functions return what `jax.jit(f).trace(...)` does.
     """
 
     def __init__(self):
@@ -28,19 +28,19 @@ class Programs:
         """Whether compiling it was begun."""
         return name in self._futures
 
-    def start(self, name: Hashable, lower: Callable[[], Any]) -> None:
+    def start(self, name: Hashable, trace: Callable[[], Any]) -> None:
         """Compiles in the background, unless that was begun before."""
         if name not in self._futures:
-            self._futures[name] = self._background.submit(self._compile, name, lower)
+            self._futures[name] = self._background.submit(self._compile, name, trace)
 
-    def get(self, name: Hashable, lower: Callable[[], Any]) -> Any:
+    def get(self, name: Hashable, trace: Callable[[], Any]) -> Any:
         """The compiled program; compiles it now, or waits for it, if it is not there yet."""
-        self.start(name, lower)
+        self.start(name, trace)
         return self._futures[name].result()
 
-    def _compile(self, name: Hashable, lower: Callable[[], Any]) -> Any:
+    def _compile(self, name: Hashable, trace: Callable[[], Any]) -> Any:
         start = time.perf_counter()
-        program = lower().compile()
+        program = trace().lower().compile()
         analysis = program.memory_analysis()
         self.compiled[name] = Compiled(time.perf_counter() - start, getattr(analysis, "temp_size_in_bytes", 0))
         return program

@@ -19,10 +19,12 @@ def as_ids(input_ids: Any) -> np.ndarray:
         ids = np.asarray(jax.device_get(input_ids))
     except ValueError:
         raise PromptError("the rows of input_ids differ in length: pad the shorter ones on the left") from None
-    if 0 in ids.shape:
-        raise PromptError(f"input_ids is empty, {list(ids.shape)}: give every row at least one token")
-    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise PromptError(f"input_ids must be integers [batch, prompt]; got {ids.dtype}{list(ids.shape)}")
+    if ids.ndim != 2 or 0 in ids.shape:
+        raise PromptError(
+            f"input_ids must be [batch, prompt] with at least one token a row; got {list(ids.shape)}"
+        )
+    if not np.issubdtype(ids.dtype, np.integer):
+        raise PromptError(f"input_ids must be integers; got {ids.dtype}")
     return ids
 
 

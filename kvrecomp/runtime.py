@@ -283,17 +283,17 @@ class Decoder:
     # --- the jit boundary: static are the plan and what names the program, all else is data ---
 
     def _program(self, *name: Any) -> Any:
-        return self._programs.get(name, lambda: self._lower(*name))
+        return self._programs.get(name, lambda: self._trace(*name))
 
     def _prepare(self, *name: Any) -> None:
         """Compiles a program in the background."""
-        self._programs.start(name, functools.partial(self._lower, *name))
+        self._programs.start(name, functools.partial(self._trace, *name))
 
-    def _lower(self, kind: str, *which: Any) -> Any:
-        lower = {"prefill": self._lower_prefill, "step": self._lower_step, "write-out": self._lower_write_out}
-        return lower[kind](*which)
+    def _trace(self, kind: str, *which: Any) -> Any:
+        trace = {"prefill": self._trace_prefill, "step": self._trace_step, "write-out": self._trace_write_out}
+        return trace[kind](*which)
 
-    def _lower_prefill(self) -> Any:
+    def _trace_prefill(self) -> Any:
         def program(state, token_ids, padding):
             return prefill(nnx.merge(self._graph, state), self.plan, token_ids, padding)
 
@@ -301,9 +301,9 @@ class Decoder:
         inputs = self._state, _ints(work.prompt, work.batch), _ints(work.batch)
         blocks, tails, _ = jax.eval_shape(program, *inputs)
         shardings = (_shardings(blocks), _shardings(tails), memory.sharding("device"))
-        return jax.jit(program, out_shardings=shardings).lower(*inputs)
+        return jax.jit(program, out_shardings=shardings).trace(*inputs)
 
-    def _lower_step(self, write_outs: int) -> Any:
+    def _trace_step(self, write_outs: int) -> Any:
         def program(state, blocks, tails, padding, length, token_ids):
             cache = make_cache(blocks, tails, padding, length, 0)
             tails, logits = decode_step(nnx.merge(self._graph, state), self.plan, cache, token_ids)
@@ -313,9 +313,9 @@ class Decoder:
         blocks = describe_blocks(self.plan, write_outs)
         inputs = self._state, blocks, describe_tails(self.plan), _ints(batch), _ints(), _ints(batch)
         shardings = (None, _shardings(blocks), None, None, None, None)
-        return jax.jit(program, in_shardings=shardings, donate_argnames=("tails", "length")).lower(*inputs)
+        return jax.jit(program, in_shardings=shardings, donate_argnames=("tails", "length")).trace(*inputs)
 
-    def _lower_write_out(self, memories: Sequence[Memory]) -> Any:
+    def _trace_write_out(self, memories: Sequence[Memory]) -> Any:
         def program(tails):
             return tuple(
                 Block(jax.tree.map(jnp.copy, tail.arrays), tail.form, place)
@@ -323,7 +323,7 @@ class Decoder:
             )
 
         tails = describe_tails(self.plan)
-        return jax.jit(program, out_shardings=_shardings(jax.eval_shape(program, tails))).lower(tails)
+        return jax.jit(program, out_shardings=_shardings(jax.eval_shape(program, tails))).trace(tails)
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

@@ -195,7 +195,7 @@ def chosen(sampling, logits, row_ids, positions, eos=(), finished=None):
     """One choice: tokens, what is reported, and the rows after it."""
 
     def run(logits, row_ids, positions, eos, pad, finished):
-        rows = start_rows(sampling, row_ids, positions)._replace(finished=finished)
+        rows = start_rows(np.uint32(sampling.seed), row_ids, positions, positions * 0)._replace(finished=finished)
         return choose(sampling, eos, pad, rows, logits)
 
     finished = np.zeros(len(logits), bool) if finished is None else finished

@@ -1,0 +1,134 @@
+"""The schedule that XLA makes for an NVIDIA GPU, checked on a machine that has none.
+
+jax's CUDA plugin compiles for a described GPU (extra `schedule`). The tests read the compiled step: every host block
+is copied whole and asynchronously, with compute under the copy, and memory stays within the window. Private parts of
+jax are used here only, to compile for a device that is not there.
+"""
+
+import re
+
+import jax
+import numpy as np
+import pytest
+
+import kvrecomp
+from kvrecomp import runtime
+from models import OPTConfig
+
+pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax's CUDA 13 plugin: pip install '.[schedule]'")
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
+  clock_rate_ghz: 1.98 device_memory_size: 150754820096 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+device_description_str: "NVIDIA H200"
+"""
+MIB = 2**20
+CONFIG = OPTConfig("guard", layers=8, hidden=1024, heads=8, intermediate=1024, vocab=512, positions=2048)
+BLOCK = 16 * MIB  # 1024 tokens of 8 rows in bfloat16
+WORK = kvrecomp.Workload(batch=8, prompt=1024, new=512)
+COMPUTE = {"fusion", "custom-call", "dot", "while"}
+
+
+def compile_step(name: str, window: int, write_outs: int = 0) -> tuple[list[str], int]:
+    """The scheduled instructions of a step compiled for an H200, and its temporary device memory in bytes."""
+    from jax._src import compiler
+    from jax._src.lib import _jax
+    from jax.experimental import topologies
+
+    model = CONFIG.build(dtype="bfloat16", rngs=None)
+    plan = kvrecomp.named_plan(name, model.shape, WORK, window=window, tail=64)
+    traced = runtime.Decoder(model, plan)._trace_step(write_outs)
+    device = topologies.get_topology_desc("h200", platform="cuda", target_config=H200, topology="1x1x1").devices[0]
+    options = compiler.get_compile_options(1, 1, device_assignment=np.zeros((1, 1), int))
+    module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    program = device.client.compile(module, _jax.DeviceList((device,)), options)
+    text = program.hlo_modules()[0].to_string()
+    entry = text[text.index("\nENTRY") :].splitlines()[1:]
+    return entry, program.get_compiled_memory_stats().temp_size_in_bytes
+
+
+def check_schedule(entry: list[str]) -> int:
+    """Asserts that host arrays are copied whole, once, and under compute; returns how many there are."""
+    origin: dict[str, tuple] = {}  # instruction -> the host array it stands for, tuples as tuples of those
+    started, ended, compute, host = {}, {}, [], set()
+    for number, line in enumerate(entry):
+        match = re.match(r"\s+(?:ROOT )?%(\S+) = (.*?) ([a-z\-]+)\((.*?)\)", line)
+        if match is None:
+            continue
+        name, shape, kind, arguments = match.groups()
+        operands = re.findall(r"%([\w.\-]+)", arguments)
+        sources = [origin.get(operand) for operand in operands]
+        if kind == "parameter" and "S(5)" in shape:
+            origin[name] = ("array", name, shape.split("{")[0])
+            host.add(name)
+        elif kind in ("tuple", "opt-barrier") and any(sources):
+            origin[name] = sources[0] if kind == "opt-barrier" else ("tuple", sources)
+        elif kind == "get-tuple-element" and sources[0] is not None and sources[0][0] == "tuple":
+            element = sources[0][1][int(re.search(r"index=(\d+)", line).group(1))]
+            if element is not None:
+                origin[name] = element
+        elif kind == "copy-start" and sources[0] is not None:
+            _, array, whole = sources[0]
+            assert array not in started, f"{array} is copied twice"
+            assert shape.count(whole) == 2, f"{array} is not copied whole: {shape}"
+            started[array] = number
+            origin[name] = ("started", array, whole)
+        elif kind == "copy-done" and sources[0] is not None:
+            ended[sources[0][1]] = number
+        else:
+            assert not any(sources), f"host memory is read by {kind}: {line.strip()[:120]}"
+            if kind in COMPUTE:
+                compute.append(number)
+    assert host == set(started) == set(ended), "a host array is not copied"
+    order = sorted(started, key=started.get)
+    per_block = 2 if any("arrays_1_" in array for array in host) else 1
+    for array in order[runtime.COPIES_AHEAD * per_block :]:
+        assert any(started[array] < at < ended[array] for at in compute), f"nothing is computed under {array}'s copy"
+    return len(host)
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "write_outs", "arrays"),
+    [
+        ("activations", 4 * BLOCK, 0, 8),
+        ("activations", 2 * BLOCK, 0, 16),  # two blocks a layer
+        ("activations", 4 * BLOCK, 3, 32),
+        ("keys_values", 4 * BLOCK, 0, 32),
+        ("split:0.5", 4 * BLOCK, 0, 24),
+        ("device:0.5", 4 * BLOCK, 0, 8),
+    ],
+)
+def test_copies_are_whole_bounded_and_under_compute(name, window, write_outs, arrays):
+    """Temporary memory: two blocks, and 24 MiB for scores and the like."""
+    entry, temporary = compile_step(name, window, write_outs)
+    assert check_schedule(entry) == arrays
+    assert temporary <= min(window, 2 * BLOCK) + 24 * MIB
+
+
+def test_without_holds_the_check_fails(monkeypatch):
+    monkeypatch.setattr(jax.lax, "optimization_barrier", lambda operands: operands)
+    entry, temporary = compile_step("activations", 4 * BLOCK)
+    assert temporary > 4 * BLOCK
+    with pytest.raises(AssertionError, match="nothing is computed under"):
+        check_schedule(entry)
+
+
+def test_a_sliced_block_fails_the_check(monkeypatch):
+    put = jax.device_put
+
+    def in_halves(array, where):
+        if where != jax.memory.Space.Device or array.ndim != 3:
+            return put(array, where)
+        half = array.shape[0] // 2
+        return jax.numpy.concatenate([put(array[:half], where), put(array[half:], where)])
+
+    monkeypatch.setattr(jax, "device_put", in_halves)
+    with pytest.raises(AssertionError, match="host memory is read by|not copied whole"):
+        check_schedule(compile_step("activations", 4 * BLOCK)[0])
