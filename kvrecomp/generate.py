@@ -116,8 +116,8 @@ class TokenLoop:
         """See `generate`. Raises `PlanError` if the decoder's plan is for fewer new tokens."""
         if not 0 < max_new_tokens <= self.decoder.plan.workload.new:
             raise PlanError(
-                f"max_new_tokens is {max_new_tokens}, the plan is for up to {self.decoder.plan.workload.new} new tokens:"
-                " ask for at least one, or make a plan with a larger Workload.new"
+                f"max_new_tokens is {max_new_tokens}, the plan is for for {self.decoder.plan.workload.new} new tokens: "
+                "ask for at least one, or make a plan with a larger Workload.new"
             )
         prompt = as_ids(input_ids).astype(np.int32)
         new, logits, link_bytes, arrivals = [], [], [], [time.perf_counter()]

@@ -19,12 +19,9 @@ def as_ids(input_ids: Any) -> np.ndarray:
         ids = np.asarray(jax.device_get(input_ids))
     except ValueError:
         raise PromptError("the rows of input_ids differ in length: pad the shorter ones on the left") from None
-    if ids.ndim != 2 or 0 in ids.shape:
-        raise PromptError(
-            f"input_ids must be [batch, prompt] with at least one token a row; got {list(ids.shape)}"
-        )
-    if not np.issubdtype(ids.dtype, np.integer):
-        raise PromptError(f"input_ids must be integers; got {ids.dtype}")
+    if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
+        given = f"{ids.dtype}{list(ids.shape)}{', which is empty' if 0 in ids.shape else ''}"
+        raise PromptError(f"input_ids must be integers [batch, prompt] with at least one token a row; got {given}")
     return ids
 
 

@@ -80,7 +80,7 @@ def test_what_is_padding_may_be_any_id():
 
 @pytest.mark.parametrize("ids", [IDS[:, :0], IDS[:0], IDS[0], [[]], 7])
 def test_generate_wants_rows_of_tokens(ids):
-    with one_line(PromptError, "input_ids must be [batch, prompt] with at least one token a row", "got ["):
+    with one_line(PromptError, "input_ids must be integers [batch, prompt] with at least one token a row", "got "):
         kvrecomp.generate(toy.model(), ids)
 
 

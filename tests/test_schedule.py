@@ -130,5 +130,5 @@ def test_a_sliced_block_fails_the_check(monkeypatch):
         return jax.numpy.concatenate([put(array[:half], where), put(array[half:], where)])
 
     monkeypatch.setattr(jax, "device_put", in_halves)
-    with pytest.raises(AssertionError, match="host memory is read by|not copied whole"):
+    with pytest.raises(AssertionError, match=r"host memory is read by|not copied whole"):
         check_schedule(compile_step("activations", 4 * BLOCK)[0])
