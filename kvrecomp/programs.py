@@ -1,5 +1,6 @@
 """Compiled programs by name: each compiled once, now or in the background."""
 
+import threading
 import time
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -22,6 +23,7 @@ class Programs:
     def __init__(self):
         self.compiled: dict[Hashable, Compiled] = {}
         self._futures: dict[Hashable, Future] = {}
+        self._lock = threading.Lock()
         self._background = ThreadPoolExecutor(1, thread_name_prefix="compile")
 
     def __contains__(self, name: Hashable) -> bool:
@@ -30,8 +32,9 @@ class Programs:
 
     def start(self, name: Hashable, trace: Callable[[], Any]) -> None:
         """Compiles in the background, unless that was begun before."""
-        if name not in self._futures:
-            self._futures[name] = self._background.submit(self._compile, name, trace)
+        with self._lock:
+            if name not in self._futures:
+                self._futures[name] = self._background.submit(self._compile, name, trace)
 
     def get(self, name: Hashable, trace: Callable[[], Any]) -> Any:
         """The compiled program; compiles it now, or waits for it, if it is not there yet."""

@@ -153,12 +153,15 @@ def test_a_write_out_program_for_each_set_of_memories():
 # --- the table of programs --------------------------------------------------------------------------------------------
 
 
-class Lowered:
-    """Counts compilations, which take until they are let go."""
+class Traced:
+    """Counts compilations, which take until they are let go; traced and lowered at once."""
 
     def __init__(self):
         self.count = 0
         self.go = threading.Event()
+
+    def lower(self):
+        return self
 
     def compile(self):
         assert self.go.wait(30)
@@ -167,18 +170,18 @@ class Lowered:
 
 
 def test_whoever_asks_gets_the_one_program():
-    programs, lowered = Programs(), Lowered()
-    programs.start("sum", lambda: lowered)
-    programs.start("sum", lambda: lowered)
+    programs, traced = Programs(), Traced()
+    programs.start("sum", lambda: traced)
+    programs.start("sum", lambda: traced)
     assert "sum" in programs and "other" not in programs and not programs.compiled
     got = []
-    threads = [threading.Thread(target=lambda: got.append(programs.get("sum", lambda: lowered))) for _ in range(5)]
+    threads = [threading.Thread(target=lambda: got.append(programs.get("sum", lambda: traced))) for _ in range(5)]
     for thread in threads:
         thread.start()
-    lowered.go.set()
+    traced.go.set()
     for thread in threads:
         thread.join()
-    assert len(got) == 5 and len(set(map(id, got))) == 1 and lowered.count == 1
+    assert len(got) == 5 and len(set(map(id, got))) == 1 and traced.count == 1
     assert set(programs.compiled) == {"sum"} and got[0](toy.put(np.float32(3))) == toy.put(np.float32(6))
 
 
@@ -197,5 +200,5 @@ def test_plans_that_differ_in_words_only_are_equal_programs():
     """A plan's name and reason are not in a program: its text is the same."""
     plan = kvrecomp.named_plan("activations", toy.model().shape, Workload(BATCH, PROMPT, 3))
     renamed = dataclasses.replace(plan, name="renamed", reason="because")
-    one, other = (kvrecomp.Decoder(toy.model(), each)._lower("step", 0).as_text() for each in (plan, renamed))
+    one, other = (kvrecomp.Decoder(toy.model(), each)._trace("step", 0).lower().as_text() for each in (plan, renamed))
     assert one == other
