@@ -145,7 +145,7 @@ def table(rows: list[Row], copy_gbps: float) -> Table:
 def main(_: list[str]) -> None:
     window = int(_WINDOW.value * MIB)
     work = kvrecomp.Workload(_BATCH.value, _PROMPT.value, _NEW.value)
-    shape = dataclasses.replace(models.PRESETS[_MODEL.value].shape, dtype=_DTYPE.value)
+    shape = dataclasses.replace(models.preset(_MODEL.value).shape, dtype=_DTYPE.value)
     plans = [kvrecomp.named_plan(name, shape, work, tail=_TAIL.value, window=window) for name in _PLANS.value]
     rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)))
     model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)

@@ -27,6 +27,7 @@ __all__ = [
     "create",
     "load",
     "load_tokenizer",
+    "preset",
     "save",
 ]
 
@@ -50,6 +51,19 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None, sharding: Placement
     return read(path, config, name, sharding)
 
 
+def preset(name: str) -> OPTConfig:
+    """The configuration of that name in `PRESETS`.
+
+    Raises:
+        CheckpointError: there is none; the message lists the names.
+    """
+    if name not in PRESETS:
+        close = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.5)
+        hint = f": did you mean {close[0]!r}?" if close else ""
+        raise CheckpointError(f"unknown model {name!r}; expected one of {', '.join(PRESETS)}{hint}")
+    return PRESETS[name]
+
+
 def create(
     name_or_config: str | OPTConfig, *, dtype: Any = "bfloat16", seed: int = 0, sharding: Placement = None
 ) -> CausalLM:
@@ -67,13 +81,7 @@ def create(
     Raises:
         CheckpointError: an unknown preset or dtype.
     """
-    config = name_or_config
-    if isinstance(config, str):
-        if config not in PRESETS:
-            close = difflib.get_close_matches(config, PRESETS, n=1, cutoff=0.5)
-            hint = f": did you mean {close[0]!r}?" if close else ""
-            raise CheckpointError(f"unknown model {config!r}; expected one of {', '.join(PRESETS)}{hint}")
-        config = PRESETS[config]
+    config = preset(name_or_config) if isinstance(name_or_config, str) else name_or_config
     dtype = checkpoint.dtype_name(dtype)
     skeleton = checkpoint.Skeleton(config, dtype)
     return skeleton.fill(dict(checkpoint.random_parameters(skeleton, dtype, seed, sharding)))
