@@ -24,8 +24,8 @@ from kvrecomp.runtime import Decoder, Model
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
 
 LEAD = 2  # unread steps: one that runs and one that waits
-# The first execution of a program takes the host about half a second for 32 layers, to load its kernels. Steps
-# dispatched ahead of it are to keep the device busy meanwhile; the README says what is left of the wait.
+# The first execution of a program keeps the host busy for several steps, to load its kernels. Steps dispatched ahead of
+# it are to keep the device busy meanwhile; the README says what is left of the wait.
 WRITE_OUT_LEAD = 8
 
 

@@ -5,7 +5,7 @@
     write-out   full tails -> new blocks
 
 A program is fixed by the plan and the layout (the blocks of every layer). A written-out tail makes a new layout and so
-a new step program; it is compiled in the background while the tail fills, so that no step waits for it. Token ids,
+a new step program; it is compiled in the background while the tail fills. Token ids,
 padding and the number of tokens in the tail are data: changing them compiles nothing.
 """
 
@@ -73,8 +73,8 @@ class Window:
     that makes room for it. The barrier's other output, the result, is what the step goes on with; XLA drops a barrier's
     operand whose output nobody reads, and the hold with it. Without holds all copies of the step start at once and the
     whole cache is on the device. Blocks that would all fit are held too, `COPIES_AHEAD` at a time, because XLA's
-    scheduler puts compute after all copies that could go first: OPT-6.7B at batch 1 with 2016 tokens then took the
-    sum of copies and compute, 14.5 ms, on an H200.
+    scheduler puts compute after all copies that could go first, and a step of small blocks then takes the sum of copies
+    and compute.
     """
 
     def __init__(self, layers: Sequence[Sequence[Block]], size: int, schedule: Schedule):
