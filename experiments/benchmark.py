@@ -71,6 +71,7 @@ class Row:
     compile_s: float
     prefill_s: float
     programs: int
+    step_ms: list[float]
 
 
 def measure(
@@ -112,6 +113,7 @@ def measure(
         compile_s=decoder.compiled["step", 0].seconds,
         prefill_s=prefill_seconds,
         programs=len(decoder.compiled),
+        step_ms=[round(1e3 * each, 2) for each in result.step_seconds],
     )
 
 

@@ -3,32 +3,22 @@
 import queue
 import threading
 from collections.abc import Iterator
-from typing import Generic, Protocol, TypeVar
+from typing import Generic, TypeVar
 
-
-class Paced(Protocol):
-    """An item that says how many items may be made before it is read."""
-
-    @property
-    def lead(self) -> int: ...
-
-
-Item = TypeVar("Item", bound=Paced)
+Item = TypeVar("Item")
 
 
 class Ahead(Generic[Item]):
     """Iterates over `items` in a thread; `with` ends the thread, however many items are left.
 
-    After an item with `lead` n, the next is made once fewer than n items are unread. What `items` raises is raised to
-    the reader.
+    The next item is made once fewer than `lead` are unread. What `items` raises is raised to the reader.
     """
 
-    def __init__(self, items: Iterator[Item]):
+    def __init__(self, items: Iterator[Item], lead: int):
         self._items = items
-        self._made: queue.SimpleQueue[Item | BaseException | None] = queue.SimpleQueue()
-        self._unread = 0
+        self._made: queue.SimpleQueue[tuple[Item] | BaseException | None] = queue.SimpleQueue()
+        self._room = threading.Semaphore(lead)
         self._stopped = False
-        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._make, name="dispatch", daemon=True)
 
     def __enter__(self) -> Iterator[Item]:
@@ -36,30 +26,25 @@ class Ahead(Generic[Item]):
         return self._read()
 
     def __exit__(self, *_: object) -> None:
-        with self._changed:
-            self._stopped = True
-            self._changed.notify()
+        self._stopped = True
+        self._room.release()
         self._thread.join()
 
     def _make(self) -> None:
         try:
-            for item in self._items:
-                with self._changed:
-                    self._unread += 1
-                self._made.put(item)
-                with self._changed:
-                    self._changed.wait_for(lambda lead=item.lead: self._stopped or self._unread < lead)
-                    if self._stopped:
-                        return
-            self._made.put(None)
+            while self._room.acquire() and not self._stopped:
+                try:
+                    item = next(self._items)
+                except StopIteration:
+                    self._made.put(None)
+                    return
+                self._made.put((item,))
         except BaseException as error:
             self._made.put(error)
 
     def _read(self) -> Iterator[Item]:
-        while (item := self._made.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
-            with self._changed:
-                self._unread -= 1
-                self._changed.notify()
+        while (made := self._made.get()) is not None:
+            if isinstance(made, BaseException):
+                raise made
+            yield made[0]
+            self._room.release()

@@ -24,9 +24,6 @@ from kvrecomp.runtime import Decoder, Model
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
 
 LEAD = 2  # unread steps: one that runs and one that waits
-# The first execution of a program keeps the host busy for several steps, to load its kernels. Steps dispatched ahead of
-# it are to keep the device busy meanwhile; the README says what is left of the wait.
-WRITE_OUT_LEAD = 8
 
 
 class Streamer(Protocol):
@@ -93,12 +90,11 @@ def generate(
 
 
 class _Dispatched(NamedTuple):
-    """A token on its way: ids int32[b], logits if asked for, bytes its step copies, and how far dispatch may run on."""
+    """A token on its way: ids int32[b], logits if asked for, and the bytes that its step copies."""
 
     tokens: Array
     logits: Array | None
     link_bytes: int
-    lead: int
 
 
 @dataclass
@@ -116,14 +112,14 @@ class TokenLoop:
         """See `generate`. Raises `PlanError` if the decoder's plan is for fewer new tokens."""
         if not 0 < max_new_tokens <= self.decoder.plan.workload.new:
             raise PlanError(
-                f"max_new_tokens is {max_new_tokens}, the plan is for for {self.decoder.plan.workload.new} new tokens: "
+                f"max_new_tokens is {max_new_tokens}, the plan is for {self.decoder.plan.workload.new} new tokens: "
                 "ask for at least one, or make a plan with a larger Workload.new"
             )
         prompt = as_ids(input_ids).astype(np.int32)
         new, logits, link_bytes, arrivals = [], [], [], [time.perf_counter()]
         if self.streamer is not None:
             self.streamer.put(prompt)
-        dispatched = Ahead(self._dispatch(input_ids, attention_mask, max_new_tokens))
+        dispatched = Ahead(self._dispatch(input_ids, attention_mask, max_new_tokens), LEAD)
         with _progress(max_new_tokens) as advance, dispatched as steps:
             for step in steps:
                 tokens, step_logits = jax.device_get((step.tokens, step.logits))
@@ -154,7 +150,7 @@ class TokenLoop:
             link_bytes=link_bytes[1:],
         )
 
-    def _dispatch(self, input_ids: Any, attention_mask: Any, max_new_tokens: int) -> Iterator["_Dispatched"]:
+    def _dispatch(self, input_ids: Any, attention_mask: Any, max_new_tokens: int) -> Iterator[_Dispatched]:
         """Prefill and steps, one item a token, as they are dispatched; nothing here waits for the device."""
         cache, logits = self.decoder.prefill(input_ids, attention_mask)
         row_ids = np.arange(cache.padding.shape[0], dtype=np.int32)
@@ -168,8 +164,7 @@ class TokenLoop:
             rows, tokens, report = choose(self.sampling, eos, pad, rows, logits)
             arriving = (report, logits if self.output_logits else None)
             jax.tree.map(lambda array: array.copy_to_host_async(), arriving)
-            left = self.decoder.steps_to_write_out(cache)
-            yield _Dispatched(*arriving, sent, LEAD if left is None or left >= WRITE_OUT_LEAD else WRITE_OUT_LEAD)
+            yield _Dispatched(*arriving, sent)
             if index + 1 < max_new_tokens:
                 cache, logits = self.decoder.step(cache, tokens)
                 sent = cache.bytes_in("host")

@@ -1,10 +1,29 @@
 """Compiled programs by name: each compiled once, now or in the background."""
 
+import contextlib
+import sys
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
+
+TURN_SECONDS = 0.0005  # Python's own is ten times as long
+_COMPILING = ThreadPoolExecutor(1, thread_name_prefix="compile")  # one at a time, whosever it is: XLA times kernels
+
+
+@contextlib.contextmanager
+def short_turns() -> Iterator[None]:
+    """Lets other threads have the interpreter sooner: a step dispatched beside tracing asks for it many times.
+
+    Decoding 200 tokens on an H200, the worst step was 1.5 times the median with this and 6 times without.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(TURN_SECONDS)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 class Compiled(NamedTuple):
@@ -24,7 +43,6 @@ class Programs:
         self.compiled: dict[Hashable, Compiled] = {}
         self._futures: dict[Hashable, Future] = {}
         self._lock = threading.Lock()
-        self._background = ThreadPoolExecutor(1, thread_name_prefix="compile")
 
     def __contains__(self, name: Hashable) -> bool:
         """Whether compiling it was begun."""
@@ -34,7 +52,7 @@ class Programs:
         """Compiles in the background, unless that was begun before."""
         with self._lock:
             if name not in self._futures:
-                self._futures[name] = self._background.submit(self._compile, name, trace)
+                self._futures[name] = _COMPILING.submit(self._compile, name, trace)
 
     def get(self, name: Hashable, trace: Callable[[], Any]) -> Any:
         """The compiled program; compiles it now, or waits for it, if it is not there yet."""
@@ -43,7 +61,8 @@ class Programs:
 
     def _compile(self, name: Hashable, trace: Callable[[], Any]) -> Any:
         start = time.perf_counter()
-        program = trace().lower().compile()
+        with short_turns():
+            program = trace().lower().compile()
         analysis = program.memory_analysis()
         self.compiled[name] = Compiled(time.perf_counter() - start, getattr(analysis, "temp_size_in_bytes", 0))
         return program

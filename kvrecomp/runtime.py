@@ -217,11 +217,6 @@ class Decoder:
         self._graph, self._state = nnx.split(model)
         self._programs = Programs()
 
-    def steps_to_write_out(self, cache: Cache) -> int | None:
-        """How many more tokens the tail takes before the step that writes it out; None if none will."""
-        more = self.plan.write_outs - (len(cache.layers[0].blocks) - len(self.plan.layers[0].prompt))
-        return self.plan.tail - cache.in_tail if more > 0 else None
-
     @property
     def compiled(self) -> dict[Hashable, Compiled]:
         """The programs so far: ("prefill",), ("step", write-outs before it), ("write-out", memory of each layer)."""
@@ -258,13 +253,13 @@ class Decoder:
             )
         if cache.in_tail == plan.tail:
             cache, write_outs = self._write_out(cache, write_outs), write_outs + 1
-        program = self._program("step", write_outs)
-        if write_outs < plan.write_outs:
-            self._prepare("write-out", plan.written_to(write_outs))
-            self._prepare("step", write_outs + 1)
-        tails, length, logits = program(
+        tails, length, logits = self._program("step", write_outs)(
             self._state, cache.blocks, cache.tails, cache.padding, cache.length, token_ids
         )
+        if write_outs < plan.write_outs:
+            # After the call: a program's first execution loads its kernels, which takes longer beside a compilation.
+            self._prepare("write-out", plan.written_to(write_outs))
+            self._prepare("step", write_outs + 1)
         return make_cache(cache.blocks, tails, cache.padding, length, cache.in_tail + 1), logits
 
     def _write_out(self, cache: Cache, write_outs: int) -> Cache:
