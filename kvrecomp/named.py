@@ -9,20 +9,16 @@
     device:F       the first F of the prompt as keys and values on the device, the rest as activations in host memory
 """
 
-from collections.abc import Sequence
-
 from kvrecomp.plan import (
-    BLOCKS_PER_WINDOW,
     DEFAULT_WINDOW,
-    BlockSpec,
     Form,
     LayerPlan,
-    LayerShape,
     Memory,
     ModelShape,
     Plan,
     PlanError,
     Workload,
+    cut_runs,
     default_tail,
 )
 
@@ -53,8 +49,7 @@ def named_plan(
         runs = [("keys_values", "device", first), ("activations", "host", rest)]
     else:
         runs = [("activations", "host", first), ("keys_values", "host", rest)]
-    runs = [run for run in runs if run[2]]
-    last_form, last_memory, _ = runs[-1]
+    last_form, last_memory, _ = [run for run in runs if run[2]][-1]
     layers = tuple(
         LayerPlan(
             prompt=cut_runs(runs, layer, shape, workload, window),
@@ -77,18 +72,3 @@ def _fraction(name: str, argument: str) -> float:
     if not 0 <= fraction <= 1:
         raise PlanError(f"plan {name!r}: {argument!r} is not a fraction from 0 to 1")
     return fraction
-
-
-def cut_runs(
-    runs: Sequence[tuple[Form, Memory, int]], layer: LayerShape, shape: ModelShape, workload: Workload, window: int
-) -> tuple[BlockSpec, ...]:
-    """Runs of (form, memory, tokens) as blocks: one on the device; on the host several, equal within one token, of
-    which BLOCKS_PER_WINDOW fit in the window."""
-    blocks = []
-    for form, memory, tokens in runs:
-        token_bytes = workload.batch * layer.width(form) * shape.itemsize
-        largest = max(1, window // BLOCKS_PER_WINDOW // token_bytes)
-        count = 1 if memory == "device" else -(-tokens // largest)
-        sizes = [tokens // count + (i < tokens % count) for i in range(count)]
-        blocks += [BlockSpec(form, memory, size) for size in sizes]
-    return tuple(blocks)

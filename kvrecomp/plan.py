@@ -15,9 +15,12 @@ block, in the memory that the layer's `grown` says.
 Nothing here imports jax: a plan can be made, printed and compared anywhere.
 """
 
+import collections
 import dataclasses
+import functools
 import io
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -30,11 +33,16 @@ Memory = Literal["device", "host"]
 Method = Literal["absorb", "recompute"]
 Schedule = Literal["pipelined", "layerwise"]
 
+FORMS: tuple[Form, ...] = get_args(Form)
+MEMORIES: tuple[Memory, ...] = get_args(Memory)
+METHODS: tuple[Method, ...] = get_args(Method)
+
 MIB = 2**20
 GIB = 2**30
 DEFAULT_WINDOW = GIB
 TAIL_BYTES = GIB
 BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
+COPIES_AHEAD = 2  # blocks copied before the first of them is used; see runtime.Window
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -52,8 +60,8 @@ def _check_positive(thing: object, **sizes: int) -> None:
 
 def _check_choice(thing: object, choices: Any, *values: str) -> None:
     for value in values:
-        if value not in get_args(choices):
-            raise PlanError(f"{type(thing).__name__}: {value!r} is not one of {', '.join(get_args(choices))}")
+        if value not in choices:
+            raise PlanError(f"{type(thing).__name__}: {value!r} is not one of {', '.join(choices)}")
 
 
 @dataclass(frozen=True)
@@ -164,8 +172,8 @@ class BlockSpec:
     tokens: int
 
     def __post_init__(self):
-        _check_choice(self, Form, self.form)
-        _check_choice(self, Memory, self.memory)
+        _check_choice(self, FORMS, self.form)
+        _check_choice(self, MEMORIES, self.memory)
         _check_positive(self, tokens=self.tokens)
 
 
@@ -183,9 +191,9 @@ class LayerPlan:
     method: Method = "absorb"
 
     def __post_init__(self):
-        _check_choice(self, Form, self.tail)
-        _check_choice(self, Method, self.method)
-        _check_choice(self, Memory, *self.grown)
+        _check_choice(self, FORMS, self.tail)
+        _check_choice(self, METHODS, self.method)
+        _check_choice(self, MEMORIES, *self.grown)
         if not self.grown:
             raise PlanError("LayerPlan: grown is empty; it must say where written-out blocks go, at least once")
 
@@ -197,17 +205,17 @@ class LayerPlan:
         )
 
 
-def default_tail(shape: ModelShape, workload: Workload, window: int) -> int:
-    """Tokens of a tail of at most TAIL_BYTES in all layers, and a fraction of the window in one: a power of two.
+def default_tail(shape: ModelShape, workload: Workload, window: int, most_bytes: float = TAIL_BYTES) -> int:
+    """Tokens of a tail of at most `most_bytes` in all layers, and a fraction of the window in one: a power of two.
 
     At least 16 and at most 1024 or `new` where the window allows.
 
     A write-out needs a new program, and compiling it takes longer than a few steps. Steps that send little are short
     and their tails long, so the tail fills while the next program is compiled.
     """
-    widths = [max(layer.width(form) for form in get_args(Form)) for layer in shape.layers]
+    widths = [max(layer.width(form) for form in FORMS) for layer in shape.layers]
     row_bytes = workload.batch * shape.itemsize
-    fitting = max(16, min(1024, TAIL_BYTES // (row_bytes * sum(widths))))
+    fitting = max(16, min(1024, int(most_bytes) // (row_bytes * sum(widths))))
     fitting = max(1, min(fitting, window // BLOCKS_PER_WINDOW // (row_bytes * max(widths))))
     return min(workload.new, 1 << (fitting.bit_length() - 1))
 
@@ -232,7 +240,7 @@ class Plan:
 
     def __post_init__(self):
         _check_positive(self, tail=self.tail, window=self.window)
-        _check_choice(self, Schedule, self.schedule)
+        _check_choice(self, get_args(Schedule), self.schedule)
         if len(self.layers) != len(self.shape.layers):
             raise PlanError(f"Plan: {len(self.layers)} layer plans for a model of {len(self.shape.layers)} layers")
         total = self.workload.prompt + self.workload.new
@@ -241,7 +249,8 @@ class Plan:
                 f"a prompt of {self.workload.prompt} and {self.workload.new} new tokens need {total} positions; "
                 f"{self.shape.name} has {self.shape.positions}: shorten one of them"
             )
-        for number, (layer, layer_shape) in enumerate(zip(self.layers, self.shape.layers)):
+        for layer, layer_shape in self.kinds:
+            number = next(i for i, own in enumerate(zip(self.layers, self.shape.layers)) if own == (layer, layer_shape))
             tokens = sum(block.tokens for block in layer.prompt)
             if tokens != self.workload.prompt:
                 raise PlanError(f"layer {number}: its blocks hold {tokens} tokens, the prompt {self.workload.prompt}")
@@ -252,6 +261,11 @@ class Plan:
                         f"layer {number}: the window of {format_bytes(self.window)} is smaller than a block of "
                         f"{block.tokens} tokens, {format_bytes(size)}: use a larger window or smaller blocks"
                     )
+
+    @functools.cached_property
+    def kinds(self) -> dict[tuple[LayerPlan, LayerShape], int]:
+        """How many layers there are of each kind: planned alike and of the same shape."""
+        return dict(collections.Counter(zip(self.layers, self.shape.layers)))
 
     def bytes_of(self, layer_shape: LayerShape, block: BlockSpec) -> int:
         """Bytes of a block of that layer."""
@@ -273,9 +287,9 @@ class Plan:
     def bytes_in(self, memory: Memory, write_outs: int = 0) -> int:
         """Bytes of all blocks in that memory; those in `host` cross the link once a step."""
         return sum(
-            self.bytes_of(layer_shape, block)
-            for layer_shape, blocks in zip(self.shape.layers, self.blocks(write_outs))
-            for block in blocks
+            count * self.bytes_of(layer_shape, block)
+            for (layer, layer_shape), count in self.kinds.items()
+            for block in layer.blocks(write_outs, self.tail)
             if block.memory == memory
         )
 
@@ -283,8 +297,8 @@ class Plan:
     def tail_bytes(self) -> int:
         """Bytes of the tails of all layers."""
         return sum(
-            self.bytes_of(layer_shape, BlockSpec(layer.tail, "device", self.tail))
-            for layer_shape, layer in zip(self.shape.layers, self.layers)
+            count * self.bytes_of(layer_shape, BlockSpec(layer.tail, "device", self.tail))
+            for (layer, layer_shape), count in self.kinds.items()
         )
 
     def table(self) -> Table:
@@ -292,32 +306,80 @@ class Plan:
         title = f"Plan {self.name}: {self.shape.name}, {self.workload}"
         table = Table(title=title, box=box.SIMPLE, title_justify="left")
         table.add_column("layers", no_wrap=True)
-        columns = [(form, memory) for memory in get_args(Memory) for form in get_args(Form)]
+        columns = [(form, memory) for memory in MEMORIES for form in FORMS]
         for form, memory in columns:
             table.add_column(f"{form.replace('_', ' and ')}\non the {memory}", justify="right")
         table.add_column("tail", justify="right")
         table.add_column("method")
-        alike = itertools.groupby(enumerate(zip(self.layers, self.shape.layers)), key=lambda item: item[1])
-        for (layer, layer_shape), members in alike:
-            numbers = [number for number, _ in members]
+        for (layer, layer_shape), numbers in self._members().items():
             cells = []
             for form, memory in columns:
                 blocks = [b for b in layer.prompt if (b.form, b.memory) == (form, memory)]
                 tokens, size = sum(b.tokens for b in blocks), sum(self.bytes_of(layer_shape, b) for b in blocks)
                 cells.append(f"{tokens} ({format_bytes(size)})" if blocks else "-")
             tail_size = self.bytes_of(layer_shape, BlockSpec(layer.tail, "device", self.tail))
-            span = f"{numbers[0]}" if len(numbers) == 1 else f"{numbers[0]}-{numbers[-1]}"
-            table.add_row(span, *cells, f"{self.tail} ({format_bytes(tail_size)})", layer.method)
-        total = [f"{format_bytes(self.bytes_in(memory))} in blocks on the {memory}" for memory in get_args(Memory)]
+            table.add_row(_spans(numbers), *cells, f"{self.tail} ({format_bytes(tail_size)})", layer.method)
+        total = [f"{format_bytes(self.bytes_in(memory))} in blocks on the {memory}" for memory in MEMORIES]
         caption = f"{', '.join(total)}; window {format_bytes(self.window)}; {self.schedule}"
         table.caption = f"{caption}\n{self.reason}" if self.reason else caption
         table.caption_justify = "left"
         return table
 
+    def _members(self) -> dict[tuple[LayerPlan, LayerShape], list[int]]:
+        """The numbers of the layers of each kind."""
+        members: dict[tuple[LayerPlan, LayerShape], list[int]] = {kind: [] for kind in self.kinds}
+        for number, kind in enumerate(zip(self.layers, self.shape.layers)):
+            members[kind].append(number)
+        return members
+
     def __str__(self) -> str:
         console = Console(width=120, record=True, file=io.StringIO())
         console.print(self.table())
         return console.export_text().rstrip()
+
+
+def copies_before(sizes: Sequence[int], window: int) -> list[int]:
+    """For each host block, in the order of use and of these bytes, how many blocks are used before its copy may start.
+
+    At most COPIES_AHEAD blocks and `window` bytes are in flight or in use. This is the rule that the runtime carries
+    out and that the cost function predicts.
+    """
+    before, held, used = [], collections.deque(), 0
+    for size in sizes:
+        while held and (len(held) == COPIES_AHEAD or sum(held) + size > window):
+            held.popleft()
+            used += 1
+        held.append(size)
+        before.append(used)
+    return before
+
+
+def cut_runs(
+    runs: Sequence[tuple[Form, Memory, int]], layer: LayerShape, shape: ModelShape, workload: Workload, window: int
+) -> tuple[BlockSpec, ...]:
+    """Runs of (form, memory, tokens) as blocks: one on the device; on the host several, equal within one token, of
+    which BLOCKS_PER_WINDOW fit in the window. Runs of no tokens are left out."""
+    blocks = []
+    for form, memory, tokens in runs:
+        token_bytes = workload.batch * layer.width(form) * shape.itemsize
+        largest = max(1, window // BLOCKS_PER_WINDOW // token_bytes)
+        count = min(tokens, 1) if memory == "device" else -(-tokens // largest)
+        if tokens:
+            shorter = BlockSpec(form, memory, max(1, tokens // count))
+            longer = BlockSpec(form, memory, -(-tokens // count))
+            blocks += [longer] * (tokens % count) + [shorter] * (count - tokens % count)
+    return tuple(blocks)
+
+
+def _spans(numbers: Sequence[int]) -> str:
+    """Numbers as spans, and as their count where those are many: "0-3, 7", "16 of 0-31"."""
+    runs = [
+        [number for _, number in run]
+        for _, run in itertools.groupby(enumerate(numbers), key=lambda item: item[1] - item[0])
+    ]
+    if len(runs) > 3:
+        return f"{len(numbers)} of {numbers[0]}-{numbers[-1]}"
+    return ", ".join(f"{run[0]}" if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
 def format_bytes(size: float) -> str:

@@ -36,7 +36,7 @@ from kvrecomp.cache import (
     empty_tails,
     make_cache,
 )
-from kvrecomp.plan import Budget, LayerPlan, Memory, Method, ModelShape, Plan, PlanError, Schedule
+from kvrecomp.plan import Budget, LayerPlan, Memory, Method, ModelShape, Plan, PlanError, Schedule, copies_before
 from kvrecomp.programs import Compiled, Programs
 from kvrecomp.prompt import check_prompt, check_step
 
@@ -63,9 +63,6 @@ class Model(Protocol):
 
 Held = TypeVar("Held", Array, None)
 
-COPIES_AHEAD = 2  # blocks copied before the first of them is used; see Window
-
-
 class Window:
     """Copies host blocks to the device in the order of use, with at most `size` bytes in flight or in use.
 
@@ -79,48 +76,43 @@ class Window:
 
     def __init__(self, layers: Sequence[Sequence[Block]], size: int, schedule: Schedule):
         """`layers` lists the host blocks of every layer in the order of use."""
-        self._layers = collections.deque(collections.deque(layer) for layer in layers)
-        self._size = size
         self._schedule = schedule
-        self._copied: collections.deque[Block] = collections.deque()
-        self._in_use: Block | None = None
+        self._waiting = collections.deque(itertools.chain(*layers))
         if schedule == "pipelined":
-            self._layers = collections.deque([collections.deque(itertools.chain(*self._layers))])
+            self._after = collections.deque(copies_before([block.nbytes for block in self._waiting], size))
+        else:
+            self._after = collections.deque(number for number, layer in enumerate(layers) for _ in layer)
+        self._done = 0  # blocks used or, layer by layer, layers done
+        self._copied: collections.deque[Block] = collections.deque()
         self._start(None)
 
     def take(self) -> Block:
         """The next block, on the device."""
-        self._in_use = self._copied.popleft()
-        return self._in_use
+        return self._copied.popleft()
 
     def used(self, result: Array) -> Array:
         """Says that the block taken last is not needed once `result` is computed; go on with what this returns."""
-        self._in_use = None
-        return self._start(result) if self._schedule == "pipelined" else result
+        return self._advance(result) if self._schedule == "pipelined" else result
 
     def layer_done(self, hidden: Array) -> Array:
         """Ends a layer; KVPR's own schedule starts the next layer's copies here. Go on with what this returns."""
-        if self._schedule == "pipelined":
-            return hidden
-        self._layers.popleft()
-        return self._start(hidden)
+        return self._advance(hidden) if self._schedule == "layerwise" else hidden
+
+    def _advance(self, result: Array) -> Array:
+        self._done += 1
+        return self._start(result)
 
     def _start(self, result: Held) -> Held:
-        """Starts, once `result` is computed, the copies that there is room for."""
-        while self._layers and self._layers[0] and self._has_room(self._layers[0][0]):
-            block = self._layers[0].popleft()
+        """Starts, once `result` is computed, the copies that may start now."""
+        while self._after and self._after[0] <= self._done:
+            self._after.popleft()
+            block = self._waiting.popleft()
             arrays = block.arrays
             if result is not None:
                 result, arrays = jax.lax.optimization_barrier((result, arrays))
             on_device = tuple(jax.device_put(array, jax.memory.Space.Device) for array in arrays)
             self._copied.append(replace(block, arrays=on_device))
         return result
-
-    def _has_room(self, block: Block) -> bool:
-        if self._schedule == "layerwise":
-            return True
-        held = [*self._copied, *([self._in_use] if self._in_use else [])]
-        return len(held) < COPIES_AHEAD and sum(other.nbytes for other in held) + block.nbytes <= self._size
 
 
 @dataclass
@@ -214,7 +206,8 @@ class Decoder:
             )
         check_memory(plan, budget)
         self.plan = plan
-        self._graph, self._state = nnx.split(model)
+        self._graph, state = nnx.split(model)
+        self._weights, self._structure = jax.tree.flatten(state)  # a plain list: jax flattens a State in Python
         self._programs = Programs()
 
     @property
@@ -234,7 +227,7 @@ class Decoder:
         token_ids, padding, length = jax.device_put(
             (np.ascontiguousarray(token_ids.T), padding, np.int32(token_ids.shape[1])), memory.sharding("device")
         )
-        blocks, tails, logits = program(self._state, token_ids, padding)
+        blocks, tails, logits = program(self._weights, token_ids, padding)
         self._reserve_growth()
         return make_cache(blocks, tails, padding, length, 0), logits
 
@@ -254,7 +247,7 @@ class Decoder:
         if cache.in_tail == plan.tail:
             cache, write_outs = self._write_out(cache, write_outs), write_outs + 1
         tails, length, logits = self._program("step", write_outs)(
-            self._state, cache.blocks, cache.tails, cache.padding, cache.length, token_ids
+            self._weights, cache.blocks, cache.tails, cache.padding, cache.length, token_ids
         )
         if write_outs < plan.write_outs:
             # After the call: a program's first execution loads its kernels, which takes longer beside a compilation.
@@ -288,25 +281,28 @@ class Decoder:
         trace = {"prefill": self._trace_prefill, "step": self._trace_step, "write-out": self._trace_write_out}
         return trace[kind](*which)
 
+    def _model(self, weights: Sequence[Array]) -> Any:
+        return nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
+
     def _trace_prefill(self) -> Any:
-        def program(state, token_ids, padding):
-            return prefill(nnx.merge(self._graph, state), self.plan, token_ids, padding)
+        def program(weights, token_ids, padding):
+            return prefill(self._model(weights), self.plan, token_ids, padding)
 
         work = self.plan.workload
-        inputs = self._state, _ints(work.prompt, work.batch), _ints(work.batch)
+        inputs = self._weights, _ints(work.prompt, work.batch), _ints(work.batch)
         blocks, tails, _ = jax.eval_shape(program, *inputs)
         shardings = (_shardings(blocks), _shardings(tails), memory.sharding("device"))
         return jax.jit(program, out_shardings=shardings).trace(*inputs)
 
     def _trace_step(self, write_outs: int) -> Any:
-        def program(state, blocks, tails, padding, length, token_ids):
+        def program(weights, blocks, tails, padding, length, token_ids):
             cache = make_cache(blocks, tails, padding, length, 0)
-            tails, logits = decode_step(nnx.merge(self._graph, state), self.plan, cache, token_ids)
+            tails, logits = decode_step(self._model(weights), self.plan, cache, token_ids)
             return tails, length + 1, logits
 
         batch = self.plan.workload.batch
         blocks = describe_blocks(self.plan, write_outs)
-        inputs = self._state, blocks, describe_tails(self.plan), _ints(batch), _ints(), _ints(batch)
+        inputs = self._weights, blocks, describe_tails(self.plan), _ints(batch), _ints(), _ints(batch)
         shardings = (None, _shardings(blocks), None, None, None, None)
         return jax.jit(program, in_shardings=shardings, donate_argnames=("tails", "length")).trace(*inputs)
 

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 import kvrecomp
 from kvrecomp import budget
-from kvrecomp.named import BLOCKS_PER_WINDOW, cut_runs, named_plan
+from kvrecomp.named import named_plan
 from kvrecomp.plan import (
+    BLOCKS_PER_WINDOW,
     GIB,
     MIB,
     BlockSpec,
@@ -23,6 +24,7 @@ from kvrecomp.plan import (
     Plan,
     PlanError,
     Workload,
+    cut_runs,
     format_bytes,
 )
 

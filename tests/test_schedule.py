@@ -13,6 +13,7 @@ import pytest
 
 import kvrecomp
 from kvrecomp import runtime
+from kvrecomp.plan import COPIES_AHEAD
 from models import OPTConfig
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax's CUDA 13 plugin: pip install '.[schedule]'")
@@ -89,7 +90,7 @@ def check_schedule(entry: list[str]) -> int:
     assert host == set(started) == set(ended), "a host array is not copied"
     order = sorted(started, key=started.get)
     per_block = 2 if any("arrays_1_" in array for array in host) else 1
-    for array in order[runtime.COPIES_AHEAD * per_block :]:
+    for array in order[COPIES_AHEAD * per_block :]:
         assert any(started[array] < at < ended[array] for at in compute), f"nothing is computed under {array}'s copy"
     return len(host)
 

@@ -1,0 +1,266 @@
+"""The cost of a step: seconds predicted from a profile, by the recurrence of the pipeline that the runtime executes.
+
+A step is a list of tasks in the order of compute. Task i may wait for a copy of its own; copies are carried out one
+after the other, each held until an earlier task is done (`hold`). With c the seconds of a copy and g those of compute,
+
+    copied_i   = max(copied_{i-1}, computed_{hold_i}) + c_i
+    computed_i = max(computed_{i-1}, copied_i) + g_i
+
+and a task without a copy waits for no link. Seconds of compute come from times measured on the machine for the layer,
+dtype and batch at hand or, where there are none, from `estimate`. `kvpr_seconds` is KVPR's own formula and
+`sum_seconds` the plain sum, for comparison.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kvrecomp.hardware import HardwareProfile, LayerTimes, Line, Work
+from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload, copies_before
+
+WORKS = get_args(Work)
+
+
+class Tasks(NamedTuple):
+    """A plan as arrays, [..., tasks]: what a step does, in the order of compute.
+
+    `work` int32 is the row of the table of compute times (`work_table`), `tokens` and `blocks` what they are multiplied
+    with; `copies` counts the arrays copied, of `copy_bytes` together; `hold` int32 is the task whose end lets the copy
+    start, -1 for the start of the step.
+    """
+
+    work: np.ndarray
+    tokens: np.ndarray
+    blocks: np.ndarray
+    copies: np.ndarray
+    copy_bytes: np.ndarray
+    hold: np.ndarray
+
+
+class StepCost(NamedTuple):
+    """Predicted seconds of a step, of its copies alone and of its compute alone."""
+
+    seconds: Array
+    copying: Array
+    computing: Array
+
+
+# --- a plan as tasks --------------------------------------------------------------------------------------------------
+
+
+def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
+    """The tasks of one step under the plan, after that many write-outs."""
+    shapes = list(dict.fromkeys(plan.shape.layers))
+    kinds = {kind: _layer_tasks(plan, *kind, write_outs, shapes.index(kind[1])) for kind in plan.kinds}
+    own = [kinds[kind] for kind in zip(plan.layers, plan.shape.layers)]
+    # A step outside its layers: embedding, unembedding and sampling, at the end.
+    outside = np.array([[len(shapes) * len(WORKS)], [0], [1], [0], [0]], float)
+    work, tokens, blocks, copies, copy_bytes = np.concatenate([*own, outside], axis=1)
+    hold = np.full(len(work), -1)
+    copied = np.flatnonzero(copies)
+    if plan.schedule == "pipelined":
+        after = np.array(copies_before(copy_bytes[copied], plan.window), int)
+        hold[copied] = np.where(after > 0, copied[after - 1] if len(copied) else -1, -1)
+    else:  # when the layer before is done
+        ends = np.cumsum([tasks.shape[1] for tasks in own])
+        starts = np.concatenate([[0], ends[:-1]])
+        hold[copied] = starts[np.searchsorted(ends, copied, side="right")] - 1
+    return Tasks(work.astype(np.int32), tokens, blocks, copies, copy_bytes, hold.astype(np.int32))
+
+
+def _layer_tasks(plan: Plan, layer: LayerPlan, layer_shape: LayerShape, write_outs: int, shape_number: int):
+    """float[5, tasks]: work, tokens, blocks, copies, copy_bytes. What is on the device is attended to as one."""
+
+    def task(work: Work, tokens: int = 0, blocks: int = 1, copied: BlockSpec | None = None) -> tuple[float, ...]:
+        row = shape_number * len(WORKS) + WORKS.index(work)
+        if copied is None:
+            return row, tokens, blocks, 0, 0
+        return row, tokens, blocks, 1 if copied.form == "activations" else 2, plan.bytes_of(layer_shape, copied)
+
+    def attention(block: BlockSpec) -> Work:
+        return "keys_values" if block.form == "keys_values" else layer.method
+
+    blocks = layer.blocks(write_outs, plan.tail)
+    here = [block for block in blocks if block.memory == "device"] + [BlockSpec(layer.tail, "device", plan.tail)]
+    tasks = [task("project")]
+    tasks += [task(attention(block), block.tokens, blocks=0) for block in here]
+    tasks += [task(attention(block), block.tokens, copied=block) for block in blocks if block.memory == "host"]
+    return np.array([*tasks, task("finish")], float).T
+
+
+def stack_tasks(tasks: Sequence[Tasks]) -> Tasks:
+    """Tasks of several plans as one, [plans, tasks], filled up with plans and tasks that take no time.
+
+    Filled to powers, of four and of two, so that few shapes, and so few compilations, occur.
+    """
+    longest = 1 << (max(len(own.work) for own in tasks) - 1).bit_length()
+    plans = 16
+    while plans < len(tasks):
+        plans *= 4
+
+    def stack(*columns: np.ndarray) -> np.ndarray:
+        filled = np.zeros((plans, longest), columns[0].dtype)
+        for row, column in zip(filled, columns):
+            row[: len(column)] = column
+        return filled
+
+    return Tasks(*map(stack, *tasks))  # what is filled in has no tokens, blocks or copies
+
+
+# --- seconds of compute -----------------------------------------------------------------------------------------------
+
+
+def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batch: int) -> LayerTimes:
+    """Times of a layer from the machine's rates, where none were measured.
+
+    A kernel takes the longer of its floating-point operations at the rate of matrix products and its bytes at the rate
+    of device memory (the roofline model, Williams et al. 2009), and `kernel_seconds` more. Bytes are those of weights,
+    once, and of cached tokens, once for scores and once for mixing.
+    """
+    h, kd, nd = layer.hidden, layer.kv_heads * layer.head_dim, layer.heads * layer.head_dim
+    b, p = batch, dtype_bytes
+
+    def kernel(operations: float, numbers: float) -> float:
+        return max(operations / profile.matmul_rate, numbers * p / profile.memory_rate)
+
+    def weights(count: float, kernels: int) -> Line:
+        return Line(kernel(2 * b * count, count) + kernels * profile.kernel_seconds, 0.0)
+
+    def tokens(*kernels: tuple[float, float], base: float = 0.0, count: int = 4) -> Line:
+        scores = kernel(0, b * layer.heads * 6)  # float32, written, read for the softmax and for mixing
+        return Line(base + count * profile.kernel_seconds, sum(kernel(b * o, b * n) for o, n in kernels) + scores)
+
+    by_keys, by_values = (2 * nd, kd), (2 * nd, kd)  # scores against K, weights times V
+    over_activations = (2 * layer.heads * h, h)  # the same against x
+    absorbing = kernel(2 * b * h * nd, h * kd)  # q W_K, or the mix times W_V
+    project_keys = (2 * h * kd, h + kd)
+    if layer.absorbs_keys:
+        absorb = tokens(over_activations, over_activations, base=2 * absorbing, count=6)
+    else:
+        absorb = tokens(project_keys, by_keys, over_activations, base=absorbing, count=6)
+    finish = layer.parameters - h * (nd + 2 * kd)
+    work: dict[Work, Line] = {
+        "project": weights(h * (nd + 2 * kd), 3),
+        "finish": weights(finish, 5),
+        "keys_values": tokens(by_keys, by_values),
+        "absorb": absorb,
+        "recompute": tokens(project_keys, project_keys, by_keys, by_values, count=6),
+    }
+    return LayerTimes(layer, "", batch, work)
+
+
+def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) -> np.ndarray:
+    """float32[rows, 2]: base seconds and seconds a token, WORKS of each distinct layer shape, then outside layers."""
+    rows, outside = [], None
+    for layer in dict.fromkeys(shape.layers):
+        times = profile.times(layer, shape.dtype, workload.batch)
+        if times is not None:
+            outside = times.outside
+        times = times or estimate(profile, layer, shape.itemsize, workload.batch)
+        rows += [(times.work[work].base, times.work[work].each) for work in WORKS]
+    if outside is None:
+        table_bytes = shape.vocab * shape.embedding * shape.itemsize
+        outside = table_bytes / profile.memory_rate + 10 * profile.kernel_seconds
+    return np.array([*rows, (outside, 0.0)], np.float32)
+
+
+# --- seconds of a step ------------------------------------------------------------------------------------------------
+
+
+def step_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload, plan_arrays: Tasks) -> StepCost:
+    """Predicted seconds of a step for each of the plans in `plan_arrays` (`stack_tasks`): float32[plans] each.
+
+    Copies run at the rate measured beside compute, each array after the link's latency. Computed on the CPU; compiled
+    once per number of plans and of tasks.
+    """
+    with jax.default_device(_cpu()):
+        arrays = Tasks(*(column if column.dtype == np.int32 else column.astype(np.float32) for column in plan_arrays))
+        link = np.array([profile.to_device.base, 1 / profile.beside_compute], np.float32)
+        return jax.device_get(_step_seconds(work_table(profile, shape, workload), link, arrays))
+
+
+def _cpu() -> jax.Device | None:
+    """A scan of small numbers is slow on a GPU, and would wait for the model there."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # jax was told to use the GPU alone
+        return None
+
+
+@jax.jit
+def _step_seconds(table: Array, link: Array, tasks: Tasks) -> StepCost:
+    return jax.vmap(functools.partial(_pipeline, table, link))(tasks)
+
+
+def _pipeline(table: Array, link: Array, tasks: Tasks) -> StepCost:
+    """The recurrence over one plan's tasks."""
+    computing = table[tasks.work, 0] * tasks.blocks + table[tasks.work, 1] * tasks.tokens
+    copying = link[0] * tasks.copies + link[1] * tasks.copy_bytes
+
+    def advance(carry, task):
+        copied, computed, ends = carry
+        number, compute, copy, hold, has_copy = task
+        held = jnp.where(hold < 0, 0.0, ends[hold])
+        copied = jnp.where(has_copy, jnp.maximum(copied, held) + copy, copied)
+        computed = jnp.where(has_copy, jnp.maximum(computed, copied), computed) + compute
+        return (copied, computed, ends.at[number].set(computed)), None
+
+    count = tasks.work.shape[0]
+    xs = (jnp.arange(count), computing, copying, tasks.hold, tasks.copies > 0)
+    zero = jnp.zeros(())
+    (_, seconds, _), _ = jax.lax.scan(advance, (zero, zero, jnp.zeros(count)), xs)
+    return StepCost(seconds, copying.sum(), computing.sum())
+
+
+def plan_costs(profile: HardwareProfile, plans: Sequence[Plan], write_outs: int | None = None) -> StepCost:
+    """Predicted seconds of a step of each plan, all for one model and workload, float32[plans].
+
+    `write_outs` None: half way through the new tokens, as the median step of a run.
+    """
+    first = plans[0]
+    if any((plan.shape, plan.workload) != (first.shape, first.workload) for plan in plans):
+        raise PlanError("plan_costs: the plans are for different models or workloads; predict them one by one")
+    tasks = [make_tasks(plan, median_write_outs(plan) if write_outs is None else write_outs) for plan in plans]
+    costs = step_seconds(profile, first.shape, first.workload, stack_tasks(tasks))
+    return StepCost(*(seconds[: len(plans)] for seconds in costs))
+
+
+def median_write_outs(plan: Plan) -> int:
+    """How often the tail was written out when half of the new tokens are there."""
+    return min(plan.write_outs, plan.workload.new // 2 // plan.tail)
+
+
+# --- for comparison ---------------------------------------------------------------------------------------------------
+
+
+def kvpr_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload, recomputed: float) -> float:
+    """KVPR's own formula (arXiv 2411.17089, equations 8 to 11): a step's seconds with `recomputed` of the prompt's
+    tokens sent as activations and the rest as keys and values, at peak rates, summed over layers.
+
+        t = b l h p / v_link + max(4 b l h^2 / v_gpu, 2 b (s - l) h p / v_link)
+    """
+    b, s, p = workload.batch, workload.prompt, shape.itemsize
+    total = 0.0
+    for layer in shape.layers:
+        kv = layer.width("keys_values")
+        sent = b * recomputed * layer.hidden * p / profile.beside_compute
+        computed = 2 * b * recomputed * layer.hidden * kv / profile.matmul_rate
+        total += sent + max(computed, b * (s - recomputed) * kv * p / profile.beside_compute)
+    return total
+
+
+def kvpr_split(profile: HardwareProfile, shape: ModelShape, workload: Workload) -> int:
+    """The number of recomputed tokens at which KVPR's formula is least."""
+    candidates = range(workload.prompt + 1)
+    return min(candidates, key=lambda tokens: kvpr_seconds(profile, shape, workload, tokens))
+
+
+def sum_seconds(profile: HardwareProfile, plan: Plan, write_outs: int | None = None) -> float:
+    """All copies, then all compute: what a step takes without any overlap."""
+    cost = plan_costs(profile, [plan], write_outs)
+    return float(cost.copying[0] + cost.computing[0])

@@ -1,0 +1,182 @@
+"""What is known of a machine: plain data, measured by `kvrecomp.profiler` or taken from data sheets.
+
+Times are seconds, sizes bytes, rates per second. A `Line` is a time that grows with a size.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from kvrecomp.plan import GIB, LayerShape, PlanError
+
+Work = Literal["project", "finish", "keys_values", "absorb", "recompute"]
+"""What a layer does in a step: `project` makes Q, and K and V of the new token; `finish` is the output projection and
+the feed-forward; the others are attention over cached tokens, by form and method."""
+
+ATTENTION: tuple[Work, ...] = ("keys_values", "absorb", "recompute")
+
+
+@dataclass(frozen=True)
+class Line:
+    """`base + each * size` seconds."""
+
+    base: float
+    each: float
+
+    def __post_init__(self):
+        if not (0 <= self.base < float("inf") and 0 <= self.each < float("inf")):
+            raise PlanError(f"Line: {self.base} + {self.each} * size; both must be finite and not negative")
+
+    def __call__(self, size: float) -> float:
+        """Seconds at that size."""
+        return self.base + self.each * size
+
+
+@dataclass(frozen=True)
+class LayerTimes:
+    """Seconds of one layer's work in a step, by kind, in cached tokens; `outside` is a step's work outside its layers.
+
+    Measured for one layer shape, dtype and batch.
+    """
+
+    layer: LayerShape
+    dtype: str
+    batch: int
+    work: Mapping[Work, Line]
+    outside: float = 0.0
+
+    def __post_init__(self):
+        if set(self.work) != set(get_args(Work)):
+            raise PlanError(f"LayerTimes: {', '.join(self.work)}; expected {', '.join(get_args(Work))}")
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """A machine: rates and latencies, and the layers that were timed on it.
+
+    `to_device` and `to_host` are copies of one array over the link, by bytes; `beside_compute` is the rate of copies to
+    the device while it computes. `kernel_seconds` is what one more small kernel adds to a program. `host_bytes` None:
+    as much as is asked for. `source` says where the numbers are from.
+    """
+
+    device: str
+    device_bytes: float
+    to_device: Line
+    to_host: Line
+    beside_compute: float
+    matmul_rate: float
+    memory_rate: float
+    kernel_seconds: float = 0.0
+    host_bytes: float | None = None
+    count: int = 1
+    jax: str = ""
+    driver: str = ""
+    layers: tuple[LayerTimes, ...] = ()
+    source: str = ""
+
+    def __post_init__(self):
+        for name in ("device_bytes", "beside_compute", "matmul_rate", "memory_rate"):
+            if not 0 < getattr(self, name) < float("inf"):
+                raise PlanError(f"HardwareProfile: {name} is {getattr(self, name)}; it must be greater than zero")
+
+    def times(self, layer: LayerShape, dtype: str, batch: int) -> LayerTimes | None:
+        """The times measured for that layer, dtype and batch, if they were."""
+        wanted = (layer, dtype, batch)
+        return next((own for own in self.layers if (own.layer, own.dtype, own.batch) == wanted), None)
+
+    def with_times(self, times: LayerTimes) -> "HardwareProfile":
+        """The profile with these times, in place of older ones of the same layer, dtype and batch."""
+        key = (times.layer, times.dtype, times.batch)
+        others = tuple(own for own in self.layers if (own.layer, own.dtype, own.batch) != key)
+        return dataclasses.replace(self, layers=(*others, times))
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain data; `from_json` reads it."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> "HardwareProfile":
+        """Raises `PlanError`, TypeError, KeyError or ValueError for data that are no profile."""
+        layers = tuple(
+            LayerTimes(
+                LayerShape(**own["layer"]),
+                own["dtype"],
+                own["batch"],
+                {name: Line(**line) for name, line in own["work"].items()},
+                own["outside"],
+            )
+            for own in data["layers"]
+        )
+        lines = {name: Line(**data[name]) for name in ("to_device", "to_host")}
+        return cls(**{**data, **lines, "layers": layers})
+
+    @classmethod
+    def from_datasheet(cls, name: str) -> "HardwareProfile":
+        """A machine that one does not have, at its peak rates; names are those of `DATASHEETS`.
+
+        Real machines reach less of them: an H200 measured here copies at 55 of 63 GB/s. Raises `PlanError` for a name
+        that is not there.
+        """
+        if name not in DATASHEETS:
+            raise PlanError(f"there is no data sheet {name!r}; there are {', '.join(DATASHEETS)}")
+        sheet = DATASHEETS[name]
+        return cls(
+            device=sheet.device,
+            device_bytes=sheet.memory_gb * 1e9,
+            to_device=Line(0.0, 1 / sheet.link),
+            to_host=Line(0.0, 1 / sheet.link),
+            beside_compute=sheet.link,
+            matmul_rate=sheet.matmul,
+            memory_rate=sheet.memory_rate,
+            source=sheet.source,
+        )
+
+
+@dataclass(frozen=True)
+class Datasheet:
+    """Peak rates: link bytes a second in one direction, dense 16-bit floating-point operations with 32-bit sums, device
+    memory bytes a second."""
+
+    device: str
+    memory_gb: float
+    link: float
+    matmul: float
+    memory_rate: float
+    source: str
+
+
+# PCIe: 16 lanes of 8, 16 and 32 GT/s (generations 3, 4, 5) with 128b/130b coding carry 15.75, 31.5 and 63.0 GB/s each
+# way (PCI Express Base Specification). KVPR counts 32 GB/s for generation 4, and so does its row here.
+DATASHEETS = {
+    "a100": Datasheet(
+        "NVIDIA A100-PCIE-40GB", 40, 32e9, 312e12, 1555e9,
+        "NVIDIA A100 Tensor Core GPU data sheet (40 GB PCIe); link: PCIe 4.0 x16 as KVPR counts it",
+    ),
+    "rtx5000": Datasheet(
+        "Quadro RTX 5000", 16, 7.88e9, 89.2e12, 448e9,
+        "NVIDIA Quadro RTX 5000 data sheet; link: PCIe 3.0 at 8 of its 16 lanes",
+    ),
+    "rtx4090": Datasheet(
+        "NVIDIA GeForce RTX 4090", 24, 31.5e9, 165.2e12, 1008e9,
+        "NVIDIA Ada GPU Architecture white paper, table of GeForce RTX 4090; link: PCIe 4.0 x16",
+    ),
+    "t4": Datasheet(
+        "Tesla T4", 16, 15.75e9, 65e12, 320e9,
+        "NVIDIA T4 Tensor Core GPU data sheet; link: PCIe 3.0 x16",
+    ),
+    "h100": Datasheet(
+        "NVIDIA H100 80GB HBM3", 80, 63e9, 989.4e12, 3350e9,
+        "NVIDIA H100 Tensor Core GPU data sheet (SXM, without sparsity); link: PCIe 5.0 x16",
+    ),
+    "h200": Datasheet(
+        "NVIDIA H200", 141, 63e9, 989.4e12, 4800e9,
+        "NVIDIA H200 Tensor Core GPU data sheet (SXM, without sparsity); link: PCIe 5.0 x16",
+    ),
+    "gh200": Datasheet(
+        "NVIDIA GH200 480GB", 96, 450e9, 989.4e12, 4000e9,
+        "NVIDIA GH200 Grace Hopper Superchip data sheet (96 GB HBM3); link: NVLink-C2C, 900 GB/s in both directions",
+    ),
+}  # fmt: skip
+
+LARGEST_DEVICE = 1024 * GIB  # no device has more; a budget beyond it is in the wrong unit
