@@ -22,9 +22,12 @@ from rich.table import Table
 
 import kvrecomp
 import models
-from experiments.report import run_info, write_json
+from experiments.report import run_info
+from kvrecomp.cost import median_write_outs, plan_costs
+from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
-from kvrecomp.plan import DEFAULT_WINDOW, MIB
+from kvrecomp.hardware import HardwareProfile
+from kvrecomp.plan import AUTO, DEFAULT_WINDOW, MIB
 from kvrecomp.profiler import copy_rate
 from kvrecomp.sampling import Sampling
 
@@ -32,7 +35,7 @@ _MODEL = flags.DEFINE_string("model", "opt-125m", "Preset whose random weights a
 _BATCH = flags.DEFINE_integer("batch", 8, "Rows decoded together.")
 _PROMPT = flags.DEFINE_integer("prompt", 256, "Tokens in each prompt.")
 _NEW = flags.DEFINE_integer("new", 32, "New tokens per row.")
-_PLANS = flags.DEFINE_list("plans", ["activations", "keys_values"], "Plans, by the names of kvrecomp.named_plan.")
+_PLANS = flags.DEFINE_list("plans", ["auto", "activations", "keys_values"], "Plans: auto, or as named_plan has them.")
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.")
 _WINDOW = flags.DEFINE_float("window_mib", DEFAULT_WINDOW / MIB, "Bytes from the host in flight or in use, in MiB.")
 _TAIL = flags.DEFINE_integer("tail", None, "Tokens in the tail; default: by their bytes.")
@@ -61,7 +64,7 @@ class Row:
     median_ms: float
     p95_ms: float
     worst_ms: float
-    predicted_ms: float | None
+    predicted_ms: float
     link_bytes: int
     predicted_bytes: int
     link_efficiency: float | None
@@ -75,7 +78,12 @@ class Row:
 
 
 def measure(
-    model: Any, plan: kvrecomp.Plan, budget: kvrecomp.Budget, copy_bytes_per_second: float, seed: int = 0
+    model: Any,
+    plan: kvrecomp.Plan,
+    budget: kvrecomp.Budget,
+    machine: HardwareProfile,
+    copy_bytes_per_second: float,
+    seed: int = 0,
 ) -> Row:
     """Runs the plan's workload on random prompts; the prompt is computed twice, and timed when it is compiled."""
     work = plan.workload
@@ -103,9 +111,9 @@ def measure(
         median_ms=median * 1e3,
         p95_ms=float(np.percentile(seconds, 95)) * 1e3,
         worst_ms=max(seconds) * 1e3,
-        predicted_ms=None,
+        predicted_ms=float(plan_costs(machine, [plan]).seconds[0]) * 1e3,
         link_bytes=link_bytes,
-        predicted_bytes=plan.bytes_in("host"),
+        predicted_bytes=plan.bytes_in("host", median_write_outs(plan)),
         link_efficiency=link_bytes / median / copy_bytes_per_second if link_bytes else None,
         tokens_per_second=work.batch / median,
         peak_device_bytes=stats.get("peak_bytes_in_use"),
@@ -124,6 +132,7 @@ def table(rows: list[Row], copy_gbps: float) -> Table:
         out.add_column(heading)
     for heading in (
         "median ms",
+        "predicted",
         "p95",
         "worst",
         "link GB",
@@ -137,7 +146,8 @@ def table(rows: list[Row], copy_gbps: float) -> Table:
     for row in rows:
         efficiency = "-" if row.link_efficiency is None else f"{row.link_efficiency:.3f}"
         out.add_row(
-            row.model, str(row.batch), str(row.prompt), row.plan, f"{row.median_ms:.2f}", f"{row.p95_ms:.2f}",
+            row.model, str(row.batch), str(row.prompt), row.plan, f"{row.median_ms:.2f}", f"{row.predicted_ms:.2f}",
+            f"{row.p95_ms:.2f}",
             f"{row.worst_ms:.2f}", f"{row.link_bytes / 1e9:.2f}", efficiency, f"{row.tokens_per_second:.0f}",
             f"{row.temp_bytes / 1e9:.2f}", f"{row.compile_s:.1f}", f"{row.prefill_s:.2f}",
         )  # fmt: skip
@@ -148,13 +158,18 @@ def main(_: list[str]) -> None:
     window = int(_WINDOW.value * MIB)
     work = kvrecomp.Workload(_BATCH.value, _PROMPT.value, _NEW.value)
     shape = dataclasses.replace(models.preset(_MODEL.value).shape, dtype=_DTYPE.value)
-    plans = [kvrecomp.named_plan(name, shape, work, tail=_TAIL.value, window=window) for name in _PLANS.value]
+    for name in _PLANS.value:  # mistakes are said before the weights are made
+        if name != AUTO:
+            kvrecomp.named_plan(name, shape, work, tail=_TAIL.value, window=window)
     rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)))
     model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
+    machine = kvrecomp.profile(model, batch=work.batch)
     budget = kvrecomp.Budget.of_gib(_DEVICE_GIB.value, _HOST_GIB.value)
     rows = []
-    for plan in plans:
-        rows.append(measure(model, plan, budget, rate, _SEED.value))
+    for name in _PLANS.value:
+        options = {"budget": budget, "machine": machine, "tail": _TAIL.value, "window": window}
+        plan = kvrecomp.plan_for(name, model.shape, work, **options)
+        rows.append(measure(model, plan, budget, machine, rate, _SEED.value))
         gc.collect()  # a decoder's cache is gone before the next one's is made
     document = run_info(_COMMIT.value) | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}
     Console(width=150).print(table(rows, rate / 1e9))

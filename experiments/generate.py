@@ -1,12 +1,13 @@
-"""Continues prompts with the cache in host memory, and compares the result with that of a cache on the device.
+"""Continues prompts under the fastest plan that fits, and compares the result with that of another plan.
 
     python experiments/generate.py
+    python experiments/generate.py --plan=activations
     python experiments/generate.py --prompt='Return the' --plan=split:0.5 --temperature=0.5
     python experiments/generate.py --model=opt-1.3b --max_new_tokens=64 --json
 
-Without flags it loads the checkpoint that this repository ships, puts the whole cache of a left-padded batch into host
-memory as activations, and prints the texts, the plan, the time of a step, the bytes that crossed the link, and how far
-the logits are from those of the on-device plan. From a notebook:
+Without flags it loads the checkpoint that this repository ships, continues a left-padded batch, and prints the texts,
+the plan and why it was chosen, the time of a step, the bytes that crossed the link, and how far the logits are from
+those of a plan with the cache in the other memory. From a notebook:
 
     model, tokenizer = load("experiments/checkpoints/pydoc")
     run = continue_prompts(model, tokenizer, ["Return the"], plan="keys_values")
@@ -35,7 +36,7 @@ import models
 from experiments.report import run_info
 from kvrecomp.budget import check_memory, limits
 from kvrecomp.named import NAMES
-from kvrecomp.plan import DEFAULT_WINDOW, MIB, format_bytes
+from kvrecomp.plan import AUTO, DEFAULT_WINDOW, MIB, format_bytes
 from kvrecomp.sampling import Sampling
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "pydoc"
@@ -61,7 +62,7 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_multi_string("prompt", [], "Text to continue; repeatable. Default: a few built in.", flag_values=into)
     string("prompts_file", None, "More prompts, one a line; blank lines are skipped.")
     integer("max_new_tokens", NEW_TOKENS, "Most new tokens a row.")
-    string("plan", "activations", f"What is cached how and where: {', '.join(NAMES)}.")
+    string("plan", AUTO, f"What is cached how and where: {AUTO}, the fastest; or {', '.join(NAMES)}.")
     number("window_mib", DEFAULT_WINDOW / MIB, "Bytes from the host in flight or in use, in MiB.")
     integer("tail", None, "Tokens in the tail; default: by their bytes.")
     number("device_memory_gib", None, "Device memory to use, weights included; default: what is free.")
@@ -196,7 +197,7 @@ def continue_prompts(
     tokenizer: Tokenizer | None,
     prompts: Sequence[str] = PROMPTS,
     *,
-    plan: str = "activations",
+    plan: str = AUTO,
     max_new_tokens: int = NEW_TOKENS,
     tail: int | None = None,
     window: int = DEFAULT_WINDOW,
@@ -217,7 +218,7 @@ def continue_prompts(
         ids,
         mask,
         max_new_tokens=max_new_tokens,
-        plan=kvrecomp.named_plan(plan, model.shape, workload, tail=tail, window=window),
+        plan=kvrecomp.plan_for(plan, model.shape, workload, budget=budget, tail=tail, window=window),
         budget=budget,
         eos_token_id=end,
         pad_token_id=pad,
@@ -246,7 +247,7 @@ def check_logits(
     plan, given = result.plan, result.logits
     if given is None:
         raise ValueError("the result has no logits to check: generate with output_logits=True")
-    name = "keys_values" if plan.name == "device" else "device"
+    name = "device" if plan.bytes_in("host", plan.write_outs) else "keys_values"
     coarse = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 0 if jax.default_backend() == "cpu" else 2**-11}
     tolerance = max(1e-4, 8 * coarse[plan.shape.dtype] * float(np.abs(given).max()))
     try:
@@ -327,7 +328,7 @@ def check_preset(
     if preset in models.PRESETS:
         shape = dataclasses.replace(models.PRESETS[preset].shape, dtype=dtype or default_dtype() or "bfloat16")
         workload = kvrecomp.Workload(len(prompts), encode(None, prompts)[0].shape[1], new)
-        check_memory(kvrecomp.named_plan(shape=shape, workload=workload, **plan), budget)
+        check_memory(kvrecomp.plan_for(shape=shape, workload=workload, budget=budget, loaded=False, **plan), budget)
 
 
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:

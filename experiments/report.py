@@ -1,7 +1,5 @@
-"""What every results file says about where and how it was made, and how it is written."""
+"""What every results file says about where and how it was made."""
 
-import json
-import os
 import pathlib
 import shlex
 import shutil
@@ -28,12 +26,3 @@ def _output(*command: str) -> str:
         return "unknown"
     done = subprocess.run(command, capture_output=True, text=True, cwd=pathlib.Path(__file__).parent)
     return done.stdout.strip().partition("\n")[0] or "unknown"
-
-
-def write_json(path: str | os.PathLike, document: Any) -> None:
-    """Writes the document in one piece: a reader sees the old file or the new one, never half of it."""
-    path = pathlib.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(path.name + ".partial")
-    beside.write_text(json.dumps(document, indent=1) + "\n")
-    os.replace(beside, path)

@@ -43,6 +43,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 import models
 from experiments import corpus
 from kvrecomp.attention import causal
+from kvrecomp.files import write_json
 from models.checkpoint import is_ours
 
 SAVED_DTYPES = ("bfloat16", "float16", "float32")
@@ -374,18 +375,6 @@ def train(config: Config, documents: Sequence[str] | None = None) -> Result:
 def _on_host(tree: Any) -> Any:
     """A copy: on a CPU device_get gives the device's own memory, which the next step reuses."""
     return jax.tree.map(np.array, jax.device_get(tree))
-
-
-def write_json(path: str | os.PathLike, content: Any) -> None:
-    """Write a JSON file whole or not at all."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _calls(first: int, last: int) -> Iterable[tuple[int, int]]:

@@ -4,7 +4,8 @@
 
 or, step by step,
 
-    plan = kvrecomp.named_plan("activations", model.shape, kvrecomp.Workload(batch=32, prompt=1024, new=128))
+    profile = kvrecomp.profile()  # measured once per machine
+    plan = kvrecomp.make_plan(model.shape, kvrecomp.Workload(batch=32, prompt=1024, new=128), profile)
     decoder = kvrecomp.Decoder(model, plan)
     cache, logits = decoder.prefill(input_ids, attention_mask)
     cache, logits = decoder.step(cache, token_ids)
@@ -14,23 +15,31 @@ from kvrecomp import memory as _memory
 
 _memory.raise_pinned_limit()  # before anything below starts the backend
 
+from kvrecomp.auto import plan_for  # noqa: E402
 from kvrecomp.budget import memory_needed  # noqa: E402
 from kvrecomp.generate import Generated, generate  # noqa: E402
+from kvrecomp.hardware import HardwareProfile  # noqa: E402
 from kvrecomp.named import named_plan  # noqa: E402
 from kvrecomp.plan import Budget, ModelShape, Plan, PlanError, Workload  # noqa: E402
+from kvrecomp.profiler import profile  # noqa: E402
 from kvrecomp.prompt import PromptError  # noqa: E402
 from kvrecomp.runtime import Decoder  # noqa: E402
+from kvrecomp.scheduler import make_plan  # noqa: E402
 
 __all__ = [
     "Budget",
     "Decoder",
     "Generated",
+    "HardwareProfile",
     "ModelShape",
     "Plan",
     "PlanError",
     "PromptError",
     "Workload",
     "generate",
+    "make_plan",
     "memory_needed",
     "named_plan",
+    "plan_for",
+    "profile",
 ]

@@ -11,19 +11,18 @@ dtype and batch at hand or, where there are none, from `estimate`. `kvpr_seconds
 `sum_seconds` the plain sum, for comparison.
 """
 
+import collections
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvrecomp.hardware import HardwareProfile, LayerTimes, Line, Work
+from kvrecomp.hardware import WORKS, HardwareProfile, LayerTimes, Line, Work
 from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload, copies_before
-
-WORKS = get_args(Work)
 
 
 class Tasks(NamedTuple):
@@ -86,9 +85,13 @@ def _layer_tasks(plan: Plan, layer: LayerPlan, layer_shape: LayerShape, write_ou
         return "keys_values" if block.form == "keys_values" else layer.method
 
     blocks = layer.blocks(write_outs, plan.tail)
-    here = [block for block in blocks if block.memory == "device"] + [BlockSpec(layer.tail, "device", plan.tail)]
+    here = collections.Counter({attention(BlockSpec(layer.tail, "device", plan.tail)): plan.tail})
+    for block in blocks:
+        if block.memory == "device":
+            here[attention(block)] += block.tokens
     tasks = [task("project")]
-    tasks += [task(attention(block), block.tokens, blocks=0) for block in here]
+    # Keys and values on the device cost nothing but their tokens: the tail's own work is measured with `project`.
+    tasks += [task(work, tokens, blocks=int(work != "keys_values")) for work, tokens in here.items()]
     tasks += [task(attention(block), block.tokens, copied=block) for block in blocks if block.memory == "host"]
     return np.array([*tasks, task("finish")], float).T
 
@@ -184,7 +187,7 @@ def step_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload
         return jax.device_get(_step_seconds(work_table(profile, shape, workload), link, arrays))
 
 
-def _cpu() -> jax.Device | None:
+def _cpu() -> Any:
     """A scan of small numbers is slow on a GPU, and would wait for the model there."""
     try:
         return jax.local_devices(backend="cpu")[0]

@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvrecomp import memory
 from kvrecomp.ahead import Ahead
-from kvrecomp.named import named_plan
-from kvrecomp.plan import Budget, Plan, PlanError, Workload
+from kvrecomp.auto import plan_for
+from kvrecomp.hardware import HardwareProfile
+from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
 from kvrecomp.prompt import as_ids
 from kvrecomp.runtime import Decoder, Model
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
@@ -59,8 +60,9 @@ def generate(
     attention_mask: Any = None,
     *,
     max_new_tokens: int = 128,
-    plan: Plan | str = "activations",
+    plan: Plan | str = AUTO,
     budget: Budget | None = None,
+    profile: HardwareProfile | None = None,
     do_sample: bool = False,
     temperature: float = 1.0,
     top_k: int = 0,
@@ -73,14 +75,17 @@ def generate(
 ) -> Generated:
     """Continues prompts int[batch, prompt], left-padded where `attention_mask` is 0, by up to `max_new_tokens`.
 
-    `plan` is a `Plan` or the name of one (`kvrecomp.named_plan`). Raises `PromptError` for prompts that cannot be
-    decoded, `PlanError` for a plan that does not fit, ValueError for sampling options out of range, and
-    FloatingPointError where logits are NaN.
+    `plan` is a `Plan` or the name of one: `auto`, the fastest on this machine within `budget`, or one of
+    `kvrecomp.named_plan`. `profile` describes this machine, which is measured if it never was.
+
+    Raises `PromptError` for prompts that cannot be decoded, `PlanError` for a plan that does not fit or a profile of
+    another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
     batch, prompt = as_ids(input_ids).shape
     if isinstance(plan, str):
-        plan = named_plan(plan, model.shape, Workload(batch, prompt, max_new_tokens))
+        work = Workload(batch, prompt, max_new_tokens)
+        plan = plan_for(plan, model.shape, work, budget=budget, machine=profile)
     decoder = Decoder(model, plan, budget=budget)
     eos = [] if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id)).tolist()
     pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0

@@ -14,6 +14,7 @@ Work = Literal["project", "finish", "keys_values", "absorb", "recompute"]
 """What a layer does in a step: `project` makes Q, and K and V of the new token; `finish` is the output projection and
 the feed-forward; the others are attention over cached tokens, by form and method."""
 
+WORKS: tuple[Work, ...] = get_args(Work)
 ATTENTION: tuple[Work, ...] = ("keys_values", "absorb", "recompute")
 
 
@@ -47,8 +48,8 @@ class LayerTimes:
     outside: float = 0.0
 
     def __post_init__(self):
-        if set(self.work) != set(get_args(Work)):
-            raise PlanError(f"LayerTimes: {', '.join(self.work)}; expected {', '.join(get_args(Work))}")
+        if set(self.work) != set(WORKS):
+            raise PlanError(f"LayerTimes: {', '.join(self.work)}; expected {', '.join(WORKS)}")
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class HardwareProfile:
                 LayerShape(**own["layer"]),
                 own["dtype"],
                 own["batch"],
-                {name: Line(**line) for name, line in own["work"].items()},
+                {work: Line(**own["work"][work]) for work in WORKS},
                 own["outside"],
             )
             for own in data["layers"]

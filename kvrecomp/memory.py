@@ -73,13 +73,17 @@ def _proc_meminfo(field: str) -> int:
 def raise_pinned_limit() -> None:
     """Lets the pinned pool grow to the machine's memory, unless the variable is set or the backend has started."""
     if LIMIT_VARIABLE not in os.environ and not backend_started():
-        os.environ[LIMIT_VARIABLE] = str(max(_DEFAULT_LIMIT_GB, _proc_meminfo("MemTotal") // 10**9))
-
+        os.environ[LIMIT_VARIABLE] = str(max(_DEFAULT_LIMIT_GB, total_host_bytes() // 10**9))
 
 
 def pinned_limit() -> int:
     """Bytes that the pinned pool may hold."""
     return int(os.environ.get(LIMIT_VARIABLE, _DEFAULT_LIMIT_GB)) * 10**9
+
+
+def total_host_bytes() -> int:
+    """Host memory of the machine, in bytes."""
+    return _proc_meminfo("MemTotal")
 
 
 def free_host_bytes() -> int:

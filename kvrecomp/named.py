@@ -10,6 +10,7 @@
 """
 
 from kvrecomp.plan import (
+    AUTO,
     DEFAULT_WINDOW,
     Form,
     LayerPlan,
@@ -39,7 +40,7 @@ def named_plan(
     """The plan of that name; `tail` in tokens, `window` in bytes. Raises `PlanError` if there is no such plan."""
     kind, _, argument = name.partition(":")
     if kind not in _ACCEPTS or bool(argument) not in _ACCEPTS[kind]:
-        raise PlanError(f"there is no plan {name!r}; the plans are {', '.join(NAMES)}, with F from 0 to 1")
+        raise PlanError(f"there is no plan {name!r}; the plans are {', '.join((AUTO, *NAMES))}, with F from 0 to 1")
     first = round(_fraction(name, argument) * workload.prompt) if argument else workload.prompt
     rest = workload.prompt - first
     runs: list[tuple[Form, Memory, int]]

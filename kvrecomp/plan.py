@@ -37,6 +37,8 @@ FORMS: tuple[Form, ...] = get_args(Form)
 MEMORIES: tuple[Memory, ...] = get_args(Memory)
 METHODS: tuple[Method, ...] = get_args(Method)
 
+AUTO = "auto"  # the name of the plan that the scheduler makes
+
 MIB = 2**20
 GIB = 2**30
 DEFAULT_WINDOW = GIB

@@ -1,16 +1,123 @@
-"""Measures the machine: how fast whole blocks cross the link."""
+"""Measures this machine: the link, matrix products, device memory, and the layers of a model at work.
 
+A machine is measured once, in half a minute on a GPU, and the profile kept as JSON under the user's cache directory.
+A model's layers are timed in the program that decoding runs (`runtime.decode_step`), cut to a few layers, with blocks
+that are on the device already, so that nothing but compute is timed.
+"""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import pathlib
+import re
 import statistics
 import time
-from collections.abc import Callable
+import types
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from flax import nnx
 
 from kvrecomp import memory
-from kvrecomp.cache import Block
-from kvrecomp.runtime import Window
+from kvrecomp.cache import Block, describe_blocks, describe_tails, empty_tails, make_cache
+from kvrecomp.files import write_json
+from kvrecomp.hardware import ATTENTION, HardwareProfile, LayerTimes, Line, Work
+from kvrecomp.plan import (
+    BLOCKS_PER_WINDOW,
+    DEFAULT_WINDOW,
+    MIB,
+    BlockSpec,
+    LayerPlan,
+    LayerShape,
+    Plan,
+    PlanError,
+    Workload,
+)
+from kvrecomp.runtime import Model, Window, decode_step
+
+LOG = logging.getLogger("kvrecomp")
+FORMAT = 1  # of the file; another one is measured anew
+POOR_FIT = 0.1  # a line further than this fraction from what it was fitted to is measured again
+COPY_PASSES = 4  # how often each block is copied when the rate of copies alone is measured
+
+
+# --- the profile, kept on disk ----------------------------------------------------------------------------------------
+
+
+def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False) -> HardwareProfile:
+    """The profile of this machine, measured if it was not before or if `refresh` says so.
+
+    With a `model`, its layers are timed too at that `batch` (about 20 s on a GPU). What was measured is kept in
+    `profile_path()` and holds for this kind and number of devices, jax version and driver.
+    """
+    path = profile_path()
+    found = None if refresh else _read(path)
+    known = found or _measure_machine()
+    if model is not None:
+        for layer in dict.fromkeys(model.shape.layers):
+            if refresh or known.times(layer, model.shape.dtype, batch) is None:
+                known = known.with_times(_measure_layer(model, layer, batch))
+    if known is not found:
+        write_json(path, {"format": FORMAT, **known.to_json()})
+    return known
+
+
+def profile_path() -> pathlib.Path:
+    """Where this machine's profile is kept: under XDG_CACHE_HOME or ~/.cache."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    name = "-".join(map(str, _machine().values()))
+    return cache / "kvrecomp" / f"profile-{re.sub(r'[^A-Za-z0-9.]+', '_', name).strip('_')}.json"
+
+
+def check_profile(given: HardwareProfile) -> None:
+    """Raises `PlanError` where the profile is of another machine than this."""
+    here, of = _machine(), {name: getattr(given, name) for name in _machine()}
+    if of != here:
+        raise PlanError(
+            f"the profile is of {_describe(of)}; this machine is {_describe(here)}: use kvrecomp.profile(), or "
+            "make_plan to see what another machine would do"
+        )
+
+
+def _describe(machine: dict[str, Any]) -> str:
+    return f"{machine['device']} x{machine['count']}, jax {machine['jax'] or '-'}, driver {machine['driver'] or '-'}"
+
+
+def _machine() -> dict[str, Any]:
+    """What a profile holds for."""
+    device = jax.devices()[0]
+    driver = pathlib.Path("/proc/driver/nvidia/version")
+    if device.platform == "gpu" and driver.exists():
+        version = re.search(r"\d+\.\d+(\.\d+)?", driver.read_text())
+        version = version[0] if version else "unknown"
+    else:
+        version = device.platform
+    return {"device": device.device_kind, "count": len(jax.devices()), "jax": jax.__version__, "driver": version}
+
+
+def _read(path: pathlib.Path) -> HardwareProfile | None:
+    """The profile in the file, or None, with a line that says why where there is a file."""
+    try:
+        data = json.loads(path.read_text())
+        if data.pop("format") != FORMAT:
+            raise ValueError("it is of another version of kvrecomp")
+        read = HardwareProfile.from_json(data)
+        check_profile(read)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        LOG.warning("%s is no profile of this machine (%s); measuring it anew", path, error)
+        return None
+    return read
+
+
+# --- timing -----------------------------------------------------------------------------------------------------------
 
 
 def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
@@ -24,24 +131,264 @@ def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-COPY_PASSES = 4
+def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> Line:
+    """The line with the least squared relative errors; neither part is negative."""
+    weights = 1 / np.asarray(seconds)
+    columns = np.stack([np.ones(len(sizes)), np.asarray(sizes, float)], axis=1)
+    (base, each), *_ = np.linalg.lstsq(columns * weights[:, None], np.ones(len(sizes)), rcond=None)
+    if base < 0:  # through zero
+        base, each = 0.0, _through_zero(columns[:, 1] * weights)
+    if each < 0:
+        base, each = _through_zero(weights), 0.0
+    return Line(float(base), float(each))
 
 
-def copy_rate(block_bytes: int, blocks: int, repeats: int = 5) -> float:
-    """Bytes a second from pinned host memory to the device: copies of whole blocks, and nothing else, in one program.
+def _through_zero(scaled: np.ndarray) -> float:
+    return scaled.sum() / np.square(scaled).sum()
+
+
+def _measured_line(what: str, sizes: Sequence[float], measure: Callable[[float, int], float]) -> Line:
+    """A line through `measure(size, repeats)`; measured again, longer, where it is no line."""
+    for repeats in (5, 15):
+        seconds = [measure(size, repeats) for size in sizes]
+        line = fit_line(sizes, seconds)
+        worst = max(abs(line(size) / took - 1) for size, took in zip(sizes, seconds))
+        if worst <= POOR_FIT:
+            break
+        again = "measuring it again" if repeats == 5 else "predictions may be as far off"
+        LOG.info("%s: a line is up to %.0f %% off what was measured; %s", what, 100 * worst, again)
+    return line
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def _measure_machine() -> HardwareProfile:
+    device = jax.devices()[0]
+    gpu = device.platform == "gpu"
+    sizes = [2**16, 2**19, 2**22, 2**25, 2**29] if gpu else [2**16, 2**19, 2**22, 2**24]
+    dtype = _rate_dtype()
+    stats = device.memory_stats() or {}
+    return HardwareProfile(
+        **_machine(),
+        device_bytes=float(stats.get("bytes_limit", memory.total_host_bytes())),
+        host_bytes=float(memory.total_host_bytes()),
+        to_device=_measured_line("copies to the device", sizes, _to_device_seconds),
+        to_host=_measured_line("copies to the host", sizes, _to_host_seconds),
+        beside_compute=copy_rate(min(sizes[-1], 256 * MIB), 4, computing=True),
+        matmul_rate=_matmul_rate(dtype),
+        memory_rate=_memory_rate(min(2 * sizes[-1], 2**30)),
+        kernel_seconds=_kernel_seconds(dtype),
+        source=f"measured, {jnp.dtype(dtype).name}",
+    )
+
+
+def _rate_dtype() -> Any:
+    """What models are computed in here: 16 bits on a GPU, as it has them, 32 elsewhere."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return jnp.float32
+    old = float(getattr(device, "compute_capability", "8.0")) < 8  # bfloat16 began with Ampere
+    return jnp.float16 if old else jnp.bfloat16
+
+
+def copy_rate(block_bytes: int, blocks: int, repeats: int = 5, computing: bool = False) -> float:
+    """Bytes a second from pinned host memory to the device, of copies of whole blocks in one program.
 
     Every block is copied COPY_PASSES times, through the window of a step: the rate is what a step could reach at best.
+    `computing` reads every block twice when it is there, as attention does.
     """
-    arrays = [memory.zeros((1, 1, block_bytes // 4), jnp.dtype(jnp.int32), "host") for _ in range(blocks)]
+    return COPY_PASSES * blocks * block_bytes / _copy_seconds(block_bytes, blocks, COPY_PASSES, repeats, computing)
+
+
+def _to_device_seconds(size: float, repeats: int) -> float:
+    """Of one copy among many in a program."""
+    passes = int(max(4, min(64, 2**28 // size)))
+    return _copy_seconds(int(size), 1, passes, repeats, False) / passes
+
+
+def _copy_seconds(block_bytes: int, blocks: int, passes: int, repeats: int, computing: bool) -> float:
+    width = min(4096, block_bytes // 4)
+    shape = (block_bytes // 4 // width, 1, width)
+    arrays = [memory.zeros(shape, jnp.dtype(jnp.float32), "host") for _ in range(blocks)]
 
     @jax.jit
     def copy_all(arrays):
-        own = [Block((array,), "activations", "host") for array in arrays] * COPY_PASSES
+        own = [Block((array,), "activations", "host") for array in arrays] * passes
         window, ends = Window([own], 2 * block_bytes, "pipelined"), []
         for _ in own:
             arrived = jax.lax.optimization_barrier(window.take().arrays[0])
-            ends.append(window.used(arrived[0, 0, -1]))
+            end = arrived[0, 0, -1]
+            if computing:
+                scores = jnp.einsum("sbh,h->s", arrived, arrived[0, 0])
+                end = jnp.einsum("s,sbh->h", scores, arrived)
+            ends.append(window.used(end))
         return ends
 
     program = copy_all.lower(arrays).compile()
-    return COPY_PASSES * blocks * block_bytes / median_seconds(lambda: program(arrays), repeats)
+    return median_seconds(lambda: program(arrays), repeats)
+
+
+def _to_host_seconds(size: float, repeats: int) -> float:
+    """Of one copy among several in a program."""
+    count = int(max(1, min(16, 2**28 // size)))
+    array = memory.zeros((int(size) // 4,), jnp.dtype(jnp.float32), "device")
+
+    def copy_out(array):
+        return [array + number for number in range(count)]
+
+    program = jax.jit(copy_out, out_shardings=memory.sharding("host")).lower(array).compile()
+    return median_seconds(lambda: program(array), repeats) / count
+
+
+def _matmul_rate(dtype: Any) -> float:
+    """Floating-point operations a second of the products that recomputing K and V is made of, tokens by hidden size.
+
+    The size grows until a product takes long enough to be timed.
+    """
+    rate = 0.0
+    for size in (512, 1024, 2048, 4096, 8192):
+        tokens, kernel = _random((size, size), dtype), _random((size, size), dtype)
+        program = jax.jit(_chain_of_products, static_argnums=2).lower(tokens, kernel, 4).compile()
+        seconds = median_seconds(functools.partial(program, tokens, kernel)) / 4
+        rate = 2 * size**3 / seconds
+        if seconds > 1e-3:
+            break
+    return rate
+
+
+@functools.cache
+def _random_maker(shape: tuple[int, ...], dtype: Any) -> Callable[[], jax.Array]:
+    def make():
+        return jax.random.normal(jax.random.key(0), shape, dtype) * shape[-1] ** -0.5
+
+    return jax.jit(make, out_shardings=memory.sharding("device"))
+
+
+def _random(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Random numbers that stay of order one in a product: a GPU multiplies zeros faster than it does real data."""
+    return _random_maker(shape, dtype)()
+
+
+def _chain_of_products(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
+    for _ in range(count):
+        x = x @ kernel
+    return x
+
+
+def _memory_rate(size: int) -> float:
+    """Bytes a second that the device reads from its own memory: the slope from a quarter of the size to all of it."""
+    seconds = []
+    for part in (4, 1):
+        array = memory.zeros((size // part // 4,), jnp.dtype(jnp.float32), "device")
+        program = jax.jit(jnp.max).lower(array).compile()
+        seconds.append(median_seconds(functools.partial(program, array), 9))
+    return 0.75 * size / max(1e-9, seconds[1] - seconds[0])
+
+
+def _kernel_seconds(dtype: Any) -> float:
+    """What one more kernel adds to a program: the slope of chains of products too small to take time."""
+    small = memory.zeros((64, 64), jnp.dtype(dtype), "device")
+    seconds = []
+    for count in (32, 160):
+        program = jax.jit(_chain_of_products, static_argnums=2).lower(small, small, count).compile()
+        seconds.append(median_seconds(functools.partial(program, small, small), 9))
+    return max(0.0, (seconds[1] - seconds[0]) / 128)
+
+
+# --- the layers of a model --------------------------------------------------------------------------------------------
+
+FEW_LAYERS, MORE_LAYERS = 2, 6
+COMPILING = 8  # programs at a time
+STEPS = 10  # dispatched without waiting, as decoding does
+
+
+def _measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
+    """Seconds of the layers of that shape in a step: without cached tokens, and with a block of three sizes a form."""
+    numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
+    more = min(MORE_LAYERS, len(numbers))
+    few = min(FEW_LAYERS, more - 1)
+    sizes: dict[Work, list[int]] = {}
+    for kind in ATTENTION:
+        form: Form = "keys_values" if kind == "keys_values" else "activations"
+        row_bytes = batch * layer.width(form) * model.shape.itemsize
+        most = max(1, min(model.shape.positions - 1, DEFAULT_WINDOW // BLOCKS_PER_WINDOW // row_bytes))
+        sizes[kind] = sorted({max(1, most // part) for part in (8, 2, 1)})
+    bench = _LayerBench(model, batch)
+    runs = [(few, None, 0), (more, None, 0), *((more, kind, size) for kind in ATTENTION for size in sizes[kind])]
+    with ThreadPoolExecutor(COMPILING) as pool:  # compiled together, timed alone
+        timers = list(pool.map(lambda run: bench.timer(numbers[: run[0]], *run[1:]), runs))
+    seconds = {run: timer() for run, timer in zip(runs, timers)}
+    without = seconds[more, None, 0]
+    dense = max(0.0, (without - seconds[few, None, 0]) / (more - few))
+    projecting = layer.hidden * layer.head_dim * (layer.heads + 2 * layer.kv_heads) / layer.parameters
+    work: dict[Work, Line] = {
+        "project": Line(projecting * dense, 0.0),
+        "finish": Line((1 - projecting) * dense, 0.0),
+    }
+    for kind in ATTENTION:
+        times = [max(1e-9, (seconds[more, kind, size] - without) / more) for size in sizes[kind]]
+        work[kind] = fit_line(sizes[kind], times)
+    return LayerTimes(layer, model.shape.dtype, batch, work, max(0.0, without - more * dense))
+
+
+class _LayerBench:
+    """Times a step of some of a model's layers, each with one block that is on the device but used as one that was
+    copied."""
+
+    def __init__(self, model: Model, batch: int):
+        self._model, self._batch = model, batch
+        self._graph, state = nnx.split(model)
+        self._weights, self._structure = jax.tree.flatten(state)
+
+    def timer(self, numbers: Sequence[int], kind: Work | None, tokens: int) -> Callable[[], float]:
+        """Compiles a step of the layers with these numbers, with blocks of that many tokens used in that way; the
+        function returned runs it, and gives its seconds."""
+        plan = self._plan(numbers, kind, max(1, tokens))
+
+        def step(weights, blocks, tails, padding, length, token_ids):
+            model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
+            layers = [model.layers[number] for number in numbers]
+            part: Any = types.SimpleNamespace(embed=model.embed, unembed=model.unembed, layers=layers)
+            tails, logits = decode_step(part, plan, make_cache(blocks, tails, padding, length, 0), token_ids)
+            return tails, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        kinds = [[] if kind is None else list(own) for own in describe_blocks(plan, 0)]
+        blocks = [[_as_if_copied(block) for block in own] for own in kinds]
+        few_numbers = jax.device_put(
+            (np.zeros(self._batch, np.int32), np.int32(plan.workload.prompt), np.zeros(self._batch, np.int32)),
+            memory.sharding("device"),
+        )
+        inputs = (self._weights, blocks, describe_tails(plan), *few_numbers)
+        program = jax.jit(step, donate_argnames=("tails",)).lower(*inputs).compile()
+
+        def seconds() -> float:
+            own = jax.tree.map(lambda like: _random(like.shape, like.dtype), blocks)
+            tails, (padding, length, token_ids) = empty_tails(plan), few_numbers
+
+            def run():
+                nonlocal tails, token_ids
+                for _ in range(STEPS):
+                    tails, token_ids = program(self._weights, own, tails, padding, length, token_ids)
+                return token_ids
+
+            return median_seconds(run, 3) / STEPS
+
+        return seconds
+
+    def _plan(self, numbers: Sequence[int], kind: Work | None, tokens: int) -> Plan:
+        shape = self._model.shape
+        form: Form = "activations" if kind in ("absorb", "recompute") else "keys_values"
+        method: Method = "recompute" if kind == "recompute" else "absorb"
+        layers = tuple(shape.layers[number] for number in numbers)
+        own = LayerPlan((BlockSpec(form, "host", tokens),), form, ("host",), method)
+        part = dataclasses.replace(shape, layers=layers)
+        return Plan("bench", part, Workload(self._batch, tokens, 1), (own,) * len(layers), tail=1, window=2**62)
+
+
+def _as_if_copied(block: Block) -> Block:
+    """A host block whose arrays are described as on the device: copying them there copies nothing."""
+    device = memory.sharding("device")
+    return dataclasses.replace(
+        block, arrays=tuple(jax.ShapeDtypeStruct(own.shape, own.dtype, sharding=device) for own in block.arrays)
+    )

@@ -215,6 +215,12 @@ class Decoder:
         """The programs so far: ("prefill",), ("step", write-outs before it), ("write-out", memory of each layer)."""
         return self._programs.compiled
 
+    def compile(self, prefill: bool = True) -> None:
+        """Begins to compile, in the background, what decoding starts with; `prefill` and `step` do so themselves."""
+        if prefill:
+            self._prepare("prefill")
+        self._prepare("step", 0)
+
     def prefill(self, input_ids: Any, attention_mask: Any = None) -> tuple[Cache, Array]:
         """int[batch, prompt], left-padded where `attention_mask` is 0 -> cache, logits float32[batch, vocab].
 
@@ -222,6 +228,7 @@ class Decoder:
         id is outside the vocabulary.
         """
         token_ids, padding = check_prompt(input_ids, attention_mask, self.plan)
+        self.compile()
         # Both before anything runs: XLA chooses kernels by timing them, and beside other work it chooses wrongly.
         program, _ = self._program("prefill"), self._program("step", 0)
         token_ids, padding, length = jax.device_put(

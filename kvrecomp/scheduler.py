@@ -18,6 +18,7 @@ from kvrecomp.cost import StepCost, plan_costs
 from kvrecomp.hardware import LARGEST_DEVICE, HardwareProfile
 from kvrecomp.named import named_plan
 from kvrecomp.plan import (
+    AUTO,
     DEFAULT_WINDOW,
     FORMS,
     MEMORIES,
@@ -163,7 +164,7 @@ class _Search:
             builder = _Builder(layer, self.shape, self.workload, window, self.tail, share * widths[layer])
             own[layer] = iter(builder.plans(settings[layer], self.shape.layers.count(layer)))
         layers = tuple(next(own[layer]) for layer in self.shape.layers)
-        return Plan("auto", self.shape, self.workload, layers, self.tail, window)
+        return Plan(AUTO, self.shape, self.workload, layers, self.tail, window)
 
 
 def _widest(layer: LayerShape) -> Settings:
@@ -207,8 +208,8 @@ class _Builder:
         else:
             pairs = (as_pairs - pairs_here) // self.tail / write_outs
         stays: Memory = "host" if behind or kept < write_outs else "device"
-        device: Memory = "device"
-        grown = (*[device] * min(kept, write_outs), stays) if stays == "host" else (stays,)
+        here_first: list[Memory] = ["device"] * min(kept, write_outs) if stays == "host" else []
+        grown = (*here_first, stays)
         blocks = cut_runs(runs, self.layer, self.shape, self.workload, self.window)
         of_form = {form: LayerPlan(blocks, form, grown, settings.method) for form in FORMS}
         turns = [int((number + 1) * pairs) > int(number * pairs) for number in range(count)]

@@ -1,0 +1,282 @@
+"""Measures single steps under many plans, to check what the cost function predicts and what the scheduler chooses.
+
+    python experiments/sweep.py --models=opt-1.3b,opt-6.7b --batches=1,8,32 --cached=512,1024 --out=predictions.json
+    python experiments/sweep.py --rooms=0,25,50,100 --out=choices.json
+
+Caches are filled with random numbers rather than by a prefill, since a step's time does not depend on them. Without
+`--rooms`, every workload is measured under the six plans of PLANS, predicted and measured side by side. With `--rooms`,
+the device may hold so many per cent of the workload's keys and values, and the scheduler's choice is compared with the
+best of the rivals that fit. A position table shorter than the cached tokens is repeated.
+"""
+
+import dataclasses
+import gc
+import json
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import kvrecomp
+import models
+from experiments.report import run_info
+from kvrecomp import memory
+from kvrecomp.cache import Block, Cache, describe_blocks, empty_tails, make_cache
+from kvrecomp.cost import plan_costs
+from kvrecomp.files import write_json
+from kvrecomp.hardware import HardwareProfile
+from kvrecomp.named import named_plan
+from kvrecomp.plan import DEFAULT_WINDOW, Budget, LayerPlan, Plan, PlanError, cut_runs, format_bytes
+
+PLANS = ("activations", "recompute", "keys_values", "split:0.5", "kvpr:0.75", "device:0.5")
+RIVALS = (*PLANS, "split:0.25", "split:0.75", "kvpr:0.5", "device")
+SPLITS_OF_ROOM = (  # what the device holds as far as there is room, and what the rest is, in host memory
+    ("keys_values", "activations"),
+    ("keys_values", "keys_values"),
+    ("activations", "activations"),
+    ("activations", "keys_values"),
+)
+NEW = 32  # tokens of tail: no step of a measurement writes it out
+STEPS, MOST_SECONDS = 12, 3.0
+
+
+@dataclasses.dataclass
+class Measured:
+    """One plan on one workload; `room` is the percentage of its keys and values that the device may hold."""
+
+    model: str
+    batch: int
+    prompt: int
+    new: int
+    plan: str
+    room: float | None
+    median_ms: float
+    predicted_ms: float
+    link_bytes: int
+    chosen: bool = False
+
+
+# --- measuring one step -----------------------------------------------------------------------------------------------
+
+
+def filled_cache(plan: Plan) -> Cache:
+    """A cache as after the prompt, of random numbers."""
+    like = describe_blocks(plan, 0)
+    blocks = [[_random_block(block) for block in own] for own in like]
+    padding, length = jax.device_put(
+        (np.zeros(plan.workload.batch, np.int32), np.int32(plan.workload.prompt)), memory.sharding("device")
+    )
+    return make_cache(blocks, empty_tails(plan), padding, length, 0)
+
+
+_MAKERS: dict[Any, Any] = {}
+
+
+def _random_block(block: Block) -> Block:
+    def maker(shape: tuple[int, ...], dtype: Any):
+        key = shape, dtype, block.memory
+        if key not in _MAKERS:
+            make = jax.jit(
+                lambda: jax.random.normal(jax.random.key(0), shape, dtype), out_shardings=memory.sharding(block.memory)
+            )
+            _MAKERS[key] = make
+        return _MAKERS[key]
+
+    return dataclasses.replace(block, arrays=tuple(maker(own.shape, own.dtype)() for own in block.arrays))
+
+
+def step_seconds(decoder: kvrecomp.Decoder) -> float:
+    """Median seconds of a step, dispatched one ahead as `generate` does."""
+    cache = filled_cache(decoder.plan)
+    tokens = jax.device_put(np.full(decoder.plan.workload.batch, 5, np.int32), memory.sharding("device"))
+    times, waiting = [time.perf_counter()], None
+    while len(times) <= STEPS and (len(times) < 6 or times[-1] - times[0] < MOST_SECONDS):
+        cache, logits = decoder.step(cache, tokens)
+        if waiting is not None:
+            jax.block_until_ready(waiting)
+            times.append(time.perf_counter())
+        waiting = logits
+    jax.block_until_ready(waiting)
+    return statistics.median(np.diff(times)[2:])
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------
+
+
+def with_positions(config: Any, positions: int) -> Any:
+    """The configuration with at least so many positions."""
+    return dataclasses.replace(config, positions=max(config.positions, positions))
+
+
+def plans_to_compare(model: Any, work: kvrecomp.Workload) -> Iterator[Plan]:
+    """The plans of PLANS."""
+    for name in PLANS:
+        yield named_plan(name, model.shape, work)
+
+
+def rivals_with_room(model: Any, work: kvrecomp.Workload, room: float) -> Iterator[Plan]:
+    """Plans by hand that put at most `room` bytes of blocks on the device: all of RIVALS that keep to it, and four
+    that use it in full."""
+    for name in RIVALS:
+        plan = named_plan(name, model.shape, work)
+        if plan.bytes_in("device") <= room:
+            yield plan
+    layers = len(model.shape.layers)
+    for here, there in SPLITS_OF_ROOM:
+        own = []
+        for layer in model.shape.layers:
+            token_bytes = work.batch * layer.width(here) * model.shape.itemsize
+            kept = min(work.prompt, int(room / layers / token_bytes))
+            runs = [(here, "device", kept), (there, "host", work.prompt - kept)]
+            blocks = cut_runs(runs, layer, model.shape, work, DEFAULT_WINDOW)
+            last = "host" if kept < work.prompt else "device"
+            own.append(LayerPlan(blocks, there if last == "host" else here, (last,)))
+        yield Plan(f"{here} here, {there} there", model.shape, work, tuple(own), tail=NEW)
+
+
+def budget_with_room(model: Any, work: kvrecomp.Workload, room: float, host: float) -> Budget:
+    """What everything in host memory needs of the device, and `room` bytes more."""
+    needed = kvrecomp.memory_needed(named_plan("keys_values", model.shape, work))
+    return Budget(sum(needed["device"].values()) + room, host)
+
+
+def run(
+    names: list[str], batches: list[int], cached: list[int], rooms: list[float], host: float, console: Console
+) -> list[Measured]:
+    """Measures every workload; what needs more than `host` bytes of pinned memory is left out, and said."""
+    rows: list[Measured] = []
+    for name in names:
+        config = with_positions(models.preset(name), max(cached) + NEW)
+        model = models.create(config)
+        for batch in batches:
+            machine = kvrecomp.profile(model, batch=batch)
+            for prompt in cached:
+                work = kvrecomp.Workload(batch, prompt, NEW)
+                rows += measure_workload(model, work, machine, rooms, host, console)
+        del model
+        gc.collect()
+    return rows
+
+
+def measure_workload(
+    model: Any, work: kvrecomp.Workload, machine: HardwareProfile, rooms: list[float], host: float, console: Console
+) -> list[Measured]:
+    """All plans of one workload, each distinct one measured once."""
+    wanted: list[tuple[float | None, bool, Plan]] = []  # room, whether chosen, plan
+    if not rooms:
+        wanted = [(None, False, plan) for plan in plans_to_compare(model, work)]
+    whole = named_plan("device", model.shape, work).bytes_in("device")
+    for percent in rooms:
+        room = percent / 100 * whole
+        chosen = kvrecomp.make_plan(model.shape, work, machine, budget_with_room(model, work, room, host))
+        wanted.append((percent, True, chosen))
+        wanted += [(percent, False, plan) for plan in rivals_with_room(model, work, room)]
+    decoders: dict[Any, kvrecomp.Decoder] = {}
+    for _, _, plan in wanted:
+        key = _key(plan)
+        needed = kvrecomp.memory_needed(plan)["host"]["blocks"]
+        if key not in decoders and needed > host:
+            console.print(f"left out: {plan.name}, {plan.shape.name}, {work}: {format_bytes(needed)} of host memory")
+        elif key not in decoders:
+            try:
+                decoders[key] = kvrecomp.Decoder(model, plan, budget=Budget(None, host * 1.01))
+                decoders[key].compile(prefill=False)
+            except PlanError as error:
+                console.print(f"left out: {plan.name}, {work}: {error}")
+    seconds = {key: step_seconds(decoder) for key, decoder in track(decoders.items(), f"{model.shape.name}, {work}")}
+    plans = [(percent, chosen, plan) for percent, chosen, plan in wanted if _key(plan) in seconds]
+    return [
+        Measured(
+            model.shape.name,
+            work.batch,
+            work.prompt,
+            work.new,
+            plan.name,
+            percent,
+            1e3 * seconds[_key(plan)],
+            1e3 * float(plan_costs(machine, [plan]).seconds[0]),
+            plan.bytes_in("host"),
+            chosen,
+        )
+        for percent, chosen, plan in plans
+    ]
+
+
+def _key(plan: Plan) -> Any:
+    """What makes two plans the same program."""
+    return plan.layers, plan.window, plan.tail, plan.schedule
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def summary(rows: list[Measured]) -> Table:
+    """How far predictions are off, or how far choices are from the best rival."""
+    table = Table(title="predicted against measured", title_justify="left")
+    headings = ("model", "batch", "cached", "room %", "plan", "measured ms", "predicted ms", "off %", "against best")
+    for heading in headings:
+        table.add_column(heading)
+    for row in rows:
+        if row.room is not None and not row.chosen:
+            continue
+        rivals = [
+            other.median_ms
+            for other in rows
+            if not other.chosen and row.chosen and _workload(other) == _workload(row) and other.room == row.room
+        ]
+        table.add_row(
+            row.model, str(row.batch), str(row.prompt), "" if row.room is None else f"{row.room:.0f}", row.plan,
+            f"{row.median_ms:.2f}", f"{row.predicted_ms:.2f}", f"{100 * (row.predicted_ms / row.median_ms - 1):+.1f}",
+            f"{row.median_ms / min(rivals):.3f} of {len(rivals)}" if rivals else "",
+        )  # fmt: skip
+    return table
+
+
+def _workload(row: Measured) -> tuple[Any, ...]:
+    return row.model, row.batch, row.prompt
+
+
+def within(rows: list[Measured], fraction: float) -> float:
+    """The share of predictions that are at most so far off."""
+    return float(np.mean([abs(row.predicted_ms / row.median_ms - 1) <= fraction for row in rows]))
+
+
+def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
+    """Called by the script only."""
+    flags.DEFINE_list("models", ["opt-1.3b", "opt-6.7b", "opt-13b"], "Presets.", flag_values=into)
+    flags.DEFINE_list("batches", ["1", "8", "32"], "Rows decoded together.", flag_values=into)
+    flags.DEFINE_list("cached", ["512", "1024", "4096"], "Cached tokens of a row.", flag_values=into)
+    flags.DEFINE_list("rooms", [], "Per cent of the keys and values that the device may hold.", flag_values=into)
+    flags.DEFINE_float("host_memory_gib", 72, "Most pinned memory of a plan.", flag_values=into)
+    flags.DEFINE_string("out", None, "Also write the JSON document to this file.", flag_values=into)
+    flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)
+
+
+def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
+    """Unpacks the flags."""
+    console = Console(width=150)
+    batches, cached = [int(each) for each in given.batches], [int(each) for each in given.cached]
+    rooms = [float(each) for each in given.rooms]
+    rows = run(given.models, batches, cached, rooms, given.host_memory_gib * 2**30, console)
+    console.print(summary(rows))
+    console.print(f"{len(rows)} predictions: {within(rows, 0.05):.0%} within 5 %, {within(rows, 0.1):.0%} within 10 %")
+    document = run_info(given.commit) | {"rows": [dataclasses.asdict(row) for row in rows]}
+    if given.out:
+        write_json(given.out, document)
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    define_flags()
+    try:
+        app.run(main)
+    except (kvrecomp.PlanError, ValueError, OSError) as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,37 @@
+"""Plans for this machine: `auto` asks the scheduler, any other name is `named_plan`'s."""
+
+from kvrecomp.budget import limits
+from kvrecomp.hardware import HardwareProfile
+from kvrecomp.named import named_plan
+from kvrecomp.plan import AUTO, DEFAULT_WINDOW, Budget, ModelShape, Plan, Workload
+from kvrecomp.profiler import check_profile, profile
+from kvrecomp.scheduler import make_plan
+
+
+def plan_for(
+    name: str,
+    shape: ModelShape,
+    workload: Workload,
+    *,
+    budget: Budget | None = None,
+    machine: HardwareProfile | None = None,
+    loaded: bool = True,
+    tail: int | None = None,
+    window: int = DEFAULT_WINDOW,
+) -> Plan:
+    """The plan of that name for this machine.
+
+    `auto` is the fastest that fits in the budget, by default what is free; `loaded` says that the weights are on the
+    device already. `machine` is its profile, measured if not given. `tail` and `window` are for the other names.
+
+    Raises:
+        PlanError: there is no such plan, nothing fits, or the profile is of another machine.
+    """
+    if name != AUTO:
+        return named_plan(name, shape, workload, tail=tail, window=window)
+    if machine is None:
+        machine = profile()
+    else:
+        check_profile(machine)
+    weights = shape.parameters * shape.itemsize if loaded else 0
+    return make_plan(shape, workload, machine, Budget(**limits(budget or Budget(), weights)))
