@@ -85,7 +85,7 @@ def _layer_tasks(plan: Plan, layer: LayerPlan, layer_shape: LayerShape, write_ou
         return "keys_values" if block.form == "keys_values" else layer.method
 
     blocks = layer.blocks(write_outs, plan.tail)
-    here = collections.Counter({attention(BlockSpec(layer.tail, "device", plan.tail)): plan.tail})
+    here: collections.Counter[Work] = collections.Counter({attention(BlockSpec(layer.tail, "device", plan.tail)): plan.tail})
     for block in blocks:
         if block.memory == "device":
             here[attention(block)] += block.tokens
@@ -184,7 +184,7 @@ def step_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload
     with jax.default_device(_cpu()):
         arrays = Tasks(*(column if column.dtype == np.int32 else column.astype(np.float32) for column in plan_arrays))
         link = np.array([profile.to_device.base, 1 / profile.beside_compute], np.float32)
-        return jax.device_get(_step_seconds(work_table(profile, shape, workload), link, arrays))
+        return jax.device_get(_step_seconds(*jax.device_put((work_table(profile, shape, workload), link, arrays))))
 
 
 def _cpu() -> Any:
@@ -249,11 +249,11 @@ def kvpr_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload
     """
     b, s, p = workload.batch, workload.prompt, shape.itemsize
     total = 0.0
-    for layer in shape.layers:
+    for layer, count in collections.Counter(shape.layers).items():
         kv = layer.width("keys_values")
         sent = b * recomputed * layer.hidden * p / profile.beside_compute
         computed = 2 * b * recomputed * layer.hidden * kv / profile.matmul_rate
-        total += sent + max(computed, b * (s - recomputed) * kv * p / profile.beside_compute)
+        total += count * (sent + max(computed, b * (s - recomputed) * kv * p / profile.beside_compute))
     return total
 
 

@@ -154,9 +154,9 @@ class Budget:
     host: float | None = None
 
     def __post_init__(self):
-        if self.device is not None and self.device <= 0:
+        if self.device is not None and not self.device > 0:
             raise PlanError(f"Budget: device is {self.device} bytes; it must be greater than zero")
-        if self.host is not None and self.host < 0:
+        if self.host is not None and not self.host >= 0:
             raise PlanError(f"Budget: host is {self.host} bytes; it must not be negative")
 
     @classmethod

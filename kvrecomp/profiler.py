@@ -33,8 +33,10 @@ from kvrecomp.plan import (
     DEFAULT_WINDOW,
     MIB,
     BlockSpec,
+    Form,
     LayerPlan,
     LayerShape,
+    Method,
     Plan,
     PlanError,
     Workload,
@@ -196,21 +198,23 @@ def copy_rate(block_bytes: int, blocks: int, repeats: int = 5, computing: bool =
     """Bytes a second from pinned host memory to the device, of copies of whole blocks in one program.
 
     Every block is copied COPY_PASSES times, through the window of a step: the rate is what a step could reach at best.
-    `computing` reads every block twice when it is there, as attention does.
+    `computing` attends to every block when it is there.
     """
     return COPY_PASSES * blocks * block_bytes / _copy_seconds(block_bytes, blocks, COPY_PASSES, repeats, computing)
 
 
 def _to_device_seconds(size: float, repeats: int) -> float:
     """Of one copy among many in a program."""
-    passes = int(max(4, min(64, 2**28 // size)))
-    return _copy_seconds(int(size), 1, passes, repeats, False) / passes
+    blocks = 4  # at least two: copies of one array that may start together would be one copy
+    passes = int(max(1, min(16, 2**28 // size)))
+    return _copy_seconds(int(size), blocks, passes, repeats, False) / (blocks * passes)
 
 
 def _copy_seconds(block_bytes: int, blocks: int, passes: int, repeats: int, computing: bool) -> float:
-    width = min(4096, block_bytes // 4)
-    shape = (block_bytes // 4 // width, 1, width)
-    arrays = [memory.zeros(shape, jnp.dtype(jnp.float32), "host") for _ in range(blocks)]
+    dtype = jnp.dtype(_rate_dtype())
+    numbers = block_bytes // dtype.itemsize
+    width = min(4096, numbers)
+    arrays = [memory.zeros((numbers // width, 1, width), dtype, "host") for _ in range(blocks)]
 
     @jax.jit
     def copy_all(arrays):
@@ -220,8 +224,9 @@ def _copy_seconds(block_bytes: int, blocks: int, passes: int, repeats: int, comp
             arrived = jax.lax.optimization_barrier(window.take().arrays[0])
             end = arrived[0, 0, -1]
             if computing:
-                scores = jnp.einsum("sbh,h->s", arrived, arrived[0, 0])
-                end = jnp.einsum("s,sbh->h", scores, arrived)
+                queries = jnp.broadcast_to(arrived[0, 0], (32, width))
+                scores = jnp.einsum("nh,sbh->nsb", queries, arrived)
+                end = jnp.einsum("nsb,sbh->nh", scores, arrived)
             ends.append(window.used(end))
         return ends
 
@@ -277,13 +282,13 @@ def _chain_of_products(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array
 
 
 def _memory_rate(size: int) -> float:
-    """Bytes a second that the device reads from its own memory: the slope from a quarter of the size to all of it."""
+    """Bytes a second between the device and its own memory: the slope from a quarter of the size to all of it."""
     seconds = []
     for part in (4, 1):
         array = memory.zeros((size // part // 4,), jnp.dtype(jnp.float32), "device")
-        program = jax.jit(jnp.max).lower(array).compile()
+        program = jax.jit(lambda array: array + 1).lower(array).compile()
         seconds.append(median_seconds(functools.partial(program, array), 9))
-    return 0.75 * size / max(1e-9, seconds[1] - seconds[0])
+    return 2 * 0.75 * size / max(1e-9, seconds[1] - seconds[0])  # read and written
 
 
 def _kernel_seconds(dtype: Any) -> float:

@@ -215,11 +215,13 @@ class Decoder:
         """The programs so far: ("prefill",), ("step", write-outs before it), ("write-out", memory of each layer)."""
         return self._programs.compiled
 
-    def compile(self, prefill: bool = True) -> None:
-        """Begins to compile, in the background, what decoding starts with; `prefill` and `step` do so themselves."""
-        if prefill:
-            self._prepare("prefill")
-        self._prepare("step", 0)
+    def compile(self, *, prefill: bool = True, wait: bool = True) -> None:
+        """Compiles what decoding starts with, side by side; `prefill` and `step` do so themselves."""
+        names = [("prefill",), ("step", 0)] if prefill else [("step", 0)]
+        for name in names:
+            self._prepare(*name)
+        for name in names if wait else []:
+            self._program(*name)
 
     def prefill(self, input_ids: Any, attention_mask: Any = None) -> tuple[Cache, Array]:
         """int[batch, prompt], left-padded where `attention_mask` is 0 -> cache, logits float32[batch, vocab].
@@ -228,13 +230,11 @@ class Decoder:
         id is outside the vocabulary.
         """
         token_ids, padding = check_prompt(input_ids, attention_mask, self.plan)
-        self.compile()
-        # Both before anything runs: XLA chooses kernels by timing them, and beside other work it chooses wrongly.
-        program, _ = self._program("prefill"), self._program("step", 0)
+        self.compile()  # before anything runs: XLA chooses kernels by timing them, and beside other work wrongly
         token_ids, padding, length = jax.device_put(
             (np.ascontiguousarray(token_ids.T), padding, np.int32(token_ids.shape[1])), memory.sharding("device")
         )
-        blocks, tails, logits = program(self._weights, token_ids, padding)
+        blocks, tails, logits = self._program("prefill")(self._weights, token_ids, padding)
         self._reserve_growth()
         return make_cache(blocks, tails, padding, length, 0), logits
 

@@ -67,12 +67,17 @@ def make_plan(shape: ModelShape, workload: Workload, profile: HardwareProfile, b
     Raises:
         PlanError: nothing fits; the message says what is needed and what would fit. A budget in the wrong unit.
     """
-    search = _Search(shape, workload, profile, _resolve(budget or Budget(), profile))
+    search = _Search(shape, workload, profile, resolve_budget(budget or Budget(), profile))
     plan = search.best()
     return dataclasses.replace(plan, reason=_reason(plan, search))
 
 
-def _resolve(budget: Budget, profile: HardwareProfile) -> Budget:
+def resolve_budget(budget: Budget, profile: HardwareProfile) -> Budget:
+    """The budget with what it leaves open taken from the profile.
+
+    Raises:
+        PlanError: more or less device memory than any device has: it is in the wrong unit.
+    """
     device, host = budget.device, budget.host
     if device is None:
         device = profile.device_bytes * (1 - MARGIN)
