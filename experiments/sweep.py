@@ -10,6 +10,7 @@ best of the rivals that fit. A position table shorter than the cached tokens is 
 """
 
 import dataclasses
+import functools
 import gc
 import json
 import statistics
@@ -34,7 +35,7 @@ from kvrecomp.cost import plan_costs
 from kvrecomp.files import write_json
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_plan
-from kvrecomp.plan import DEFAULT_WINDOW, Budget, LayerPlan, Plan, PlanError, cut_runs, format_bytes
+from kvrecomp.plan import DEFAULT_WINDOW, Budget, LayerPlan, Memory, Plan, PlanError, cut_runs, format_bytes
 
 PLANS = ("activations", "recompute", "keys_values", "split:0.5", "kvpr:0.75", "device:0.5")
 RIVALS = (*PLANS, "split:0.25", "split:0.75", "kvpr:0.5", "device")
@@ -77,20 +78,13 @@ def filled_cache(plan: Plan) -> Cache:
     return make_cache(blocks, empty_tails(plan), padding, length, 0)
 
 
-_MAKERS: dict[Any, Any] = {}
-
-
 def _random_block(block: Block) -> Block:
-    def maker(shape: tuple[int, ...], dtype: Any):
-        key = shape, dtype, block.memory
-        if key not in _MAKERS:
-            make = jax.jit(
-                lambda: jax.random.normal(jax.random.key(0), shape, dtype), out_shardings=memory.sharding(block.memory)
-            )
-            _MAKERS[key] = make
-        return _MAKERS[key]
+    return dataclasses.replace(block, array=_maker(block.array.shape, block.array.dtype, block.memory)())
 
-    return dataclasses.replace(block, arrays=tuple(maker(own.shape, own.dtype)() for own in block.arrays))
+
+@functools.cache
+def _maker(shape: tuple[int, ...], dtype: Any, place: Memory):
+    return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype), out_shardings=memory.sharding(place))
 
 
 def step_seconds(decoder: kvrecomp.Decoder) -> float:

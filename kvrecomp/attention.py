@@ -158,16 +158,16 @@ class Partial(NamedTuple):
 
 
 class Cached(NamedTuple):
-    """Cached tokens to attend to: a block's arrays, on the device, and the slot of its first token."""
+    """Cached tokens to attend to: a block's array, on the device, and the slot of its first token."""
 
     form: Form
-    arrays: tuple[Array, ...]
+    array: Array
     start: int
 
     @property
     def slots(self) -> Array:
         """int32[s]."""
-        return self.start + jnp.arange(self.arrays[0].shape[0])
+        return self.start + jnp.arange(self.array.shape[0])
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,10 @@ def _score(query: Query, cached: Cached, method: Method) -> tuple[Array, Array, 
     """float32[b, k, g, s] scores, and what is to be mixed with their weights: V [s, b, k, d] or x [s, b, h]."""
     projections = query.projections
     if cached.form == "keys_values":
-        key, mixable = cached.arrays
+        key, mixable = cached.array[:, 0], cached.array[:, 1]
         mixes: Mixes = "values"
     else:
-        (x,) = cached.arrays
+        x = cached.array
         recompute = method == "recompute"
         positions = positions_of(cached.slots, query.padding)
         key = projections.keys(x, positions) if recompute or projections.encode_key is not None else None

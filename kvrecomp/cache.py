@@ -2,11 +2,14 @@
 
     Cache -> LayerCache (one a layer) -> Block... in token order, then the tail
 
-A block is one array per tensor, tokens first, and is copied whole: a slice of a host array would be read by a kernel
-over the link instead of by the copy engine. Its form and memory are static, so they select the program.
+A block is one array, tokens first, and is copied whole: a slice of a host array would be read by a kernel over the
+link instead of by the copy engine. Its form and memory are static, so they select the program.
 
-    activations    (x [s, b, hidden],)
-    keys_values    (k [s, b, kv_heads, head_dim], v [s, b, kv_heads, head_dim])
+    activations    x [s, b, hidden]
+    keys_values    K and V [s, 2, b, kv_heads, head_dim]
+
+K and V are one array because XLA keeps two copies under way: a third, of a block held two ahead, would make it await
+one of the others before its time. Their slices cost nothing, they become part of the kernels that read them.
 """
 
 from collections.abc import Sequence
@@ -27,17 +30,17 @@ STATIC: dict = {"static": True}  # part of the tree's structure, so it selects t
 class Block:
     """Consecutive cached tokens of one layer."""
 
-    arrays: tuple[Array, ...]
+    array: Array
     form: Form = field(metadata=STATIC)
     memory: Memory = field(metadata=STATIC)
 
     @property
     def tokens(self) -> int:
-        return self.arrays[0].shape[0]
+        return self.array.shape[0]
 
     @property
     def nbytes(self) -> int:
-        return sum(array.size * array.dtype.itemsize for array in self.arrays)
+        return self.array.size * self.array.dtype.itemsize
 
     @property
     def spec(self) -> BlockSpec:
@@ -97,18 +100,18 @@ def cut(specs: Sequence[BlockSpec], x: Array, key: Array, value: Array) -> tuple
     """One layer's prompt, x [s, b, h] and K and V [s, b, k, d], as the blocks that the plan lists."""
     blocks, start = [], 0
     for spec in specs:
-        whole = (x,) if spec.form == "activations" else (key, value)
-        arrays = tuple(array[start : start + spec.tokens] for array in whole)
-        blocks.append(Block(arrays, spec.form, spec.memory))
+        own = slice(start, start + spec.tokens)
+        array = x[own] if spec.form == "activations" else jnp.stack([key[own], value[own]], axis=1)
+        blocks.append(Block(array, spec.form, spec.memory))
         start += spec.tokens
     return tuple(blocks)
 
 
-def block_shapes(spec: BlockSpec, layer: LayerShape, batch: int) -> tuple[tuple[int, ...], ...]:
-    """The shapes of a block's arrays."""
+def block_shape(spec: BlockSpec, layer: LayerShape, batch: int) -> tuple[int, ...]:
+    """The shape of a block's array."""
     if spec.form == "activations":
-        return ((spec.tokens, batch, layer.hidden),)
-    return ((spec.tokens, batch, layer.kv_heads, layer.head_dim),) * 2
+        return spec.tokens, batch, layer.hidden
+    return spec.tokens, 2, batch, layer.kv_heads, layer.head_dim
 
 
 def describe_blocks(plan: Plan, write_outs: int) -> tuple[tuple[Block, ...], ...]:
@@ -131,8 +134,7 @@ def _describe(spec: BlockSpec, layer: LayerShape, plan: Plan) -> Block:
     # jax takes a ShapeDtypeStruct for an array on the device whatever its sharding says; the type of a host array
     # carries the memory it is in, and so do its variations.
     like = jax.typeof(memory.one_number(spec.memory, plan.shape.dtype))
-    shapes = block_shapes(spec, layer, plan.workload.batch)
-    return Block(tuple(like.update(shape=shape) for shape in shapes), spec.form, spec.memory)
+    return Block(like.update(shape=block_shape(spec, layer, plan.workload.batch)), spec.form, spec.memory)
 
 
 def empty_tails(plan: Plan) -> tuple[Block, ...]:
@@ -140,10 +142,8 @@ def empty_tails(plan: Plan) -> tuple[Block, ...]:
     return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), describe_tails(plan))
 
 
-def append(tail: Block, slot: Array, arrays: Sequence[Array]) -> Block:
-    """The tail with one token [b, ...] written at int32[] slot; in place where the tail's buffers are donated."""
-    written = tuple(
-        jax.lax.dynamic_update_index_in_dim(whole, array.astype(whole.dtype), slot, 0)
-        for whole, array in zip(tail.arrays, arrays, strict=True)
-    )
+def append(tail: Block, slot: Array, x: Array, key: Array, value: Array) -> Block:
+    """The tail with a token, x [b, h], K and V [b, k, d], written at int32[] slot; in place where it is donated."""
+    token = x if tail.form == "activations" else jnp.stack([key, value])
+    written = jax.lax.dynamic_update_index_in_dim(tail.array, token.astype(tail.array.dtype), slot, 0)
     return Block(written, tail.form, tail.memory)

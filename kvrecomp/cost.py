@@ -3,12 +3,12 @@
 A step is a list of tasks in the order of compute. Task i may wait for a copy of its own; copies are carried out one
 after the other, each held until an earlier task is done (`hold`). With c the seconds of a copy and g those of compute,
 
-    copied_i   = max(copied_{i-1}, computed_{hold_i}) + c_i
-    computed_i = max(computed_{i-1}, copied_i) + g_i
+    copied_i   = max(copied_{i-1}, computed_{hold_i} + d) + c_i
+    computed_i = max(computed_{i-1}, copied_i + d) + g_i
 
-and a task without a copy waits for no link. Seconds of compute come from times measured on the machine for the layer,
-dtype and batch at hand or, where there are none, from `estimate`. `kvpr_seconds` is KVPR's own formula and
-`sum_seconds` the plain sum, for comparison.
+where d is the time of a handoff between compute and link. A task without a copy waits for no link. Seconds of compute
+come from times measured on the machine for the layer, dtype and batch at hand or, where there are none, from
+`estimate`. `kvpr_seconds` is KVPR's own formula and `sum_seconds` the plain sum, for comparison.
 """
 
 import collections
@@ -29,8 +29,8 @@ class Tasks(NamedTuple):
     """A plan as arrays, [..., tasks]: what a step does, in the order of compute.
 
     `work` int32 is the row of the table of compute times (`work_table`), `tokens` and `blocks` what they are multiplied
-    with; `copies` counts the arrays copied, of `copy_bytes` together; `hold` int32 is the task whose end lets the copy
-    start, -1 for the start of the step.
+    with; `copies` counts the blocks copied, none or one, of `copy_bytes`; `hold` int32 is the task whose end lets the
+    copy start, -1 for the start of the step.
     """
 
     work: np.ndarray
@@ -73,25 +73,24 @@ def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
 
 
 def _layer_tasks(plan: Plan, layer: LayerPlan, layer_shape: LayerShape, write_outs: int, shape_number: int):
-    """float[5, tasks]: work, tokens, blocks, copies, copy_bytes. What is on the device is attended to as one."""
+    """float[5, tasks]: work, tokens, blocks, copies, copy_bytes."""
 
     def task(work: Work, tokens: int = 0, blocks: int = 1, copied: BlockSpec | None = None) -> tuple[float, ...]:
         row = shape_number * len(WORKS) + WORKS.index(work)
         if copied is None:
             return row, tokens, blocks, 0, 0
-        return row, tokens, blocks, 1 if copied.form == "activations" else 2, plan.bytes_of(layer_shape, copied)
+        return row, tokens, blocks, 1, plan.bytes_of(layer_shape, copied)
 
     def attention(block: BlockSpec) -> Work:
         return "keys_values" if block.form == "keys_values" else layer.method
 
     blocks = layer.blocks(write_outs, plan.tail)
-    here: collections.Counter[Work] = collections.Counter({attention(BlockSpec(layer.tail, "device", plan.tail)): plan.tail})
-    for block in blocks:
-        if block.memory == "device":
-            here[attention(block)] += block.tokens
+    tail = BlockSpec(layer.tail, "device", plan.tail)
     tasks = [task("project")]
-    # Keys and values on the device cost nothing but their tokens: the tail's own work is measured with `project`.
-    tasks += [task(work, tokens, blocks=int(work != "keys_values")) for work, tokens in here.items()]
+    if "absorb" in map(attention, (*blocks, tail)):
+        tasks.append(task("prepare"))
+    # What is on the device is attended to as one, the tail with it, whose own work is in the time of `project`.
+    tasks += [task(attention(block), block.tokens, blocks=0) for block in (*blocks, tail) if block.memory == "device"]
     tasks += [task(attention(block), block.tokens, copied=block) for block in blocks if block.memory == "host"]
     return np.array([*tasks, task("finish")], float).T
 
@@ -134,22 +133,23 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
     def weights(count: float, kernels: int) -> Line:
         return Line(kernel(2 * b * count, count) + kernels * profile.kernel_seconds, 0.0)
 
-    def tokens(*kernels: tuple[float, float], base: float = 0.0, count: int = 4) -> Line:
+    def tokens(*kernels: tuple[float, float], count: int = 4) -> Line:
         scores = kernel(0, b * layer.heads * 6)  # float32, written, read for the softmax and for mixing
-        return Line(base + count * profile.kernel_seconds, sum(kernel(b * o, b * n) for o, n in kernels) + scores)
+        return Line(count * profile.kernel_seconds, sum(kernel(b * o, b * n) for o, n in kernels) + scores)
 
     by_keys, by_values = (2 * nd, kd), (2 * nd, kd)  # scores against K, weights times V
     over_activations = (2 * layer.heads * h, h)  # the same against x
     absorbing = kernel(2 * b * h * nd, h * kd)  # q W_K, or the mix times W_V
     project_keys = (2 * h * kd, h + kd)
     if layer.absorbs_keys:
-        absorb = tokens(over_activations, over_activations, base=2 * absorbing, count=6)
+        absorb = tokens(over_activations, over_activations)
     else:
-        absorb = tokens(project_keys, by_keys, over_activations, base=absorbing, count=6)
+        absorb = tokens(project_keys, by_keys, over_activations, count=5)
     finish = layer.parameters - h * (nd + 2 * kd)
     work: dict[Work, Line] = {
         "project": weights(h * (nd + 2 * kd), 3),
         "finish": weights(finish, 5),
+        "prepare": Line((1 + layer.absorbs_keys) * (absorbing + profile.kernel_seconds), 0.0),
         "keys_values": tokens(by_keys, by_values),
         "absorb": absorb,
         "recompute": tokens(project_keys, project_keys, by_keys, by_values, count=6),
@@ -183,7 +183,7 @@ def step_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload
     """
     with jax.default_device(_cpu()):
         arrays = Tasks(*(column if column.dtype == np.int32 else column.astype(np.float32) for column in plan_arrays))
-        link = np.array([profile.to_device.base, 1 / profile.beside_compute], np.float32)
+        link = np.array([profile.to_device.base, 1 / profile.beside_compute, profile.handoff_seconds], np.float32)
         return jax.device_get(_step_seconds(*jax.device_put((work_table(profile, shape, workload), link, arrays))))
 
 
@@ -208,9 +208,9 @@ def _pipeline(table: Array, link: Array, tasks: Tasks) -> StepCost:
     def advance(carry, task):
         copied, computed, ends = carry
         number, compute, copy, hold, has_copy = task
-        held = jnp.where(hold < 0, 0.0, ends[hold])
+        held = jnp.where(hold < 0, 0.0, ends[hold] + link[2])
         copied = jnp.where(has_copy, jnp.maximum(copied, held) + copy, copied)
-        computed = jnp.where(has_copy, jnp.maximum(computed, copied), computed) + compute
+        computed = jnp.where(has_copy, jnp.maximum(computed, copied + link[2]), computed) + compute
         return (copied, computed, ends.at[number].set(computed)), None
 
     count = tasks.work.shape[0]

@@ -10,9 +10,10 @@ from typing import Any, Literal, get_args
 
 from kvrecomp.plan import GIB, LayerShape, PlanError
 
-Work = Literal["project", "finish", "keys_values", "absorb", "recompute"]
+Work = Literal["project", "finish", "prepare", "keys_values", "absorb", "recompute"]
 """What a layer does in a step: `project` makes Q, and K and V of the new token; `finish` is the output projection and
-the feed-forward; the others are attention over cached tokens, by form and method."""
+the feed-forward; `prepare` absorbs the projections of K and V, once where activations are attended to; the others are
+attention over cached tokens, by form and method."""
 
 WORKS: tuple[Work, ...] = get_args(Work)
 ATTENTION: tuple[Work, ...] = ("keys_values", "absorb", "recompute")
@@ -56,9 +57,10 @@ class LayerTimes:
 class HardwareProfile:
     """A machine: rates and latencies, and the layers that were timed on it.
 
-    `to_device` and `to_host` are copies of one array over the link, by bytes; `beside_compute` is the rate of copies to
-    the device while it computes. `kernel_seconds` is what one more small kernel adds to a program. `host_bytes` None:
-    as much as is asked for. `source` says where the numbers are from.
+    `to_device` and `to_host` are copies of one array over the link, by bytes; `beside_compute` is the rate of copies
+    to the device while it computes; `handoff_seconds` pass before a copy starts that waited for compute, and before
+    compute starts that waited for a copy. `kernel_seconds` is what one more small kernel adds to a program.
+    `host_bytes` None: as much as is asked for. `source` says where the numbers are from.
     """
 
     device: str
@@ -68,6 +70,7 @@ class HardwareProfile:
     beside_compute: float
     matmul_rate: float
     memory_rate: float
+    handoff_seconds: float = 0.0
     kernel_seconds: float = 0.0
     host_bytes: float | None = None
     count: int = 1

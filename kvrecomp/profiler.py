@@ -46,7 +46,7 @@ from kvrecomp.runtime import Model, Window, decode_step
 LOG = logging.getLogger("kvrecomp")
 FORMAT = 1  # of the file; another one is measured anew
 POOR_FIT = 0.1  # a line further than this fraction from what it was fitted to is measured again
-COPY_PASSES = 4  # how often each block is copied when the rate of copies alone is measured
+COPY_PASSES = (2, 8)  # how often each block is copied when the rate of copies is measured
 
 
 # --- the profile, kept on disk ----------------------------------------------------------------------------------------
@@ -168,19 +168,22 @@ def _measured_line(what: str, sizes: Sequence[float], measure: Callable[[float, 
 def _measure_machine() -> HardwareProfile:
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
-    sizes = [2**16, 2**19, 2**22, 2**25, 2**29] if gpu else [2**16, 2**19, 2**22, 2**24]
     dtype = _rate_dtype()
+    sizes = [2**16, 2**19, 2**22, 2**25, 2**29] if gpu else [2**16, 2**19, 2**22, 2**24]
     stats = device.memory_stats() or {}
+    to_device = _measured_line("copies to the device", sizes, _to_device_seconds)
+    kernel = _kernel_seconds(dtype)
     return HardwareProfile(
         **_machine(),
         device_bytes=float(stats.get("bytes_limit", memory.total_host_bytes())),
         host_bytes=float(memory.total_host_bytes()),
-        to_device=_measured_line("copies to the device", sizes, _to_device_seconds),
+        to_device=to_device,
         to_host=_measured_line("copies to the host", sizes, _to_host_seconds),
         beside_compute=copy_rate(min(sizes[-1], 256 * MIB), 4, computing=True),
+        handoff_seconds=_handoff_seconds(sizes[0], to_device, kernel),
         matmul_rate=_matmul_rate(dtype),
         memory_rate=_memory_rate(min(2 * sizes[-1], 2**30)),
-        kernel_seconds=_kernel_seconds(dtype),
+        kernel_seconds=kernel,
         source=f"measured, {jnp.dtype(dtype).name}",
     )
 
@@ -197,34 +200,34 @@ def _rate_dtype() -> Any:
 def copy_rate(block_bytes: int, blocks: int, repeats: int = 5, computing: bool = False) -> float:
     """Bytes a second from pinned host memory to the device, of copies of whole blocks in one program.
 
-    Every block is copied COPY_PASSES times, through the window of a step: the rate is what a step could reach at best.
-    `computing` attends to every block when it is there.
+    The copies go through the window of a step: the rate is what a step could reach at best. It is the slope between a
+    few and many copies, so that what a program costs beside them does not count. `computing` attends to every block
+    when it is there.
     """
-    return COPY_PASSES * blocks * block_bytes / _copy_seconds(block_bytes, blocks, COPY_PASSES, repeats, computing)
+    arrays = _host_arrays(block_bytes, blocks)
+    few, many = (_held_copies(arrays, passes, repeats, computing) for passes in COPY_PASSES)
+    return (COPY_PASSES[1] - COPY_PASSES[0]) * blocks * block_bytes / (many - few)
 
 
-def _to_device_seconds(size: float, repeats: int) -> float:
-    """Of one copy among many in a program."""
-    blocks = 4  # at least two: copies of one array that may start together would be one copy
-    passes = int(max(1, min(16, 2**28 // size)))
-    return _copy_seconds(int(size), blocks, passes, repeats, False) / (blocks * passes)
-
-
-def _copy_seconds(block_bytes: int, blocks: int, passes: int, repeats: int, computing: bool) -> float:
+def _host_arrays(block_bytes: int, blocks: int) -> list[jax.Array]:
     dtype = jnp.dtype(_rate_dtype())
     numbers = block_bytes // dtype.itemsize
     width = min(4096, numbers)
-    arrays = [memory.zeros((numbers // width, 1, width), dtype, "host") for _ in range(blocks)]
+    return [memory.zeros((numbers // width, 1, width), dtype, "host") for _ in range(blocks)]
+
+
+def _held_copies(arrays: Sequence[jax.Array], passes: int, repeats: int, computing: bool) -> float:
+    """Seconds of a program that copies every array so often, through the window of a step."""
 
     @jax.jit
     def copy_all(arrays):
-        own = [Block((array,), "activations", "host") for array in arrays] * passes
-        window, ends = Window([own], 2 * block_bytes, "pipelined"), []
+        own = [Block(array, "activations", "host") for array in arrays] * passes
+        window, ends = Window([own], 2 * own[0].nbytes, "pipelined"), []
         for _ in own:
-            arrived = jax.lax.optimization_barrier(window.take().arrays[0])
+            arrived = jax.lax.optimization_barrier(window.take().array)
             end = arrived[0, 0, -1]
             if computing:
-                queries = jnp.broadcast_to(arrived[0, 0], (32, width))
+                queries = jnp.broadcast_to(arrived[0, 0], (32, arrived.shape[-1]))
                 scores = jnp.einsum("nh,sbh->nsb", queries, arrived)
                 end = jnp.einsum("nsb,sbh->nh", scores, arrived)
             ends.append(window.used(end))
@@ -232,6 +235,29 @@ def _copy_seconds(block_bytes: int, blocks: int, passes: int, repeats: int, comp
 
     program = copy_all.lower(arrays).compile()
     return median_seconds(lambda: program(arrays), repeats)
+
+
+def _to_device_seconds(size: float, repeats: int) -> float:
+    """Of one copy among many in a program, none of which waits for anything but the link."""
+    arrays = _host_arrays(int(size), int(max(4, min(64, 2**26 // size))))
+
+    def copy_all(arrays):
+        return [jax.device_put(array, jax.memory.Space.Device)[0, 0, -1] for array in arrays]
+
+    seconds = []
+    for own in (arrays[: len(arrays) // 2], arrays):
+        program = jax.jit(copy_all).lower(own).compile()
+        seconds.append(median_seconds(functools.partial(program, own), repeats))
+    return max(1e-9, seconds[1] - seconds[0]) / (len(arrays) - len(arrays) // 2)
+
+
+def _handoff_seconds(size: int, to_device: Line, kernel_seconds: float) -> float:
+    """Between compute and link. Of two copies under way, each waits for the use of the one before the last: in the time
+    of two, there is one copy, one kernel and a handoff to and from the link."""
+    arrays = _host_arrays(size, 4)
+    few, many = (_held_copies(arrays, passes, 9, False) / len(arrays) for passes in COPY_PASSES)
+    each = (many - few) / (COPY_PASSES[1] - COPY_PASSES[0])
+    return max(0.0, (2 * each - to_device(size) - kernel_seconds) / 2)
 
 
 def _to_host_seconds(size: float, repeats: int) -> float:
@@ -309,7 +335,8 @@ STEPS = 10  # dispatched without waiting, as decoding does
 
 
 def _measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
-    """Seconds of the layers of that shape in a step: without cached tokens, and with a block of three sizes a form."""
+    """Seconds of the layers of that shape in a step: without cached tokens, with a block of three sizes a form, and
+    with two blocks that together are as long as the longest, which tells what one more block costs."""
     numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
     more = min(MORE_LAYERS, len(numbers))
     few = min(FEW_LAYERS, more - 1)
@@ -320,36 +347,43 @@ def _measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
         most = max(1, min(model.shape.positions - 1, DEFAULT_WINDOW // BLOCKS_PER_WINDOW // row_bytes))
         sizes[kind] = sorted({max(1, most // part) for part in (8, 2, 1)})
     bench = _LayerBench(model, batch)
-    runs = [(few, None, 0), (more, None, 0), *((more, kind, size) for kind in ATTENTION for size in sizes[kind])]
+    halves = {kind: (max(1, own[-1] // 2), max(1, own[-1] - own[-1] // 2)) for kind, own in sizes.items()}
+    runs = [(few, None, ()), (more, None, ())]
+    runs += [(more, kind, (size,)) for kind in ATTENTION for size in sizes[kind]]
+    runs += [(more, kind, halves[kind]) for kind in ATTENTION]
     with ThreadPoolExecutor(COMPILING) as pool:  # compiled together, timed alone
         timers = list(pool.map(lambda run: bench.timer(numbers[: run[0]], *run[1:]), runs))
     seconds = {run: timer() for run, timer in zip(runs, timers)}
-    without = seconds[more, None, 0]
-    dense = max(0.0, (without - seconds[few, None, 0]) / (more - few))
+    without = seconds[more, None, ()]
+    dense = max(0.0, (without - seconds[few, None, ()]) / (more - few))
     projecting = layer.hidden * layer.head_dim * (layer.heads + 2 * layer.kv_heads) / layer.parameters
     work: dict[Work, Line] = {
         "project": Line(projecting * dense, 0.0),
         "finish": Line((1 - projecting) * dense, 0.0),
     }
     for kind in ATTENTION:
-        times = [max(1e-9, (seconds[more, kind, size] - without) / more) for size in sizes[kind]]
-        work[kind] = fit_line(sizes[kind], times)
+        times = [max(1e-9, (seconds[more, kind, (size,)] - without) / more) for size in sizes[kind]]
+        line = fit_line(sizes[kind], times)
+        another = (seconds[more, kind, halves[kind]] - seconds[more, kind, (sizes[kind][-1],)]) / more
+        base = min(max(0.0, another), line.base)
+        if kind == "absorb":
+            work["prepare"] = Line(line.base - base, 0.0)
+        work[kind] = Line(base, line.each)
     return LayerTimes(layer, model.shape.dtype, batch, work, max(0.0, without - more * dense))
 
 
 class _LayerBench:
-    """Times a step of some of a model's layers, each with one block that is on the device but used as one that was
-    copied."""
+    """Times a step of some of a model's layers, with blocks that are on the device but used as if they were copied."""
 
     def __init__(self, model: Model, batch: int):
         self._model, self._batch = model, batch
         self._graph, state = nnx.split(model)
         self._weights, self._structure = jax.tree.flatten(state)
 
-    def timer(self, numbers: Sequence[int], kind: Work | None, tokens: int) -> Callable[[], float]:
-        """Compiles a step of the layers with these numbers, with blocks of that many tokens used in that way; the
+    def timer(self, numbers: Sequence[int], kind: Work | None, tokens: Sequence[int]) -> Callable[[], float]:
+        """Compiles a step of the layers with these numbers, each with blocks of that many tokens used in that way; the
         function returned runs it, and gives its seconds."""
-        plan = self._plan(numbers, kind, max(1, tokens))
+        plan = self._plan(numbers, kind, tokens or (1,))
 
         def step(weights, blocks, tails, padding, length, token_ids):
             model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
@@ -381,19 +415,17 @@ class _LayerBench:
 
         return seconds
 
-    def _plan(self, numbers: Sequence[int], kind: Work | None, tokens: int) -> Plan:
+    def _plan(self, numbers: Sequence[int], kind: Work | None, tokens: Sequence[int]) -> Plan:
         shape = self._model.shape
         form: Form = "activations" if kind in ("absorb", "recompute") else "keys_values"
         method: Method = "recompute" if kind == "recompute" else "absorb"
         layers = tuple(shape.layers[number] for number in numbers)
-        own = LayerPlan((BlockSpec(form, "host", tokens),), form, ("host",), method)
+        own = LayerPlan(tuple(BlockSpec(form, "host", each) for each in tokens), form, ("host",), method)
         part = dataclasses.replace(shape, layers=layers)
-        return Plan("bench", part, Workload(self._batch, tokens, 1), (own,) * len(layers), tail=1, window=2**62)
+        return Plan("bench", part, Workload(self._batch, sum(tokens), 1), (own,) * len(layers), tail=1, window=2**62)
 
 
 def _as_if_copied(block: Block) -> Block:
-    """A host block whose arrays are described as on the device: copying them there copies nothing."""
-    device = memory.sharding("device")
-    return dataclasses.replace(
-        block, arrays=tuple(jax.ShapeDtypeStruct(own.shape, own.dtype, sharding=device) for own in block.arrays)
-    )
+    """A host block whose array is described as on the device: copying it there copies nothing."""
+    like = jax.ShapeDtypeStruct(block.array.shape, block.array.dtype, sharding=memory.sharding("device"))
+    return dataclasses.replace(block, array=like)

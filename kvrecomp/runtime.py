@@ -107,11 +107,10 @@ class Window:
         while self._after and self._after[0] <= self._done:
             self._after.popleft()
             block = self._waiting.popleft()
-            arrays = block.arrays
+            array = block.array
             if result is not None:
-                result, arrays = jax.lax.optimization_barrier((result, arrays))
-            on_device = tuple(jax.device_put(array, jax.memory.Space.Device) for array in arrays)
-            self._copied.append(replace(block, arrays=on_device))
+                result, array = jax.lax.optimization_barrier((result, array))
+            self._copied.append(replace(block, array=jax.device_put(array, jax.memory.Space.Device)))
         return result
 
 
@@ -127,20 +126,19 @@ class CachedAttention:
 
     def __call__(self, x: Array, projections: attention.Projections) -> Array:
         query = attention.Query(projections, x, self.slot, self.padding)
-        keys_values = self.cache.tail.form == "keys_values"
-        new = (projections.keys(x, query.positions), projections.values(x)) if keys_values else (x,)
         blocks, starts = self.cache.blocks, [0, *itertools.accumulate(block.tokens for block in self.cache.blocks)]
-        tail = append(self.cache.tail, self.slot - starts[-1], new)
+        key, value = projections.keys(x, query.positions), projections.values(x)  # not computed where not appended
+        tail = append(self.cache.tail, self.slot - starts[-1], x, key, value)
         self.cache = LayerCache(blocks, tail)
         # What is on the device is attended to as one, while the first copies are on their way.
-        here = [Cached(b.form, b.arrays, at) for b, at in zip((*blocks, tail), starts) if b.memory == "device"]
+        here = [Cached(b.form, b.array, at) for b, at in zip((*blocks, tail), starts) if b.memory == "device"]
         partials = attention.attend(query, here, self.method)
         for start in [at for block, at in zip(blocks, starts) if block.memory == "host"]:
             block, before = self.window.take(), partials[-1]
             # In order: XLA would await this block before it has finished with the one before, and the link would rest.
-            mixed, arrays = jax.lax.optimization_barrier((before.mixed, block.arrays))
+            mixed, array = jax.lax.optimization_barrier((before.mixed, block.array))
             partials[-1] = before._replace(mixed=mixed)
-            (partial,) = attention.attend(query, [Cached(block.form, arrays, start)], self.method)
+            (partial,) = attention.attend(query, [Cached(block.form, array, start)], self.method)
             partials.append(partial._replace(mixed=self.window.used(partial.mixed)))
         return attention.merge(query, partials)
 
@@ -181,7 +179,7 @@ def prefill(model: Model, plan: Plan, token_ids: Array, padding: Array) -> tuple
 def _place(block: Block) -> Block:
     """The block in the memory that it says it is in."""
     space = jax.memory.Space.Host if block.memory == "host" else jax.memory.Space.Device
-    return replace(block, arrays=tuple(jax.device_put(array, space) for array in block.arrays))
+    return replace(block, array=jax.device_put(block.array, space))
 
 
 # --- the decoder ------------------------------------------------------------------------------------------------------
@@ -272,7 +270,7 @@ class Decoder:
         """Pins host memory for the blocks to come."""
         last = describe_blocks(self.plan, self.plan.write_outs)
         grown = [block for own, layer in zip(last, self.plan.layers) for block in own[len(layer.prompt) :]]
-        arrays = [array for block in grown if block.memory == "host" for array in block.arrays]
+        arrays = [block.array for block in grown if block.memory == "host"]
         memory.reserve("host", [(array.shape, array.dtype) for array in arrays])
 
     # --- the jit boundary: static are the plan and what names the program, all else is data ---
@@ -316,7 +314,7 @@ class Decoder:
     def _trace_write_out(self, memories: Sequence[Memory]) -> Any:
         def program(tails):
             return tuple(
-                Block(jax.tree.map(jnp.copy, tail.arrays), tail.form, place)
+                Block(jnp.copy(tail.array), tail.form, place)
                 for tail, place in zip(tails, memories, strict=True)
             )
 
@@ -331,7 +329,7 @@ def _ints(*shape: int) -> jax.ShapeDtypeStruct:
 def _shardings(blocks: Any) -> Any:
     """The sharding of every array in a tree of blocks."""
     return jax.tree.map(
-        lambda block: jax.tree.map(lambda _: memory.sharding(block.memory), block),
+        lambda block: replace(block, array=memory.sharding(block.memory)),
         blocks,
         is_leaf=lambda node: isinstance(node, Block),
     )

@@ -89,8 +89,7 @@ def check_schedule(entry: list[str]) -> int:
                 compute.append(number)
     assert host == set(started) == set(ended), "a host array is not copied"
     order = sorted(started, key=started.get)
-    per_block = 2 if any("arrays_1_" in array for array in host) else 1
-    for array in order[COPIES_AHEAD * per_block :]:
+    for array in order[COPIES_AHEAD:]:
         assert any(started[array] < at < ended[array] for at in compute), f"nothing is computed under {array}'s copy"
     return len(host)
 
@@ -101,8 +100,8 @@ def check_schedule(entry: list[str]) -> int:
         ("activations", 4 * BLOCK, 0, 8),
         ("activations", 2 * BLOCK, 0, 16),  # two blocks a layer
         ("activations", 4 * BLOCK, 3, 32),
-        ("keys_values", 4 * BLOCK, 0, 32),
-        ("split:0.5", 4 * BLOCK, 0, 24),
+        ("keys_values", 4 * BLOCK, 0, 16),
+        ("split:0.5", 4 * BLOCK, 0, 16),
         ("device:0.5", 4 * BLOCK, 0, 8),
     ],
 )
