@@ -7,6 +7,7 @@ that are on the device already, so that nothing but compute is timed.
 
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from kvrecomp import memory
-from kvrecomp.cache import Block, describe_blocks, describe_tails, empty_tails, make_cache
+from kvrecomp.cache import Block, describe_blocks, describe_tails, make_cache
 from kvrecomp.files import write_json
 from kvrecomp.hardware import ATTENTION, HardwareProfile, LayerTimes, Line, Work
 from kvrecomp.plan import (
@@ -58,28 +59,32 @@ def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False
     With a `model`, its layers are timed too at that `batch` (about 20 s on a GPU). What was measured is kept in
     `profile_path()` and holds for this kind and number of devices, jax version and driver.
     """
-    path = profile_path()
-    found = None if refresh else _read(path)
+    found = None if refresh else _read(profile_path())
     known = found or _measure_machine()
     if model is not None:
         for layer in dict.fromkeys(model.shape.layers):
             if refresh or known.times(layer, model.shape.dtype, batch) is None:
                 known = known.with_times(_measure_layer(model, layer, batch))
     if known is not found:
-        write_json(path, {"format": FORMAT, **known.to_json()})
+        keep(known)
     return known
+
+
+def keep(measured: HardwareProfile) -> None:
+    """Writes the profile to where `profile` finds it."""
+    write_json(profile_path(), {"format": FORMAT, **measured.to_json()})
 
 
 def profile_path() -> pathlib.Path:
     """Where this machine's profile is kept: under XDG_CACHE_HOME or ~/.cache."""
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    name = "-".join(map(str, _machine().values()))
+    name = "-".join(map(str, this_machine().values()))
     return cache / "kvrecomp" / f"profile-{re.sub(r'[^A-Za-z0-9.]+', '_', name).strip('_')}.json"
 
 
 def check_profile(given: HardwareProfile) -> None:
     """Raises `PlanError` where the profile is of another machine than this."""
-    here, of = _machine(), {name: getattr(given, name) for name in _machine()}
+    here, of = this_machine(), {name: getattr(given, name) for name in this_machine()}
     if of != here:
         raise PlanError(
             f"the profile is of {_describe(of)}; this machine is {_describe(here)}: use kvrecomp.profile(), or "
@@ -91,7 +96,7 @@ def _describe(machine: dict[str, Any]) -> str:
     return f"{machine['device']} x{machine['count']}, jax {machine['jax'] or '-'}, driver {machine['driver'] or '-'}"
 
 
-def _machine() -> dict[str, Any]:
+def this_machine() -> dict[str, Any]:
     """What a profile holds for."""
     device = jax.devices()[0]
     driver = pathlib.Path("/proc/driver/nvidia/version")
@@ -174,7 +179,7 @@ def _measure_machine() -> HardwareProfile:
     to_device = _measured_line("copies to the device", sizes, _to_device_seconds)
     kernel = _kernel_seconds(dtype)
     return HardwareProfile(
-        **_machine(),
+        **this_machine(),
         device_bytes=float(stats.get("bytes_limit", memory.total_host_bytes())),
         host_bytes=float(memory.total_host_bytes()),
         to_device=to_device,
@@ -206,6 +211,8 @@ def copy_rate(block_bytes: int, blocks: int, repeats: int = 5, computing: bool =
     """
     arrays = _host_arrays(block_bytes, blocks)
     few, many = (_held_copies(arrays, passes, repeats, computing) for passes in COPY_PASSES)
+    if many <= few:  # a CPU's copies can cost nothing
+        return COPY_PASSES[1] * blocks * block_bytes / many
     return (COPY_PASSES[1] - COPY_PASSES[0]) * blocks * block_bytes / (many - few)
 
 
@@ -337,9 +344,9 @@ STEPS = 10  # dispatched without waiting, as decoding does
 def _measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     """Seconds of the layers of that shape in a step: without cached tokens, with a block of three sizes a form, and
     with two blocks that together are as long as the longest, which tells what one more block costs."""
-    numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
-    more = min(MORE_LAYERS, len(numbers))
-    few = min(FEW_LAYERS, more - 1)
+    own_numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
+    numbers = list(itertools.islice(itertools.cycle(own_numbers), MORE_LAYERS))  # again where there are fewer
+    few, more = FEW_LAYERS, MORE_LAYERS
     sizes: dict[Work, list[int]] = {}
     for kind in ATTENTION:
         form: Form = "keys_values" if kind == "keys_values" else "activations"
@@ -403,7 +410,8 @@ class _LayerBench:
 
         def seconds() -> float:
             own = jax.tree.map(lambda like: _random(like.shape, like.dtype), blocks)
-            tails, (padding, length, token_ids) = empty_tails(plan), few_numbers
+            tails = jax.tree.map(lambda like: memory.zeros(like.shape, like.dtype, "device"), describe_tails(plan))
+            padding, length, token_ids = few_numbers
 
             def run():
                 nonlocal tails, token_ids

@@ -5,6 +5,10 @@ import os
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 import jax
+import pytest
+
+from kvrecomp import profiler
+from kvrecomp.hardware import HardwareProfile, Line
 
 # Most of the suite's time is LLVM's: unoptimised, the programs of a toy model compile twice as fast. The emitters of
 # fusions are another half; jax 0.11 has no choice of them, and XLA stops at flags that it does not know.
@@ -14,3 +18,23 @@ if jax.__version_info__ < (0, 11):
 
 # Global, so it holds for the threads that compile in the background too. `toy.put` and `toy.get` copy explicitly.
 jax.config.update("jax_transfer_guard", "disallow")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def known_machine(tmp_path_factory):
+    """A profile of this machine that nobody measured, so that plans do not depend on who else uses it."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    made_up = HardwareProfile(
+        **profiler.this_machine(),
+        device_bytes=2.0**34,
+        host_bytes=2.0**34,
+        to_device=Line(1e-5, 1e-10),
+        to_host=Line(1e-5, 1e-10),
+        beside_compute=1e10,
+        matmul_rate=1e11,
+        memory_rate=1e11,
+        kernel_seconds=1e-6,
+        source="made up for tests",
+    )
+    profiler.keep(made_up)
+    return made_up
