@@ -27,7 +27,7 @@ from kvrecomp.cost import median_write_outs, plan_costs
 from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
 from kvrecomp.hardware import HardwareProfile
-from kvrecomp.plan import AUTO, DEFAULT_WINDOW, MIB
+from kvrecomp.plan import AUTO, MIB
 from kvrecomp.profiler import copy_rate
 from kvrecomp.sampling import Sampling
 
@@ -37,7 +37,7 @@ _PROMPT = flags.DEFINE_integer("prompt", 256, "Tokens in each prompt.")
 _NEW = flags.DEFINE_integer("new", 32, "New tokens per row.")
 _PLANS = flags.DEFINE_list("plans", ["auto", "activations", "keys_values"], "Plans: auto, or as named_plan has them.")
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.")
-_WINDOW = flags.DEFINE_float("window_mib", DEFAULT_WINDOW / MIB, "Bytes from the host in flight or in use, in MiB.")
+_WINDOW = flags.DEFINE_float("window_mib", None, "Bytes from the host in flight or in use, in MiB; default: chosen.")
 _TAIL = flags.DEFINE_integer("tail", None, "Tokens in the tail; default: by their bytes.")
 _DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Device memory to use, weights included; default: free.")
 _HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
@@ -155,12 +155,12 @@ def table(rows: list[Row], copy_gbps: float) -> Table:
 
 
 def main(_: list[str]) -> None:
-    window = int(_WINDOW.value * MIB)
+    window = None if _WINDOW.value is None else int(_WINDOW.value * MIB)
     work = kvrecomp.Workload(_BATCH.value, _PROMPT.value, _NEW.value)
     shape = dataclasses.replace(models.preset(_MODEL.value).shape, dtype=_DTYPE.value)
     for name in _PLANS.value:  # mistakes are said before the weights are made
         if name != AUTO:
-            kvrecomp.named_plan(name, shape, work, tail=_TAIL.value, window=window)
+            kvrecomp.plan_for(name, shape, work, tail=_TAIL.value, window=window)
     rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)))
     model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
     machine = kvrecomp.profile(model, batch=work.batch)

@@ -36,7 +36,7 @@ import models
 from experiments.report import run_info
 from kvrecomp.budget import check_memory, limits
 from kvrecomp.named import NAMES
-from kvrecomp.plan import AUTO, DEFAULT_WINDOW, MIB, format_bytes
+from kvrecomp.plan import AUTO, MIB, format_bytes
 from kvrecomp.sampling import Sampling
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "pydoc"
@@ -63,8 +63,8 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     string("prompts_file", None, "More prompts, one a line; blank lines are skipped.")
     integer("max_new_tokens", NEW_TOKENS, "Most new tokens a row.")
     string("plan", AUTO, f"What is cached how and where: {AUTO}, the fastest; or {', '.join(NAMES)}.")
-    number("window_mib", DEFAULT_WINDOW / MIB, "Bytes from the host in flight or in use, in MiB.")
-    integer("tail", None, "Tokens in the tail; default: by their bytes.")
+    number("window_mib", None, "Bytes from the host in flight or in use, in MiB; default: as the plan needs.")
+    integer("tail", None, "Tokens in the tail; default: as the plan needs.")
     number("device_memory_gib", None, "Device memory to use, weights included; default: what is free.")
     number("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
     boolean("do_sample", True, "Sample; --nodo_sample takes the likeliest token.")
@@ -200,7 +200,7 @@ def continue_prompts(
     plan: str = AUTO,
     max_new_tokens: int = NEW_TOKENS,
     tail: int | None = None,
-    window: int = DEFAULT_WINDOW,
+    window: int | None = None,
     budget: kvrecomp.Budget | None = None,
     sampling: Sampling | None = None,
     check: bool = True,
@@ -339,7 +339,7 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
         sampling = Sampling(given.do_sample, given.temperature, given.top_k, given.top_p, given.seed)
         budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
         budget = kvrecomp.Budget(**limits(budget, weights=0))  # what is free before the weights are there
-        window = int(given.window_mib * MIB)
+        window = None if given.window_mib is None else int(given.window_mib * MIB)
         if given.model is not None:
             check_preset(
                 given.model,

@@ -17,21 +17,23 @@ def plan_for(
     machine: HardwareProfile | None = None,
     loaded: bool = True,
     tail: int | None = None,
-    window: int = DEFAULT_WINDOW,
+    window: int | None = None,
 ) -> Plan:
     """The plan of that name for this machine.
 
     `auto` is the fastest that fits in the budget, by default what is free; `loaded` says that the weights are on the
-    device already. `machine` is its profile, measured if not given. `tail` and `window` are for the other names.
+    device already. `machine` is its profile, measured if not given. `tail`, in tokens, and `window`, in bytes, are
+    chosen where they are not given.
 
     Raises:
         PlanError: there is no such plan, nothing fits, or the profile is of another machine.
     """
     if name != AUTO:
-        return named_plan(name, shape, workload, tail=tail, window=window)
+        return named_plan(name, shape, workload, tail=tail, window=window or DEFAULT_WINDOW)
     if machine is None:
         machine = profile()
     else:
         check_profile(machine)
     weights = shape.parameters * shape.itemsize if loaded else 0
-    return make_plan(shape, workload, machine, Budget(**limits(budget or Budget(), weights)))
+    own = Budget(**limits(budget or Budget(), weights))
+    return make_plan(shape, workload, machine, own, tail=tail, window=window)

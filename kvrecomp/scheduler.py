@@ -59,15 +59,24 @@ class Settings:
     method: Method
 
 
-def make_plan(shape: ModelShape, workload: Workload, profile: HardwareProfile, budget: Budget | None = None) -> Plan:
+def make_plan(
+    shape: ModelShape,
+    workload: Workload,
+    profile: HardwareProfile,
+    budget: Budget | None = None,
+    *,
+    tail: int | None = None,
+    window: int | None = None,
+) -> Plan:
     """The plan with the shortest predicted step that fits in the budget.
 
-    What the budget leaves open is the profile's: its device memory and its host memory, less a margin.
+    What the budget leaves open is the profile's: its device memory and its host memory, less a margin. `tail`, in
+    tokens, and `window`, in bytes, are chosen too where they are not given.
 
     Raises:
         PlanError: nothing fits; the message says what is needed and what would fit. A budget in the wrong unit.
     """
-    search = _Search(shape, workload, profile, resolve_budget(budget or Budget(), profile))
+    search = _Search(shape, workload, profile, resolve_budget(budget or Budget(), profile), tail, window)
     plan = search.best()
     return dataclasses.replace(plan, reason=_reason(plan, search))
 
@@ -94,13 +103,25 @@ def resolve_budget(budget: Budget, profile: HardwareProfile) -> Budget:
 class _Search:
     """Candidates for one model, workload, profile and budget, each predicted once."""
 
-    def __init__(self, shape: ModelShape, workload: Workload, profile: HardwareProfile, budget: Budget):
+    def __init__(
+        self,
+        shape: ModelShape,
+        workload: Workload,
+        profile: HardwareProfile,
+        budget: Budget,
+        tail: int | None,
+        window: int | None,
+    ):
         self.shape, self.workload, self.profile, self.budget = shape, workload, profile, budget
         self.shapes = list(dict.fromkeys(shape.layers))
         spare = max(0.0, (budget.device or 0.0) - shape.parameters * shape.itemsize)
         # A smaller window leaves more room for blocks, and cuts what is sent into more copies.
-        self.windows = [window for window in WINDOWS if window <= spare * WINDOW_SHARE][:2] or [WINDOWS[-1]]
+        self.windows = [own for own in WINDOWS if own <= spare * WINDOW_SHARE][:2] or [WINDOWS[-1]]
+        if window is not None:
+            self.windows = [window]
         self.tail = default_tail(shape, workload, self.windows[-1], min(TAIL_BYTES, spare * TAIL_SHARE))
+        if tail is not None:
+            self.tail = min(tail, workload.new)
         self._costs: dict[Plan, StepCost] = {}
 
     def best(self) -> Plan:

@@ -191,7 +191,7 @@ def test_memory_is_checked_before_anything_is_allocated():
     with one_line(PlanError, "of host memory", "100 B may be used", "not even a batch of 1"):
         kvrecomp.Decoder(toy.model(), plan_of(), budget=small)
     with one_line(PlanError, "of host memory"):
-        kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, budget=small)
+        kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="activations", budget=small)
 
 
 def test_what_is_free_bounds_a_plan_without_a_budget(monkeypatch):

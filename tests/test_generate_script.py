@@ -51,7 +51,7 @@ def as_program(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_texts_are_those_of_generate(checkpoint):
     model, tokenizer = script.load(checkpoint)
-    run = script.continue_prompts(model, tokenizer, PROMPTS, max_new_tokens=9, tail=4)
+    run = script.continue_prompts(model, tokenizer, PROMPTS, plan="activations", max_new_tokens=9, tail=4)
 
     # By hand: end-of-text, the bytes, zeros on the left; new ids are bytes again, until the next end-of-text.
     rows = [[256, *prompt.encode()] for prompt in PROMPTS]
@@ -139,12 +139,13 @@ def test_control_characters_do_not_reach_the_terminal():
 
 
 def test_program_prints_all_and_json_last(checkpoint):
-    options = ["--prompt=Return the", "--prompt=é", "--max_new_tokens=6", "--tail=4", "--nodo_sample"]
+    options = ["--prompt=Return the", "--prompt=é", "--max_new_tokens=6", "--plan=activations", "--tail=4", "--nodo_sample"]
     done = as_program(f"--checkpoint={checkpoint}", *options, "--json")
     assert done.returncode == 0, done.stderr
     *human, last = done.stdout.splitlines()
     document = json.loads(last)
-    run = script.continue_prompts(*script.load(checkpoint), ["Return the", "é"], max_new_tokens=6, tail=4)
+    options = {"plan": "activations", "max_new_tokens": 6, "tail": 4}
+    run = script.continue_prompts(*script.load(checkpoint), ["Return the", "é"], **options)
     assert [row["text"] for row in document["rows"]] == run.texts
     assert [row["ids"] for row in document["rows"]] == run.continuations
     assert document["check"]["passed"] and document["check"]["difference"] <= document["check"]["tolerance"] == 1e-4
@@ -160,7 +161,7 @@ def test_program_prints_all_and_json_last(checkpoint):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--plan=nonsense"], "there is no plan 'nonsense'; the plans are activations"),
+        (["--plan=nonsense"], "there is no plan 'nonsense'; the plans are auto, activations"),
         (["--prompt="], "prompt 2 is empty"),
         (["--prompts_file=/nowhere"], "No such file or directory: '/nowhere'"),
         (["--prompts_file={blank}"], "has no prompt: write one a line"),

@@ -264,8 +264,10 @@ def test_layers_alike_share_a_line():
     layers = named_plan("split:0.5", shape, WORK).layers
     other = named_plan("activations", shape, WORK).layers[0]
     mixed = Plan("mixed", shape, WORK, (*layers[:5], other, *layers[6:]), tail=8)
-    starts = [line.split()[0] for line in str(mixed).splitlines() if line.strip()]
-    assert [start for start in starts if start in ("0-4", "5", "6-30")] == ["0-4", "5", "6-30"]
+    lines = [line.strip() for line in str(mixed).splitlines()]
+    assert [line.partition("  ")[0] for line in lines if line[:1].isdigit()][:2] == ["0-4, 6-30", "5"]
+    alternating = Plan("mixed", shape, WORK, tuple(other if i % 2 else layers[0] for i in range(31)), tail=8)
+    assert "16 of 0-30" in str(alternating) and "15 of 1-29" in str(alternating)
 
 
 def test_plans_are_plain_data_without_jax():

@@ -1,0 +1,51 @@
+"""Pictures for the README: one size, and written in one piece. Needs matplotlib, the extra `plot`."""
+
+import importlib.util
+import os
+import pathlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+# At 800 pixels, the width of a README, the default font of 10 points is 15 pixels high; drawn finer for sharp screens.
+INCHES = (7.2, 5.0)
+DPI = 150
+
+
+def check_path(path: str | os.PathLike) -> None:
+    """Raises what `figure` and `save` would raise, before any work is done.
+
+    Raises:
+        ModuleNotFoundError: matplotlib is not installed.
+        ValueError: the name does not end in .png.
+        OSError: there is no such directory, or the path is one.
+    """
+    path = pathlib.Path(path)
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("plots need matplotlib, the extra `plot`: pip install -e '.[plot]'")
+    if path.suffix.lower() != ".png":
+        raise ValueError(f"a plot is written as PNG; {str(path)!r} does not end in .png")
+    if path.is_dir():
+        raise IsADirectoryError(f"{str(path)!r} is a directory; a plot is a file in one")
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"there is no directory {str(path.parent)!r} to write the plot into: make it first")
+
+
+def figure() -> "Figure":
+    """An empty figure of that size, with room made for legends outside of axes."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=INCHES, dpi=DPI, layout="constrained")
+
+
+def save(figure: "Figure", path: str | os.PathLike) -> None:
+    """Writes a PNG in one piece: a reader sees the old file or the new one, never half of it."""
+    path = pathlib.Path(path)
+    check_path(path)
+    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        figure.savefig(beside, format="png")
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
