@@ -42,6 +42,7 @@ _TAIL = flags.DEFINE_integer("tail", None, "Tokens in the tail; default: by thei
 _DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Device memory to use, weights included; default: free.")
 _HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
 _COPY_GIB = flags.DEFINE_float("copy_gib", 2, "Pinned memory to measure the copies-only rate with, in GiB.")
+_LAYERS = flags.DEFINE_bool("time_layers", True, "Time the model's layers first (20 s), to predict better.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of weights and prompts.")
 _OUT = flags.DEFINE_string("out", None, "Also write the JSON document to this file.")
 _COMMIT = flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.")
@@ -163,7 +164,7 @@ def main(_: list[str]) -> None:
             kvrecomp.plan_for(name, shape, work, tail=_TAIL.value, window=window)
     rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)))
     model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
-    machine = kvrecomp.profile(model, batch=work.batch)
+    machine = kvrecomp.profile(model if _LAYERS.value else None, batch=work.batch)
     budget = kvrecomp.Budget.of_gib(_DEVICE_GIB.value, _HOST_GIB.value)
     rows = []
     for name in _PLANS.value:
