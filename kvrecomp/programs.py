@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 TURN_SECONDS = 0.0005  # Python's own is ten times as long
-_WORKERS = ThreadPoolExecutor(4, thread_name_prefix="compile")
+_WORKER = ThreadPoolExecutor(1, thread_name_prefix="compile")  # XLA times kernels: one program at a time
 
 
 class _ShortTurns:
@@ -64,7 +64,7 @@ class Programs:
         """Compiles in the background, unless that was begun before."""
         with self._lock:
             if name not in self._futures:
-                self._futures[name] = _WORKERS.submit(self._compile, name, trace)
+                self._futures[name] = _WORKER.submit(self._compile, name, trace)
 
     def get(self, name: Hashable, trace: Callable[[], Any]) -> Any:
         """The compiled program; compiles it now, or waits for it, if it is not there yet."""

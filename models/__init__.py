@@ -11,25 +11,37 @@ import os
 from pathlib import Path
 from typing import Any
 
-from models import checkpoint, huggingface
+from models import checkpoint, gemma, huggingface, llama, opt
 from models.checkpoint import CheckpointError, Placement, save
+from models.config import Config
+from models.gemma import Gemma, GemmaConfig
 from models.layers import CausalLM
-from models.opt import OPT, PRESETS, OPTConfig
-from models.tokenizer import byte_tokenizer, load_tokenizer
+from models.llama import Llama, LlamaConfig
+from models.opt import OPT, OPTConfig
+from models.tokenizer import byte_tokenizer, check_tokenizer, load_tokenizer
 
 __all__ = [
     "OPT",
     "PRESETS",
     "CausalLM",
     "CheckpointError",
+    "Config",
+    "Gemma",
+    "GemmaConfig",
+    "Llama",
+    "LlamaConfig",
     "OPTConfig",
     "byte_tokenizer",
+    "check_tokenizer",
     "create",
     "load",
     "load_tokenizer",
     "preset",
     "save",
 ]
+
+PRESETS: dict[str, Config] = {**opt.PRESETS, **llama.PRESETS, **gemma.PRESETS}
+"""The published sizes of all families, by name."""
 
 
 def load(path: str | os.PathLike[str], *, dtype: Any = None, sharding: Placement = None) -> CausalLM:
@@ -51,7 +63,7 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None, sharding: Placement
     return read(path, config, name, sharding)
 
 
-def preset(name: str) -> OPTConfig:
+def preset(name: str) -> Config:
     """The configuration of that name in `PRESETS`.
 
     Raises:
@@ -65,7 +77,7 @@ def preset(name: str) -> OPTConfig:
 
 
 def create(
-    name_or_config: str | OPTConfig, *, dtype: Any = "bfloat16", seed: int = 0, sharding: Placement = None
+    name_or_config: str | Config, *, dtype: Any = "bfloat16", seed: int = 0, sharding: Placement = None
 ) -> CausalLM:
     """A model with random weights, drawn one parameter at a time in its dtype and sharding.
 

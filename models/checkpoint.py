@@ -27,11 +27,14 @@ from jax import Array
 from jax.sharding import Sharding
 from tokenizers import Tokenizer
 
+from models.config import Config
+from models.gemma import GemmaConfig
 from models.layers import INITIALIZERS, CausalLM
+from models.llama import LlamaConfig
 from models.opt import OPTConfig
 
-FAMILIES = {"opt": OPTConfig}
-"""Configurations by family, which is Hugging Face's `model_type` too."""
+FAMILIES: dict[str, type[Config]] = {config.family: config for config in (OPTConfig, LlamaConfig, GemmaConfig)}
+"""Configurations by family."""
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -67,7 +70,7 @@ def sharding_of(sharding: Placement, name: str, shape: tuple[int, ...]) -> Shard
 class Skeleton:
     """A model without its parameters: says which there are, and becomes a model when given them all."""
 
-    def __init__(self, config: OPTConfig, dtype: str):
+    def __init__(self, config: Config, dtype: str):
         self._graph, self._state = nnx.split(config.build(dtype=dtype, rngs=None))
         self.shapes: dict[str, tuple[int, ...]] = {
             ".".join(map(str, path)): tuple(variable.shape) for path, variable in nnx.to_flat_state(self._state)

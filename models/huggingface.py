@@ -1,19 +1,18 @@
 """Reading a local Hugging Face directory: config.json and weights in safetensors or torch files.
 
-A family's table gives, for the name of each tensor (`{}` stands for the layer), our parameter and how it is stored.
-Names, shapes and dtypes are checked before the first tensor is read. Then each tensor is read, put on its devices and
-let go, so that no second copy of the weights exists. Nothing of a file is executed.
+`models.tables` says where tensors belong. Names, shapes and dtypes are checked before the first tensor is read. Then
+each tensor is read, put on its devices and let go, one file after the other, so that no second copy of the weights
+exists. Nothing of a file is executed.
 """
 
 import contextlib
 import functools
 import json
-import math
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +22,6 @@ from jax.sharding import Sharding
 from safetensors import safe_open
 
 from models.checkpoint import (
-    FAMILIES,
     CheckpointError,
     Placement,
     Skeleton,
@@ -33,64 +31,7 @@ from models.checkpoint import (
     sharding_of,
 )
 from models.layers import CausalLM
-
-# --- tables -----------------------------------------------------------------------------------------------------------
-
-
-class Stored(NamedTuple):
-    """How a parameter lies in a file: the shape there, given ours. Reading turns it into a view of our shape."""
-
-    shape: Callable[[tuple[int, ...]], tuple[int, ...]]
-    transposed: bool = False
-
-    def read(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
-        """The tensor as ours, without a copy."""
-        return (tensor.T if self.transposed else tensor).reshape(shape)
-
-
-SAME = Stored(lambda ours: ours)
-FLAT = Stored(lambda ours: (math.prod(ours),))  # [heads, head_dim] in one axis
-OUT_IN = Stored(lambda ours: (math.prod(ours[1:]), ours[0]), transposed=True)  # torch's Linear: [out, in]
-
-Table = Mapping[str, tuple[str, Stored]]
-
-OPT_TABLE: Table = {
-    "decoder.embed_tokens.weight": ("tokens.embedding", SAME),
-    "decoder.embed_positions.weight": ("positions.embedding", SAME),
-    "decoder.project_in.weight": ("project_in.kernel", OUT_IN),
-    "decoder.project_out.weight": ("project_out.kernel", OUT_IN),
-    "decoder.final_layer_norm.weight": ("final_norm.scale", SAME),
-    "decoder.final_layer_norm.bias": ("final_norm.bias", SAME),
-    "decoder.layers.{}.self_attn.q_proj.weight": ("layers.{}.attention.query.kernel", OUT_IN),
-    "decoder.layers.{}.self_attn.q_proj.bias": ("layers.{}.attention.query.bias", FLAT),
-    "decoder.layers.{}.self_attn.k_proj.weight": ("layers.{}.attention.key.kernel", OUT_IN),
-    "decoder.layers.{}.self_attn.k_proj.bias": ("layers.{}.attention.key.bias", FLAT),
-    "decoder.layers.{}.self_attn.v_proj.weight": ("layers.{}.attention.value.kernel", OUT_IN),
-    "decoder.layers.{}.self_attn.v_proj.bias": ("layers.{}.attention.value.bias", FLAT),
-    "decoder.layers.{}.self_attn.out_proj.weight": ("layers.{}.attention.output.kernel", OUT_IN),
-    "decoder.layers.{}.self_attn.out_proj.bias": ("layers.{}.attention.output.bias", SAME),
-    "decoder.layers.{}.self_attn_layer_norm.weight": ("layers.{}.attention_norm.scale", SAME),
-    "decoder.layers.{}.self_attn_layer_norm.bias": ("layers.{}.attention_norm.bias", SAME),
-    "decoder.layers.{}.fc1.weight": ("layers.{}.feed_forward.up.kernel", OUT_IN),
-    "decoder.layers.{}.fc1.bias": ("layers.{}.feed_forward.up.bias", SAME),
-    "decoder.layers.{}.fc2.weight": ("layers.{}.feed_forward.down.kernel", OUT_IN),
-    "decoder.layers.{}.fc2.bias": ("layers.{}.feed_forward.down.bias", SAME),
-    "decoder.layers.{}.final_layer_norm.weight": ("layers.{}.feed_forward_norm.scale", SAME),
-    "decoder.layers.{}.final_layer_norm.bias": ("layers.{}.feed_forward_norm.bias", SAME),
-}
-
-TABLES: dict[str, Table] = {"opt": OPT_TABLE}
-
-
-def expand(table: Table, shapes: Mapping[str, tuple[int, ...]], layers: int) -> dict[str, tuple[str, Stored]]:
-    """{tensor name: (our parameter, how it is stored)} for every parameter in `shapes`; a variant may lack some."""
-    return {
-        pattern.format(layer): (ours.format(layer), stored)
-        for pattern, (ours, stored) in table.items()
-        for layer in range(layers if "{}" in pattern else 1)
-        if ours.format(layer) in shapes
-    }
-
+from models.tables import BUFFERS, MODEL_TYPES, expand
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
@@ -217,18 +158,19 @@ def load(path: Path, config: Mapping[str, Any], dtype: str | None, sharding: Pla
     Raises:
         CheckpointError: an unsupported configuration; unknown, missing, doubled or misshapen tensors; damaged files.
     """
-    family = config.get("model_type")
-    if family not in TABLES:
-        raise CheckpointError(f"{path}/config.json: model_type is {family!r}; expected one of {', '.join(TABLES)}")
+    kind = config.get("model_type")
+    if kind not in MODEL_TYPES:
+        raise CheckpointError(f"{path}/config.json: model_type is {kind!r}; expected one of {', '.join(MODEL_TYPES)}")
+    family, table = MODEL_TYPES[kind]
     name = Path(config.get("_name_or_path") or path.resolve()).name
     try:
-        model_config = FAMILIES[family].from_huggingface(config, name)
+        model_config = family.from_huggingface(config, name)
     except ValueError as error:
         raise CheckpointError(f"{path}/config.json: {error}") from error
 
-    tensors = _open_weights(path)
-    # Weights are tied, so a written head is the token table once more.
-    tensors.pop("lm_head.weight", None)
+    tensors = {given: tensor for given, tensor in _open_weights(path).items() if not given.endswith(BUFFERS)}
+    if model_config.shape.tied:
+        tensors.pop("lm_head.weight", None)  # where weights are tied, a written head is the token table once more
     for given, tensor in tensors.items():
         if tensor.dtype not in SAFETENSORS_DTYPES.values():
             raise CheckpointError(
@@ -237,15 +179,17 @@ def load(path: Path, config: Mapping[str, Any], dtype: str | None, sharding: Pla
             )
     dtype = dtype_name(dtype) if dtype is not None else _stored_dtype(path, tensors)
     skeleton = Skeleton(model_config, dtype)
-    table = expand(TABLES[family], skeleton.shapes, model_config.layers)
-    expected = {given: stored.shape(skeleton.shapes[ours]) for given, (ours, stored) in table.items()}
+    places = expand(table, skeleton.shapes, model_config.layers)
+    expected = {given: place.shape(skeleton.shapes) for given, place in places.items()}
     check_names(str(path), {given: tensor.shape for given, tensor in tensors.items()}, expected)
 
     parameters = {}
-    for given, (ours, stored) in table.items():
-        tensor, shape = tensors.pop(given), skeleton.shapes[ours]
+    # A file stays mapped as long as one of its tensors is to be read, so they are read file by file.
+    for given in sorted(places, key=lambda given: tensors[given].file):
+        tensor = tensors.pop(given)
         with _reading(tensor.file):
-            parameters[ours] = _put(stored.read(tensor.read(), shape), dtype, sharding_of(sharding, ours, shape))
+            for ours, values in places[given].read(tensor.read(), skeleton.shapes):
+                parameters[ours] = _put(values, dtype, sharding_of(sharding, ours, values.shape))
     return skeleton.fill(parameters)
 
 

@@ -30,6 +30,7 @@ INITIALIZERS = {
     "kernel": jax.nn.initializers.normal(0.02),
     "embedding": jax.nn.initializers.normal(0.02),
     "scale": jax.nn.initializers.ones,
+    "offset": jax.nn.initializers.zeros,
     "bias": jax.nn.initializers.zeros,
 }
 """How a parameter starts, by the last part of its path. 0.02 is what OPT and GPT-2 were trained from."""
@@ -71,15 +72,19 @@ class HeadProjection(nnx.Module):
 class Attention(nnx.Module):
     """Query, key, value and output projections; `attend` decides what is attended to.
 
-    A family that normalises or rotates its heads, or limits what a token sees, overrides `projections`.
+    A family that normalises or rotates its heads, or limits what a token sees, overrides `projections`. `bias` is that
+    of queries, keys and values, and of the output unless `output_bias` says otherwise.
     """
 
-    def __init__(self, shape: LayerShape, *, bias: bool, dtype: Any, rngs: nnx.Rngs | None):
+    def __init__(
+        self, shape: LayerShape, *, bias: bool, output_bias: bool | None = None, dtype: Any, rngs: nnx.Rngs | None
+    ):
         def heads(count: int) -> HeadProjection:
             return HeadProjection(shape.hidden, count, shape.head_dim, bias=bias, dtype=dtype, rngs=rngs)
 
         self.query, self.key, self.value = heads(shape.heads), heads(shape.kv_heads), heads(shape.kv_heads)
-        self.output = Linear(shape.heads * shape.head_dim, shape.hidden, bias=bias, dtype=dtype, rngs=rngs)
+        output_bias = bias if output_bias is None else output_bias
+        self.output = Linear(shape.heads * shape.head_dim, shape.hidden, bias=output_bias, dtype=dtype, rngs=rngs)
         self.scale = shape.head_dim**-0.5
 
     def projections(self) -> Projections:
@@ -112,6 +117,35 @@ class FeedForward(nnx.Module):
         return self.down(self.activation(self.up(x)))
 
 
+class GatedFeedForward(nnx.Module):
+    """x [..., hidden] -> (activation(x gate) * (x up)) down [..., hidden], without biases.
+
+    (Shazeer 2020, arXiv 2002.05202)
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        intermediate: int,
+        activation: Callable[[Array], Array],
+        *,
+        dtype: Any,
+        rngs: nnx.Rngs | None,
+    ):
+        self.gate = Linear(hidden, intermediate, bias=False, dtype=dtype, rngs=rngs)
+        self.up = Linear(hidden, intermediate, bias=False, dtype=dtype, rngs=rngs)
+        self.down = Linear(intermediate, hidden, bias=False, dtype=dtype, rngs=rngs)
+        self.activation = activation
+
+    def __call__(self, x: Array) -> Array:
+        return self.down(self.activation(self.gate(x)) * self.up(x))
+
+
+def divided_by_root_mean_square(x: Array, epsilon: float) -> Array:
+    """float32 x [..., w] -> the same over the root of its mean square along the last axis."""
+    return x * jax.lax.rsqrt(jnp.square(x).mean(axis=-1, keepdims=True) + epsilon)
+
+
 class LayerNorm(nnx.Module):
     """Layer normalisation over the last axis, computed in float32, returned in the dtype of x."""
 
@@ -122,9 +156,23 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
-        wide = wide - wide.mean(axis=-1, keepdims=True)
-        wide = wide * jax.lax.rsqrt(jnp.square(wide).mean(axis=-1, keepdims=True) + self.epsilon)
+        wide = divided_by_root_mean_square(wide - wide.mean(axis=-1, keepdims=True), self.epsilon)
         return (wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)).astype(x.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Division by the root of the mean square over the last axis, computed in float32, returned in the dtype of x.
+
+    (Zhang and Sennrich 2019, arXiv 1910.07467)
+    """
+
+    def __init__(self, width: int, *, epsilon: float, dtype: Any, rngs: nnx.Rngs | None):
+        self.scale = parameter("scale", (width,), dtype, rngs)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        wide = divided_by_root_mean_square(x.astype(jnp.float32), self.epsilon)
+        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
 
 
 def _rows(table: Array, ids: Array) -> Array:
@@ -165,7 +213,7 @@ class Embedding(nnx.Module):
 class CausalLM(nnx.Module):
     """A decoder-only language model. A family brings `layers`, `shape`, `embed` and `unembed`.
 
-    `config` is a frozen dataclass with `family`, `shape` and `build`, from which the model can be made again.
+    `config` is a `models.config.Config`, from which the model can be made again.
     """
 
     config: Any

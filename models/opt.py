@@ -16,6 +16,7 @@ from jax import Array
 
 from kvrecomp.attention import Attend
 from kvrecomp.plan import LayerShape, ModelShape
+from models.config import check_sizes, check_supported, read_fields
 from models.layers import Attention, CausalLM, Embedding, FeedForward, LayerNorm, Linear
 
 POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used (a legacy of fairseq's padding index)
@@ -48,10 +49,8 @@ class OPTConfig:
     def __post_init__(self):
         if not self.embedding:
             object.__setattr__(self, "embedding", self.hidden)
-        for name in ("layers", "hidden", "heads", "intermediate", "vocab", "positions", "embedding"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-                raise ValueError(f"OPT: {name} is {value!r}; expected a positive integer")
+        sizes = ("layers", "hidden", "heads", "intermediate", "vocab", "positions", "embedding")
+        check_sizes("OPT", self, sizes)
         if self.hidden % self.heads:
             raise ValueError(f"OPT: hidden size {self.hidden} does not divide into {self.heads} heads")
         if self.activation not in ACTIVATIONS:
@@ -94,22 +93,17 @@ class OPTConfig:
             "vocab": "vocab_size",
             "positions": "max_position_embeddings",
         }
-        if missing := [field for field in sizes.values() if field not in config]:
-            raise ValueError(f"OPT: {', '.join(missing)} missing; expected in every OPT configuration")
         supported = {
-            "tie_word_embeddings": True,
-            "enable_bias": True,
-            "layer_norm_elementwise_affine": True,
-            "quantization_config": None,
+            "tie_word_embeddings": (True,),
+            "enable_bias": (True,),
+            "layer_norm_elementwise_affine": (True,),
         }
-        for field, value in supported.items():
-            if config.get(field, value) != value:
-                given = "present" if field == "quantization_config" else repr(config[field])
-                raise ValueError(f"OPT: {field} is {given}; only {value} is supported: convert the checkpoint")
+        fields = read_fields("OPT", config, sizes)
+        check_supported("OPT", config, supported)
         pre_norm = bool(config.get("do_layer_norm_before", True))
         return cls(
             name=name,
-            **{ours: config[theirs] for ours, theirs in sizes.items()},
+            **fields,
             embedding=config.get("word_embed_proj_dim") or config["hidden_size"],
             activation=config.get("activation_function", "relu"),
             pre_norm=pre_norm,

@@ -5,6 +5,9 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from kvrecomp.plan import ModelShape
+from models.checkpoint import CheckpointError
+
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 
@@ -23,6 +26,16 @@ def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
     except Exception as error:  # the tokenizers package raises plain Exception
         reason = " ".join(str(error).split())
         raise ValueError(f"{file}: not a readable tokenizer ({reason}); copy it again from its source") from error
+
+
+def check_tokenizer(tokenizer: Tokenizer, shape: ModelShape) -> None:
+    """Raise CheckpointError where a tokenizer has ids that the model has not. The model may well have more."""
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    if largest >= shape.vocab:
+        raise CheckpointError(
+            f"the tokenizer has ids up to {largest}, {shape.name} a vocabulary of {shape.vocab}; expected ids below "
+            "that: take the tokenizer.json that was published with the weights"
+        )
 
 
 def byte_tokenizer() -> Tokenizer:

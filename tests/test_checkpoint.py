@@ -3,6 +3,9 @@
 import builtins
 import dataclasses
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +14,29 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import models
-from models import huggingface
 from models.checkpoint import Skeleton, parameters_of
+from models.rotary import Rotary
+from models.tables import MODEL_TYPES, expand
 
 CONFIG = models.OPTConfig("tiny", layers=2, hidden=35, heads=5, intermediate=53, vocab=97, positions=41)
 NARROW = models.OPTConfig("narrow", 3, 35, 5, 53, 97, 41, embedding=17, pre_norm=False, final_norm=False)
+LLAMA = models.LlamaConfig(
+    "tiny-llama",
+    layers=3,
+    hidden=32,
+    heads=4,
+    intermediate=53,
+    vocab=97,
+    positions=41,
+    kv_heads=2,
+    head_dim=6,
+    rotary=Rotary(1e5, "llama3", factor=8.0),
+    qkv_bias=True,
+    head_norms=True,
+    sliding_window=5,
+    sliding_layers=(0, 2),
+)
+GEMMA = models.GemmaConfig("tiny-gemma", 2, 32, 4, 2, 53, head_dim=14, vocab=97, positions=41)
 HUGGINGFACE = {
     "model_type": "opt",
     "vocab_size": 97,
@@ -29,14 +50,27 @@ HUGGINGFACE = {
 IDS = np.arange(21, dtype=np.int32).reshape(3, 7)
 
 
-def tensors(seed=0, dtype=np.float32):
+LLAMA_LIKE = {  # for every model type that is built like a Llama, and Gemma
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 53,
+    "max_position_embeddings": 41,
+    "rms_norm_eps": 1e-5,
+}
+
+
+def tensors(seed=0, dtype=np.float32, config=HUGGINGFACE):
     """Random tensors, named and shaped as Hugging Face does."""
-    shapes = Skeleton(CONFIG, "float32").shapes
-    table = huggingface.expand(huggingface.OPT_TABLE, shapes, CONFIG.layers)
+    family, table = MODEL_TYPES[config["model_type"]]
+    ours = family.from_huggingface(config, "tiny")
+    shapes = Skeleton(ours, "float32").shapes
     rng = np.random.default_rng(seed)
     return {
-        f"model.{name}": rng.normal(size=stored.shape(shapes[ours])).astype(dtype)
-        for name, (ours, stored) in table.items()
+        name if name.startswith("lm_head") else f"model.{name}": rng.normal(size=place.shape(shapes)).astype(dtype)
+        for name, place in expand(table, shapes, ours.layers).items()
     }
 
 
@@ -46,6 +80,19 @@ def directory(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(HUGGINGFACE))
     save_file(tensors(), tmp_path / "model.safetensors")
     return tmp_path
+
+
+@pytest.fixture
+def llama(tmp_path):
+    """A function that writes a Hugging Face directory of a model type, with random tensors or those given."""
+
+    def write(model_type, given=None, dtype=np.float32, **fields):
+        config = LLAMA_LIKE | {"model_type": model_type} | fields
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        save_file(tensors(dtype=dtype, config=config) if given is None else given, tmp_path / "model.safetensors")
+        return tmp_path
+
+    return write
 
 
 def rewrite(directory, **changes):
@@ -86,7 +133,7 @@ def equal(one, other):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("config", [CONFIG, NARROW], ids=lambda config: config.name)
+@pytest.mark.parametrize("config", [CONFIG, NARROW, LLAMA, GEMMA], ids=lambda config: config.name)
 def test_save_and_load(config, dtype, tmp_path):
     model = models.create(config, dtype=dtype, seed=5)
     models.save(model, tmp_path / "model")
@@ -136,7 +183,7 @@ def test_ours_damaged_or_mismatched(tmp_path):
         ({"hidden": 45}, r"missing project_in\.kernel and 1 more"),
         ({"layers": 1}, r"unknown layers\.1\.attention"),
         ({"layers": 3}, r"missing layers\.2\.attention"),
-        ({"family": "mamba"}, "family is 'mamba'; expected one of opt"),
+        ({"family": "mamba"}, "family is 'mamba'; expected one of opt, llama, gemma"),
         ({"colour": "red"}, "colour"),
         ({"dtype": "int8"}, "dtype is int8"),
     ]:
@@ -147,6 +194,21 @@ def test_ours_damaged_or_mismatched(tmp_path):
         if part.is_file() and part.stat().st_size > 1000:
             part.write_bytes(part.read_bytes()[:100])
     fails(tmp_path / "model", "params cannot be read")
+
+
+def test_a_rotation_of_ours_that_is_damaged(tmp_path):
+    models.save(models.create(dataclasses.replace(LLAMA, layers=1)), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    original = json.loads(file.read_text())
+    for change, message in [
+        ({"scaling": "yarn"}, "rope scaling is 'yarn'; supported are default, linear, llama3"),
+        ({"factor": None}, "factor is None; expected a positive number"),
+        ({"colour": "red"}, "colour"),
+    ]:
+        file.write_text(json.dumps(original | {"rotary": original["rotary"] | change}))
+        fails(tmp_path / "model", message)
+    file.write_text(json.dumps(original | {"rotary": "default"}))
+    fails(tmp_path / "model", "rotary is 'default'; expected")
 
 
 # --- random weights ---------------------------------------------------------------------------------------------------
@@ -211,6 +273,80 @@ def test_dtypes_of_files(directory, dtype, name):
     np.testing.assert_array_equal(np.asarray(kernel), tensors(dtype=dtype)["model.decoder.layers.0.fc1.weight"].T)
     wide = parameters_of(models.load(directory, dtype="float32"))["layers.0.feed_forward.up.kernel"]
     np.testing.assert_array_equal(wide, np.asarray(kernel).astype(np.float32))
+
+
+def test_fused_tensors_equal_split_ones(llama):
+    split = tensors(config=LLAMA_LIKE | {"model_type": "llama"})
+    separate = models.load(llama("llama", split))
+    fused = {
+        name: tensor for name, tensor in split.items() if "_proj" not in name or "o_proj" in name or "down" in name
+    }
+    for layer in range(2):
+        at = f"model.layers.{layer}"
+        heads = [split[f"{at}.self_attn.{part}_proj.weight"] for part in "qkv"]
+        fused[f"{at}.self_attn.qkv_proj.weight"] = np.concatenate(heads)
+        halves = [split[f"{at}.mlp.{part}_proj.weight"] for part in ("gate", "up")]
+        fused[f"{at}.mlp.gate_up_proj.weight"] = np.concatenate(halves)
+    path = llama("phi3", fused)
+    assert equal(models.load(path), separate)
+    shard(path, 3)
+    assert equal(models.load(path), separate)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "phi3", "gemma"])
+def test_every_tensor_of_a_family_is_read(llama, model_type):
+    fields = {"head_dim": 14} if model_type in ("qwen3", "gemma") else {}
+    path = llama(model_type, **fields)
+    given = load_file(path / "model.safetensors")
+    read = parameters_of(models.load(path))
+    assert sum(value.size for value in read.values()) == sum(tensor.size for tensor in given.values())
+    numbers = np.sort(np.concatenate([np.asarray(value).ravel() for value in read.values()]))
+    np.testing.assert_array_equal(numbers, np.sort(np.concatenate([tensor.ravel() for tensor in given.values()])))
+
+
+def test_tied_and_untied_heads(llama):
+    tied = tensors(config=LLAMA_LIKE | {"model_type": "llama", "tie_word_embeddings": True})
+    head = np.ones((97, 32), np.float32)
+    assert "lm_head.weight" not in tied
+    without = models.load(llama("llama", tied, tie_word_embeddings=True))
+    assert equal(models.load(llama("llama", tied | {"lm_head.weight": head}, tie_word_embeddings=True)), without)
+    untied = parameters_of(models.load(llama("llama", tied | {"lm_head.weight": head})))
+    np.testing.assert_array_equal(untied["head.embedding"], head)
+    fails(llama("llama", tied), r"missing lm_head\.weight")
+
+
+def test_buffers_of_older_files_are_left_out(llama):
+    plain = models.load(llama("llama", dtype=np.float16))
+    given = tensors(dtype=np.float16, config=LLAMA_LIKE | {"model_type": "llama"})
+    for name in ("model.rotary_emb", "model.layers.0.self_attn.rotary_emb"):
+        given[f"{name}.inv_freq"] = np.ones(4, np.float32)
+    loaded = models.load(llama("llama", given))
+    assert loaded.shape.dtype == "float16" and equal(loaded, plain)
+
+
+# In a process of its own, since this one may have held more before. VmHWM is the most that it ever held, in KiB.
+MEASURE = """
+import jax, pathlib, sys, models
+
+def peak():
+    return 1024 * int(pathlib.Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+jax.device_put(0).block_until_ready()
+before = peak()
+model = models.load(sys.argv[1])
+print(peak() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="asks Linux how much memory was held")
+def test_loading_holds_no_more_than_the_weights_and_a_file(llama):
+    sizes = {"num_hidden_layers": 12, "hidden_size": 512, "intermediate_size": 2048}
+    files, path = 4, llama("llama", dtype=np.float16, **sizes)
+    whole = (path / "model.safetensors").stat().st_size
+    shard(path, files)
+    command = [sys.executable, "-c", MEASURE, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parent.parent)
+    assert whole < int(done.stdout) < whole * (1 + 2 / files)  # a file, a tensor, and what the allocator wastes
 
 
 def test_names_without_the_prefix_and_with_the_tied_head(directory):
@@ -288,6 +424,7 @@ def test_torch_files_without_torch_name_the_remedy(directory, monkeypatch):
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 NORM = "model.decoder.layers.1.fc1.bias"
+LONG = {"type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
 
 
 def test_unknown_tensor(directory):
@@ -308,6 +445,12 @@ def test_misshapen_tensor(directory):
 def test_transposed_tensor(directory):
     rewrite(directory, **{"model.decoder.layers.0.fc1.weight": np.ones((35, 53), np.float32)})
     fails(directory, r"fc1\.weight has shape \[35, 53\]; the configuration expects \[53, 35\]")
+
+
+def test_misshapen_fused_tensor(llama):
+    path = llama("phi3")
+    rewrite(path, **{"model.layers.1.self_attn.qkv_proj.weight": np.ones((65, 32), np.float32)})
+    fails(path, r"qkv_proj\.weight has shape \[65, 32\]; the configuration expects \[64, 32\]")
 
 
 def test_doubled_tensor(directory):
@@ -346,6 +489,14 @@ def test_missing_shard(directory):
     fails(directory, "model-00002-of-00002.safetensors is missing")
 
 
+def test_shard_that_the_index_does_not_list(directory):
+    shard(directory)
+    index = json.loads((directory / "model.safetensors.index.json").read_text())["weight_map"]
+    listed = {name: file for name, file in index.items() if "00001" in file}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": listed}))
+    fails(directory, "missing decoder.* and .* more; the configuration needs it")
+
+
 @pytest.mark.parametrize("text", ["{", "{}", '{"weight_map": 3}'])
 def test_damaged_index(directory, text):
     shard(directory)
@@ -363,8 +514,10 @@ def test_directories_that_are_not_models(directory):
     fails(directory / "nowhere", "nowhere is not a directory")
     (directory / "model.safetensors").unlink()
     fails(directory, "has no weights; expected model.safetensors")
-    (directory / "config.json").write_text(json.dumps(HUGGINGFACE | {"model_type": "llama"}))
-    fails(directory, "model_type is 'llama'; expected one of opt")
+    (directory / "config.json").write_text(json.dumps(HUGGINGFACE | {"model_type": "mamba"}))
+    fails(directory, "model_type is 'mamba'; expected one of opt, llama, mistral, qwen2, qwen3, phi3, gemma$")
+    (directory / "config.json").write_text(json.dumps(LLAMA_LIKE | {"model_type": "phi3", "rope_scaling": LONG}))
+    fails(directory, "config.json: phi3: rope scaling is 'longrope'; supported are default, linear, llama3")
     (directory / "config.json").write_text(json.dumps(HUGGINGFACE | {"enable_bias": False}))
     fails(directory, "config.json: OPT: enable_bias is False")
     (directory / "config.json").write_text("{")

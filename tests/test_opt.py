@@ -11,7 +11,7 @@ from flax import nnx
 
 import models
 from kvrecomp.attention import causal
-from models.opt import OPTConfig
+from models.opt import PRESETS, OPTConfig
 
 # Prime and distinct sizes where the architecture allows, so that a swapped axis fails.
 PRE_NORM = {
@@ -107,9 +107,9 @@ PUBLISHED = {
 }
 
 
-@pytest.mark.parametrize("name", models.PRESETS)
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_have_the_published_sizes(name):
-    config = models.PRESETS[name]
+    config = PRESETS[name]
     model = config.build(dtype="bfloat16", rngs=None)
     count = sum(variable.size for _, variable in nnx.to_flat_state(nnx.state(model)))
     assert count == PUBLISHED[name]
@@ -120,7 +120,7 @@ def test_presets_have_the_published_sizes(name):
 def test_presets_equal_transformers_count():
     torch = pytest.importorskip("torch", reason="the reference needs torch")
     transformers = pytest.importorskip("transformers", reason="the reference is transformers' OPT")
-    config = models.PRESETS["opt-350m"]
+    config = PRESETS["opt-350m"]
     with torch.device("meta"):
         theirs = transformers.OPTForCausalLM(
             transformers.OPTConfig(

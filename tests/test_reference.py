@@ -1,5 +1,7 @@
 """Logits and greedy continuations equal those of transformers, through a directory that it wrote."""
 
+import functools
+
 import numpy as np
 import pytest
 import toy
@@ -8,79 +10,126 @@ import kvrecomp
 import models
 
 torch = pytest.importorskip("torch", reason="the reference needs torch")
-transformers = pytest.importorskip("transformers", reason="the reference is transformers' OPT")
+transformers = pytest.importorskip("transformers", reason="the reference is transformers")
+torch.set_num_threads(1)  # its threads wait for one another busily, which takes longer than tiny models need
 
-VARIANTS = {
-    "ordinary": {"word_embed_proj_dim": 35},
-    "350m": {"word_embed_proj_dim": 17, "do_layer_norm_before": False},
+# Prime and distinct sizes where the architecture allows, so that a swapped axis fails. An epsilon that is seen.
+OPT = {"hidden_size": 35, "num_attention_heads": 5, "ffn_dim": 53}
+LLAMA = {"hidden_size": 30, "num_attention_heads": 3, "intermediate_size": 53, "rms_norm_eps": 1e-3}
+GROUPED = LLAMA | {"hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+LINEAR = {"rope_type": "linear", "rope_theta": 10.0, "factor": 3.0}
+LLAMA_3 = {  # planes of a head of 10 that are left as they are, slowed down and in between
+    "rope_type": "llama3",
+    "rope_theta": 10.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 30,
 }
-PROMPT, NEW, TAIL = 7, 17, 4
+FOUR_TO_ONE = GROUPED | {"hidden_size": 40, "num_attention_heads": 8, "head_dim": 10}
+MULTI_QUERY = LLAMA | {"num_attention_heads": 5, "num_key_value_heads": 1, "tie_word_embeddings": True}
+VARIANTS = {
+    "opt": ("OPT", OPT | {"word_embed_proj_dim": 35}),
+    "opt-350m": ("OPT", OPT | {"word_embed_proj_dim": 17, "do_layer_norm_before": False}),
+    "multi-head": ("Llama", LLAMA),
+    "grouped 4:1, llama3 scaling": ("Llama", FOUR_TO_ONE | {"rope_parameters": LLAMA_3}),
+    "multi-query, linear scaling": ("Llama", MULTI_QUERY | {"rope_parameters": LINEAR}),
+    "mistral": ("Mistral", GROUPED | {"head_dim": 10, "sliding_window": 5}),
+    "qwen2": ("Qwen2", GROUPED | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
+    "qwen3": ("Qwen3", GROUPED | {"head_dim": 14, "tie_word_embeddings": True}),
+    "phi3": ("Phi3", GROUPED | {"num_attention_heads": 8, "sliding_window": 6}),
+    "gemma": ("Gemma", LLAMA | {"num_key_value_heads": 1, "head_dim": 14}),
+}
+PLANS = ("activations", "recompute", "keys_values", "split:0.5", "device:0.5")
+PROMPT, NEW, TAIL, VOCAB = 7, 14, 4, 97
+
+
+class Reference:
+    """A model of transformers, random in every parameter, and the same read by us from where it was written."""
+
+    def __init__(self, variant, layers, path):
+        torch.manual_seed(1)  # with which greedy texts are varied
+        family, sizes = VARIANTS[variant]
+        tokens = {"pad_token_id": 1, "bos_token_id": 2, "eos_token_id": 2}
+        config = getattr(transformers, f"{family}Config")(
+            vocab_size=VOCAB, num_hidden_layers=layers, max_position_embeddings=41, **tokens, **sizes
+        )
+        self.theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+        with torch.no_grad():
+            for parameter in self.theirs.parameters():
+                parameter.add_(0.2 * torch.randn(parameter.shape))
+        self.theirs.save_pretrained(path)
+        self.ours = models.load(path)
+        self.prompts = toy.texts(3, PROMPT, longest_padding=PROMPT - 1, seed=7)
+
+    def generate(self, **options):
+        """What transformers makes of the prompts, greedily."""
+        return self.theirs.generate(
+            torch.tensor(self.prompts.ids),
+            attention_mask=torch.tensor(self.prompts.mask),
+            max_new_tokens=NEW,
+            do_sample=False,
+            **options,
+        )
+
+    @functools.cached_property
+    def continued(self):
+        """The prompts continued int[batch, PROMPT + NEW], and the logits [batch, NEW, VOCAB] they were chosen by."""
+        result = self.generate(eos_token_id=None, output_logits=True, return_dict_in_generate=True)
+        sequences, logits = result.sequences.numpy(), torch.stack(result.logits, dim=1).numpy()
+        assert logits.shape == (3, NEW, VOCAB) and np.abs(logits).max() > 1
+        assert len(np.unique(sequences[:, PROMPT:])) > 2  # or equal continuations say little
+        return sequences.astype(np.int32), logits
 
 
 @pytest.fixture(scope="module")
-def directories(tmp_path_factory):
-    """Transformers' models by variant, random in every parameter, and the directories they were written to."""
-    saved = {}
-    for variant, sizes in VARIANTS.items():
-        torch.manual_seed(1)  # with which greedy texts are varied
-        config = transformers.OPTConfig(
-            vocab_size=97,
-            hidden_size=35,
-            num_hidden_layers=2,
-            num_attention_heads=5,
-            ffn_dim=53,
-            max_position_embeddings=41,
-            pad_token_id=1,
-            bos_token_id=2,
-            eos_token_id=2,
-            **sizes,
-        )
-        reference = transformers.OPTForCausalLM(config).eval()
-        with torch.no_grad():
-            for parameter in reference.parameters():
-                parameter.add_(0.2 * torch.randn(parameter.shape))
-        path = tmp_path_factory.mktemp(variant)
-        reference.save_pretrained(path)
-        saved[variant] = reference, path
-    return saved
+def reference(tmp_path_factory):
+    """A function of a variant and a number of layers that gives the `Reference`, the same each time."""
+    return functools.cache(lambda variant, layers=1: Reference(variant, layers, tmp_path_factory.mktemp("reference")))
 
 
-@pytest.mark.parametrize("name", ["activations", "keys_values", "split:0.5"])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_greedy_continuations_and_logits(directories, variant, name):
-    reference, path = directories[variant]
-    given = toy.texts(3, PROMPT, longest_padding=PROMPT - 1, seed=7)
-    expected = reference.generate(
-        torch.tensor(given.ids),
-        attention_mask=torch.tensor(given.mask),
-        max_new_tokens=NEW,
-        do_sample=False,
-        eos_token_id=None,
-        output_logits=True,
-        return_dict_in_generate=True,
-    )
-    logits = torch.stack(expected.logits).numpy()
-    assert logits.shape == (NEW, 3, 97) and np.abs(logits).max() > 1
-    new = expected.sequences.numpy()[:, PROMPT:]
-    assert len(np.unique(new)) > 2  # or equal continuations say little
-    model = models.load(path)
-    plan = kvrecomp.named_plan(name, model.shape, kvrecomp.Workload(3, PROMPT, NEW), tail=TAIL)
-    assert plan.write_outs == 4
-    ours = kvrecomp.generate(model, given.ids, given.mask, max_new_tokens=NEW, plan=plan, output_logits=True)
-    np.testing.assert_array_equal(ours.sequences, expected.sequences.numpy())
-    np.testing.assert_allclose(ours.logits, logits, atol=1e-4, rtol=1e-4)
-    assert ours.new_tokens.tolist() == [NEW] * 3
+def test_forward(reference, variant):
+    both, given = reference(variant, layers=3), toy.texts(7, 13, longest_padding=12)
+    with torch.no_grad():
+        expected = both.theirs(torch.tensor(given.ids), attention_mask=torch.tensor(given.mask)).logits.numpy()
+    logits = toy.get(both.ours(toy.put(given.ids), toy.put(given.mask)))
+    assert np.abs(expected).max() > 1  # or the comparison says little
+    np.testing.assert_allclose(logits[given.mask == 1], expected[given.mask == 1], atol=1e-4, rtol=1e-4)
 
 
-def test_stops_where_transformers_does(directories):
+@pytest.mark.parametrize("name", PLANS)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_decoding(reference, variant, name):
+    """Logits of prefill and of each step, across write-outs, given the tokens that transformers chose."""
+    both = reference(variant)
+    sequences, expected = both.continued
+    plan = kvrecomp.named_plan(name, both.ours.shape, kvrecomp.Workload(3, PROMPT, NEW), tail=TAIL)
+    assert plan.write_outs == 3
+    given = toy.Texts(sequences[:, :-1], both.prompts.padding)
+    logits = toy.decoded_logits(kvrecomp.Decoder(both.ours, plan), given)
+    np.testing.assert_allclose(logits, expected, atol=1e-4, rtol=1e-4)
+    np.testing.assert_array_equal(logits.argmax(axis=-1), sequences[:, PROMPT:])
+
+
+@pytest.mark.parametrize("variant", ["opt", "mistral"])
+def test_greedy_continuations(reference, variant):
+    both = reference(variant, layers=2)
+    sequences, logits = both.continued
+    plan = kvrecomp.named_plan("split:0.5", both.ours.shape, kvrecomp.Workload(3, PROMPT, NEW), tail=TAIL)
+    given, mask = both.prompts.ids, both.prompts.mask
+    result = kvrecomp.generate(both.ours, given, mask, max_new_tokens=NEW, plan=plan, output_logits=True)
+    np.testing.assert_array_equal(result.sequences, sequences)
+    np.testing.assert_allclose(np.moveaxis(result.logits, 0, 1), logits, atol=1e-4, rtol=1e-4)
+    assert result.new_tokens.tolist() == [NEW] * 3
+
+
+def test_stops_where_transformers_does(reference):
     """The end token of one row comes early: that row is padded, the others go on."""
-    reference, path = directories["ordinary"]
-    given = toy.texts(3, PROMPT, longest_padding=PROMPT - 1, seed=7)
-    inputs = {"input_ids": torch.tensor(given.ids), "attention_mask": torch.tensor(given.mask)}
-    free = reference.generate(**inputs, max_new_tokens=NEW, do_sample=False, eos_token_id=None)
-    end = int(free[0, PROMPT + 2])
-    options = {"max_new_tokens": NEW, "do_sample": False, "eos_token_id": end, "pad_token_id": 1}
-    expected = reference.generate(**inputs, **options).numpy()
-    ours = kvrecomp.generate(models.load(path), given.ids, given.mask, plan="activations", **options)
+    both = reference("opt", layers=2)
+    end = int(both.continued[0][0, PROMPT + 2])
+    expected = both.generate(eos_token_id=end, pad_token_id=1).numpy()
+    options = {"max_new_tokens": NEW, "eos_token_id": end, "pad_token_id": 1, "plan": "activations"}
+    ours = kvrecomp.generate(both.ours, both.prompts.ids, both.prompts.mask, do_sample=False, **options)
     np.testing.assert_array_equal(ours.sequences, expected)
     assert ours.new_tokens[0] <= 3 and ours.new_tokens.max() == NEW

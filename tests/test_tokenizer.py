@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from models import byte_tokenizer, load_tokenizer
+from models import CheckpointError, OPTConfig, byte_tokenizer, check_tokenizer, load_tokenizer
 
 TOKENIZER = byte_tokenizer()
 
@@ -42,3 +42,17 @@ def test_a_damaged_file_is_one_clear_line(tmp_path):
     with pytest.raises(ValueError, match=r"tokenizer\.json: not a readable tokenizer") as raised:
         load_tokenizer(tmp_path)
     assert "\n" not in str(raised.value)
+
+
+def test_a_vocabulary_that_does_not_match():
+    """A model may have more ids than its tokenizer, for sizes that suit its device, but not fewer."""
+    sizes = {"layers": 1, "hidden": 8, "heads": 2, "intermediate": 8, "positions": 9}
+    for vocab in (258, 259, 97_000):
+        check_tokenizer(TOKENIZER, OPTConfig("fits", vocab=vocab, **sizes).shape)
+    with pytest.raises(CheckpointError, match="has ids up to 257, short a vocabulary of 257; expected") as raised:
+        check_tokenizer(TOKENIZER, OPTConfig("short", vocab=257, **sizes).shape)
+    assert "\n" not in str(raised.value)
+    added = byte_tokenizer()
+    added.add_special_tokens(["<|one more|>"])
+    with pytest.raises(CheckpointError, match="up to 258"):
+        check_tokenizer(added, OPTConfig("short", vocab=258, **sizes).shape)

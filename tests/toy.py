@@ -19,6 +19,7 @@ POSITIONS = 41
 
 OPT = models.OPTConfig("toy", layers=2, hidden=21, heads=3, intermediate=37, vocab=VOCAB, positions=POSITIONS)
 POST_NORM = dataclasses.replace(OPT, name="toy-350m", embedding=13, pre_norm=False, final_norm=False)
+LLAMA = models.LlamaConfig("toy-llama", 2, 34, 4, 37, VOCAB, POSITIONS, kv_heads=2, head_dim=6, head_norms=True)
 
 
 def put(array):
@@ -44,7 +45,7 @@ def randomised(model, seed=0, std=0.3):
 
 
 def widened(model):
-    """An OPT in float32 with the numbers of one in bfloat16."""
+    """A model in float32 with the numbers of one in bfloat16."""
     graph, _ = nnx.split(model.config.build(dtype="float32", rngs=None))
     return nnx.merge(graph, jax.tree.map(lambda array: array.astype(jnp.float32), nnx.state(model)))
 
@@ -168,7 +169,7 @@ def decoded_logits(decoder, given):
         assert cache.layout == plan.blocks((slot - prompt) // plan.tail)
     kinds = {"host": "pinned_host", "device": "device"}
     for block in (block for own in cache.blocks for block in own):
-        assert {array.sharding.memory_kind for array in block.arrays} == {kinds[block.memory]}
+        assert block.array.sharding.memory_kind == kinds[block.memory]
     return np.stack([get(logits) for logits in result], axis=1)
 
 
