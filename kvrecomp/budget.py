@@ -6,7 +6,7 @@ from typing import get_args
 
 from kvrecomp import memory
 from kvrecomp.attention import SCORE_BYTES
-from kvrecomp.plan import Budget, Memory, Plan, PlanError, format_bytes
+from kvrecomp.plan import COPIES_AHEAD, Budget, Memory, ModelShape, Plan, PlanError, Workload, format_bytes
 
 MARGIN = 0.05  # of what is free: fragmentation, and the programs themselves
 
@@ -14,26 +14,42 @@ MARGIN = 0.05  # of what is free: fragmentation, and the programs themselves
 def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dict[str, int]]:
     """Bytes by memory and item, after that many write-outs (default: at the end of the workload).
 
-    `prefill` is an estimate of the prompt's intermediate results: the hidden states, Q, K and V, one feed-forward, and
-    the scores of a chunk of queries. It and the window are not in use at the same time; the larger one counts.
+    A prefill and a window are not in use at the same time; the larger one counts.
     """
     write_outs = plan.write_outs if write_outs is None else write_outs
-    shape, work = plan.shape, plan.workload
-    widest = max(
-        3 * layer.hidden + layer.width("keys_values") + max(3 * layer.hidden, (1 + layer.gated) * layer.intermediate)
-        for layer in shape.layers
-    )
-    prefill = work.batch * work.prompt * widest * shape.itemsize + 3 * SCORE_BYTES
-    host = plan.bytes_in("host", write_outs)
+    shape = plan.shape
     return {
         "device": {
             "weights": shape.parameters * shape.itemsize,
             "blocks": plan.bytes_in("device", write_outs),
             "tail": plan.tail_bytes,
-            "prefill or window": max(prefill, min(plan.window, host)),
+            "prefill or window": max(prefill_bytes(shape, plan.workload), _in_flight(plan, write_outs)),
         },
-        "host": {"blocks": host},
+        "host": {"blocks": plan.bytes_in("host", write_outs)},
     }
+
+
+def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
+    """An estimate of a prompt's intermediate results: the hidden states, Q, K and V, what is mixed, one feed-forward,
+    and the scores of a chunk of queries."""
+    widest = max(
+        2 * layer.hidden
+        + layer.width("keys_values")
+        + max(2 * layer.heads * layer.head_dim + layer.hidden, (1 + layer.gated) * layer.intermediate)
+        for layer in shape.layers
+    )
+    return workload.batch * workload.prompt * widest * shape.itemsize + 3 * SCORE_BYTES
+
+
+def _in_flight(plan: Plan, write_outs: int) -> int:
+    """Most bytes of host blocks on their way or in use: a layer's, or as many blocks as are copied ahead."""
+    most = 0
+    for layer, layer_shape in plan.kinds:
+        blocks = layer.blocks(write_outs, plan.tail)
+        sizes = [plan.bytes_of(layer_shape, block) for block in blocks if block.memory == "host"]
+        ahead = sum(sizes) if plan.schedule == "layerwise" else COPIES_AHEAD * max(sizes, default=0)
+        most = max(most, ahead)
+    return most if plan.schedule == "layerwise" else min(plan.window, most, plan.bytes_in("host", write_outs))
 
 
 def limits(budget: Budget, weights: int) -> dict[Memory, float]:

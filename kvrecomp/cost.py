@@ -134,7 +134,7 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
         return Line(kernel(2 * b * count, count) + kernels * profile.kernel_seconds, 0.0)
 
     def tokens(*kernels: tuple[float, float], count: int = 4) -> Line:
-        scores = kernel(0, b * layer.heads * 6)  # float32, written, read for the softmax and for mixing
+        scores = 12 * b * layer.heads / profile.memory_rate  # float32, written, read for the softmax and for mixing
         return Line(count * profile.kernel_seconds, sum(kernel(b * o, b * n) for o, n in kernels) + scores)
 
     by_keys, by_values = (2 * nd, kd), (2 * nd, kd)  # scores against K, weights times V

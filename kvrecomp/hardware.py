@@ -19,6 +19,12 @@ WORKS: tuple[Work, ...] = get_args(Work)
 ATTENTION: tuple[Work, ...] = ("keys_values", "absorb", "recompute")
 
 
+def _check_number(of: str, name: str, value: Any, above: bool = False) -> None:
+    if not isinstance(value, (int, float)) or not 0 <= value < float("inf") or (above and value == 0):
+        expected = "greater than zero" if above else "not negative"
+        raise PlanError(f"{of}: {name} is {value!r}; it must be a finite number, {expected}")
+
+
 @dataclass(frozen=True)
 class Line:
     """`base + each * size` seconds."""
@@ -27,8 +33,8 @@ class Line:
     each: float
 
     def __post_init__(self):
-        if not (0 <= self.base < float("inf") and 0 <= self.each < float("inf")):
-            raise PlanError(f"Line: {self.base} + {self.each} * size; both must be finite and not negative")
+        _check_number("Line", "base", self.base)
+        _check_number("Line", "each", self.each)
 
     def __call__(self, size: float) -> float:
         """Seconds at that size."""
@@ -51,6 +57,7 @@ class LayerTimes:
     def __post_init__(self):
         if set(self.work) != set(WORKS):
             raise PlanError(f"LayerTimes: {', '.join(self.work)}; expected {', '.join(WORKS)}")
+        _check_number("LayerTimes", "outside", self.outside)
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,10 @@ class HardwareProfile:
 
     def __post_init__(self):
         for name in ("device_bytes", "beside_compute", "matmul_rate", "memory_rate"):
-            if not 0 < getattr(self, name) < float("inf"):
-                raise PlanError(f"HardwareProfile: {name} is {getattr(self, name)}; it must be greater than zero")
+            _check_number("HardwareProfile", name, getattr(self, name), above=True)
+        for name in ("handoff_seconds", "kernel_seconds", "host_bytes"):
+            if name != "host_bytes" or self.host_bytes is not None:
+                _check_number("HardwareProfile", name, getattr(self, name))
 
     def times(self, layer: LayerShape, dtype: str, batch: int) -> LayerTimes | None:
         """The times measured for that layer, dtype and batch, if they were."""

@@ -182,6 +182,8 @@ def _place(block: Block) -> Block:
     return replace(block, array=jax.device_put(block.array, space))
 
 
+PROGRAMS_AHEAD = 2  # steps' programs made while the tail fills: a later one takes longer, it has more blocks
+
 # --- the decoder ------------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +259,8 @@ class Decoder:
         if write_outs < plan.write_outs:
             # After the call: a program's first execution loads its kernels, which takes longer beside a compilation.
             self._prepare("write-out", plan.written_to(write_outs))
-            self._prepare("step", write_outs + 1)
+            for ahead in range(1, min(PROGRAMS_AHEAD, plan.write_outs - write_outs) + 1):
+                self._prepare("step", write_outs + ahead)
         return make_cache(cache.blocks, tails, cache.padding, length, cache.in_tail + 1), logits
 
     def _write_out(self, cache: Cache, write_outs: int) -> Cache:

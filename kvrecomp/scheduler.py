@@ -1,30 +1,32 @@
 """Chooses the plan: of many candidates that fit the budget, the one whose predicted step is shortest.
 
-A candidate is made from a few numbers (`Settings`): how much of the device memory that is left over holds keys and
-values (the rest holds what is smaller), which fraction of the tokens behind the link are activations, how activations
-are used, and the window. Whatever fits stays on the device, the prompt first, because its tokens are read most often.
-All candidates are predicted in one call of the cost function, on a coarse grid and then on a finer one around the best.
-Layers of different shapes get settings of their own, one shape after the other.
+A candidate is made from a few numbers for all layers of one shape (`Settings`): how much of the device memory that is
+left over holds keys and values (the rest holds what is smaller), which fraction of the prompt behind the link are
+activations, how activations are used, the form of the tail and of the blocks it becomes, and how many of these blocks
+stay on the device before any of the prompt does. All candidates are predicted in one call of the cost function, on a
+coarse grid and then on finer ones around the best. Layers of different shapes get settings of their own, one shape
+after the other. The plans by name are candidates too, so that the choice is never worse than one of them.
 """
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kvrecomp.budget import MARGIN, check_memory, memory_needed
+from kvrecomp.budget import MARGIN, check_memory, memory_needed, prefill_bytes
 from kvrecomp.cost import StepCost, plan_costs
 from kvrecomp.hardware import LARGEST_DEVICE, HardwareProfile
 from kvrecomp.named import named_plan
 from kvrecomp.plan import (
     AUTO,
+    BLOCKS_PER_WINDOW,
+    COPIES_AHEAD,
     DEFAULT_WINDOW,
     FORMS,
+    GIB,
     MEMORIES,
-    METHODS,
     MIB,
-    TAIL_BYTES,
+    BlockSpec,
     Budget,
     Form,
     LayerPlan,
@@ -43,6 +45,7 @@ WINDOWS = tuple(DEFAULT_WINDOW >> shift for shift in (0, 2, 4, 6))
 WINDOW_SHARE = 1 / 8  # of the device memory beside the weights, at most, is window
 GRID = 8  # steps of the coarse grid of fractions; the finer one has as many within one of them
 TAIL_SHARE = 1 / 8  # of the device memory beside the weights, at most, is tail
+MOST_TAIL_BYTES = 4 * GIB
 RIVALS = ("activations", "recompute", "keys_values", "split:0.5", "device")  # what the choice is compared with
 
 
@@ -51,12 +54,20 @@ class Settings:
     """What the plan of layers of one shape is made from.
 
     `on_device` is the fraction of the device memory left over that holds keys and values, None for as much as leaves no
-    token behind the link; `activations` the fraction of the other tokens that are activations.
+    token behind the link; `activations` the fraction of the prompt behind the link that are activations. `tail` is the
+    form of generated tokens, and `growth` the fraction of the written-out tails that could stay on the device for which
+    room is kept; the prompt comes next, and what is left over is for more of them.
     """
 
     on_device: float | None
     activations: float
     method: Method
+    tail: Form
+    growth: float
+
+
+Candidate = tuple[int, dict[LayerShape, Settings]]
+"""A window, and the settings of each layer shape."""
 
 
 def make_plan(
@@ -116,27 +127,42 @@ class _Search:
         self.shapes = list(dict.fromkeys(shape.layers))
         spare = max(0.0, (budget.device or 0.0) - shape.parameters * shape.itemsize)
         # A smaller window leaves more room for blocks, and cuts what is sent into more copies.
-        self.windows = [own for own in WINDOWS if own <= spare * WINDOW_SHARE][:2] or [WINDOWS[-1]]
-        if window is not None:
-            self.windows = [window]
-        self.tail = default_tail(shape, workload, self.windows[-1], min(TAIL_BYTES, spare * TAIL_SHARE))
-        if tail is not None:
-            self.tail = min(tail, workload.new)
+        widest = max(layer.width(form) for layer in self.shapes for form in FORMS) * workload.batch * shape.itemsize
+        # A prefill has gone when a step needs its window, of which it uses half.
+        beside = max(spare * WINDOW_SHARE, 2 * prefill_bytes(shape, workload))
+        windows = [own for own in WINDOWS if own <= beside][:2] or [WINDOWS[-1]]
+        self.windows = [max(own, widest) for own in windows] if window is None else [window]
+        most = min(MOST_TAIL_BYTES, spare * TAIL_SHARE)
+        self.tail = default_tail(shape, workload, self.windows[-1], most) if tail is None else min(tail, workload.new)
+        self._shorter_tails = tail is None
         self._costs: dict[Plan, StepCost] = {}
 
     def best(self) -> Plan:
-        """The plan to use."""
-        grid = [step / GRID for step in range(GRID + 1)]
-        settings = [Settings(*each) for each in itertools.product((None, 0.0, 0.5, 1.0), grid, METHODS)]
-        best = self._choose((window, dict.fromkeys(self.shapes, each)) for window in self.windows for each in settings)
+        """The plan to use. Raises `PlanError` where none fits."""
+        window, grid = self.windows[0], [step / GRID for step in range(GRID + 1)]
+        growth = (0.0, 0.25, 0.5, 0.75, 1.0) if self.workload.new > self.tail else (0.0,)
+        choices = itertools.product((None, 0.0, 0.5, 1.0), grid, ("absorb",), FORMS, growth)
+        settings = [Settings(*choice) for choice in choices]
+        smaller = {}  # each shape in its own smaller form: the least that could fit
+        for layer in self.shapes:
+            form = _smaller(layer)
+            smaller[layer] = Settings(None, float(form == "activations"), "absorb", form, 0.0)
+        best = self._choose([*((window, dict.fromkeys(self.shapes, own)) for own in settings), (window, smaller)])
         for layer in self.shapes:
             if len(self.shapes) > 1:
                 best = self._vary(best, layer, settings)
-            centre = best[1][layer]
-            fine = [centre.activations + step / GRID**2 for step in range(-GRID, GRID + 1)]
-            near = [dataclasses.replace(centre, activations=each) for each in fine if 0 <= each <= 1]
-            best = self._vary(best, layer, near)
-        return self._plan(*best)
+            for name, step in (("activations", 1), ("on_device", 4), ("growth", 4)):
+                best = self._refine(best, layer, name, step / GRID**2)
+            other = [dataclasses.replace(best[1][layer], method="recompute", activations=each) for each in grid]
+            best = self._vary(best, layer, other)
+            best = self._refine(best, layer, "activations", 1 / GRID**2)
+        best = self._choose([best, *((window, best[1]) for window in self.windows[1:])])
+        found = self._plan(*best)
+        (cost,) = self.costs([found])
+        better = [(rival, own) for rival, own in self.rivals(found) if 1.001 * own.seconds < cost.seconds]
+        if better:
+            found = dataclasses.replace(min(better, key=lambda item: item[1].seconds)[0], name=AUTO)
+        return found
 
     def costs(self, plans: Sequence[Plan]) -> list[StepCost]:
         """What a step costs under each of the plans."""
@@ -144,26 +170,49 @@ class _Search:
             self._costs.update(zip(new, itertools.starmap(StepCost, zip(*plan_costs(self.profile, new)))))
         return [self._costs[plan] for plan in plans]
 
-    def fits(self, plan: Plan) -> bool:
-        """Whether the plan keeps to the budget."""
-        return self._excess(plan) == 0
+    def rivals(self, plan: Plan) -> list[tuple[Plan, StepCost]]:
+        """The plans by name that fit, with the tail and window of this one."""
+        named = []
+        for name in RIVALS:
+            try:
+                named.append(named_plan(name, self.shape, self.workload, tail=plan.tail, window=plan.window))
+            except PlanError:  # a token larger than the window
+                continue
+        last = plan.write_outs
+        fitting = [rival for rival in named if rival.blocks(last) != plan.blocks(last) and self._excess(rival) == 0]
+        return list(zip(fitting, self.costs(fitting)))
 
     def _excess(self, plan: Plan) -> float:
         """Bytes over the budget, of both memories."""
         needed = memory_needed(plan)
         return sum(max(0.0, sum(needed[place].values()) - getattr(self.budget, place)) for place in MEMORIES)
 
-    def _vary(self, best, layer: LayerShape, settings: Iterable[Settings]):
+    def _vary(self, best: Candidate, layer: LayerShape, settings: Iterable[Settings]) -> Candidate:
         """The best of these settings for one shape, the others' being as they are."""
         window, others = best
-        return self._choose([best, *((window, others | {layer: each}) for each in settings)])
+        return self._choose([best, *((window, others | {layer: own}) for own in settings)])
 
-    def _choose(self, candidates: Iterable[tuple[int, dict[LayerShape, Settings]]]):
-        """The candidate with the shortest step; of those alike within a thousandth, the one that sends least."""
-        plans = {}
-        for window, settings in candidates:
-            plans.setdefault(self._plan(window, settings), (window, settings))
-        fitting = [plan for plan in plans if self.fits(plan)]
+    def _refine(self, best: Candidate, layer: LayerShape, name: str, step: float) -> Candidate:
+        """The best of one fraction on a finer grid around what it is."""
+        centre = best[1][layer]
+        value = getattr(centre, name)
+        if value is None:
+            return best
+        near = [value + number * step for number in range(-GRID, GRID + 1)]
+        return self._vary(best, layer, [dataclasses.replace(centre, **{name: own}) for own in near if 0 <= own <= 1])
+
+    def _choose(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The candidate with the shortest step; of those alike within a thousandth, the one that sends least.
+
+        Where none fits, the tail is made shorter, unless it was given.
+        """
+        plans: dict[Plan, Candidate] = {}
+        for candidate in candidates:
+            plans.setdefault(self._plan(*candidate), candidate)
+        fitting = [plan for plan in plans if self._excess(plan) == 0]
+        if not fitting and self._shorter_tails and self.tail > 1:
+            self.tail //= 2
+            return self._choose(candidates)
         if not fitting:
             check_memory(min(plans, key=self._excess), self.budget)
         seconds = {plan: float(cost.seconds) for plan, cost in zip(fitting, self.costs(fitting))}
@@ -172,34 +221,33 @@ class _Search:
         return plans[min(alike, key=lambda plan: plan.bytes_in("host"))]
 
     def _plan(self, window: int, settings: dict[LayerShape, Settings]) -> Plan:
-        room = self._room(window)
-        return self._assemble(window, settings, room)
-
-    @functools.cache  # noqa: B019 - lives as long as the search
-    def _room(self, window: int) -> float:
-        """Bytes left of the device when everything is in host memory and the tails are as wide as they can be."""
-        all_host = self._assemble(window, {layer: _widest(layer) for layer in self.shapes}, 0.0)
-        return max(0.0, (self.budget.device or 0.0) - sum(memory_needed(all_host)["device"].values()))
-
-    def _assemble(self, window: int, settings: dict[LayerShape, Settings], room: float) -> Plan:
         """The plan with these settings; layers share the room so that each keeps as many tokens as the others."""
-        widths = {layer: min(layer.width(form) for form in FORMS) for layer in self.shapes}
-        share = room / sum(widths[layer] for layer in self.shape.layers)
+        prefill = prefill_bytes(self.shape, self.workload)
+        room = (self.budget.device or 0.0) - self.shape.parameters * self.shape.itemsize - prefill
+        window_room = room - max(0, COPIES_AHEAD * (window // BLOCKS_PER_WINDOW) - prefill)
+        widths = {layer: layer.width(_smaller(layer)) for layer in self.shapes}
+        total = sum(widths[layer] for layer in self.shape.layers)
         own = {}
         for layer in self.shapes:
-            builder = _Builder(layer, self.shape, self.workload, window, self.tail, share * widths[layer])
-            own[layer] = iter(builder.plans(settings[layer], self.shape.layers.count(layer)))
-        layers = tuple(next(own[layer]) for layer in self.shape.layers)
+            share = widths[layer] / total
+            builder = _Builder(layer, self.shape, self.workload, window, self.tail, room * share, window_room * share)
+            own[layer] = builder.plan(settings[layer])
+        layers = tuple(own[layer] for layer in self.shape.layers)
         return Plan(AUTO, self.shape, self.workload, layers, self.tail, window)
 
 
-def _widest(layer: LayerShape) -> Settings:
-    return Settings(0.0, float(layer.width("activations") > layer.width("keys_values")), "absorb")
+def _smaller(layer: LayerShape) -> Form:
+    """The form with fewer bytes; keys and values where they are alike."""
+    return "activations" if layer.width("activations") < layer.width("keys_values") else "keys_values"
 
 
 @dataclass(frozen=True)
 class _Builder:
-    """Makes the plans of layers of one shape; `room` is how many bytes of blocks each may keep on the device."""
+    """Makes the plan of layers of one shape.
+
+    `room` is how many bytes of tail and blocks each may keep on the device, `window_room` the same where a window is
+    needed too.
+    """
 
     layer: LayerShape
     shape: ModelShape
@@ -207,54 +255,52 @@ class _Builder:
     window: int
     tail: int
     room: float
+    window_room: float
 
-    def plans(self, settings: Settings, count: int) -> list[LayerPlan]:
-        """The plans of `count` layers, alike but for their tails: a tail has one form, so forms alternate."""
+    def plan(self, settings: Settings) -> LayerPlan:
+        """The plan with these settings, which may be over the budget where even the tail is."""
         prompt = self.workload.prompt
         write_outs = max(0, (self.workload.new - 1) // self.tail)
-        smaller: Form = "activations" if self._bytes("activations") < self._bytes("keys_values") else "keys_values"
-        as_pairs, as_smaller = self._on_device(settings.on_device, prompt + write_outs * self.tail, smaller)
-        pairs_here = min(as_pairs, prompt)
-        smaller_here = min(as_smaller, prompt - pairs_here)
-        behind = prompt - pairs_here - smaller_here
-        sent = round(settings.activations * behind)
-        here = {"keys_values": pairs_here, "activations": 0}
-        here[smaller] += smaller_here
-        runs: list[tuple[Form, Memory, int]] = [
-            ("keys_values", "device", here["keys_values"]),
-            ("activations", "device", here["activations"]),
-            ("activations", "host", sent),
-            ("keys_values", "host", behind - sent),
-        ]
-        kept = (as_pairs + as_smaller - pairs_here - smaller_here) // self.tail  # tails that stay when written out
-        if behind or kept < write_outs:
-            pairs = 1 - settings.activations
-        elif smaller == "keys_values" or not write_outs:
-            pairs = float(smaller == "keys_values" or not here["activations"])
-        else:
-            pairs = (as_pairs - pairs_here) // self.tail / write_outs
-        stays: Memory = "host" if behind or kept < write_outs else "device"
-        here_first: list[Memory] = ["device"] * min(kept, write_outs) if stays == "host" else []
-        grown = (*here_first, stays)
-        blocks = cut_runs(runs, self.layer, self.shape, self.workload, self.window)
-        of_form = {form: LayerPlan(blocks, form, grown, settings.method) for form in FORMS}
-        turns = [int((number + 1) * pairs) > int(number * pairs) for number in range(count)]
-        return [of_form["keys_values" if turn else "activations"] for turn in turns]
-
-    def _on_device(self, fraction: float | None, tokens: int, smaller: Form) -> tuple[int, int]:
-        """How many tokens stay on the device as keys and values, and how many in the smaller form."""
+        smaller = _smaller(self.layer)
         pair, small = self._bytes("keys_values"), self._bytes(smaller)
-        if fraction is not None:
-            pairs = min(tokens, int(fraction * self.room / pair))
-        elif tokens * small > self.room:
-            pairs = 0
-        else:
-            pairs = tokens if tokens * pair <= self.room else int((self.room - tokens * small) / (pair - small))
-        return pairs, min(tokens - pairs, int((self.room - pairs * pair) / small))
+        grown = self.tail * self._bytes(settings.tail)  # a tail's bytes, written out or not
+        all_fits = prompt * small + (1 + write_outs) * grown <= self.room
+        room = max(0.0, (self.room if all_fits else self.window_room) - grown)
+        kept = min(write_outs, int(room / grown))
+        for_prompt = room - (kept if all_fits else int(settings.growth * kept)) * grown
+        if settings.on_device is not None:
+            pairs = min(prompt, int(settings.on_device * for_prompt / pair))
+        elif prompt * pair <= for_prompt:
+            pairs = prompt
+        else:  # as many as leave room for the others in the smaller form
+            pairs = max(0, int((for_prompt - prompt * small) / (pair - small))) if pair > small else 0
+        rest = min(prompt - pairs, int((for_prompt - pairs * pair) / small))
+        behind = prompt - pairs - rest
+        sent = round(settings.activations * behind)
+        here = {"keys_values": pairs, "activations": 0}
+        here[smaller] += rest
+        blocks = (
+            *self._cut("keys_values", "device", here["keys_values"]),
+            *self._cut("activations", "device", here["activations"]),
+            *_mix(self._cut("activations", "host", sent), self._cut("keys_values", "host", behind - sent)),
+        )
+        kept = min(write_outs, int((room - pairs * pair - rest * small) / grown))
+        stays: list[Memory] = ["device"] * kept
+        leaves: list[Memory] = ["host"] if kept < write_outs or behind else ["device"]
+        return LayerPlan(blocks, settings.tail, (*stays, *leaves), settings.method)
+
+    def _cut(self, form: Form, memory: Memory, tokens: int) -> tuple[BlockSpec, ...]:
+        return cut_runs([(form, memory, tokens)], self.layer, self.shape, self.workload, self.window)
 
     def _bytes(self, form: Form) -> int:
         """Of one token."""
         return self.workload.batch * self.layer.width(form) * self.shape.itemsize
+
+
+def _mix(some: Sequence[BlockSpec], others: Sequence[BlockSpec]) -> list[BlockSpec]:
+    """Both in turns: one kind is long to copy and the other long to compute with, so that each runs under the other."""
+    turns = [((number + 0.5) / len(own), block) for own in (some, others) for number, block in enumerate(own)]
+    return [block for _, block in sorted(turns, key=lambda turn: turn[0])]
 
 
 def _reason(plan: Plan, search: _Search) -> str:
@@ -266,15 +312,8 @@ def _reason(plan: Plan, search: _Search) -> str:
         f"{1e3 * float(cost.seconds):.2f} ms a step predicted, bound by the {bound}: copies take "
         f"{1e3 * copying:.2f} ms, compute {1e3 * computing:.2f} ms"
     )
-    rivals = []
-    for name in RIVALS:
-        try:
-            rival = named_plan(name, search.shape, search.workload, tail=plan.tail, window=plan.window)
-        except PlanError:
-            continue
-        if rival.layers != plan.layers and search.fits(rival):
-            rivals.append(rival)
+    rivals = [(float(rival.seconds), plan.name) for plan, rival in search.rivals(plan)]
     if not rivals:
         return f"{text}; no plan by name fits beside it"
-    seconds, name = min((float(cost.seconds), rival.name) for cost, rival in zip(search.costs(rivals), rivals))
+    seconds, name = min(rivals)
     return f"{text}; next best is {name}, {1e3 * seconds:.2f} ms"

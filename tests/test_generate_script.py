@@ -139,8 +139,8 @@ def test_control_characters_do_not_reach_the_terminal():
 
 
 def test_program_prints_all_and_json_last(checkpoint):
-    options = ["--prompt=Return the", "--prompt=é", "--max_new_tokens=6", "--plan=activations", "--tail=4", "--nodo_sample"]
-    done = as_program(f"--checkpoint={checkpoint}", *options, "--json")
+    options = ["--prompt=Return the", "--prompt=é", "--max_new_tokens=6", "--tail=4", "--nodo_sample", "--json"]
+    done = as_program(f"--checkpoint={checkpoint}", "--plan=activations", *options)
     assert done.returncode == 0, done.stderr
     *human, last = done.stdout.splitlines()
     document = json.loads(last)

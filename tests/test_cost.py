@@ -1,0 +1,654 @@
+"""The cost function: against an event simulation of the same pipeline, in closed forms, and against the runtime."""
+
+import heapq
+from dataclasses import replace
+from typing import get_args
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import models
+from kvrecomp import cost
+from kvrecomp.cache import Block
+from kvrecomp.cost import (
+    WORKS,
+    Tasks,
+    estimate,
+    kvpr_seconds,
+    kvpr_split,
+    make_tasks,
+    plan_costs,
+    stack_tasks,
+    step_seconds,
+    sum_seconds,
+    work_table,
+)
+from kvrecomp.hardware import HardwareProfile, LayerTimes, Line, Work
+from kvrecomp.named import named_plan
+from kvrecomp.plan import (
+    COPIES_AHEAD,
+    GIB,
+    BlockSpec,
+    LayerPlan,
+    LayerShape,
+    ModelShape,
+    Plan,
+    PlanError,
+    Workload,
+    copies_before,
+)
+from kvrecomp.runtime import Window
+
+# Two layers of different shapes; the second has grouped queries.
+PLAIN = LayerShape(hidden=35, heads=5, kv_heads=5, head_dim=7, intermediate=53)
+GROUPED = LayerShape(hidden=35, heads=6, kv_heads=2, head_dim=4, intermediate=59, gated=True, absorbs_keys=False)
+SHAPE = ModelShape("two", (PLAIN, GROUPED), vocab=97, embedding=17, positions=101, dtype="bfloat16")
+WORK = Workload(batch=3, prompt=11, new=8)
+MACHINE = HardwareProfile(
+    "none", GIB, Line(1e-5, 1e-10), Line(1e-5, 1e-10), beside_compute=9e9, matmul_rate=1e14, memory_rate=1e12
+)
+
+kv, acts = "keys_values", "activations"
+many = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+def times(layer, lines=(), dtype="bfloat16", batch=3, outside=0.0):
+    """Times of a layer that takes none but for the lines given, (base, each) by work."""
+    work = {name: Line(*dict(lines).get(name, (0.0, 0.0))) for name in WORKS}
+    return LayerTimes(layer, dtype, batch, work, outside)
+
+
+# --- against an event simulation --------------------------------------------------------------------------------------
+
+
+def simulate(computing, copying, hold, handoff=0.0):
+    """Seconds of a step by events. `copying` is None where a task has no copy of its own.
+
+    Two units: the link takes copies in order, each once the task that holds it has ended; the device takes tasks in
+    order, each once its own copy has arrived. Either learns of the other's end a handoff later.
+    """
+    copies = [task for task, seconds in enumerate(copying) if seconds is not None]
+    arrived, ended = set(), {-1}  # what the other unit knows of
+    waiting = {"link": copies, "device": list(range(len(computing)))}
+    events, now, last = [], 0.0, 0.0  # (time, what happens, task)
+    busy = set()
+    while True:
+        if "link" not in busy and waiting["link"] and hold[waiting["link"][0]] in ended:
+            task = waiting["link"].pop(0)
+            busy.add("link")
+            heapq.heappush(events, (now + copying[task], "copied", task))
+        if "device" not in busy and waiting["device"]:
+            task = waiting["device"][0]
+            if copying[task] is None or task in arrived:
+                waiting["device"].pop(0)
+                busy.add("device")
+                heapq.heappush(events, (now + computing[task], "computed", task))
+        if not events:
+            return last
+        now, what, task = heapq.heappop(events)
+        if what == "copied":
+            busy.remove("link")
+            heapq.heappush(events, (now + handoff, "arrived", task))
+        elif what == "computed":
+            busy.remove("device")
+            last = now
+            heapq.heappush(events, (now + handoff, "ended", task))
+        else:
+            (arrived if what == "arrived" else ended).add(task)
+
+
+seconds_of = st.sampled_from([0.0, 1e-5, 3e-4, 7e-3]) | st.floats(1e-6, 1e-2)
+
+
+@st.composite
+def task_lists(draw):
+    """Any tasks: without copies, with several, held by whichever task before."""
+    count = draw(st.integers(1, 15))
+    rows = []
+    for number in range(count):
+        copies = draw(st.integers(0, 1))
+        rows.append(
+            (
+                draw(st.integers(0, len(WORKS))),  # of one layer shape, and outside
+                draw(st.integers(0, 1000)),
+                draw(st.integers(0, 2)),
+                copies,
+                draw(st.integers(1, 10**8)) if copies else 0,
+                draw(st.integers(-1, number - 1)),
+            )
+        )
+    work, tokens, blocks, copies, copy_bytes, hold = map(np.array, zip(*rows))
+    floats = (column.astype(float) for column in (tokens, blocks, copies, copy_bytes))
+    return Tasks(work.astype(np.int32), *floats, hold.astype(np.int32))
+
+
+ONE = replace(SHAPE, layers=(PLAIN,))
+
+
+@st.composite
+def machines(draw):
+    """A machine on which `PLAIN` was timed."""
+    lines = {work: (draw(seconds_of), draw(seconds_of) / 1000) for work in WORKS}
+    own = times(PLAIN, lines, outside=draw(seconds_of))
+    rate, latency = draw(st.floats(1e8, 1e12)), draw(seconds_of)
+    link = {"to_device": Line(latency, 1 / rate), "beside_compute": rate, "handoff_seconds": draw(seconds_of)}
+    return replace(MACHINE, **link).with_times(own)
+
+
+@many
+@given(machines(), st.lists(task_lists(), min_size=1, max_size=3))
+def test_as_an_event_simulation(machine, tasks):
+    predicted = step_seconds(machine, ONE, WORK, stack_tasks(tasks))
+    own = machine.layers[0]
+    lines = [*(own.work[work] for work in WORKS), Line(own.outside, 0.0)]
+    for number, plan in enumerate(tasks):
+        computing = [
+            lines[work].base * blocks + lines[work].each * tokens
+            for work, tokens, blocks in zip(plan.work, plan.tokens, plan.blocks)
+        ]
+        copying = [
+            count * machine.to_device.base + size / machine.beside_compute if count else None
+            for count, size in zip(plan.copies, plan.copy_bytes)
+        ]
+        assert predicted.seconds[number] == pytest.approx(
+            simulate(computing, copying, plan.hold, machine.handoff_seconds), rel=1e-5
+        )
+        assert predicted.computing[number] == pytest.approx(sum(computing), rel=1e-5)
+        assert predicted.copying[number] == pytest.approx(sum(each for each in copying if each), rel=1e-5)
+
+
+def test_the_event_simulation_by_hand():
+    """The second copy waits for the first task, the second task for its copy."""
+    assert simulate([2.0, 3.0], [5.0, 7.0], [-1, 0]) == 5 + 2 + 7 + 3
+    assert simulate([2.0, 3.0], [5.0, 7.0], [-1, -1]) == 5 + 7 + 3
+    assert simulate([2.0, 3.0], [None, 7.0], [-1, -1]) == 7 + 3
+    assert simulate([9.0, 3.0], [None, 7.0], [-1, -1]) == 9 + 3
+    # A handoff of a half: before either task, and before the second copy, which waited.
+    assert simulate([2.0, 3.0], [5.0, 7.0], [-1, 0], 0.5) == 5 + 0.5 + 2 + 0.5 + 7 + 0.5 + 3
+    assert simulate([2.0, 3.0], [5.0, 7.0], [-1, -1], 0.5) == 5 + 7 + 0.5 + 3
+
+
+@many
+@given(machines(), task_lists(), st.integers(1, 3))
+def test_filling_up_changes_nothing(machine, tasks, more):
+    """The same tasks alone, and beside longer ones."""
+    longer = Tasks(*(np.concatenate([column] * (1 + more)) for column in tasks))
+    alone = step_seconds(machine, ONE, WORK, Tasks(*(column[None] for column in tasks)))
+    beside = step_seconds(machine, ONE, WORK, stack_tasks([longer, tasks]))
+    for one, other in zip(alone, beside):
+        assert one[0] == pytest.approx(other[1], rel=1e-6)
+        assert not other[2:].any()
+
+
+# --- monotone ---------------------------------------------------------------------------------------------------------
+
+NAMES = ["activations", "recompute", "keys_values", "split:0.5", "kvpr:0.7", "device:0.3", "device"]
+RATES = ["link", "latency", "matmul_rate", "memory_rate", "handoff_seconds", "kernel_seconds"]
+
+
+def slower(machine, what, factor):
+    """The machine with one of its rates divided, or one of its latencies multiplied, by the factor."""
+    if what == "link":
+        return replace(machine, beside_compute=machine.beside_compute / factor)
+    if what == "latency":
+        return replace(machine, to_device=replace(machine.to_device, base=machine.to_device.base * factor))
+    if what in ("handoff_seconds", "kernel_seconds"):
+        return replace(machine, **{what: getattr(machine, what) * factor})
+    return replace(machine, **{what: getattr(machine, what) / factor})
+
+
+@many
+@given(
+    st.sampled_from(RATES),
+    st.floats(1.001, 1000),
+    st.tuples(*[st.floats(7, 11)] * 4, *[st.floats(1e-7, 1e-4)] * 3),
+)
+def test_slower_machines_take_longer(what, factor, sizes):
+    """No plan gets faster by any of the rates getting worse."""
+    link, matmul, memory, batch, latency, handoff, kernel = sizes
+    machine = replace(
+        MACHINE,
+        beside_compute=10**link,
+        matmul_rate=10 ** (matmul + 2),
+        memory_rate=10 ** (memory + 1),
+        handoff_seconds=handoff,
+        kernel_seconds=kernel,
+        to_device=Line(latency, 0.0),
+    )
+    plans = [named_plan(name, SHAPE, replace(WORK, batch=int(10 ** (batch - 7)))) for name in NAMES]
+    before, after = (plan_costs(own, plans).seconds for own in (machine, slower(machine, what, factor)))
+    assert (after >= before).all()
+
+
+@pytest.mark.parametrize("what", RATES)
+def test_every_rate_counts(what):
+    """For some plan: the link and its latency for those that send, the others for all."""
+    machine = replace(MACHINE, handoff_seconds=1e-5, kernel_seconds=1e-6)
+    plans = [named_plan(name, SHAPE, replace(WORK, batch=1000)) for name in NAMES]
+    before, after = (plan_costs(own, plans).seconds for own in (machine, slower(machine, what, 100)))
+    assert (after > 1.1 * before).any()
+    if what in ("link", "latency", "handoff_seconds"):
+        assert after[NAMES.index("device")] == before[NAMES.index("device")]
+
+
+@many
+@given(machines(), task_lists(), st.data())
+def test_more_work_takes_longer(machine, tasks, data):
+    what = data.draw(st.sampled_from(["tokens", "blocks", "copy_bytes"]))
+    number = data.draw(st.integers(0, len(tasks.work) - 1))
+    more = getattr(tasks, what).copy()
+    more[number] += data.draw(st.integers(1, 10**6))
+    if what == "copy_bytes" and not tasks.copies[number]:
+        return  # nothing is copied
+    both = step_seconds(machine, ONE, WORK, stack_tasks([tasks, tasks._replace(**{what: more})]))
+    assert both.seconds[1] >= both.seconds[0]
+
+
+# --- closed forms -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_infinite_link_leaves_the_compute(name):
+    machine = replace(MACHINE, beside_compute=1e30, to_device=Line(0.0, 0.0))
+    (plan,) = [named_plan(name, SHAPE, WORK, tail=3)]
+    rows = work_table(machine, SHAPE, WORK)
+    tasks = make_tasks(plan, 1)
+    expected = (rows[tasks.work, 0] * tasks.blocks + rows[tasks.work, 1] * tasks.tokens).sum()
+    assert plan_costs(machine, [plan], 1).seconds[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_infinite_device_leaves_the_copies(name):
+    """Also where copies are held: a hold by a task that takes no time holds nothing."""
+    machine = replace(MACHINE, matmul_rate=1e30, memory_rate=1e30)
+    plan = named_plan(name, SHAPE, WORK, tail=3, window=5000)
+    blocks = [spec for own in plan.blocks(1) for spec in own if spec.memory == "host"]
+    expected = len(blocks) * 1e-5 + plan.bytes_in("host", 1) / 9e9
+    assert plan_costs(machine, [plan], 1).seconds[0] == pytest.approx(expected, rel=1e-5)
+
+
+@many
+@given(machines(), task_lists())
+def test_without_overlap_it_is_the_sum(machine, tasks):
+    """Every copy waits for the task before."""
+    count = len(tasks.work)
+    held = tasks._replace(hold=np.arange(-1, count - 1, dtype=np.int32))
+    machine = replace(machine, handoff_seconds=0.0)
+    predicted = step_seconds(machine, ONE, WORK, stack_tasks([held]))
+    assert predicted.seconds[0] == pytest.approx(predicted.copying[0] + predicted.computing[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plain_sum(name):
+    """The same plan's tasks, one after the other."""
+    plan = named_plan(name, SHAPE, WORK, tail=3, window=5000)
+    tasks = make_tasks(plan, 2)
+    held = tasks._replace(hold=np.arange(-1, len(tasks.work) - 1, dtype=np.int32))
+    predicted = step_seconds(MACHINE, SHAPE, WORK, stack_tasks([held]))
+    assert sum_seconds(MACHINE, plan, 2) == pytest.approx(predicted.seconds[0], rel=1e-5)
+    assert sum_seconds(MACHINE, plan) == pytest.approx(sum_seconds(MACHINE, plan, 1), rel=1e-6)  # at half of 8 tokens
+
+
+def uniform(layers, blocks, ahead, schedule="pipelined"):
+    """Blocks of one token each, `ahead` of which fit in the window, in layers that do nothing but attend to them."""
+    shape = replace(SHAPE, layers=(PLAIN,) * layers)
+    own = LayerPlan((BlockSpec(kv, "host", 1),) * blocks, kv)
+    work = Workload(batch=3, prompt=blocks, new=1)
+    return Plan("uniform", shape, work, (own,) * layers, tail=1, window=ahead * 3 * 70 * 2, schedule=schedule)
+
+
+C, G = 1e-5 + 3 * 70 * 2 / 9e9, 5e-5  # seconds of such a copy and of attention to such a block
+
+
+@pytest.mark.parametrize("g", [G, C, 0.3 * C, 7 * C])
+@pytest.mark.parametrize(("layers", "blocks"), [(1, 7), (7, 1), (3, 5), (1, 1), (1, 2)])
+def test_the_uniform_pipeline(layers, blocks, g):
+    """Two copies ahead are enough: the slower of link and device never rests.
+
+    With c >= g copy k arrives at (k + 1) c, since the task two before ended at (k - 1) c + g <= k c; what remains is
+    the last g. With g > c task k ends at c + (k + 1) g, since its copy arrived at c + (k - 1) g + c <= c + k g.
+    """
+    n = layers * blocks
+    machine = MACHINE.with_times(times(PLAIN, {kv: (g, 0.0)}))
+    two = uniform(layers, blocks, 2)
+    assert COPIES_AHEAD == 2
+    assert plan_costs(machine, [two]).seconds[0] == pytest.approx(C + (n - 1) * max(C, g) + g, rel=1e-5)
+    # More room changes nothing, room for one block leaves no overlap.
+    more, one = uniform(layers, blocks, 9), uniform(layers, blocks, 1)
+    assert plan_costs(machine, [more]).seconds[0] == pytest.approx(C + (n - 1) * max(C, g) + g, rel=1e-5)
+    assert plan_costs(machine, [one]).seconds[0] == pytest.approx(n * (C + g), rel=1e-5)
+    assert sum_seconds(machine, one) == pytest.approx(n * (C + g), rel=1e-5)
+    # With handoffs: before every task, and before every copy but the first.
+    slower = replace(machine, handoff_seconds=0.7e-5)
+    assert plan_costs(slower, [one]).seconds[0] == pytest.approx(n * (C + g) + (2 * n - 1) * 0.7e-5, rel=1e-5)
+    alone = uniform(1, 1, 1)
+    assert plan_costs(slower, [alone]).seconds[0] == pytest.approx(C + g + 0.7e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("g", [G, 0.3 * C, 7 * C])
+def test_layer_by_layer(g):
+    """A layer's copies start when the layer before is done; within the layer they are not held."""
+    machine = MACHINE.with_times(times(PLAIN, {kv: (g, 0.0), "project": (0.1 * C, 0.0), "finish": (0.2 * C, 0.0)}))
+    layer = C + 4 * max(C, g) + g + 0.2 * C  # the projection is done while the first copy is on its way
+    plan = uniform(3, 5, 1, "layerwise")
+    assert plan_costs(machine, [plan]).seconds[0] == pytest.approx(3 * layer, rel=1e-5)
+
+
+# --- a plan as tasks --------------------------------------------------------------------------------------------------
+
+BY_HAND = Plan(
+    "by hand",
+    SHAPE,
+    WORK,
+    (
+        LayerPlan(
+            (BlockSpec(acts, "host", 4), BlockSpec(kv, "device", 2), BlockSpec(kv, "host", 5)),
+            tail=kv,
+            grown=("device", "host"),
+        ),
+        LayerPlan((BlockSpec(acts, "device", 5), BlockSpec(acts, "host", 6)), tail=acts, method="recompute"),
+    ),
+    tail=3,
+    window=10_000,
+)
+
+
+def row(layer, work):
+    return layer * len(WORKS) + WORKS.index(work)
+
+
+def test_tasks_by_hand():
+    """A token of three rows: 210 bytes of activations, 420 of keys and values in the first layer.
+
+    What is on the device, the tail included, comes first, then the host's blocks as they come. Absorption is prepared
+    once a layer where it is used.
+    """
+    expected = [  # work, tokens, blocks, copies, bytes, hold
+        (row(0, "project"), 0, 1, 0, 0, -1),
+        (row(0, "prepare"), 0, 1, 0, 0, -1),
+        (row(0, kv), 2, 0, 0, 0, -1),
+        (row(0, kv), 3, 0, 0, 0, -1),
+        (row(0, "absorb"), 4, 1, 1, 840, -1),
+        (row(0, kv), 5, 1, 1, 2100, -1),
+        (row(0, "finish"), 0, 1, 0, 0, -1),
+        (row(1, "project"), 0, 1, 0, 0, -1),
+        (row(1, "recompute"), 5, 0, 0, 0, -1),
+        (row(1, "recompute"), 3, 0, 0, 0, -1),
+        (row(1, "recompute"), 6, 1, 1, 1260, 4),  # two copies ahead: after the first block
+        (row(1, "finish"), 0, 1, 0, 0, -1),
+        (2 * len(WORKS), 0, 1, 0, 0, -1),
+    ]
+    np.testing.assert_array_equal(np.stack(make_tasks(BY_HAND), axis=1), expected)
+    layerwise = list(zip(*expected))
+    layerwise[5] = (*[-1] * 10, 6, -1, -1)  # after the first layer
+    np.testing.assert_array_equal(np.stack(make_tasks(replace(BY_HAND, schedule="layerwise"))), layerwise)
+
+
+def test_tasks_after_write_outs_by_hand():
+    """The first layer's tail became a block on the device, then one on the host; the second's are on the host."""
+    tasks = make_tasks(BY_HAND, 2)
+    attention = [tuple(task) for task in np.stack(tasks, axis=1) if task[0] % len(WORKS) > 2]
+    assert attention == [
+        (row(0, kv), 2, 0, 0, 0, -1),
+        (row(0, kv), 3, 0, 0, 0, -1),
+        (row(0, kv), 3, 0, 0, 0, -1),
+        (row(0, "absorb"), 4, 1, 1, 840, -1),
+        (row(0, kv), 5, 1, 1, 2100, -1),
+        (row(0, kv), 3, 1, 1, 1260, 5),  # tasks 5, 6 and 7 are the first layer's copies, 12, 13 and 14 the second's
+        (row(1, "recompute"), 5, 0, 0, 0, -1),
+        (row(1, "recompute"), 3, 0, 0, 0, -1),
+        (row(1, "recompute"), 6, 1, 1, 1260, 6),
+        (row(1, "recompute"), 3, 1, 1, 630, 7),
+        (row(1, "recompute"), 3, 1, 1, 630, 12),
+    ]
+    assert list(np.flatnonzero(tasks.copies)) == [5, 6, 7, 12, 13, 14]
+
+
+@pytest.mark.parametrize("where", ["device", "host", "tail"])
+def test_absorption_is_prepared_once_a_layer(where):
+    """Wherever the activations are; not for keys and values, nor where K and V are recomputed."""
+    form, memory, tail = (kv, "device", acts) if where == "tail" else (acts, where, kv)
+    for method, times in [("absorb", 1), ("recompute", 0)]:
+        own = LayerPlan((BlockSpec(form, memory, 6), BlockSpec(form, memory, 5)), tail=tail, method=method)
+        plan = Plan("some", replace(SHAPE, layers=(PLAIN,)), WORK, (own,), tail=3)
+        assert list(make_tasks(plan).work).count(row(0, "prepare")) == times
+    assert row(0, "prepare") not in make_tasks(named_plan(kv, SHAPE, WORK)).work
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("write_outs", [0, 1, 2])
+def test_every_token_and_byte_is_there(name, write_outs):
+    plan = named_plan(name, SHAPE, WORK, tail=3, window=5000)
+    tasks = make_tasks(plan, write_outs)
+    assert tasks.copy_bytes.sum() == plan.bytes_in("host", write_outs)
+    assert tasks.tokens.sum() == 2 * (11 + 3 * write_outs + 3)
+    own = [row(layer, work) for layer in (0, 1) for work in ("project", "finish")]
+    assert [list(tasks.work).count(number) for number in (*own, 2 * len(WORKS))] == [1] * 5
+
+
+@st.composite
+def plans(draw):
+    """Any plan of up to four layers of two shapes."""
+    layers = tuple(draw(st.lists(st.sampled_from([PLAIN, GROUPED]), min_size=1, max_size=4)))
+    prompt = draw(st.integers(1, 12))
+    own = []
+    for _ in layers:
+        left, blocks = prompt, []
+        while left:
+            tokens = draw(st.integers(1, left))
+            form, memory = draw(st.sampled_from([kv, acts])), draw(st.sampled_from(["host", "host", "device"]))
+            blocks.append(BlockSpec(form, memory, tokens))
+            left -= tokens
+        grown = tuple(draw(st.lists(st.sampled_from(["host", "device"]), min_size=1, max_size=2)))
+        own.append(LayerPlan(tuple(blocks), draw(st.sampled_from([kv, acts])), grown))
+    return Plan(
+        "any",
+        replace(SHAPE, layers=layers),
+        Workload(3, prompt, draw(st.integers(1, 9))),
+        tuple(own),
+        tail=draw(st.integers(1, 3)),
+        window=draw(st.integers(12 * 420, 30 * 420)),
+        schedule=draw(st.sampled_from(["pipelined", "layerwise"])),
+    )
+
+
+@many
+@given(plans(), st.integers(0, 3))
+def test_copies_are_held_as_the_runtime_holds_them(plan, write_outs):
+    """The runtime's own window, driven task by task; what it copies is recorded with the task that has just ended."""
+    tasks = make_tasks(plan, write_outs)
+    host = [
+        [
+            Block(np.zeros(plan.bytes_of(layer, spec), np.int8), spec.form, "host")
+            for spec in own
+            if spec.memory == "host"
+        ]
+        for own, layer in zip(plan.blocks(write_outs), plan.shape.layers)
+    ]
+    started, ended = [], -1
+
+    def device_put(array, space):
+        started.append((array.nbytes, ended))
+        return array
+
+    with (
+        mock.patch.object(jax.lax, "optimization_barrier", lambda operands: operands),
+        mock.patch.object(jax, "device_put", device_put),
+    ):
+        window = Window(host, plan.window, plan.schedule)
+        for number, (work, copies, size) in enumerate(zip(tasks.work, tasks.copies, tasks.copy_bytes)):
+            if copies:
+                assert window.take().nbytes == size
+            ended = number
+            if copies:
+                window.used(np.zeros(1))
+            elif work % len(WORKS) == WORKS.index("finish") and number < len(tasks.work) - 1:
+                window.layer_done(np.zeros(1))
+    copied = tasks.copies > 0
+    assert started == list(zip(tasks.copy_bytes[copied], tasks.hold[copied]))
+
+
+@many
+@given(st.lists(st.integers(1, 20), max_size=12), st.integers(1, 50))
+def test_copies_start_as_early_as_the_window_lets_them(sizes, window):
+    before = copies_before(sizes, window)
+    assert len(before) == len(sizes)
+
+    def allowed(number, used):
+        held = sizes[used : number + 1]
+        return len(held) == 1 or (len(held) <= COPIES_AHEAD and sum(held) <= window)
+
+    for number, used in enumerate(before):
+        assert 0 <= used <= number and allowed(number, used)
+        assert used == (before[number - 1] if number else 0) or not allowed(number, used - 1)
+
+
+# --- seconds of compute -----------------------------------------------------------------------------------------------
+
+
+def test_measured_times_count_where_they_were_measured():
+    """For their layer, dtype and batch only; the others are estimated."""
+    measured = times(GROUPED, {work: (number, 0.25) for number, work in enumerate(WORKS)}, outside=7.0)
+    machine = MACHINE.with_times(measured)
+    estimated = work_table(MACHINE, SHAPE, WORK)
+    table = work_table(machine, SHAPE, WORK)
+    first, second, outside = slice(0, len(WORKS)), slice(len(WORKS), -1), -1
+    np.testing.assert_array_equal(table[first], estimated[first])
+    np.testing.assert_array_equal(table[second], [(number, 0.25) for number in range(len(WORKS))])
+    np.testing.assert_array_equal(table[outside], (7.0, 0.0))
+    assert estimated[second].max() < 1e-3 and 0 < estimated[outside, 0] < 1e-3
+    for shape, work in [(SHAPE, replace(WORK, batch=5)), (replace(SHAPE, dtype="float16"), WORK)]:
+        np.testing.assert_array_equal(work_table(machine, shape, work), work_table(MACHINE, shape, work))
+
+
+def test_later_times_replace_earlier_ones():
+    machine = MACHINE.with_times(times(PLAIN, outside=1.0)).with_times(times(PLAIN, batch=2, outside=2.0))
+    machine = machine.with_times(times(PLAIN, outside=3.0))
+    assert len(machine.layers) == 2
+    assert machine.times(PLAIN, "bfloat16", 3).outside == 3.0 and machine.times(PLAIN, "bfloat16", 2).outside == 2.0
+    assert machine.times(PLAIN, "float32", 3) is None and machine.times(GROUPED, "bfloat16", 3) is None
+
+
+def test_an_estimate_by_hand():
+    """Llama-2-7B's layer in bfloat16, batch 2, at 1e14 operations and 1e12 bytes a second, 1e-6 s a kernel.
+
+    Weights, read once, take longer than their operations: 2 bytes at 1e12 a second against 2 * 2 operations at 1e14.
+    """
+    layer = LayerShape(4096, 32, 32, 128, 11008, gated=True, absorbs_keys=False)
+    own = estimate(replace(MACHINE, kernel_seconds=1e-6), layer, 2, 2)
+    assert own.work["project"].each == own.work["finish"].each == 0
+    assert own.work["project"].base == pytest.approx(2 * 3 * 4096**2 / 1e12 + 3e-6, rel=1e-6, abs=0)
+    assert own.work["finish"].base == pytest.approx(2 * (4096**2 + 3 * 4096 * 11008) / 1e12 + 5e-6, rel=1e-6, abs=0)
+    # Keys and values: both are read, 2 * 4096 numbers of each of 2 rows, and scores of 32 heads three times, float32.
+    scores = 2 * 32 * 4 * 3 / 1e12
+    pairs = 2 * 2 * 4096 * 2 / 1e12 + scores
+    assert own.work[kv].each == pytest.approx(pairs, rel=1e-6, abs=0)
+    assert own.work[kv].base == pytest.approx(4e-6, rel=1e-6, abs=0)
+    # Recomputed: two projections of 2 * 4096^2 operations for each of 2 rows, and then attention as over pairs.
+    project = 2 * 2 * 4096**2 / 1e14
+    assert project > 2 * (4096 + 4096) * 2 / 1e12
+    assert own.work["recompute"].each == pytest.approx(2 * project + pairs, rel=1e-6, abs=0)
+    # Absorbed, but for the rotated keys: one projection, the keys, and a mix of activations.
+    assert own.work["absorb"].each == pytest.approx(project + pairs, rel=1e-6, abs=0)
+    assert own.work["prepare"].base == pytest.approx(2 * 4096**2 / 1e12 + 1e-6, rel=1e-6, abs=0)  # V's projection, once
+
+
+def test_absorbing_keys_spares_their_projection():
+    layer = LayerShape(4096, 32, 32, 128, 16384)
+    free, rotated = (estimate(MACHINE, replace(layer, absorbs_keys=own), 2, 2) for own in (True, False))
+    assert free.work["absorb"].each < 0.2 * rotated.work["absorb"].each < 0.2 * rotated.work["recompute"].each
+    assert [free.work[work] for work in (kv, "recompute", "project", "finish")] == [
+        rotated.work[work] for work in (kv, "recompute", "project", "finish")
+    ]
+
+
+def test_scores_are_float32_whatever_the_dtype():
+    """Between two dtypes only the bytes of weights and of cached numbers differ, not those of scores."""
+    heads = LayerShape(64, 64, 1, 1, 64)  # many scores, few numbers
+    half, full = (estimate(MACHINE, heads, itemsize, 1).work[kv].each for itemsize in (2, 4))
+    assert full - half == pytest.approx(2 * 2 / 1e12, rel=1e-6, abs=0)  # one number of K, one of V
+
+
+# --- predictions of plans ---------------------------------------------------------------------------------------------
+
+
+def test_half_way_through_the_new_tokens():
+    plan = named_plan("activations", SHAPE, replace(WORK, new=29), tail=3)
+    middle = plan_costs(MACHINE, [plan]).seconds[0]
+    assert middle == plan_costs(MACHINE, [plan], 4).seconds[0]  # 14 tokens: four tails of 3, and 2 in the tail
+    assert plan_costs(MACHINE, [plan], 0).seconds[0] < middle < plan_costs(MACHINE, [plan], 9).seconds[0]
+
+
+def test_plans_for_different_work_are_refused():
+    one, other = (named_plan("activations", SHAPE, replace(WORK, batch=batch)) for batch in (3, 5))
+    with pytest.raises(PlanError, match="different models or workloads"):
+        plan_costs(MACHINE, [one, other])
+
+
+def test_one_compilation_whatever_the_candidates():
+    """Splits, windows' worth of holds, machines, batches and times are data."""
+    cost._step_seconds.clear_cache()
+    for machine in (MACHINE, HardwareProfile.from_datasheet("t4"), MACHINE.with_times(times(PLAIN))):
+        for batch in (3, 500):
+            work = replace(WORK, batch=batch)
+            plan_costs(machine, [named_plan(f"split:{part / 11}", SHAPE, work) for part in range(12)])
+            plan_costs(machine, [named_plan(f"kvpr:{part / 11}", SHAPE, work) for part in range(3)])
+    assert cost._step_seconds._cache_size() == 1
+
+
+# --- KVPR -------------------------------------------------------------------------------------------------------------
+
+# The optimal split l / s by KVPR's formula (arXiv 2411.17089, equations 8 to 11) at peak rates, where recomputing l
+# tokens takes as long as sending the rest: 4 b l h^2 / v_gpu = 2 b (s - l) h p / v_link, so
+#     l / s = 1 / (1 + 2 h v_link / (p v_gpu))
+# with v_link 32 GB/s (PCIe 4.0 x16, as the paper counts it), v_gpu 312e12 (A100, dense bfloat16, its data sheet), p 2,
+# and h 4096, 5120 and 7168 (OPT-6.7B, 13B, 30B; arXiv 2205.01068, table 1).
+PAPER = [("opt-6.7b", 4096, 0.70), ("opt-13b", 5120, 0.66), ("opt-30b", 7168, 0.58)]
+A100 = HardwareProfile.from_datasheet("a100")
+KVPR_WORK = Workload(batch=32, prompt=1024, new=32)
+
+
+@pytest.mark.parametrize(("name", "hidden", "split"), PAPER)
+def test_the_papers_split(name, hidden, split):
+    shape = models.PRESETS[name].shape
+    closed = 1 / (1 + 2 * hidden * 32e9 / (2 * 312e12))
+    assert closed == pytest.approx(split, abs=0.005)
+    assert shape.layers[0].hidden == hidden
+    assert kvpr_split(A100, shape, KVPR_WORK) / 1024 == pytest.approx(closed, abs=0.001)
+    # Where both take as long, the formula is the activations' copies and the others'.
+    recomputed = closed * 1024
+    sent = 32 * 2 * hidden * (recomputed + 2 * (1024 - recomputed)) / 32e9
+    assert kvpr_seconds(A100, shape, KVPR_WORK, recomputed) == pytest.approx(len(shape.layers) * sent)
+    # At the ends: all keys and values, 2 b s h p bytes; and everything recomputed, nothing beside it.
+    pairs = len(shape.layers) * 2 * 32 * 1024 * hidden * 2 / 32e9
+    assert kvpr_seconds(A100, shape, KVPR_WORK, 0) == pytest.approx(pairs)
+    alone = len(shape.layers) * (32 * 1024 * hidden * 2 / 32e9 + 4 * 32 * 1024 * hidden**2 / 312e12)
+    assert kvpr_seconds(A100, shape, KVPR_WORK, 1024) == pytest.approx(alone)
+
+
+@pytest.mark.parametrize(("name", "hidden", "split"), PAPER)
+def test_the_papers_schedule_has_its_optimum_there(name, hidden, split):
+    """Predicted by our cost function, with attention and dense layers that the formula leaves out.
+
+    The window is large enough that each run is one block, as in the paper.
+    """
+    shape = models.PRESETS[name].shape
+    fractions = np.arange(0, 129) / 128
+    plans = [named_plan(f"kvpr:{f}", shape, KVPR_WORK, window=64 * GIB) for f in fractions]
+    assert max(len(own.prompt) for plan in plans for own in plan.layers) == 2
+    predicted = plan_costs(A100, plans, 0).seconds
+    best = int(predicted.argmin())
+    assert fractions[best] == pytest.approx(1 / (1 + 2 * hidden * 32e9 / (2 * 312e12)), abs=0.03)
+    assert predicted[best] < 0.9 * predicted[0] and predicted[best] < 0.99 * predicted[-1]
+    recomputed = round(fractions[best] * 1024)
+    per_layer = 32 * 2 * hidden * (recomputed + 2 * (1024 - recomputed))  # b p h (l + 2 (s - l))
+    assert plans[best].bytes_in("host") == len(shape.layers) * per_layer
+
+
+def test_works_are_all_there_are():
+    """The rows of the table, in this order: what is counted above relies on it."""
+    assert get_args(Work) == WORKS == ("project", "finish", "prepare", kv, "absorb", "recompute")

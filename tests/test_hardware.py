@@ -1,0 +1,198 @@
+"""Profiles as data: kept as JSON and read back, refused where they are none, and machines from data sheets."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvrecomp
+from kvrecomp.hardware import DATASHEETS, LARGEST_DEVICE, HardwareProfile, LayerTimes, Line
+from kvrecomp.plan import LayerShape, PlanError
+
+LAYER = LayerShape(hidden=35, heads=6, kv_heads=2, head_dim=4, intermediate=59, gated=True, absorbs_keys=False)
+WORK = {
+    "project": Line(1e-6, 0.0),
+    "finish": Line(2e-6, 0.0),
+    "prepare": Line(7e-6, 0.0),
+    "keys_values": Line(3e-6, 1e-9),
+    "absorb": Line(4e-6, 2e-9),
+    "recompute": Line(5e-6, 7e-9),
+}
+TIMES = LayerTimes(LAYER, "bfloat16", 3, WORK, outside=1e-4)
+PROFILE = HardwareProfile(
+    device="Some GPU",
+    device_bytes=80e9,
+    to_device=Line(1e-5, 2e-11),
+    to_host=Line(3e-5, 5e-11),
+    beside_compute=53e9,
+    matmul_rate=7e14,
+    memory_rate=3e12,
+    handoff_seconds=7e-6,
+    kernel_seconds=2e-6,
+    host_bytes=512e9,
+    count=2,
+    jax="0.11.2",
+    driver="570.1",
+    layers=(TIMES, replace(TIMES, batch=5)),
+    source="measured",
+)
+
+many = settings(max_examples=100, deadline=None, derandomize=True)
+positive = st.floats(1e-12, 1e18)
+lines = st.builds(Line, st.floats(0, 1e3), st.floats(0, 1e3))
+
+
+# --- kept as JSON -----------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_survives_json():
+    assert HardwareProfile.from_json(json.loads(json.dumps(PROFILE.to_json()))) == PROFILE
+    bare = replace(PROFILE, layers=(), host_bytes=None)
+    assert HardwareProfile.from_json(json.loads(json.dumps(bare.to_json()))) == bare
+
+
+@many
+@given(
+    st.builds(
+        HardwareProfile,
+        device=st.text(),
+        to_device=lines,
+        to_host=lines,
+        device_bytes=positive,
+        beside_compute=positive,
+        matmul_rate=positive,
+        memory_rate=positive,
+        handoff_seconds=st.floats(0, 1),
+        kernel_seconds=st.floats(0, 1),
+        host_bytes=st.none() | positive,
+        count=st.integers(1, 8),
+        layers=st.lists(
+            st.builds(
+                LayerTimes,
+                layer=st.builds(LayerShape, *[st.integers(1, 99)] * 2, st.just(1), *[st.integers(1, 99)] * 2),
+                dtype=st.sampled_from(["bfloat16", "float32"]),
+                batch=st.integers(1, 999),
+                work=st.fixed_dictionaries({work: lines for work in WORK}),
+                outside=st.floats(0, 1),
+            ),
+            max_size=2,
+        ).map(tuple),
+    )
+)
+def test_any_profile_survives_json(profile):
+    """Bit by bit: numbers are written so that they are read back as they were."""
+    read = HardwareProfile.from_json(json.loads(json.dumps(profile.to_json())))
+    assert read == profile and read.to_json() == profile.to_json()
+
+
+def changed(*path, to=None):
+    """The profile's JSON with one value replaced; removed where `to` is KeyError."""
+    data = copy.deepcopy(json.loads(json.dumps(PROFILE.to_json())))
+    *parents, last = path
+    inner = data
+    for key in parents:
+        inner = inner[key]
+    if to is KeyError:
+        del inner[last]
+    else:
+        inner[last] = to
+    return data
+
+
+OTHERS = ["handoff_seconds", "kernel_seconds", "host_bytes"]  # which may be zero
+NUMBERS = ["device_bytes", "beside_compute", "matmul_rate", "memory_rate"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        "profile",
+        {},
+        *(changed(name, to=bad) for name in NUMBERS for bad in (0, -1.0, float("nan"), float("inf"), "5", None)),
+        *(changed(name, to=bad) for name in OTHERS for bad in (-1.0, float("nan"), "5")),
+        *(changed(name, to=KeyError) for name in [*NUMBERS, "to_device", "to_host", "layers", "device"]),
+        changed("unheard_of", to=1),
+        changed("to_device", to=3.0),
+        changed("to_device", "base", to=-1e-6),
+        changed("to_device", "each", to=float("nan")),
+        changed("to_host", "each", to="slow"),
+        changed("to_host", "each", to=KeyError),
+        changed("layers", to=7),
+        changed("layers", to={"a": 1}),
+        changed("layers", 0, to=None),
+        changed("layers", 0, "layer", "heads", to=KeyError),
+        changed("layers", 0, "layer", "hidden", to=0),
+        changed("layers", 0, "work", to=[1, 2]),
+        changed("layers", 0, "work", "project", to=KeyError),
+        changed("layers", 1, "work", "absorb", "each", to=-1e-9),
+        changed("layers", 1, "outside", to=KeyError),
+        changed("layers", 1, "outside", to=float("nan")),
+    ],
+)
+def test_corrupt_data_are_refused(data):
+    with pytest.raises((PlanError, TypeError, KeyError, ValueError)):
+        HardwareProfile.from_json(data)
+
+
+@pytest.mark.parametrize(("name", "bad"), [(name, bad) for name in NUMBERS for bad in (0.0, -7.0, float("inf"))])
+def test_what_is_wrong_is_said(name, bad):
+    with pytest.raises(PlanError, match=rf"HardwareProfile: {name} is {bad}; it must be a finite number, greater"):
+        replace(PROFILE, **{name: bad})
+
+
+def test_lines_are_finite_and_not_negative():
+    assert Line(2.0, 3.0)(5) == 17.0
+    for base, each in [(-1e-9, 0.0), (0.0, -1e-9), (float("inf"), 0.0), (0.0, float("nan"))]:
+        with pytest.raises(PlanError, match="it must be a finite number, not negative"):
+            Line(base, each)
+    with pytest.raises(PlanError, match="project; expected project, finish"):
+        replace(TIMES, work={"project": Line(0.0, 0.0)})
+
+
+# --- data sheets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DATASHEETS)
+def test_data_sheets_are_plausible(name):
+    """A unit wrong by a thousand, or gigabits for gigabytes, would be outside of these."""
+    sheet = DATASHEETS[name]
+    profile = HardwareProfile.from_datasheet(name)
+    assert ("data sheet" in profile.source or "white paper" in profile.source) and "; link: " in profile.source
+    assert profile.device == sheet.device and profile.host_bytes is None and profile.layers == ()
+    assert 8e9 <= profile.device_bytes <= 200e9 < LARGEST_DEVICE
+    assert 5e9 <= profile.beside_compute <= 500e9
+    assert profile.to_device == profile.to_host and profile.to_device(profile.beside_compute) == pytest.approx(1.0)
+    assert 5 * profile.beside_compute < profile.memory_rate < 100 * profile.beside_compute
+    assert 200e9 <= profile.memory_rate <= 10e12
+    assert 50 < profile.matmul_rate / profile.memory_rate < 400  # operations a byte
+    assert HardwareProfile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
+
+
+def test_data_sheets_by_hand():
+    """A100 40 GB PCIe, NVIDIA's data sheet: 312 TFLOPS in bfloat16, 1555 GB/s; its link as KVPR counts it, 32 GB/s."""
+    a100 = HardwareProfile.from_datasheet("a100")
+    assert (a100.device_bytes, a100.matmul_rate, a100.memory_rate) == (40e9, 312e12, 1555e9)
+    assert a100.beside_compute == 32e9
+    # PCIe 3.0 and 5.0 with 16 lanes, 8 and 32 GT/s in 128 of 130 bits; the RTX 5000's has half of the lanes.
+    lanes = 16 * 128 / 130 / 8
+    links = {name: HardwareProfile.from_datasheet(name).beside_compute for name in DATASHEETS}
+    assert links["t4"] == pytest.approx(8e9 * lanes, rel=2e-3)
+    assert links["rtx5000"] == pytest.approx(8e9 * lanes / 2, rel=2e-3)
+    assert links["rtx4090"] == pytest.approx(16e9 * lanes, rel=2e-3)
+    assert links["h100"] == links["h200"] == pytest.approx(32e9 * lanes, rel=2e-3)
+    assert links["gh200"] == 450e9
+
+
+def test_an_unknown_data_sheet_names_those_that_are_there():
+    with pytest.raises(PlanError) as raised:
+        HardwareProfile.from_datasheet("a1000")
+    message = str(raised.value)
+    assert "'a1000'" in message and "\n" not in message
+    for name in ("a100", "rtx5000", "rtx4090", "t4", "h100", "h200", "gh200"):
+        assert name in message.partition("there are")[2] and name in DATASHEETS
+    assert kvrecomp.HardwareProfile is HardwareProfile
