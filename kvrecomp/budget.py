@@ -42,12 +42,12 @@ def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
 
 
 def _in_flight(plan: Plan, write_outs: int) -> int:
-    """Most bytes of host blocks on their way or in use: a layer's, or as many blocks as are copied ahead."""
+    """Most bytes of host blocks on their way or in use: a layer's, or those copied ahead and one in use."""
     most = 0
     for layer, layer_shape in plan.kinds:
         blocks = layer.blocks(write_outs, plan.tail)
         sizes = [plan.bytes_of(layer_shape, block) for block in blocks if block.memory == "host"]
-        ahead = sum(sizes) if plan.schedule == "layerwise" else COPIES_AHEAD * max(sizes, default=0)
+        ahead = sum(sizes) if plan.schedule == "layerwise" else (COPIES_AHEAD + 1) * max(sizes, default=0)
         most = max(most, ahead)
     return most if plan.schedule == "layerwise" else min(plan.window, most, plan.bytes_in("host", write_outs))
 

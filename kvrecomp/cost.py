@@ -22,7 +22,7 @@ import numpy as np
 from jax import Array
 
 from kvrecomp.hardware import WORKS, HardwareProfile, LayerTimes, Line, Work
-from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload, copies_before
+from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload, events_before
 
 
 class Tasks(NamedTuple):
@@ -63,8 +63,9 @@ def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
     hold = np.full(len(work), -1)
     copied = np.flatnonzero(copies)
     if plan.schedule == "pipelined":
-        after = np.array(copies_before(copy_bytes[copied], plan.window), int)
-        hold[copied] = np.where(after > 0, copied[after - 1] if len(copied) else -1, -1)
+        before = np.array(events_before(copy_bytes[copied], plan.window), int)
+        events = np.stack([copied, copied + 1], axis=1).ravel()  # a block has arrived; the task after it has used it
+        hold[copied] = [-1 if count == 0 else events[count - 1] for count in before]
     else:  # when the layer before is done
         ends = np.cumsum([tasks.shape[1] for tasks in own])
         starts = np.concatenate([[0], ends[:-1]])
@@ -91,7 +92,9 @@ def _layer_tasks(plan: Plan, layer: LayerPlan, layer_shape: LayerShape, write_ou
         tasks.append(task("prepare"))
     # What is on the device is attended to as one, the tail with it, whose own work is in the time of `project`.
     tasks += [task(attention(block), block.tokens, blocks=0) for block in (*blocks, tail) if block.memory == "device"]
-    tasks += [task(attention(block), block.tokens, copied=block) for block in blocks if block.memory == "host"]
+    for block in blocks:
+        if block.memory == "host":
+            tasks += [task("project", blocks=0, copied=block), task(attention(block), block.tokens)]  # await it, use it
     return np.array([*tasks, task("finish")], float).T
 
 

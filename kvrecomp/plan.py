@@ -44,7 +44,7 @@ GIB = 2**30
 DEFAULT_WINDOW = GIB
 TAIL_BYTES = 2 * GIB
 BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
-COPIES_AHEAD = 2  # blocks copied before the first of them is used; see runtime.Window
+COPIES_AHEAD = 2  # blocks on their way at once, which is as many as XLA keeps; see runtime.Window
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -340,19 +340,20 @@ class Plan:
         return console.export_text().rstrip()
 
 
-def copies_before(sizes: Sequence[int], window: int) -> list[int]:
-    """For each host block, in the order of use and of these bytes, how many blocks are used before its copy may start.
+def events_before(sizes: Sequence[int], window: int) -> list[int]:
+    """For each host block, in the order of use and of these bytes, how many events come before its copy may start.
 
-    At most COPIES_AHEAD blocks and `window` bytes are in flight or in use. This is the rule that the runtime carries
-    out and that the cost function predicts.
+    The events are, block by block: it has arrived, it has been used. At most COPIES_AHEAD blocks are on their way, and
+    at most `window` bytes on their way or in use. This is the rule that the runtime carries out and that the cost
+    function predicts.
     """
-    before, held, used = [], collections.deque(), 0
+    before, on_the_way, in_use, events = [], collections.deque(), 0, 0
     for size in sizes:
-        while held and (len(held) == COPIES_AHEAD or sum(held) + size > window):
-            held.popleft()
-            used += 1
-        held.append(size)
-        before.append(used)
+        while len(on_the_way) == COPIES_AHEAD or ((in_use or on_the_way) and in_use + sum(on_the_way) + size > window):
+            in_use = 0 if in_use else on_the_way.popleft()
+            events += 1
+        on_the_way.append(size)
+        before.append(events)
     return before
 
 

@@ -229,15 +229,17 @@ def _held_copies(arrays: Sequence[jax.Array], passes: int, repeats: int, computi
     @jax.jit
     def copy_all(arrays):
         own = [Block(array, "activations", "host") for array in arrays] * passes
-        window, ends = Window([own], 2 * own[0].nbytes, "pipelined"), []
+        window, result = Window([own], 4 * own[0].nbytes, "pipelined"), jnp.zeros((), arrays[0].dtype)
+        ends = []
         for _ in own:
-            arrived = jax.lax.optimization_barrier(window.take().array)
-            end = arrived[0, 0, -1]
+            result, block = window.take(result)
+            result = block.array[0, 0, -1]
             if computing:
-                queries = jnp.broadcast_to(arrived[0, 0], (32, arrived.shape[-1]))
-                scores = jnp.einsum("nh,sbh->nsb", queries, arrived)
-                end = jnp.einsum("nsb,sbh->nh", scores, arrived)
-            ends.append(window.used(end))
+                queries = jnp.broadcast_to(block.array[0, 0], (32, block.array.shape[-1]))
+                scores = jnp.einsum("nh,sbh->nsb", queries, block.array)
+                result = jnp.einsum("nsb,sbh->nh", scores, block.array)
+            result = window.used(result)
+            ends.append(result)
         return ends
 
     program = copy_all.lower(arrays).compile()
@@ -259,8 +261,8 @@ def _to_device_seconds(size: float, repeats: int) -> float:
 
 
 def _handoff_seconds(size: int, to_device: Line, kernel_seconds: float) -> float:
-    """Between compute and link. Of two copies under way, each waits for the use of the one before the last: in the time
-    of two, there is one copy, one kernel and a handoff to and from the link."""
+    """Between compute and link. Of two copies under way, each waits for the arrival of the one before the last: in the
+    time of two, there is one copy, one kernel and a handoff to and from the link."""
     arrays = _host_arrays(size, 4)
     few, many = (_held_copies(arrays, passes, 9, False) / len(arrays) for passes in COPY_PASSES)
     each = (many - few) / (COPY_PASSES[1] - COPY_PASSES[0])

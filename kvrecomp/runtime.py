@@ -36,7 +36,7 @@ from kvrecomp.cache import (
     empty_tails,
     make_cache,
 )
-from kvrecomp.plan import Budget, LayerPlan, Memory, Method, ModelShape, Plan, PlanError, Schedule, copies_before
+from kvrecomp.plan import Budget, LayerPlan, Memory, Method, ModelShape, Plan, PlanError, Schedule, events_before
 from kvrecomp.programs import Compiled, Programs
 from kvrecomp.prompt import check_prompt, check_step
 
@@ -64,14 +64,15 @@ class Model(Protocol):
 Held = TypeVar("Held", Array, None)
 
 class Window:
-    """Copies host blocks to the device in the order of use, with at most `size` bytes in flight or in use.
+    """Copies host blocks to the device in the order of use, with at most `size` bytes on their way or in use.
 
-    XLA starts a copy as early as its operands allow, so a block is held: an optimization barrier ties it to the result
-    that makes room for it. The barrier's other output, the result, is what the step goes on with; XLA drops a barrier's
-    operand whose output nobody reads, and the hold with it. Without holds all copies of the step start at once and the
-    whole cache is on the device. Blocks that would all fit are held too, `COPIES_AHEAD` at a time, because XLA's
-    scheduler puts compute after all copies that could go first, and a step of small blocks then takes the sum of copies
-    and compute.
+    XLA starts a copy as early as its operands allow, so a block is held: an optimization barrier ties it to the array
+    that makes room for it, a block that has arrived or the result of one that was used. The barrier's other output,
+    that array, is what the step goes on with; XLA drops an operand of a barrier whose output nobody reads, and the hold
+    with it.
+    Without holds all copies of the step start at once and the whole cache is on the device. Blocks that would all fit
+    are held too, `COPIES_AHEAD` at a time, because XLA's scheduler puts compute after all copies that could go first,
+    and a step of small blocks then takes the sum of copies and compute.
     """
 
     def __init__(self, layers: Sequence[Sequence[Block]], size: int, schedule: Schedule):
@@ -79,33 +80,40 @@ class Window:
         self._schedule = schedule
         self._waiting = collections.deque(itertools.chain(*layers))
         if schedule == "pipelined":
-            self._after = collections.deque(copies_before([block.nbytes for block in self._waiting], size))
+            self._before = collections.deque(events_before([block.nbytes for block in self._waiting], size))
         else:
-            self._after = collections.deque(number for number, layer in enumerate(layers) for _ in layer)
-        self._done = 0  # blocks used or, layer by layer, layers done
+            self._before = collections.deque(number for number, layer in enumerate(layers) for _ in layer)
+        self._events = 0  # blocks arrived and blocks used or, layer by layer, layers done
         self._copied: collections.deque[Block] = collections.deque()
         self._start(None)
 
-    def take(self) -> Block:
-        """The next block, on the device."""
-        return self._copied.popleft()
+    def take(self, result: Array) -> tuple[Array, Block]:
+        """The next block, on the device, and `result`; whatever comes of the block waits for `result`.
+
+        In this order, because XLA would await the block before it has finished `result`, and the link would rest.
+        """
+        block = self._copied.popleft()
+        result, array = jax.lax.optimization_barrier((result, block.array))
+        return result, replace(block, array=self._event(array, "pipelined"))
 
     def used(self, result: Array) -> Array:
         """Says that the block taken last is not needed once `result` is computed; go on with what this returns."""
-        return self._advance(result) if self._schedule == "pipelined" else result
+        return self._event(result, "pipelined")
 
     def layer_done(self, hidden: Array) -> Array:
         """Ends a layer; KVPR's own schedule starts the next layer's copies here. Go on with what this returns."""
-        return self._advance(hidden) if self._schedule == "layerwise" else hidden
+        return self._event(hidden, "layerwise")
 
-    def _advance(self, result: Array) -> Array:
-        self._done += 1
+    def _event(self, result: Array, schedule: Schedule) -> Array:
+        if self._schedule != schedule:
+            return result
+        self._events += 1
         return self._start(result)
 
     def _start(self, result: Held) -> Held:
-        """Starts, once `result` is computed, the copies that may start now."""
-        while self._after and self._after[0] <= self._done:
-            self._after.popleft()
+        """Starts, once `result` is there, the copies that may start now."""
+        while self._before and self._before[0] <= self._events:
+            self._before.popleft()
             block = self._waiting.popleft()
             array = block.array
             if result is not None:
@@ -134,11 +142,9 @@ class CachedAttention:
         here = [Cached(b.form, b.array, at) for b, at in zip((*blocks, tail), starts) if b.memory == "device"]
         partials = attention.attend(query, here, self.method)
         for start in [at for block, at in zip(blocks, starts) if block.memory == "host"]:
-            block, before = self.window.take(), partials[-1]
-            # In order: XLA would await this block before it has finished with the one before, and the link would rest.
-            mixed, array = jax.lax.optimization_barrier((before.mixed, block.array))
-            partials[-1] = before._replace(mixed=mixed)
-            (partial,) = attention.attend(query, [Cached(block.form, array, start)], self.method)
+            mixed, block = self.window.take(partials[-1].mixed)
+            partials[-1] = partials[-1]._replace(mixed=mixed)
+            (partial,) = attention.attend(query, [Cached(block.form, block.array, start)], self.method)
             partials.append(partial._replace(mixed=self.window.used(partial.mixed)))
         return attention.merge(query, partials)
 

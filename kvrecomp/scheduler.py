@@ -128,8 +128,8 @@ class _Search:
         spare = max(0.0, (budget.device or 0.0) - shape.parameters * shape.itemsize)
         # A smaller window leaves more room for blocks, and cuts what is sent into more copies.
         widest = max(layer.width(form) for layer in self.shapes for form in FORMS) * workload.batch * shape.itemsize
-        # A prefill has gone when a step needs its window, of which it uses half.
-        beside = max(spare * WINDOW_SHARE, 2 * prefill_bytes(shape, workload))
+        # A prefill has gone when a step needs its window.
+        beside = max(spare * WINDOW_SHARE, prefill_bytes(shape, workload))
         windows = [own for own in WINDOWS if own <= beside][:2] or [WINDOWS[-1]]
         self.windows = [max(own, widest) for own in windows] if window is None else [window]
         most = min(MOST_TAIL_BYTES, spare * TAIL_SHARE)
@@ -153,8 +153,8 @@ class _Search:
                 best = self._vary(best, layer, settings)
             for name, step in (("activations", 1), ("on_device", 4), ("growth", 4)):
                 best = self._refine(best, layer, name, step / GRID**2)
-            other = [dataclasses.replace(best[1][layer], method="recompute", activations=each) for each in grid]
-            best = self._vary(best, layer, other)
+            others = itertools.product((None, 0.0, 0.5, 1.0), grid, ("recompute",), FORMS, (best[1][layer].growth,))
+            best = self._vary(best, layer, [Settings(*other) for other in others])
             best = self._refine(best, layer, "activations", 1 / GRID**2)
         best = self._choose([best, *((window, best[1]) for window in self.windows[1:])])
         found = self._plan(*best)
@@ -224,7 +224,7 @@ class _Search:
         """The plan with these settings; layers share the room so that each keeps as many tokens as the others."""
         prefill = prefill_bytes(self.shape, self.workload)
         room = (self.budget.device or 0.0) - self.shape.parameters * self.shape.itemsize - prefill
-        window_room = room - max(0, COPIES_AHEAD * (window // BLOCKS_PER_WINDOW) - prefill)
+        window_room = room - max(0, (COPIES_AHEAD + 1) * (window // BLOCKS_PER_WINDOW) - prefill)
         widths = {layer: layer.width(_smaller(layer)) for layer in self.shapes}
         total = sum(widths[layer] for layer in self.shape.layers)
         own = {}

@@ -106,10 +106,10 @@ def check_schedule(entry: list[str]) -> int:
     ],
 )
 def test_copies_are_whole_bounded_and_under_compute(name, window, write_outs, arrays):
-    """Temporary memory: two blocks, and 24 MiB for scores and the like."""
+    """Temporary memory: two blocks on their way and one in use, and 24 MiB for scores and the like."""
     entry, temporary = compile_step(name, window, write_outs)
     assert check_schedule(entry) == arrays
-    assert temporary <= min(window, 2 * BLOCK) + 24 * MIB
+    assert temporary <= min(window, 3 * BLOCK) + 24 * MIB
 
 
 def test_without_holds_the_check_fails(monkeypatch):
