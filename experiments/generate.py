@@ -47,7 +47,8 @@ PROMPTS = (
     "Create a new thread.\n\nThe first argument is the function that ",
     "Raised when a sequence subscript is out of range. If an index is not an integer, ",
 )
-ENDS = ("<|endoftext|>", "</s>")  # a text begins and ends with the one that the tokenizer has: ours, OPT's
+# A text ends with any of those that the tokenizer has: ours and Qwen's, OPT's and Llama 2's, Gemma's, Llama 3's, ...
+ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
 PADS = ("<|pad|>", "<pad>")
 NEW_TOKENS = 200
 WIDTH = 120  # of what is printed into a file or a pipe
@@ -137,6 +138,7 @@ def load(
             f"{checkpoint} has no tokenizer.json, so text cannot be read or written: put the model's own there "
             "(transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...))"
         )
+    models.check_tokenizer(tokenizer, model.shape)
     return model, tokenizer
 
 
@@ -165,10 +167,10 @@ def read_prompts(given: Sequence[str], file: str | Path | None) -> list[str]:
     return [*given, *lines] or list(PROMPTS)
 
 
-def special_token(tokenizer: Tokenizer | None, names: Sequence[str]) -> int | None:
-    """The id of the first of these tokens that there is."""
+def special_tokens(tokenizer: Tokenizer | None, names: Sequence[str]) -> list[int]:
+    """The ids of those of these tokens that there are."""
     ids = [] if tokenizer is None else [tokenizer.token_to_id(name) for name in names]
-    return next((number for number in ids if number is not None), None)
+    return [number for number in ids if number is not None]
 
 
 def encode(tokenizer: Tokenizer | None, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -176,14 +178,16 @@ def encode(tokenizer: Tokenizer | None, prompts: Sequence[str]) -> tuple[np.ndar
 
     Without a tokenizer ids are UTF-8 bytes, which stand for nothing to random weights, but for different lengths.
     """
-    end, rows = special_token(tokenizer, ENDS), []
+    # A tokenizer without a post-processor adds nothing of its own: ours, whose texts begin with what ends them.
+    begin = [] if tokenizer is None or tokenizer.post_processor is not None else special_tokens(tokenizer, ENDS)[:1]
+    rows = []
     for number, prompt in enumerate(prompts, 1):
         try:
             ids = list(prompt.encode())
         except UnicodeEncodeError as error:
             raise kvrecomp.PromptError(f"prompt {number} is not text in UTF-8: convert it") from error
         ids = ids if tokenizer is None else tokenizer.encode(prompt).ids
-        rows.append(ids if end is None or ids[:1] == [end] else [end, *ids])
+        rows.append(ids if ids[:1] == begin else [*begin, *ids])
     longest = max(map(len, rows))
     ids, mask = np.zeros((len(rows), longest), np.int32), np.zeros((len(rows), longest), bool)
     for row, own in enumerate(rows):
@@ -212,7 +216,7 @@ def continue_prompts(
     """
     ids, mask = encode(tokenizer, prompts)
     workload = kvrecomp.Workload(len(prompts), ids.shape[1], max_new_tokens)
-    end, pad = special_token(tokenizer, ENDS), special_token(tokenizer, PADS)
+    ends, pads = special_tokens(tokenizer, ENDS), special_tokens(tokenizer, PADS)
     result = kvrecomp.generate(
         model,
         ids,
@@ -220,8 +224,8 @@ def continue_prompts(
         max_new_tokens=max_new_tokens,
         plan=kvrecomp.plan_for(plan, model.shape, workload, budget=budget, tail=tail, window=window),
         budget=budget,
-        eos_token_id=end,
-        pad_token_id=pad,
+        eos_token_id=ends or None,
+        pad_token_id=pads[0] if pads else None,
         output_logits=check,
         **dataclasses.asdict(sampling or Sampling()),
     )

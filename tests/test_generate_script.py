@@ -170,7 +170,7 @@ def test_program_prints_all_and_json_last(checkpoint):
         (["--prompt=" + "x" * 70], "a prompt of 71 and 5 new tokens need 76 positions; opt-tiny has 67"),
         (["--max_new_tokens=0"], "new is 0; it must be greater than zero"),
         (["--temperature=0"], "temperature is 0.0; it must be above zero"),
-        (["--window_mib=0.00005"], "is smaller than a block"),
+        (["--plan=activations", "--window_mib=0.00005"], "is smaller than a block"),
         (["--device_memory_gib=0.01"], "of device memory"),
         (["--dtype=int8"], "dtype is int8; expected one of float32"),
         (["--checkpoint=/nowhere"], "/nowhere is not a directory"),

@@ -299,7 +299,7 @@ def test_plot_that_cannot_be_written_leaves_the_older_one(found, tmp_path, monke
         (["--host_memory_gib=-1"], "--host_memory_gib is -1; it must be a size in GiB"),
         (["--device_memory_gib=0.1"], "102.4 MiB may be used"),
         (["--device_memory_gib=1.1", "--host_memory_gib=0.001"], "of host memory"),
-        (["--batch=1000000"], "is smaller than a block"),
+        (["--batch=1000000"], "fits where 1000000 were asked for"),
         (["--window_mib=inf"], "--window_mib is inf; it must be a size in MiB"),
         (["--window_mib=0.001"], "the window of 1.0 KiB is smaller than a block"),
         (["--plot={tmp}/missing/a.png"], "there is no directory"),
