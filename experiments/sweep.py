@@ -30,7 +30,7 @@ import kvrecomp
 import models
 from experiments.report import run_info
 from kvrecomp import memory
-from kvrecomp.cache import Block, Cache, describe_blocks, empty_tails, make_cache
+from kvrecomp.cache import Block, Cache, allocate_tails, describe_blocks, make_cache
 from kvrecomp.cost import plan_costs
 from kvrecomp.files import write_json
 from kvrecomp.hardware import HardwareProfile
@@ -75,7 +75,7 @@ def filled_cache(plan: Plan) -> Cache:
     padding, length = jax.device_put(
         (np.zeros(plan.workload.batch, np.int32), np.int32(plan.workload.prompt)), memory.sharding("device")
     )
-    return make_cache(blocks, empty_tails(plan), padding, length, 0)
+    return make_cache(blocks, allocate_tails(plan), padding, length, 0)
 
 
 def _random_block(block: Block) -> Block:

@@ -138,8 +138,13 @@ def _describe(spec: BlockSpec, layer: LayerShape, plan: Plan) -> Block:
 
 
 def empty_tails(plan: Plan) -> tuple[Block, ...]:
-    """Tails of zeros: unused slots are masked, and must be finite for that."""
+    """Tails of zeros, within a program: unused slots are masked, and must be finite for that."""
     return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), describe_tails(plan))
+
+
+def allocate_tails(plan: Plan) -> tuple[Block, ...]:
+    """The same outside of a program."""
+    return jax.tree.map(lambda like: memory.zeros(like.shape, like.dtype, "device"), describe_tails(plan))
 
 
 def append(tail: Block, slot: Array, x: Array, key: Array, value: Array) -> Block:

@@ -26,7 +26,7 @@ import numpy as np
 from flax import nnx
 
 from kvrecomp import memory
-from kvrecomp.cache import Block, describe_blocks, describe_tails, make_cache
+from kvrecomp.cache import Block, allocate_tails, describe_blocks, describe_tails, make_cache
 from kvrecomp.files import write_json
 from kvrecomp.hardware import ATTENTION, HardwareProfile, LayerTimes, Line, Work
 from kvrecomp.plan import (
@@ -412,7 +412,7 @@ class _LayerBench:
 
         def seconds() -> float:
             own = jax.tree.map(lambda like: _random(like.shape, like.dtype), blocks)
-            tails = jax.tree.map(lambda like: memory.zeros(like.shape, like.dtype, "device"), describe_tails(plan))
+            tails = allocate_tails(plan)
             padding, length, token_ids = few_numbers
 
             def run():

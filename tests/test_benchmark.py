@@ -1,0 +1,45 @@
+"""The benchmark: what a row says of a plan that was run. No time is asserted."""
+
+import io
+
+import numpy as np
+import pytest
+import toy
+from rich.console import Console
+
+import kvrecomp
+from experiments import benchmark
+from kvrecomp.cost import plan_costs
+from kvrecomp.named import named_plan
+
+WORK = kvrecomp.Workload(batch=3, prompt=11, new=13)
+
+
+@pytest.mark.parametrize("name", ["activations", "device"])
+def test_a_row(name, known_machine):
+    model = toy.model()
+    plan = named_plan(name, model.shape, WORK, tail=4)
+    row = benchmark.measure(model, plan, kvrecomp.Budget(), known_machine, copy_bytes_per_second=2e9)
+    assert (row.model, row.batch, row.prompt, row.new, row.plan) == ("toy", 3, 11, 13, name)
+    assert len(row.step_ms) == WORK.new - 1
+    assert 5 <= row.programs <= 6  # prefill, write-out, three layouts' steps; the next may be there already
+    counted = row.step_ms[benchmark.WARM_UP :]
+    assert row.worst_ms == pytest.approx(max(counted), abs=0.01)
+    assert row.median_ms == pytest.approx(np.median(counted), abs=0.01)
+    assert row.predicted_ms == pytest.approx(1e3 * float(plan_costs(known_machine, [plan]).seconds[0]))
+    assert row.tokens_per_second == pytest.approx(3 / row.median_ms * 1e3)
+    # Half way, 11 tokens and a written-out tail or two; 21 float32 numbers each, in 2 layers.
+    tokens = {"activations": 11 + 4, "device": 0}[name]
+    assert row.predicted_bytes == tokens * 3 * 21 * 4 * 2
+    if name == "device":
+        assert row.link_efficiency is None and row.link_bytes == 0
+    else:
+        assert row.link_efficiency == pytest.approx(row.link_bytes / row.median_ms * 1e3 / 2e9)
+
+
+def test_the_table_has_every_plan(known_machine):
+    plan = named_plan("activations", toy.model().shape, kvrecomp.Workload(2, 5, 3))
+    row = benchmark.measure(toy.model(), plan, kvrecomp.Budget(), known_machine, 1e9)
+    out = io.StringIO()
+    Console(file=out, width=200).print(benchmark.table([row], 12.5))
+    assert "copies alone reach 12.5 GB/s" in out.getvalue() and "activations" in out.getvalue()

@@ -1,0 +1,90 @@
+"""The sweep: which plans are compared, how they are measured, and what is said of them. No time is asserted."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+import toy
+from rich.console import Console
+
+import kvrecomp
+from experiments import sweep
+from kvrecomp.named import named_plan
+from kvrecomp.plan import Budget
+
+WORK = kvrecomp.Workload(batch=3, prompt=16, new=sweep.NEW)
+HOST = 2.0**30
+
+
+@pytest.fixture
+def model(monkeypatch):
+    """A toy model with enough positions, measured briefly."""
+    monkeypatch.setattr(sweep, "STEPS", 4)
+    config = sweep.with_positions(toy.OPT, WORK.prompt + WORK.new)
+    return toy.randomised(config.build(dtype="float32", rngs=None))
+
+
+def quiet():
+    return Console(file=io.StringIO(), width=150)
+
+
+def test_position_tables_grow_and_do_not_shrink():
+    assert sweep.with_positions(toy.OPT, 99).positions == 99
+    assert sweep.with_positions(toy.OPT, 5).positions == toy.OPT.positions
+
+
+@pytest.mark.parametrize("name", ["split:0.5", "device:0.5"])
+def test_a_filled_cache_is_laid_out_as_the_plan_says(model, name):
+    plan = named_plan(name, model.shape, WORK)
+    cache = sweep.filled_cache(plan)
+    assert cache.layout == plan.blocks() and int(toy.get(cache.length)) == WORK.prompt
+    kinds = {"host": "pinned_host", "device": "device"}
+    for block in [block for own in cache.blocks for block in own]:
+        assert block.array.sharding.memory_kind == kinds[block.memory]
+        assert 0.5 < toy.get(block.array).std() < 2
+
+
+def test_predictions(model, known_machine):
+    rows = sweep.measure_workload(model, WORK, known_machine, [], HOST, quiet())
+    assert [row.plan for row in rows] == list(sweep.PLANS)
+    for row in rows:
+        plan = named_plan(row.plan, model.shape, WORK)
+        assert row.link_bytes == plan.bytes_in("host") and row.room is None and not row.chosen
+        assert row.median_ms > 0 and row.predicted_ms > 0
+
+
+def test_choices_keep_to_the_room(model, known_machine):
+    """Half of the keys and values: each plan holds at most that on the device, and one of them is chosen."""
+    whole = named_plan("device", model.shape, WORK).bytes_in("device")
+    rivals = list(sweep.rivals_with_room(model, WORK, whole / 2))
+    assert len(rivals) >= 10 and all(plan.bytes_in("device") <= whole / 2 for plan in rivals)
+    rows = sweep.measure_workload(model, WORK, known_machine, [50.0], HOST, quiet())
+    assert [row.plan for row in rows if row.chosen] == ["auto"] and len(rows) == len(rivals) + 1
+    assert {row.room for row in rows} == {50.0}
+
+
+def test_a_budget_with_room_is_what_a_plan_on_the_host_needs_and_the_room():
+    shape, work = toy.model().shape, kvrecomp.Workload(3, 11, 13)
+    needed = sum(kvrecomp.memory_needed(named_plan("keys_values", shape, work))["device"].values())
+    assert sweep.budget_with_room(toy.model(), work, 12345, HOST) == Budget(needed + 12345, HOST)
+
+
+def test_what_does_not_fit_is_left_out_and_said(model, known_machine):
+    console = quiet()
+    limit = named_plan("activations", model.shape, WORK).bytes_in("host") + 1
+    rows = sweep.measure_workload(model, WORK, known_machine, [], limit, console)
+    names = [row.plan for row in rows]
+    assert "activations" in names and "keys_values" not in names
+    assert "left out: keys_values, toy" in console.file.getvalue()
+
+
+def test_how_far_off():
+    row = sweep.Measured("m", 1, 2, 3, "p", None, 100.0, 104.0, 0)
+    rows = [dataclasses.replace(row, predicted_ms=value) for value in (104.0, 95.5, 111.0, 91.0)]
+    assert sweep.within(rows, 0.05) == 0.5 and sweep.within(rows, 0.1) == 0.75
+    chosen = dataclasses.replace(row, chosen=True, room=25.0, median_ms=103.0)
+    rivals = [dataclasses.replace(row, room=25.0, median_ms=value) for value in (100.0, 200.0)]
+    out = io.StringIO()
+    Console(file=out, width=200).print(sweep.summary([chosen, *rivals]))
+    assert "1.030 of 2" in out.getvalue() and np.isclose(chosen.median_ms / 100, 1.03)
