@@ -159,6 +159,8 @@ def main(_: list[str]) -> None:
     window = None if _WINDOW.value is None else int(_WINDOW.value * MIB)
     work = kvrecomp.Workload(_BATCH.value, _PROMPT.value, _NEW.value)
     shape = dataclasses.replace(models.preset(_MODEL.value).shape, dtype=_DTYPE.value)
+    if work.new < 2:
+        raise ValueError(f"--new is {work.new}: the first token comes with the prompt; give at least 2 to time a step")
     for name in _PLANS.value:  # mistakes are said before the weights are made
         if name != AUTO:
             kvrecomp.plan_for(name, shape, work, tail=_TAIL.value, window=window)

@@ -74,7 +74,7 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     number("top_p", 0.9, "Sample from the fewest tokens that have this probability together.")
     integer("seed", 0, "Of sampling, and of random weights.", lower_bound=0, upper_bound=2**32 - 1)
     string("dtype", None, "Of weights and cache; default: float32 on a CPU, else as stored or bfloat16.")
-    boolean("check", True, "Compare the logits with those of the on-device plan.")
+    boolean("check", True, "Compare the logits with those of a plan with the cache in the other memory.")
     boolean("json", False, "Print a JSON document as the last line of standard output.")
 
 

@@ -2,7 +2,7 @@
 
     python experiments/plan.py --model=opt-6.7b --batch=32 --prompt=1024 --new=32
     python experiments/plan.py --hardware=a100 --device_memory_gib=20 --plot=split.png
-    python experiments/plan.py --hardware=h200 --plot=split.png --measured=experiments/results/h200_w1.json --json
+    python experiments/plan.py --hardware=h200 --plot=split.png --measured=experiments/results/h200_w1.json --new=24
 
 Without --hardware the machine at hand is measured; with it, a machine's data sheet is taken and no device is needed.
 Nothing is generated and no weights are made. From a notebook:

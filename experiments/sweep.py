@@ -6,7 +6,7 @@
 Caches are filled with random numbers rather than by a prefill, since a step's time does not depend on them. Without
 `--rooms`, every workload is measured under the six plans of PLANS, predicted and measured side by side. With `--rooms`,
 the device may hold so many per cent of the workload's keys and values, and the scheduler's choice is compared with the
-best of the rivals that fit. A position table shorter than the cached tokens is repeated.
+best of the plans by hand that fit. A position table shorter than the cached tokens is made longer.
 """
 
 import dataclasses
@@ -35,11 +35,12 @@ from kvrecomp.cost import plan_costs
 from kvrecomp.files import write_json
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_plan
-from kvrecomp.plan import DEFAULT_WINDOW, Budget, LayerPlan, Memory, Plan, PlanError, cut_runs, format_bytes
+from kvrecomp.plan import DEFAULT_WINDOW, GIB, Budget, Form, LayerPlan, Memory, Plan, PlanError, cut_runs, format_bytes
 
 PLANS = ("activations", "recompute", "keys_values", "split:0.5", "kvpr:0.75", "device:0.5")
-RIVALS = (*PLANS, "split:0.25", "split:0.75", "kvpr:0.5", "device")
-SPLITS_OF_ROOM = (  # what the device holds as far as there is room, and what the rest is, in host memory
+COMPARED = (*PLANS, "split:0.25", "split:0.75", "kvpr:0.5", "device")
+# What the device holds as far as there is room, and what the rest is, in host memory.
+SPLITS_OF_ROOM: tuple[tuple[Form, Form], ...] = (
     ("keys_values", "activations"),
     ("keys_values", "keys_values"),
     ("activations", "activations"),
@@ -110,36 +111,36 @@ def with_positions(config: Any, positions: int) -> Any:
     return dataclasses.replace(config, positions=max(config.positions, positions))
 
 
-def plans_to_compare(model: Any, work: kvrecomp.Workload) -> Iterator[Plan]:
-    """The plans of PLANS."""
-    for name in PLANS:
-        yield named_plan(name, model.shape, work)
-
-
-def rivals_with_room(model: Any, work: kvrecomp.Workload, room: float) -> Iterator[Plan]:
-    """Plans by hand that put at most `room` bytes of blocks on the device: all of RIVALS that keep to it, and four
-    that use it in full."""
-    for name in RIVALS:
-        plan = named_plan(name, model.shape, work)
-        if plan.bytes_in("device") <= room:
-            yield plan
-    layers = len(model.shape.layers)
+def rivals_within(model: Any, work: kvrecomp.Workload, budget: Budget) -> Iterator[Plan]:
+    """Plans by hand that keep to the budget's device memory: those of COMPARED, and four that use it in full."""
+    plans = [named_plan(name, model.shape, work, tail=NEW) for name in COMPARED]
     for here, there in SPLITS_OF_ROOM:
-        own = []
-        for layer in model.shape.layers:
-            token_bytes = work.batch * layer.width(here) * model.shape.itemsize
-            kept = min(work.prompt, int(room / layers / token_bytes))
-            runs = [(here, "device", kept), (there, "host", work.prompt - kept)]
-            blocks = cut_runs(runs, layer, model.shape, work, DEFAULT_WINDOW)
-            last = "host" if kept < work.prompt else "device"
-            own.append(LayerPlan(blocks, there if last == "host" else here, (last,)))
-        yield Plan(f"{here} here, {there} there", model.shape, work, tuple(own), tail=NEW)
+        room = max(0.0, (budget.device or 0) - _on_device(_two_forms(model, work, here, there, 0.0)))
+        plans.append(_two_forms(model, work, here, there, room))
+    return (plan for plan in plans if _on_device(plan) <= (budget.device or 0))
+
+
+def _on_device(plan: Plan) -> int:
+    """Bytes of device memory that the plan needs."""
+    return sum(kvrecomp.memory_needed(plan)["device"].values())
+
+
+def _two_forms(model: Any, work: kvrecomp.Workload, here: Form, there: Form, room: float) -> Plan:
+    """As many tokens in one form as `room` bytes hold on the device, the others in the other form in host memory."""
+    own = []
+    for layer in model.shape.layers:
+        token_bytes = work.batch * layer.width(here) * model.shape.itemsize
+        kept = min(work.prompt, int(room / len(model.shape.layers) / token_bytes))
+        runs: list[tuple[Form, Memory, int]] = [(here, "device", kept), (there, "host", work.prompt - kept)]
+        blocks = cut_runs(runs, layer, model.shape, work, DEFAULT_WINDOW)
+        last: Memory = "host" if kept < work.prompt else "device"
+        own.append(LayerPlan(blocks, there if last == "host" else here, (last,)))
+    return Plan(f"{here} here, {there} there", model.shape, work, tuple(own), tail=NEW)
 
 
 def budget_with_room(model: Any, work: kvrecomp.Workload, room: float, host: float) -> Budget:
     """What everything in host memory needs of the device, and `room` bytes more."""
-    needed = kvrecomp.memory_needed(named_plan("keys_values", model.shape, work))
-    return Budget(sum(needed["device"].values()) + room, host)
+    return Budget(_on_device(named_plan("keys_values", model.shape, work, tail=NEW)) + room, host)
 
 
 def run(
@@ -166,13 +167,13 @@ def measure_workload(
     """All plans of one workload, each distinct one measured once."""
     wanted: list[tuple[float | None, bool, Plan]] = []  # room, whether chosen, plan
     if not rooms:
-        wanted = [(None, False, plan) for plan in plans_to_compare(model, work)]
+        wanted = [(None, False, named_plan(name, model.shape, work, tail=NEW)) for name in PLANS]
     whole = named_plan("device", model.shape, work).bytes_in("device")
     for percent in rooms:
-        room = percent / 100 * whole
-        chosen = kvrecomp.make_plan(model.shape, work, machine, budget_with_room(model, work, room, host))
+        budget = budget_with_room(model, work, percent / 100 * whole, host)
+        chosen = kvrecomp.make_plan(model.shape, work, machine, budget, tail=NEW)
         wanted.append((percent, True, chosen))
-        wanted += [(percent, False, plan) for plan in rivals_with_room(model, work, room)]
+        wanted += [(percent, False, plan) for plan in rivals_within(model, work, budget)]
     decoders: dict[Any, kvrecomp.Decoder] = {}
     for _, _, plan in wanted:
         key = _key(plan)
@@ -198,7 +199,7 @@ def measure_workload(
             plan.name,
             percent,
             1e3 * seconds[_key(plan)],
-            1e3 * float(plan_costs(machine, [plan]).seconds[0]),
+            1e3 * float(plan_costs(machine, [plan], write_outs=0).seconds[0]),
             plan.bytes_in("host"),
             chosen,
         )
@@ -261,7 +262,7 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     console = Console(width=150)
     batches, cached = [int(each) for each in given.batches], [int(each) for each in given.cached]
     rooms = [float(each) for each in given.rooms]
-    rows = run(given.models, batches, cached, rooms, given.host_memory_gib * 2**30, console)
+    rows = run(given.models, batches, cached, rooms, given.host_memory_gib * GIB, console)
     console.print(summary(rows))
     console.print(f"{len(rows)} predictions: {within(rows, 0.05):.0%} within 5 %, {within(rows, 0.1):.0%} within 10 %")
     document = run_info(given.commit) | {"rows": [dataclasses.asdict(row) for row in rows]}

@@ -2,11 +2,10 @@
 
 import bisect
 import dataclasses
-from typing import get_args
 
 from kvrecomp import memory
 from kvrecomp.attention import SCORE_BYTES
-from kvrecomp.plan import COPIES_AHEAD, Budget, Memory, ModelShape, Plan, PlanError, Workload, format_bytes
+from kvrecomp.plan import COPIES_AHEAD, MEMORIES, Budget, Memory, ModelShape, Plan, PlanError, Workload, format_bytes
 
 MARGIN = 0.05  # of what is free: fragmentation, and the programs themselves
 
@@ -69,7 +68,7 @@ def check_memory(plan: Plan, budget: Budget | None = None) -> None:
     """Raises `PlanError`, with sizes and with what would fit, if the plan needs more than the budget."""
     needed = memory_needed(plan)
     allowed = limits(budget or Budget(), needed["device"]["weights"])
-    for place in get_args(Memory):
+    for place in MEMORIES:
         limit = allowed[place]
         total = sum(needed[place].values())
         if total <= limit:

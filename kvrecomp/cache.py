@@ -8,8 +8,8 @@ link instead of by the copy engine. Its form and memory are static, so they sele
     activations    x [s, b, hidden]
     keys_values    K and V [s, 2, b, kv_heads, head_dim]
 
-K and V are one array because XLA keeps two copies under way: a third, of a block held two ahead, would make it await
-one of the others before its time. Their slices cost nothing, they become part of the kernels that read them.
+K and V are one array because XLA keeps two copies under way: as two arrays, one block would be both, and the next
+block's copy would make XLA await one of them before its time. The slices become part of the kernels that read them.
 """
 
 from collections.abc import Sequence

@@ -165,7 +165,7 @@ def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) 
     rows, outside = [], None
     for layer in dict.fromkeys(shape.layers):
         times = profile.times(layer, shape.dtype, workload.batch)
-        if times is not None:
+        if times is not None and times.vocab in (None, shape.vocab):
             outside = times.outside
         times = times or estimate(profile, layer, shape.itemsize, workload.batch)
         rows += [(times.work[work].base, times.work[work].each) for work in WORKS]
@@ -246,7 +246,7 @@ def median_write_outs(plan: Plan) -> int:
 
 def kvpr_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload, recomputed: float) -> float:
     """KVPR's own formula (arXiv 2411.17089, equations 8 to 11): a step's seconds with `recomputed` of the prompt's
-    tokens sent as activations and the rest as keys and values, at peak rates, summed over layers.
+    tokens sent as activations and the rest as keys and values, at the profile's rates, summed over layers.
 
         t = b l h p / v_link + max(4 b l h^2 / v_gpu, 2 b (s - l) h p / v_link)
     """

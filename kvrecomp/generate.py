@@ -142,6 +142,7 @@ class TokenLoop:
                 advance()
                 if self.eos and self._new_tokens(np.stack(new))[1].all():
                     break
+        self.decoder.finish()
         if self.streamer is not None:
             self.streamer.end()
         seconds = np.diff(arrivals)

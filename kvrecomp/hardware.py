@@ -43,9 +43,9 @@ class Line:
 
 @dataclass(frozen=True)
 class LayerTimes:
-    """Seconds of one layer's work in a step, by kind, in cached tokens; `outside` is a step's work outside its layers.
+    """Seconds of one layer's work in a step, by kind, in cached tokens, for one layer shape, dtype and batch.
 
-    Measured for one layer shape, dtype and batch.
+    `outside` is a step's work outside its layers, of a model with that `vocab`; None: of any.
     """
 
     layer: LayerShape
@@ -53,6 +53,7 @@ class LayerTimes:
     batch: int
     work: Mapping[Work, Line]
     outside: float = 0.0
+    vocab: int | None = None
 
     def __post_init__(self):
         if set(self.work) != set(WORKS):
@@ -118,6 +119,7 @@ class HardwareProfile:
                 own["batch"],
                 {work: Line(**own["work"][work]) for work in WORKS},
                 own["outside"],
+                own["vocab"],
             )
             for own in data["layers"]
         )

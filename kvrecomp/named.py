@@ -1,12 +1,12 @@
 """Plans by name: the methods that are compared, uniform over layers.
 
-    activations    all activations in host memory, absorbed
-    recompute      the same, with K and V recomputed on the device
-    keys_values    all keys and values in host memory
-    split:F        the first F of the prompt as activations, the rest as keys and values, in host memory, pipelined
-    kvpr:F         the same split in KVPR's own schedule: K and V recomputed, copies layer by layer
-    device         all keys and values on the device
-    device:F       the first F of the prompt as keys and values on the device, the rest as activations in host memory
+activations    all activations in host memory, absorbed
+recompute      the same, with K and V recomputed on the device
+keys_values    all keys and values in host memory
+split:F        the first F of the prompt as activations, the rest as keys and values, in host memory, pipelined
+kvpr:F         the same split in KVPR's own schedule: K and V recomputed, copies layer by layer
+device         all keys and values on the device
+device:F       the first F of the prompt as keys and values on the device, the rest as activations in host memory
 """
 
 from kvrecomp.plan import (

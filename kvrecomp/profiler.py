@@ -1,6 +1,6 @@
 """Measures this machine: the link, matrix products, device memory, and the layers of a model at work.
 
-A machine is measured once, in half a minute on a GPU, and the profile kept as JSON under the user's cache directory.
+A machine is measured once, and the profile kept as JSON under the user's cache directory.
 A model's layers are timed in the program that decoding runs (`runtime.decode_step`), cut to a few layers, with blocks
 that are on the device already, so that nothing but compute is timed.
 """
@@ -32,6 +32,7 @@ from kvrecomp.hardware import ATTENTION, HardwareProfile, LayerTimes, Line, Work
 from kvrecomp.plan import (
     BLOCKS_PER_WINDOW,
     DEFAULT_WINDOW,
+    GIB,
     MIB,
     BlockSpec,
     Form,
@@ -47,6 +48,7 @@ from kvrecomp.runtime import Model, Window, decode_step
 LOG = logging.getLogger("kvrecomp")
 FORMAT = 1  # of the file; another one is measured anew
 POOR_FIT = 0.1  # a line further than this fraction from what it was fitted to is measured again
+LEAST_SLOPE = 0.01  # of a measured time: noise can make a difference of two nothing, or less
 COPY_PASSES = (2, 8)  # how often each block is copied when the rate of copies is measured
 
 
@@ -56,8 +58,8 @@ COPY_PASSES = (2, 8)  # how often each block is copied when the rate of copies i
 def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False) -> HardwareProfile:
     """The profile of this machine, measured if it was not before or if `refresh` says so.
 
-    With a `model`, its layers are timed too at that `batch` (about 20 s on a GPU). What was measured is kept in
-    `profile_path()` and holds for this kind and number of devices, jax version and driver.
+    With a `model`, its layers are timed too at that `batch`. What was measured is kept in `profile_path()` and holds
+    for this kind and number of devices, jax version and driver; `refresh` forgets the layers timed before.
     """
     found = None if refresh else _read(profile_path())
     known = found or _measure_machine()
@@ -163,7 +165,8 @@ def _measured_line(what: str, sizes: Sequence[float], measure: Callable[[float, 
         if worst <= POOR_FIT:
             break
         again = "measuring it again" if repeats == 5 else "predictions may be as far off"
-        LOG.info("%s: a line is up to %.0f %% off what was measured; %s", what, 100 * worst, again)
+        say = LOG.info if repeats == 5 else LOG.warning
+        say("%s: a line is up to %.0f %% off what was measured; %s", what, 100 * worst, again)
     return line
 
 
@@ -187,7 +190,7 @@ def _measure_machine() -> HardwareProfile:
         beside_compute=copy_rate(min(sizes[-1], 256 * MIB), 4, computing=True),
         handoff_seconds=_handoff_seconds(sizes[0], to_device, kernel),
         matmul_rate=_matmul_rate(dtype),
-        memory_rate=_memory_rate(min(2 * sizes[-1], 2**30)),
+        memory_rate=_memory_rate(min(2 * sizes[-1], GIB)),
         kernel_seconds=kernel,
         source=f"measured, {jnp.dtype(dtype).name}",
     )
@@ -205,9 +208,9 @@ def _rate_dtype() -> Any:
 def copy_rate(block_bytes: int, blocks: int, repeats: int = 5, computing: bool = False) -> float:
     """Bytes a second from pinned host memory to the device, of copies of whole blocks in one program.
 
-    The copies go through the window of a step: the rate is what a step could reach at best. It is the slope between a
-    few and many copies, so that what a program costs beside them does not count. `computing` attends to every block
-    when it is there.
+    The copies, of `block_bytes` each, go through the window of a step: the rate is about what a step can reach. It is
+    the slope between a few and many copies, so that what a program costs beside them does not count. `computing`
+    attends to every block when it is there.
     """
     arrays = _host_arrays(block_bytes, blocks)
     few, many = (_held_copies(arrays, passes, repeats, computing) for passes in COPY_PASSES)
@@ -257,7 +260,7 @@ def _to_device_seconds(size: float, repeats: int) -> float:
     for own in (arrays[: len(arrays) // 2], arrays):
         program = jax.jit(copy_all).lower(own).compile()
         seconds.append(median_seconds(functools.partial(program, own), repeats))
-    return max(1e-9, seconds[1] - seconds[0]) / (len(arrays) - len(arrays) // 2)
+    return max(LEAST_SLOPE * seconds[1], seconds[1] - seconds[0]) / (len(arrays) - len(arrays) // 2)
 
 
 def _handoff_seconds(size: int, to_device: Line, kernel_seconds: float) -> float:
@@ -323,7 +326,7 @@ def _memory_rate(size: int) -> float:
         array = memory.zeros((size // part // 4,), jnp.dtype(jnp.float32), "device")
         program = jax.jit(lambda array: array + 1).lower(array).compile()
         seconds.append(median_seconds(functools.partial(program, array), 9))
-    return 2 * 0.75 * size / max(1e-9, seconds[1] - seconds[0])  # read and written
+    return 2 * 0.75 * size / max(LEAST_SLOPE * seconds[1], seconds[1] - seconds[0])  # read and written
 
 
 def _kernel_seconds(dtype: Any) -> float:
@@ -371,14 +374,16 @@ def _measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
         "finish": Line((1 - projecting) * dense, 0.0),
     }
     for kind in ATTENTION:
-        times = [max(1e-9, (seconds[more, kind, (size,)] - without) / more) for size in sizes[kind]]
+        taken = [seconds[more, kind, (size,)] for size in sizes[kind]]
+        times = [max(LEAST_SLOPE * own, own - without) / more for own in taken]
         line = fit_line(sizes[kind], times)
         another = (seconds[more, kind, halves[kind]] - seconds[more, kind, (sizes[kind][-1],)]) / more
         base = min(max(0.0, another), line.base)
         if kind == "absorb":
             work["prepare"] = Line(line.base - base, 0.0)
         work[kind] = Line(base, line.each)
-    return LayerTimes(layer, model.shape.dtype, batch, work, max(0.0, without - more * dense))
+    outside = max(0.0, without - more * dense)
+    return LayerTimes(layer, model.shape.dtype, batch, work, outside, model.shape.vocab)
 
 
 class _LayerBench:

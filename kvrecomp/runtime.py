@@ -5,8 +5,8 @@
     write-out   full tails -> new blocks
 
 A program is fixed by the plan and the layout (the blocks of every layer). A written-out tail makes a new layout and so
-a new step program; it is compiled in the background while the tail fills. Token ids,
-padding and the number of tokens in the tail are data: changing them compiles nothing.
+a new step program; PROGRAMS_AHEAD of them are compiled in the background while the tail fills. Token ids, padding and
+the number of tokens in the tail are data: changing them compiles nothing.
 """
 
 import collections
@@ -62,6 +62,7 @@ class Model(Protocol):
 
 
 Held = TypeVar("Held", Array, None)
+
 
 class Window:
     """Copies host blocks to the device in the order of use, with at most `size` bytes on their way or in use.
@@ -188,9 +189,9 @@ def _place(block: Block) -> Block:
     return replace(block, array=jax.device_put(block.array, space))
 
 
-PROGRAMS_AHEAD = 2  # steps' programs made while the tail fills: a later one takes longer, it has more blocks
-
 # --- the decoder ------------------------------------------------------------------------------------------------------
+
+PROGRAMS_AHEAD = 2  # steps' programs made while the tail fills: a later one takes longer, it has more blocks
 
 
 class Decoder:
@@ -222,12 +223,16 @@ class Decoder:
         return self._programs.compiled
 
     def compile(self, *, prefill: bool = True, wait: bool = True) -> None:
-        """Compiles what decoding starts with, side by side; `prefill` and `step` do so themselves."""
+        """Compiles what decoding starts with; `prefill` and `step` do so themselves."""
         names = [("prefill",), ("step", 0)] if prefill else [("step", 0)]
         for name in names:
             self._prepare(*name)
         for name in names if wait else []:
             self._program(*name)
+
+    def finish(self) -> None:
+        """Gives up programs that were to be compiled ahead: no more steps come now. They are made if they come."""
+        self._programs.cancel()
 
     def prefill(self, input_ids: Any, attention_mask: Any = None) -> tuple[Cache, Array]:
         """int[batch, prompt], left-padded where `attention_mask` is 0 -> cache, logits float32[batch, vocab].
@@ -323,8 +328,7 @@ class Decoder:
     def _trace_write_out(self, memories: Sequence[Memory]) -> Any:
         def program(tails):
             return tuple(
-                Block(jnp.copy(tail.array), tail.form, place)
-                for tail, place in zip(tails, memories, strict=True)
+                Block(jnp.copy(tail.array), tail.form, place) for tail, place in zip(tails, memories, strict=True)
             )
 
         tails = describe_tails(self.plan)

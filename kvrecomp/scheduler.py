@@ -5,7 +5,7 @@ left over holds keys and values (the rest holds what is smaller), which fraction
 activations, how activations are used, the form of the tail and of the blocks it becomes, and how many of these blocks
 stay on the device before any of the prompt does. All candidates are predicted in one call of the cost function, on a
 coarse grid and then on finer ones around the best. Layers of different shapes get settings of their own, one shape
-after the other. The plans by name are candidates too, so that the choice is never worse than one of them.
+after the other. The plans of RIVALS, with the same tail and window, are candidates too.
 """
 
 import dataclasses
@@ -81,8 +81,8 @@ def make_plan(
 ) -> Plan:
     """The plan with the shortest predicted step that fits in the budget.
 
-    What the budget leaves open is the profile's: its device memory and its host memory, less a margin. `tail`, in
-    tokens, and `window`, in bytes, are chosen too where they are not given.
+    What the budget leaves open is the profile's: its device memory and its host memory, less a margin. The `tail`, in
+    tokens, is sized by its bytes, and the `window`, in bytes, chosen where they are not given.
 
     Raises:
         PlanError: nothing fits; the message says what is needed and what would fit. A budget in the wrong unit.
