@@ -128,17 +128,13 @@ class Run:
 def load(
     checkpoint: str | Path = SHIPPED, preset: str | None = None, dtype: str | None = None, seed: int = 0
 ) -> tuple[models.CausalLM, Tokenizer | None]:
-    """A model and its tokenizer: from a checkpoint or, if a `preset` is named, of random weights and none."""
+    """A model and its tokenizer: from a checkpoint, which may have none, or a `preset` of random weights and none."""
     dtype = dtype or default_dtype()
     if preset is not None:
         return models.create(preset, dtype=dtype or "bfloat16", seed=seed), None
     model, tokenizer = models.load(checkpoint, dtype=dtype), models.load_tokenizer(checkpoint)
-    if tokenizer is None:
-        raise models.CheckpointError(
-            f"{checkpoint} has no tokenizer.json, so text cannot be read or written: put the model's own there "
-            "(transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...))"
-        )
-    models.check_tokenizer(tokenizer, model.shape)
+    if tokenizer is not None:
+        models.check_tokenizer(tokenizer, model.shape)
     return model, tokenizer
 
 
@@ -167,6 +163,11 @@ def read_prompts(given: Sequence[str], file: str | Path | None) -> list[str]:
     return [*given, *lines] or list(PROMPTS)
 
 
+def is_ids(prompt: str) -> bool:
+    """Whether a prompt can be read as ids: digits and spaces."""
+    return bool(prompt.split()) and all(part.isascii() and part.isdigit() for part in prompt.split())
+
+
 def special_tokens(tokenizer: Tokenizer | None, names: Sequence[str]) -> list[int]:
     """The ids of those of these tokens that there are."""
     ids = [] if tokenizer is None else [tokenizer.token_to_id(name) for name in names]
@@ -176,14 +177,15 @@ def special_tokens(tokenizer: Tokenizer | None, names: Sequence[str]) -> list[in
 def encode(tokenizer: Tokenizer | None, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     """Left-padded ids int32[batch, longest], beginning with the token that texts begin with, and bool of their mask.
 
-    Without a tokenizer ids are UTF-8 bytes, which stand for nothing to random weights, but for different lengths.
+    Without a tokenizer a prompt is ids in digits, "5 17 2"; of any other text ids are its UTF-8 bytes, which stand for
+    nothing to random weights, but for different lengths.
     """
     # A tokenizer without a post-processor adds nothing of its own: ours, whose texts begin with what ends them.
     begin = [] if tokenizer is None or tokenizer.post_processor is not None else special_tokens(tokenizer, ENDS)[:1]
     rows = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            ids = list(prompt.encode())
+            ids = [int(part) for part in prompt.split()] if is_ids(prompt) else list(prompt.encode())
         except UnicodeEncodeError as error:
             raise kvrecomp.PromptError(f"prompt {number} is not text in UTF-8: convert it") from error
         ids = ids if tokenizer is None else tokenizer.encode(prompt).ids
@@ -356,6 +358,12 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
                 window=window,
             )
         model, tokenizer = load(given.checkpoint, given.model, given.dtype, given.seed)
+        if tokenizer is None and given.model is None and not all(map(is_ids, prompts)):
+            raise models.CheckpointError(
+                f"{given.checkpoint} has no tokenizer.json, so text cannot be read or written: put the model's own "
+                "there (transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)), or give ids, such as "
+                "--prompt='5 17 2'"
+            )
         run = continue_prompts(
             model,
             tokenizer,

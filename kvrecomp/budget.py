@@ -2,6 +2,7 @@
 
 import bisect
 import dataclasses
+from collections.abc import Mapping
 
 from kvrecomp import memory
 from kvrecomp.attention import SCORE_BYTES
@@ -65,9 +66,13 @@ def limits(budget: Budget, weights: int) -> dict[Memory, float]:
 
 
 def check_memory(plan: Plan, budget: Budget | None = None) -> None:
-    """Raises `PlanError`, with sizes and with what would fit, if the plan needs more than the budget."""
+    """Raises `PlanError` if the plan needs more than the budget and this machine have; see `check_within`."""
+    check_within(plan, limits(budget or Budget(), plan.shape.parameters * plan.shape.itemsize))
+
+
+def check_within(plan: Plan, allowed: Mapping[Memory, float]) -> None:
+    """Raises `PlanError`, with sizes and with what would fit, if the plan needs more bytes than are allowed."""
     needed = memory_needed(plan)
-    allowed = limits(budget or Budget(), needed["device"]["weights"])
     for place in MEMORIES:
         limit = allowed[place]
         total = sum(needed[place].values())

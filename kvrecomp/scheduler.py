@@ -13,7 +13,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kvrecomp.budget import MARGIN, check_memory, memory_needed, prefill_bytes
+from kvrecomp.budget import MARGIN, check_within, memory_needed, prefill_bytes
 from kvrecomp.cost import StepCost, plan_costs
 from kvrecomp.hardware import LARGEST_DEVICE, HardwareProfile
 from kvrecomp.named import named_plan
@@ -214,7 +214,7 @@ class _Search:
             self.tail //= 2
             return self._choose(candidates)
         if not fitting:
-            check_memory(min(plans, key=self._excess), self.budget)
+            check_within(min(plans, key=self._excess), {place: getattr(self.budget, place) for place in MEMORIES})
         seconds = {plan: float(cost.seconds) for plan, cost in zip(fitting, self.costs(fitting))}
         least = min(seconds.values())
         alike = [plan for plan in fitting if seconds[plan] <= 1.001 * least]

@@ -131,6 +131,16 @@ def test_a_begin_token_that_is_there_is_not_doubled():
     assert mask.tolist() == [[False, True, True], [True, True, True]]
 
 
+def test_without_a_tokenizer_prompts_are_ids(tmp_path, capsys):
+    models.save(models.create(CONFIG, dtype="float32", seed=3), tmp_path / "untold")
+    command(f"--checkpoint={tmp_path / 'untold'}", "--prompt=5 17 2", "--prompt=201", "--max_new_tokens=3", "--json")
+    rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
+    assert [row["prompt_tokens"] for row in rows] == [3, 1] and [row["text"] for row in rows] == [None, None]
+    ids, mask = script.encode(None, ["5 17 2", "201"])
+    assert ids.tolist() == [[5, 17, 2], [0, 0, 201]] and mask.sum() == 4
+    assert not script.is_ids("5 x") and not script.is_ids(" ")
+
+
 def test_control_characters_do_not_reach_the_terminal():
     assert script.printable("a\x1b[31m\x07\tb\n") == "a\N{REPLACEMENT CHARACTER}[31m\N{REPLACEMENT CHARACTER}\tb\n"
 
