@@ -90,6 +90,7 @@ def _maker(shape: tuple[int, ...], dtype: Any, place: Memory):
 
 def step_seconds(decoder: kvrecomp.Decoder) -> float:
     """Median seconds of a step, dispatched one ahead as `generate` does."""
+    decoder.compile(prefill=False)
     cache = filled_cache(decoder.plan)
     tokens = jax.device_put(np.full(decoder.plan.workload.batch, 5, np.int32), memory.sharding("device"))
     times, waiting = [time.perf_counter()], None
@@ -183,11 +184,8 @@ def measure_workload(
         elif key not in decoders:
             try:
                 decoders[key] = kvrecomp.Decoder(model, plan, budget=Budget(None, host * 1.01))
-                decoders[key].compile(prefill=False, wait=False)
             except PlanError as error:
                 console.print(f"left out: {plan.name}, {work}: {error}")
-    for decoder in decoders.values():
-        decoder.compile(prefill=False)  # all, before the first is timed
     seconds = {key: step_seconds(decoder) for key, decoder in track(decoders.items(), f"{model.shape.name}, {work}")}
     plans = [(percent, chosen, plan) for percent, chosen, plan in wanted if _key(plan) in seconds]
     return [

@@ -17,7 +17,6 @@ import statistics
 import time
 import types
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -342,7 +341,6 @@ def _kernel_seconds(dtype: Any) -> float:
 # --- the layers of a model --------------------------------------------------------------------------------------------
 
 FEW_LAYERS, MORE_LAYERS = 2, 6
-COMPILING = 8  # programs at a time
 STEPS = 10  # dispatched without waiting, as decoding does
 
 
@@ -360,12 +358,11 @@ def _measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
         sizes[kind] = sorted({max(1, most // part) for part in (8, 2, 1)})
     bench = _LayerBench(model, batch)
     halves = {kind: (max(1, own[-1] // 2), max(1, own[-1] - own[-1] // 2)) for kind, own in sizes.items()}
-    runs = [(few, None, ()), (more, None, ())]
+    runs: list[tuple[int, Work | None, tuple[int, ...]]] = [(few, None, ()), (more, None, ())]
     runs += [(more, kind, (size,)) for kind in ATTENTION for size in sizes[kind]]
     runs += [(more, kind, halves[kind]) for kind in ATTENTION]
-    with ThreadPoolExecutor(COMPILING) as pool:  # compiled together, timed alone
-        timers = list(pool.map(lambda run: bench.timer(numbers[: run[0]], *run[1:]), runs))
-    seconds = {run: timer() for run, timer in zip(runs, timers)}
+    # One after the other: beside another compilation XLA times kernels wrongly, and chooses slow ones.
+    seconds = {(count, kind, tokens): bench.seconds(numbers[:count], kind, tokens) for count, kind, tokens in runs}
     without = seconds[more, None, ()]
     dense = max(0.0, (without - seconds[few, None, ()]) / (more - few))
     projecting = layer.hidden * layer.head_dim * (layer.heads + 2 * layer.kv_heads) / layer.parameters
@@ -394,9 +391,8 @@ class _LayerBench:
         self._graph, state = nnx.split(model)
         self._weights, self._structure = jax.tree.flatten(state)
 
-    def timer(self, numbers: Sequence[int], kind: Work | None, tokens: Sequence[int]) -> Callable[[], float]:
-        """Compiles a step of the layers with these numbers, each with blocks of that many tokens used in that way; the
-        function returned runs it, and gives its seconds."""
+    def seconds(self, numbers: Sequence[int], kind: Work | None, tokens: Sequence[int]) -> float:
+        """Of a step of the layers with these numbers, each with blocks of that many tokens used in that way."""
         plan = self._plan(numbers, kind, tokens or (1,))
 
         def step(weights, blocks, tails, padding, length, token_ids):
@@ -407,28 +403,23 @@ class _LayerBench:
             return tails, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
         kinds = [[] if kind is None else list(own) for own in describe_blocks(plan, 0)]
-        blocks = [[_as_if_copied(block) for block in own] for own in kinds]
-        few_numbers = jax.device_put(
+        described = [[_as_if_copied(block) for block in own] for own in kinds]
+        padding, length, token_ids = jax.device_put(
             (np.zeros(self._batch, np.int32), np.int32(plan.workload.prompt), np.zeros(self._batch, np.int32)),
             memory.sharding("device"),
         )
-        inputs = (self._weights, blocks, describe_tails(plan), *few_numbers)
+        inputs = (self._weights, described, describe_tails(plan), padding, length, token_ids)
         program = jax.jit(step, donate_argnames=("tails",)).lower(*inputs).compile()
+        blocks = jax.tree.map(lambda like: _random(like.shape, like.dtype), described)
+        tails = allocate_tails(plan)
 
-        def seconds() -> float:
-            own = jax.tree.map(lambda like: _random(like.shape, like.dtype), blocks)
-            tails = allocate_tails(plan)
-            padding, length, token_ids = few_numbers
+        def run():
+            nonlocal tails, token_ids
+            for _ in range(STEPS):
+                tails, token_ids = program(self._weights, blocks, tails, padding, length, token_ids)
+            return token_ids
 
-            def run():
-                nonlocal tails, token_ids
-                for _ in range(STEPS):
-                    tails, token_ids = program(self._weights, own, tails, padding, length, token_ids)
-                return token_ids
-
-            return median_seconds(run, 3) / STEPS
-
-        return seconds
+        return median_seconds(run, 3) / STEPS
 
     def _plan(self, numbers: Sequence[int], kind: Work | None, tokens: Sequence[int]) -> Plan:
         shape = self._model.shape

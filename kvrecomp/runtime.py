@@ -222,12 +222,9 @@ class Decoder:
         """The programs so far: ("prefill",), ("step", write-outs before it), ("write-out", memory of each layer)."""
         return self._programs.compiled
 
-    def compile(self, *, prefill: bool = True, wait: bool = True) -> None:
+    def compile(self, *, prefill: bool = True) -> None:
         """Compiles what decoding starts with; `prefill` and `step` do so themselves."""
-        names = [("prefill",), ("step", 0)] if prefill else [("step", 0)]
-        for name in names:
-            self._prepare(*name)
-        for name in names if wait else []:
+        for name in [("prefill",), ("step", 0)] if prefill else [("step", 0)]:
             self._program(*name)
 
     def finish(self) -> None:
