@@ -358,9 +358,10 @@ def _measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
         sizes[kind] = sorted({max(1, most // part) for part in (8, 2, 1)})
     bench = _LayerBench(model, batch)
     halves = {kind: (max(1, own[-1] // 2), max(1, own[-1] - own[-1] // 2)) for kind, own in sizes.items()}
-    runs: list[tuple[int, Work | None, tuple[int, ...]]] = [(few, None, ()), (more, None, ())]
-    runs += [(more, kind, (size,)) for kind in ATTENTION for size in sizes[kind]]
-    runs += [(more, kind, halves[kind]) for kind in ATTENTION]
+    runs: set[tuple[int, Work | None, tuple[int, ...]]] = {(few, None, ()), (more, None, ())}
+    for kind in ATTENTION:
+        runs.update((more, kind, (size,)) for size in sizes[kind])
+        runs.add((more, kind, halves[kind]))
     # One after the other: beside another compilation XLA times kernels wrongly, and chooses slow ones.
     seconds = {(count, kind, tokens): bench.seconds(numbers[:count], kind, tokens) for count, kind, tokens in runs}
     without = seconds[more, None, ()]
