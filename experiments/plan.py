@@ -288,7 +288,7 @@ def show(found: WhatIf, measured: Measured | None = None, console: Console | Non
     console.print(table(found, measured))
     prompt = found.chosen.plan.workload.prompt
     say(
-        f"KVPR's own formula, attention alone at peak rates: best at {found.kvpr_tokens} of {prompt} tokens recomputed "
+        f"KVPR's own formula, attention alone: best at {found.kvpr_tokens} of {prompt} tokens recomputed "
         f"({found.kvpr_tokens / prompt:.3f}), {1e3 * found.kvpr_seconds:.2f} ms"
     )
     if measured is not None:

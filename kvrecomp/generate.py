@@ -125,24 +125,26 @@ class TokenLoop:
         if self.streamer is not None:
             self.streamer.put(prompt)
         dispatched = Ahead(self._dispatch(input_ids, attention_mask, max_new_tokens), LEAD)
-        with _progress(max_new_tokens) as advance, dispatched as steps:
-            for step in steps:
-                tokens, step_logits = jax.device_get((step.tokens, step.logits))
-                arrivals.append(time.perf_counter())
-                if (tokens == NAN_TOKEN).any():
-                    raise FloatingPointError(
-                        f"the logits of row {int(np.argmax(tokens == NAN_TOKEN))} are NaN at new token {len(new)}: "
-                        "check the weights, or use a dtype with a larger range"
-                    )
-                new.append(tokens)
-                logits.append(step_logits)
-                link_bytes.append(step.link_bytes)
-                if self.streamer is not None:
-                    self.streamer.put(tokens)
-                advance()
-                if self.eos and self._new_tokens(np.stack(new))[1].all():
-                    break
-        self.decoder.finish()
+        try:
+            with _progress(max_new_tokens) as advance, dispatched as steps:
+                for step in steps:
+                    tokens, step_logits = jax.device_get((step.tokens, step.logits))
+                    arrivals.append(time.perf_counter())
+                    if (tokens == NAN_TOKEN).any():
+                        raise FloatingPointError(
+                            f"the logits of row {int(np.argmax(tokens == NAN_TOKEN))} are NaN at new token {len(new)}: "
+                            "check the weights, or use a dtype with a larger range"
+                        )
+                    new.append(tokens)
+                    logits.append(step_logits)
+                    link_bytes.append(step.link_bytes)
+                    if self.streamer is not None:
+                        self.streamer.put(tokens)
+                    advance()
+                    if self.eos and self._new_tokens(np.stack(new))[1].all():
+                        break
+        finally:
+            self.decoder.finish()  # what was to be compiled ahead would delay others, and the exit
         if self.streamer is not None:
             self.streamer.end()
         seconds = np.diff(arrivals)

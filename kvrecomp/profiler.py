@@ -1,8 +1,8 @@
 """Measures this machine: the link, matrix products, device memory, and the layers of a model at work.
 
-A machine is measured once, and the profile kept as JSON under the user's cache directory.
-A model's layers are timed in the program that decoding runs (`runtime.decode_step`), cut to a few layers, with blocks
-that are on the device already, so that nothing but compute is timed.
+A machine is measured once, and the profile kept as JSON under the user's cache directory. A model's layers are timed
+in the program that decoding runs (`runtime.decode_step`), cut to a few layers, with blocks that are on the device
+already, so that nothing but compute is timed.
 """
 
 import dataclasses
@@ -234,15 +234,15 @@ def _held_copies(arrays: Sequence[jax.Array], passes: int, repeats: int, computi
         window, result = Window([own], 4 * own[0].nbytes, "pipelined"), jnp.zeros((), arrays[0].dtype)
         ends = []
         for _ in own:
-            result, block = window.take(result)
+            before, block = window.take(result)
+            ends.append(before)  # read, or XLA would drop the order with it
             result = block.array[0, 0, -1]
             if computing:
                 queries = jnp.broadcast_to(block.array[0, 0], (32, block.array.shape[-1]))
                 scores = jnp.einsum("nh,sbh->nsb", queries, block.array)
                 result = jnp.einsum("nsb,sbh->nh", scores, block.array)
             result = window.used(result)
-            ends.append(result)
-        return ends
+        return *ends, result
 
     program = copy_all.lower(arrays).compile()
     return median_seconds(lambda: program(arrays), repeats)

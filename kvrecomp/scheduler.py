@@ -134,8 +134,13 @@ class _Search:
         self.windows = [max(own, widest) for own in windows] if window is None else [window]
         most = min(MOST_TAIL_BYTES, spare * TAIL_SHARE)
         self.tail = default_tail(shape, workload, self.windows[-1], most) if tail is None else min(tail, workload.new)
-        self._shorter_tails = tail is None
         self._costs: dict[Plan, StepCost] = {}
+        self.least = {}  # each shape in its own smaller form: what fits if anything does
+        for layer in self.shapes:
+            form = _smaller(layer)
+            self.least[layer] = Settings(None, float(form == "activations"), "absorb", form, 0.0)
+        while tail is None and self.tail > 1 and self._excess(self._plan(self.windows[-1], self.least)):
+            self.tail //= 2
 
     def best(self) -> Plan:
         """The plan to use. Raises `PlanError` where none fits."""
@@ -143,11 +148,8 @@ class _Search:
         growth = (0.0, 0.25, 0.5, 0.75, 1.0) if self.workload.new > self.tail else (0.0,)
         choices = itertools.product((None, 0.0, 0.5, 1.0), grid, ("absorb",), FORMS, growth)
         settings = [Settings(*choice) for choice in choices]
-        smaller = {}  # each shape in its own smaller form: the least that could fit
-        for layer in self.shapes:
-            form = _smaller(layer)
-            smaller[layer] = Settings(None, float(form == "activations"), "absorb", form, 0.0)
-        best = self._choose([*((window, dict.fromkeys(self.shapes, own)) for own in settings), (window, smaller)])
+        uniform = [(window, dict.fromkeys(self.shapes, own)) for own in settings]
+        best = self._choose([*uniform, *((own, self.least) for own in self.windows)])
         for layer in self.shapes:
             if len(self.shapes) > 1:
                 best = self._vary(best, layer, settings)
@@ -204,15 +206,12 @@ class _Search:
     def _choose(self, candidates: Sequence[Candidate]) -> Candidate:
         """The candidate with the shortest step; of those alike within a thousandth, the one that sends least.
 
-        Where none fits, the tail is made shorter, unless it was given.
+        Raises `PlanError` where none fits.
         """
         plans: dict[Plan, Candidate] = {}
         for candidate in candidates:
             plans.setdefault(self._plan(*candidate), candidate)
         fitting = [plan for plan in plans if self._excess(plan) == 0]
-        if not fitting and self._shorter_tails and self.tail > 1:
-            self.tail //= 2
-            return self._choose(candidates)
         if not fitting:
             check_within(min(plans, key=self._excess), {place: getattr(self.budget, place) for place in MEMORIES})
         seconds = {plan: float(cost.seconds) for plan, cost in zip(fitting, self.costs(fitting))}
