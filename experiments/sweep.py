@@ -80,7 +80,8 @@ def filled_cache(plan: Plan) -> Cache:
 
 
 def _random_block(block: Block) -> Block:
-    return dataclasses.replace(block, array=_maker(block.array.shape, block.array.dtype, block.memory)())
+    arrays = tuple(_maker(array.shape, array.dtype, block.memory)() for array in block.arrays)
+    return dataclasses.replace(block, arrays=arrays)
 
 
 @functools.cache

@@ -158,16 +158,16 @@ class Partial(NamedTuple):
 
 
 class Cached(NamedTuple):
-    """Cached tokens to attend to: a block's array, on the device, and the slot of its first token."""
+    """Cached tokens to attend to, on the device: x [s, b, h] or K and V [s, b, k, d], and the slot of the first."""
 
     form: Form
-    array: Array
+    tensors: Sequence[Array]
     start: int
 
     @property
     def slots(self) -> Array:
         """int32[s]."""
-        return self.start + jnp.arange(self.array.shape[0])
+        return self.start + jnp.arange(self.tensors[0].shape[0])
 
 
 @dataclass(frozen=True)
@@ -219,10 +219,10 @@ def _score(query: Query, cached: Cached, method: Method) -> tuple[Array, Array, 
     """float32[b, k, g, s] scores, and what is to be mixed with their weights: V [s, b, k, d] or x [s, b, h]."""
     projections = query.projections
     if cached.form == "keys_values":
-        key, mixable = cached.array[:, 0], cached.array[:, 1]
+        key, mixable = cached.tensors
         mixes: Mixes = "values"
     else:
-        x = cached.array
+        (x,) = cached.tensors
         recompute = method == "recompute"
         positions = positions_of(cached.slots, query.padding)
         key = projections.keys(x, positions) if recompute or projections.encode_key is not None else None
@@ -240,14 +240,18 @@ def _score(query: Query, cached: Cached, method: Method) -> tuple[Array, Array, 
 def _mix(scored: Sequence[tuple[Array, Array]], mixes: Mixes) -> Partial:
     """One softmax over several pieces of scores, each with what it weighs."""
     scores = jnp.concatenate([piece for piece, _ in scored], axis=-1)
-    weights = jax.nn.softmax(scores, axis=-1)
+    most = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - most)
+    total = weights.sum(axis=-1, keepdims=True)
     subscripts = "bkgs,sbkd->bkgd" if mixes == "values" else "bkgs,sbh->bkgh"
     mixed, start = [], 0
     for piece, mixable in scored:
         own = weights[..., start : start + piece.shape[-1]].astype(mixable.dtype)
-        mixed.append(jnp.einsum(subscripts, own, mixable))
+        mixed.append(jnp.einsum(subscripts, own, mixable, preferred_element_type=jnp.float32))
         start += piece.shape[-1]
-    return Partial(jax.nn.logsumexp(scores, axis=-1), functools.reduce(jnp.add, mixed), mixes)
+    # Divided once mixed: dividing the weights would read and write them once more.
+    result = functools.reduce(jnp.add, mixed) / total
+    return Partial((most + jnp.log(total))[..., 0], result.astype(scored[0][1].dtype), mixes)
 
 
 def merge(query: Query, partials: Sequence[Partial]) -> Array:

@@ -230,17 +230,18 @@ def _held_copies(arrays: Sequence[jax.Array], passes: int, repeats: int, computi
 
     @jax.jit
     def copy_all(arrays):
-        own = [Block(array, "activations", "host") for array in arrays] * passes
+        own = [Block((array,), "activations", "host") for array in arrays] * passes
         window, result = Window([own], 4 * own[0].nbytes, "pipelined"), jnp.zeros((), arrays[0].dtype)
         ends = []
         for _ in own:
             before, block = window.take(result)
             ends.append(before)  # read, or XLA would drop the order with it
-            result = block.array[0, 0, -1]
+            (x,) = block.tensors
+            result = x[0, 0, -1]
             if computing:
-                queries = jnp.broadcast_to(block.array[0, 0], (32, block.array.shape[-1]))
-                scores = jnp.einsum("nh,sbh->nsb", queries, block.array)
-                result = jnp.einsum("nsb,sbh->nh", scores, block.array)
+                queries = jnp.broadcast_to(x[0, 0], (32, x.shape[-1]))
+                scores = jnp.einsum("nh,sbh->nsb", queries, x)
+                result = jnp.einsum("nsb,sbh->nh", scores, x)
             result = window.used(result)
         return *ends, result
 
@@ -434,5 +435,6 @@ class _LayerBench:
 
 def _as_if_copied(block: Block) -> Block:
     """A host block whose array is described as on the device: copying it there copies nothing."""
-    like = jax.ShapeDtypeStruct(block.array.shape, block.array.dtype, sharding=memory.sharding("device"))
-    return dataclasses.replace(block, array=like)
+    here = memory.sharding("device")
+    arrays = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here) for array in block.arrays)
+    return dataclasses.replace(block, arrays=arrays)

@@ -1,9 +1,11 @@
 """Compiled programs by name: each compiled once, now or in the background."""
 
+import contextlib
+import gc
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -11,30 +13,22 @@ TURN_SECONDS = 0.0005  # Python's own is ten times as long
 _WORKER = ThreadPoolExecutor(1, thread_name_prefix="compile")  # XLA times kernels: one program at a time
 
 
-class _ShortTurns:
-    """A context in which threads that wait for the interpreter get it sooner, whoever else is in it too.
+@contextlib.contextmanager
+def _short_turns() -> Iterator[None]:
+    """A context for the worker in which threads that wait for the interpreter get it sooner.
 
-    A step dispatched beside tracing asks for the interpreter many times.
+    A step dispatched beside tracing asks for the interpreter many times. Tracing makes so many objects that Python goes
+    through all there are, 0.1 to 0.4 s in which every other thread stands still; that is left for later.
     """
-
-    def __init__(self):
-        self._inside, self._before, self._lock = 0, 0.0, threading.Lock()
-
-    def __enter__(self):
-        with self._lock:
-            if not self._inside:
-                self._before = sys.getswitchinterval()
-                sys.setswitchinterval(TURN_SECONDS)
-            self._inside += 1
-
-    def __exit__(self, *_: object):
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                sys.setswitchinterval(self._before)
-
-
-_SHORT_TURNS = _ShortTurns()
+    interval, collecting = sys.getswitchinterval(), gc.isenabled()
+    sys.setswitchinterval(TURN_SECONDS)
+    gc.disable()
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(interval)
+        if collecting:
+            gc.enable()
 
 
 class Compiled(NamedTuple):
@@ -77,7 +71,7 @@ class Programs:
 
     def _compile(self, name: Hashable, trace: Callable[[], Any]) -> Any:
         start = time.perf_counter()
-        with _SHORT_TURNS:
+        with _short_turns():
             program = trace().lower().compile()
         analysis = program.memory_analysis()
         self.compiled[name] = Compiled(time.perf_counter() - start, getattr(analysis, "temp_size_in_bytes", 0))

@@ -34,6 +34,7 @@ from kvrecomp.cache import (
     describe_blocks,
     describe_tails,
     empty_tails,
+    make_block,
     make_cache,
 )
 from kvrecomp.plan import Budget, LayerPlan, Memory, Method, ModelShape, Plan, PlanError, Schedule, events_before
@@ -94,8 +95,8 @@ class Window:
         In this order, because XLA would await the block before it has finished `result`, and the link would rest.
         """
         block = self._copied.popleft()
-        result, array = jax.lax.optimization_barrier((result, block.array))
-        return result, replace(block, array=self._event(array, "pipelined"))
+        result, arrays = jax.lax.optimization_barrier((result, block.arrays))
+        return result, replace(block, arrays=self._event(arrays, "pipelined"))
 
     def used(self, result: Array) -> Array:
         """Says that the block taken last is not needed once `result` is computed; go on with what this returns."""
@@ -116,10 +117,10 @@ class Window:
         while self._before and self._before[0] <= self._events:
             self._before.popleft()
             block = self._waiting.popleft()
-            array = block.array
+            arrays = block.arrays
             if result is not None:
-                result, array = jax.lax.optimization_barrier((result, array))
-            self._copied.append(replace(block, array=jax.device_put(array, jax.memory.Space.Device)))
+                result, arrays = jax.lax.optimization_barrier((result, arrays))
+            self._copied.append(replace(block, arrays=jax.device_put(arrays, jax.memory.Space.Device)))
         return result
 
 
@@ -140,12 +141,12 @@ class CachedAttention:
         tail = append(self.cache.tail, self.slot - starts[-1], x, key, value)
         self.cache = LayerCache(blocks, tail)
         # What is on the device is attended to as one, while the first copies are on their way.
-        here = [Cached(b.form, b.array, at) for b, at in zip((*blocks, tail), starts) if b.memory == "device"]
+        here = [Cached(b.form, b.tensors, at) for b, at in zip((*blocks, tail), starts) if b.memory == "device"]
         partials = attention.attend(query, here, self.method)
         for start in [at for block, at in zip(blocks, starts) if block.memory == "host"]:
             mixed, block = self.window.take(partials[-1].mixed)
             partials[-1] = partials[-1]._replace(mixed=mixed)
-            (partial,) = attention.attend(query, [Cached(block.form, block.array, start)], self.method)
+            (partial,) = attention.attend(query, [Cached(block.form, block.tensors, start)], self.method)
             partials.append(partial._replace(mixed=self.window.used(partial.mixed)))
         return attention.merge(query, partials)
 
@@ -186,7 +187,7 @@ def prefill(model: Model, plan: Plan, token_ids: Array, padding: Array) -> tuple
 def _place(block: Block) -> Block:
     """The block in the memory that it says it is in."""
     space = jax.memory.Space.Host if block.memory == "host" else jax.memory.Space.Device
-    return replace(block, array=jax.device_put(block.array, space))
+    return replace(block, arrays=jax.device_put(block.arrays, space))
 
 
 # --- the decoder ------------------------------------------------------------------------------------------------------
@@ -281,7 +282,7 @@ class Decoder:
         """Pins host memory for the blocks to come."""
         last = describe_blocks(self.plan, self.plan.write_outs)
         grown = [block for own, layer in zip(last, self.plan.layers) for block in own[len(layer.prompt) :]]
-        arrays = [block.array for block in grown if block.memory == "host"]
+        arrays = [array for block in grown if block.memory == "host" for array in block.arrays]
         memory.reserve("host", [(array.shape, array.dtype) for array in arrays])
 
     # --- the jit boundary: static are the plan and what names the program, all else is data ---
@@ -325,7 +326,8 @@ class Decoder:
     def _trace_write_out(self, memories: Sequence[Memory]) -> Any:
         def program(tails):
             return tuple(
-                Block(jnp.copy(tail.array), tail.form, place) for tail, place in zip(tails, memories, strict=True)
+                make_block(tail.form, place, [jnp.copy(tensor) for tensor in tail.tensors])
+                for tail, place in zip(tails, memories, strict=True)
             )
 
         tails = describe_tails(self.plan)
@@ -339,7 +341,7 @@ def _ints(*shape: int) -> jax.ShapeDtypeStruct:
 def _shardings(blocks: Any) -> Any:
     """The sharding of every array in a tree of blocks."""
     return jax.tree.map(
-        lambda block: replace(block, array=memory.sharding(block.memory)),
+        lambda block: replace(block, arrays=(memory.sharding(block.memory),) * len(block.arrays)),
         blocks,
         is_leaf=lambda node: isinstance(node, Block),
     )

@@ -130,8 +130,8 @@ def blockwise(case, x, padding, slot, sizes, forms, groups, method):
         query = Query(projections, jax.lax.dynamic_index_in_dim(x, slot, keepdims=False), slot, padding)
         cached, start = {}, 0
         for size, form, group in zip(sizes, forms, groups, strict=True):
-            whole = x if form == "activations" else jnp.stack([key, value], axis=1)
-            block = Cached(form, whole[start : start + size], start)
+            whole = [x] if form == "activations" else [key, value]
+            block = Cached(form, [tensor[start : start + size] for tensor in whole], start)
             cached.setdefault(group, []).append(block)
             start += size
         return merge(query, [partial for own in cached.values() for partial in attend(query, own, method)])
@@ -198,7 +198,7 @@ def test_absorption_computes_no_keys_or_values():
         def run(x, weights, method=method):
             projections = case.projections(weights)
             query = Query(projections, x[-1], jnp.int32(12), jnp.zeros(BATCH, jnp.int32))
-            return merge(query, attend(query, [Cached("activations", x, 0)], method))
+            return merge(query, attend(query, [Cached("activations", [x], 0)], method))
 
         jaxpr = jax.make_jaxpr(run)(*jax.tree.map(toy.put, (activations(), case.weights)))
         products = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]

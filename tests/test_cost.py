@@ -474,7 +474,7 @@ def test_copies_are_held_as_the_runtime_holds_them(plan, write_outs):
     tasks = make_tasks(plan, write_outs)
     host = [
         [
-            Block(np.zeros(plan.bytes_of(layer, spec), np.int8), spec.form, "host")
+            Block((np.zeros(plan.bytes_of(layer, spec), np.int8),), spec.form, "host")
             for spec in own
             if spec.memory == "host"
         ]
@@ -482,9 +482,9 @@ def test_copies_are_held_as_the_runtime_holds_them(plan, write_outs):
     ]
     started, ended, taken = [], -1, False
 
-    def device_put(array, space):
-        started.append((array.nbytes, ended))
-        return array
+    def device_put(arrays, space):
+        started.append((sum(array.nbytes for array in arrays), ended))
+        return arrays
 
     with (
         mock.patch.object(jax.lax, "optimization_barrier", lambda operands: operands),

@@ -54,7 +54,7 @@ def attention(x, weights, forms, scale, encode=None, method="absorb"):
         key, value = projections.keys(x, positions_of(jnp.arange(TOKENS), padding)), projections.values(x)
         specs = [BlockSpec(form, "device", size) for form, size in zip(forms, (FIRST, TOKENS - FIRST))]
         query, starts = Query(projections, x[-1], slot, padding), (0, FIRST)
-        cached = [Cached(block.form, block.array, start) for block, start in zip(cut(specs, x, key, value), starts)]
+        cached = [Cached(block.form, block.tensors, start) for block, start in zip(cut(specs, x, key, value), starts)]
         return merge(query, [partial for block in cached for partial in attend(query, [block], method)])
 
     return toy.get(run(*jax.tree.map(toy.put, (x, weights, slot, padding)))).astype(np.float64)

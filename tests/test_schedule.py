@@ -123,11 +123,12 @@ def test_without_holds_the_check_fails(monkeypatch):
 def test_a_sliced_block_fails_the_check(monkeypatch):
     put = jax.device_put
 
-    def in_halves(array, where):
-        if where != jax.memory.Space.Device or array.ndim != 3:
-            return put(array, where)
+    def in_halves(arrays, where):
+        if where != jax.memory.Space.Device or not isinstance(arrays, tuple):
+            return put(arrays, where)
+        (array,) = arrays
         half = array.shape[0] // 2
-        return jax.numpy.concatenate([put(array[:half], where), put(array[half:], where)])
+        return (jax.numpy.concatenate([put(array[:half], where), put(array[half:], where)]),)
 
     monkeypatch.setattr(jax, "device_put", in_halves)
     with pytest.raises(AssertionError, match=r"host memory is read by|not copied whole"):

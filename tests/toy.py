@@ -169,7 +169,7 @@ def decoded_logits(decoder, given):
         assert cache.layout == plan.blocks((slot - prompt) // plan.tail)
     kinds = {"host": "pinned_host", "device": "device"}
     for block in (block for own in cache.blocks for block in own):
-        assert block.array.sharding.memory_kind == kinds[block.memory]
+        assert all(array.sharding.memory_kind == kinds[block.memory] for array in block.arrays)
     return np.stack([get(logits) for logits in result], axis=1)
 
 
