@@ -168,16 +168,16 @@ def main(_: list[str]) -> None:
     model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
     machine = kvrecomp.profile(model if _LAYERS.value else None, batch=work.batch)
     budget = kvrecomp.Budget.of_gib(_DEVICE_GIB.value, _HOST_GIB.value)
-    rows = []
+    rows, about, document = [], run_info(_COMMIT.value), {}
     for name in _PLANS.value:
         options = {"budget": budget, "machine": machine, "tail": _TAIL.value, "window": window}
         plan = kvrecomp.plan_for(name, model.shape, work, **options)
         rows.append(measure(model, plan, budget, machine, rate, _SEED.value))
         gc.collect()  # a decoder's cache is gone before the next one's is made
-    document = run_info(_COMMIT.value) | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}
+        document = about | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}
+        if _OUT.value:
+            write_json(_OUT.value, document)  # after every plan: what was measured is not lost with what comes after
     Console(width=150).print(table(rows, rate / 1e9))
-    if _OUT.value:
-        write_json(_OUT.value, document)
     print(json.dumps(document))
 
 

@@ -8,7 +8,7 @@ q a query, absorption moves the projections to the other side (Slim attention, a
 
 so that nothing is recomputed. `q . b_K` is the same for all tokens and would drop out of one softmax; it is kept
 because blocks of different forms share one. Where K is normalised or rotated after its projection, K is recomputed
-from x and only V is absorbed. Blocks give a `Partial` each as they arrive; `merge` joins them by log-sum-exp, so the
+from x and only V is absorbed. Blocks give a `Partial` each as they arrive, which are joined by log-sum-exp, so the
 result does not depend on how tokens were cut into blocks.
 
 Axes: b batch row, s cached token, t prompt token, n heads = k kv_heads x g queries of each, d head_dim, h hidden.
@@ -148,8 +148,8 @@ Mixes = Literal["values", "activations"]
 class Partial(NamedTuple):
     """Softmax attention over some of the tokens.
 
-    `log_total` float32[b, k, g] is the log of the sum of exp(score); `mixed` [b, k, g, w] is the weighted mean of their
-    values (w = d) or, where V is absorbed, of their activations (w = h).
+    `log_total` float32[b, k, g] is the log of the sum of exp(score); `mixed` float32[b, k, g, w] is the weighted mean
+    of their values (w = d) or, where V is absorbed, of their activations (w = h).
     """
 
     log_total: Array
@@ -250,32 +250,36 @@ def _mix(scored: Sequence[tuple[Array, Array]], mixes: Mixes) -> Partial:
         mixed.append(jnp.einsum(subscripts, own, mixable, preferred_element_type=jnp.float32))
         start += piece.shape[-1]
     # Divided once mixed: dividing the weights would read and write them once more.
-    result = functools.reduce(jnp.add, mixed) / total
-    return Partial((most + jnp.log(total))[..., 0], result.astype(scored[0][1].dtype), mixes)
+    return Partial((most + jnp.log(total))[..., 0], functools.reduce(jnp.add, mixed) / total, mixes)
+
+
+def join(partials: Sequence[Partial], new: Partial) -> list[Partial]:
+    """The partials with one more, over other tokens, joined with the one that mixes the same; that one comes last.
+
+    One after the other rather than all at the end: XLA times each kernel that it has not seen before, and a program for
+    one more block, compiled while steps run, has none.
+    """
+    others = [partial for partial in partials if partial.mixes != new.mixes]
+    for old in partials:
+        if old.mixes == new.mixes:
+            total = jnp.logaddexp(old.log_total, new.log_total)
+            shares = [jnp.exp(own.log_total - total)[..., None] for own in (old, new)]
+            new = Partial(total, shares[0] * old.mixed + shares[1] * new.mixed, new.mixes)
+    return [*others, new]
 
 
 def merge(query: Query, partials: Sequence[Partial]) -> Array:
-    """Partial results over disjoint tokens -> [b, n * d], in the dtype of x.
+    """Partial results over disjoint tokens, one of a kind -> [b, n * d], in the dtype of x.
 
     Each counts by its share of the weights, exp(log_total) over the sum of all.
     """
-    shares = jax.nn.softmax(jnp.stack([partial.log_total for partial in partials]), axis=0)
-
-    def weighted(mixes: Mixes) -> tuple[Array, Array]:
-        """The share of the partials of that kind, and their mix."""
-        own = [(share[..., None], partial.mixed) for share, partial in zip(shares, partials) if partial.mixes == mixes]
-        if len(own) == len(partials) == 1:
-            return jnp.ones((), jnp.float32), own[0][1]
-        add = functools.partial(functools.reduce, jnp.add)
-        return add([share for share, _ in own]), add([share * mixed for share, mixed in own])
-
-    kinds, dtype = {partial.mixes for partial in partials}, query.x.dtype
-    out = jnp.zeros((), jnp.float32)
-    if "values" in kinds:
-        out = weighted("values")[1]
-    if "activations" in kinds:
-        share, mixed = weighted("activations")
-        kernel, bias = query.projections.value
-        out += jnp.einsum("bkgh,hkd->bkgd", mixed.astype(dtype), kernel, preferred_element_type=jnp.float32)
-        out += 0 if bias is None else share * bias[:, None]
+    shares = jax.nn.softmax(jnp.stack([partial.log_total for partial in partials]), axis=0)[..., None]
+    dtype, out = query.x.dtype, jnp.zeros((), jnp.float32)
+    for share, partial in zip(shares, partials, strict=True):
+        own = partial.mixed
+        if partial.mixes == "activations":
+            kernel, bias = query.projections.value
+            own = jnp.einsum("bkgh,hkd->bkgd", own.astype(dtype), kernel, preferred_element_type=jnp.float32)
+            own += 0 if bias is None else bias[:, None]
+        out += share * own
     return out.astype(dtype).reshape(query.x.shape[0], -1)

@@ -24,7 +24,7 @@ from kvrecomp.prompt import as_ids
 from kvrecomp.runtime import Decoder, Model
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
 
-LEAD = 3  # unread steps: one that runs, and two that wait while the thread that dispatches is held up
+LEAD = 2  # unread steps: one that runs and one that waits
 
 
 class Streamer(Protocol):

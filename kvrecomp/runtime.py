@@ -147,7 +147,8 @@ class CachedAttention:
             mixed, block = self.window.take(partials[-1].mixed)
             partials[-1] = partials[-1]._replace(mixed=mixed)
             (partial,) = attention.attend(query, [Cached(block.form, block.tensors, start)], self.method)
-            partials.append(partial._replace(mixed=self.window.used(partial.mixed)))
+            partials = attention.join(partials, partial)
+            partials[-1] = partials[-1]._replace(mixed=self.window.used(partials[-1].mixed))
         return attention.merge(query, partials)
 
 

@@ -1,5 +1,6 @@
 """Attention over blocks, in any form and however they are cut, against softmax attention written out in NumPy."""
 
+import functools
 from dataclasses import dataclass
 
 import jax
@@ -134,7 +135,8 @@ def blockwise(case, x, padding, slot, sizes, forms, groups, method):
             block = Cached(form, [tensor[start : start + size] for tensor in whole], start)
             cached.setdefault(group, []).append(block)
             start += size
-        return merge(query, [partial for own in cached.values() for partial in attend(query, own, method)])
+        partials = [partial for own in cached.values() for partial in attend(query, own, method)]
+        return merge(query, functools.reduce(attention.join, partials, []))
 
     arrays = jax.tree.map(toy.put, (x, case.weights, np.asarray(padding, np.int32), np.int32(slot)))
     return toy.get(run(*arrays))
