@@ -17,7 +17,7 @@ Tokens come first in arrays, since the blocks are token-major.
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import jax
@@ -145,7 +145,9 @@ def causal(padding: Array) -> Attend:
 Mixes = Literal["values", "activations"]
 
 
-class Partial(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Partial:
     """Softmax attention over some of the tokens.
 
     `log_total` float32[b, k, g] is the log of the sum of exp(score); `mixed` float32[b, k, g, w] is the weighted mean
@@ -154,7 +156,7 @@ class Partial(NamedTuple):
 
     log_total: Array
     mixed: Array
-    mixes: Mixes
+    mixes: Mixes = field(metadata={"static": True})
 
 
 class Cached(NamedTuple):
@@ -162,7 +164,7 @@ class Cached(NamedTuple):
 
     form: Form
     tensors: Sequence[Array]
-    start: int
+    start: int | Array
 
     @property
     def slots(self) -> Array:
@@ -257,7 +259,7 @@ def join(partials: Sequence[Partial], new: Partial) -> list[Partial]:
     """The partials with one more, over other tokens, joined with the one that mixes the same; that one comes last.
 
     One after the other rather than all at the end: XLA times each kernel that it has not seen before, and a program for
-    one more block, compiled while steps run, has none.
+    one more block, compiled while steps run, should have none.
     """
     others = [partial for partial in partials if partial.mixes != new.mixes]
     for old in partials:

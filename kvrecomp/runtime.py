@@ -62,7 +62,7 @@ class Model(Protocol):
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
-Held = TypeVar("Held", Array, None)
+Result = TypeVar("Result")  # arrays in any structure; a hold goes through all of them
 
 
 class Window:
@@ -89,7 +89,7 @@ class Window:
         self._copied: collections.deque[Block] = collections.deque()
         self._start(None)
 
-    def take(self, result: Array) -> tuple[Array, Block]:
+    def take(self, result: Result) -> tuple[Result, Block]:
         """The next block, on the device, and `result`; whatever comes of the block waits for `result`.
 
         In this order, because XLA would await the block before it has finished `result`, and the link would rest.
@@ -98,7 +98,7 @@ class Window:
         result, arrays = jax.lax.optimization_barrier((result, block.arrays))
         return result, replace(block, arrays=self._event(arrays, "pipelined"))
 
-    def used(self, result: Array) -> Array:
+    def used(self, result: Result) -> Result:
         """Says that the block taken last is not needed once `result` is computed; go on with what this returns."""
         return self._event(result, "pipelined")
 
@@ -106,13 +106,13 @@ class Window:
         """Ends a layer; KVPR's own schedule starts the next layer's copies here. Go on with what this returns."""
         return self._event(hidden, "layerwise")
 
-    def _event(self, result: Array, schedule: Schedule) -> Array:
+    def _event(self, result: Result, schedule: Schedule) -> Result:
         if self._schedule != schedule:
             return result
         self._events += 1
         return self._start(result)
 
-    def _start(self, result: Held) -> Held:
+    def _start(self, result: Result) -> Result:
         """Starts, once `result` is there, the copies that may start now."""
         while self._before and self._before[0] <= self._events:
             self._before.popleft()
@@ -132,11 +132,15 @@ class CachedAttention:
     method: Method
     window: Window
     slot: Array
+    tail_starts: Sequence[Array]
     padding: Array
 
     def __call__(self, x: Array, projections: attention.Projections) -> Array:
         query = attention.Query(projections, x, self.slot, self.padding)
-        blocks, starts = self.cache.blocks, [0, *itertools.accumulate(block.tokens for block in self.cache.blocks)]
+        blocks = self.cache.blocks
+        prompt_blocks = blocks[: len(blocks) + 1 - len(self.tail_starts)]
+        prompt_starts = itertools.accumulate((block.tokens for block in prompt_blocks[:-1]), initial=0)
+        starts = [*prompt_starts, *self.tail_starts]
         key, value = projections.keys(x, query.positions), projections.values(x)  # not computed where not appended
         tail = append(self.cache.tail, self.slot - starts[-1], x, key, value)
         self.cache = LayerCache(blocks, tail)
@@ -144,22 +148,33 @@ class CachedAttention:
         here = [Cached(b.form, b.tensors, at) for b, at in zip((*blocks, tail), starts) if b.memory == "device"]
         partials = attention.attend(query, here, self.method)
         for start in [at for block, at in zip(blocks, starts) if block.memory == "host"]:
-            mixed, block = self.window.take(partials[-1].mixed)
-            partials[-1] = partials[-1]._replace(mixed=mixed)
+            partials[-1], block = self.window.take(partials[-1])
             (partial,) = attention.attend(query, [Cached(block.form, block.tensors, start)], self.method)
             partials = attention.join(partials, partial)
-            partials[-1] = partials[-1]._replace(mixed=self.window.used(partials[-1].mixed))
+            partials[-1] = self.window.used(partials[-1])
         return attention.merge(query, partials)
+
+
+def tail_starts(plan: Plan, cache: Cache) -> list[Array]:
+    """The slots int32[] at which the tails that were written out, and the present one, start.
+
+    As data, each behind a barrier: a number would be part of its program's kernels, and XLA times new kernels.
+    """
+    starts = [jax.lax.optimization_barrier(cache.length - (cache.length - plan.workload.prompt) % plan.tail)]
+    for _ in cache.layers[0].blocks[len(plan.layers[0].prompt) :]:
+        starts.append(jax.lax.optimization_barrier(starts[-1] - plan.tail))
+    return starts[::-1]
 
 
 def decode_step(model: Model, plan: Plan, cache: Cache, token_ids: Array) -> tuple[tuple[Block, ...], Array]:
     """One token of every row, int32[b] -> the tails with it written, and logits float32[b, vocab]."""
     host_blocks = [[block for block in own if block.memory == "host"] for own in cache.blocks]
     window = Window(host_blocks, plan.window, plan.schedule)
+    starts = tail_starts(plan, cache)
     hidden = model.embed(token_ids, cache.length - cache.padding)
     tails = []
     for layer, layer_plan, layer_cache in zip(model.layers, plan.layers, cache.layers, strict=True):
-        attend = CachedAttention(layer_cache, layer_plan.method, window, cache.length, cache.padding)
+        attend = CachedAttention(layer_cache, layer_plan.method, window, cache.length, starts, cache.padding)
         hidden = window.layer_done(layer(hidden, attend))
         tails.append(attend.cache.tail)
     return tuple(tails), model.unembed(hidden)

@@ -37,8 +37,8 @@ WORK = kvrecomp.Workload(batch=8, prompt=1024, new=512)
 COMPUTE = {"fusion", "custom-call", "dot", "while"}
 
 
-def compile_step(name: str, window: int, write_outs: int = 0) -> tuple[list[str], int]:
-    """The scheduled instructions of a step compiled for an H200, and its temporary device memory in bytes."""
+def compile_step(name: str, window: int, write_outs: int = 0) -> tuple[str, int]:
+    """The program of a step compiled for an H200, as text, and its temporary device memory in bytes."""
     from jax._src import compiler
     from jax._src.lib import _jax
     from jax.experimental import topologies
@@ -50,13 +50,12 @@ def compile_step(name: str, window: int, write_outs: int = 0) -> tuple[list[str]
     options = compiler.get_compile_options(1, 1, device_assignment=np.zeros((1, 1), int))
     module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
     program = device.client.compile(module, _jax.DeviceList((device,)), options)
-    text = program.hlo_modules()[0].to_string()
-    entry = text[text.index("\nENTRY") :].splitlines()[1:]
-    return entry, program.get_compiled_memory_stats().temp_size_in_bytes
+    return program.hlo_modules()[0].to_string(), program.get_compiled_memory_stats().temp_size_in_bytes
 
 
-def check_schedule(entry: list[str]) -> int:
+def check_schedule(text: str) -> int:
     """Asserts that host arrays are copied whole, once, and under compute; returns how many there are."""
+    entry = text[text.index("\nENTRY") :].splitlines()[1:]
     origin: dict[str, tuple] = {}  # instruction -> the host array it stands for, tuples as tuples of those
     started, ended, compute, host = {}, {}, [], set()
     for number, line in enumerate(entry):
@@ -107,17 +106,17 @@ def check_schedule(entry: list[str]) -> int:
 )
 def test_copies_are_whole_bounded_and_under_compute(name, window, write_outs, arrays):
     """Temporary memory: two blocks on their way and one in use, and 24 MiB for scores and the like."""
-    entry, temporary = compile_step(name, window, write_outs)
-    assert check_schedule(entry) == arrays
+    text, temporary = compile_step(name, window, write_outs)
+    assert check_schedule(text) == arrays
     assert temporary <= min(window, 3 * BLOCK) + 24 * MIB
 
 
 def test_without_holds_the_check_fails(monkeypatch):
     monkeypatch.setattr(jax.lax, "optimization_barrier", lambda operands: operands)
-    entry, temporary = compile_step("activations", 4 * BLOCK)
+    text, temporary = compile_step("activations", 4 * BLOCK)
     assert temporary > 4 * BLOCK
     with pytest.raises(AssertionError, match="nothing is computed under"):
-        check_schedule(entry)
+        check_schedule(text)
 
 
 def test_a_sliced_block_fails_the_check(monkeypatch):
@@ -133,3 +132,24 @@ def test_a_sliced_block_fails_the_check(monkeypatch):
     monkeypatch.setattr(jax, "device_put", in_halves)
     with pytest.raises(AssertionError, match=r"host memory is read by|not copied whole"):
         check_schedule(compile_step("activations", 4 * BLOCK)[0])
+
+
+def kernels(text: str) -> set[str]:
+    """The computations that become kernels, values in them named by their order."""
+    computations = [each for each in text.split("\n\n") if re.match(r"\s*%(fused|gemm_fusion|wrapped)", each)]
+    return {_renamed(re.sub(r", (metadata|backend_config)=.*", "", each)) for each in computations}
+
+
+def _renamed(computation: str) -> str:
+    names: dict[str, str] = {}
+    value = r"%[\w.\-]+|\bparam(eter)?_[\d.]+"
+    return re.sub(value, lambda match: names.setdefault(match[0], f"%{len(names)}"), computation)
+
+
+@pytest.mark.parametrize("name", ["activations", "keys_values"])
+def test_a_program_for_one_more_block_has_no_new_kernels(name):
+    """XLA times kernels that it has not seen, and while it does the tokens of running steps come late."""
+    first, second, third = (kernels(compile_step(name, 4 * BLOCK, write_outs)[0]) for write_outs in (0, 1, 2))
+    assert second - first, "a block of another length has new ones"
+    assert len(third) > 20
+    assert not third - second
