@@ -39,13 +39,16 @@ def figure() -> "Figure":
     return Figure(figsize=INCHES, dpi=DPI, layout="constrained")
 
 
-def save(figure: "Figure", path: str | os.PathLike) -> None:
-    """Writes a PNG in one piece: a reader sees the old file or the new one, never half of it."""
+def save(figure: "Figure", path: str | os.PathLike, source: str | None = None) -> None:
+    """Writes a PNG in one piece: a reader sees the old file or the new one, never half of it.
+
+    `source` says in the file, as plain text, what the picture was drawn from.
+    """
     path = pathlib.Path(path)
     check_path(path)
     beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        figure.savefig(beside, format="png")
+        figure.savefig(beside, format="png", metadata={"Source": source})
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)

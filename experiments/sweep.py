@@ -2,11 +2,13 @@
 
     python experiments/sweep.py --models=opt-1.3b,opt-6.7b --batches=1,8,32 --cached=512,1024 --out=predictions.json
     python experiments/sweep.py --rooms=0,25,50,100 --out=choices.json
+    python experiments/sweep.py --from=predictions.json --plot=predictions.png
 
 Caches are filled with random numbers rather than by a prefill, since a step's time does not depend on them. Without
 `--rooms`, every workload is measured under the six plans of PLANS, predicted and measured side by side. With `--rooms`,
 the device may hold so many per cent of the workload's keys and values, and the scheduler's choice is compared with the
-best of the plans by hand that fit. A position table shorter than the cached tokens is made longer.
+best of the plans by hand that fit. A position table shorter than the cached tokens is made longer. With `--from`,
+nothing is measured: results are read, and said and drawn together.
 """
 
 import dataclasses
@@ -21,13 +23,15 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import kvrecomp
 import models
+from experiments import plots, predictions, tables
+from experiments.predictions import Measured
 from experiments.report import run_info
 from kvrecomp import memory
 from kvrecomp.cache import Block, Cache, allocate_tails, describe_blocks, make_cache
@@ -48,22 +52,6 @@ SPLITS_OF_ROOM: tuple[tuple[Form, Form], ...] = (
 )
 NEW = 32  # tokens of tail: no step of a measurement writes it out
 STEPS, MOST_SECONDS = 12, 3.0
-
-
-@dataclasses.dataclass
-class Measured:
-    """One plan on one workload; `room` is the percentage of its keys and values that the device may hold."""
-
-    model: str
-    batch: int
-    prompt: int
-    new: int
-    plan: str
-    room: float | None
-    median_ms: float
-    predicted_ms: float
-    link_bytes: int
-    chosen: bool = False
 
 
 # --- measuring one step -----------------------------------------------------------------------------------------------
@@ -220,29 +208,15 @@ def summary(rows: list[Measured]) -> Table:
     headings = ("model", "batch", "cached", "room %", "plan", "measured ms", "predicted ms", "off %", "against best")
     for heading in headings:
         table.add_column(heading)
+    against = {id(choice.chosen): f"{choice.ratio:.3f} of {choice.rivals}" for choice in predictions.choices(rows)}
     for row in rows:
         if row.room is not None and not row.chosen:
             continue
-        rivals = [
-            other.median_ms
-            for other in rows
-            if not other.chosen and row.chosen and _workload(other) == _workload(row) and other.room == row.room
-        ]
         table.add_row(
             row.model, str(row.batch), str(row.prompt), "" if row.room is None else f"{row.room:.0f}", row.plan,
-            f"{row.median_ms:.2f}", f"{row.predicted_ms:.2f}", f"{100 * (row.predicted_ms / row.median_ms - 1):+.1f}",
-            f"{row.median_ms / min(rivals):.3f} of {len(rivals)}" if rivals else "",
+            f"{row.median_ms:.2f}", f"{row.predicted_ms:.2f}", f"{100 * row.off:+.1f}", against.get(id(row), ""),
         )  # fmt: skip
     return table
-
-
-def _workload(row: Measured) -> tuple[Any, ...]:
-    return row.model, row.batch, row.prompt
-
-
-def within(rows: list[Measured], fraction: float) -> float:
-    """The share of predictions that are at most so far off."""
-    return float(np.mean([abs(row.predicted_ms / row.median_ms - 1) <= fraction for row in rows]))
 
 
 def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
@@ -252,27 +226,52 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_list("cached", ["512", "1024", "4096"], "Cached tokens of a row.", flag_values=into)
     flags.DEFINE_list("rooms", [], "Per cent of the keys and values that the device may hold.", flag_values=into)
     flags.DEFINE_float("host_memory_gib", 72, "Most pinned memory of a plan.", flag_values=into)
+    flags.DEFINE_list("from", [], "Results of this script, read instead of measuring.", flag_values=into)
+    flags.DEFINE_string("plot", None, "Write a PNG: how far predictions are off.", flag_values=into)
+    flags.DEFINE_string("plot_choices", None, "Write a PNG: chosen plans against the best by hand.", flag_values=into)
     flags.DEFINE_string("out", None, "Also write the JSON document to this file.", flag_values=into)
     flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)
 
 
+def document_of(rows: list[Measured], commit: str) -> dict[str, Any]:
+    """What a results file has."""
+    return run_info(commit) | {"rows": [dataclasses.asdict(row) for row in rows]}
+
+
 def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
+    logging.set_verbosity(logging.WARNING)  # matplotlib tells of its fonts
     console = Console(width=150)
-    batches, cached = [int(each) for each in given.batches], [int(each) for each in given.cached]
-    rooms = [float(each) for each in given.rooms]
-    rows = run(given.models, batches, cached, rooms, given.host_memory_gib * GIB, console)
+    old = given["from"].value
+    if old and given.out:
+        raise ValueError("--out is for what is measured, and with --from nothing is: give one of them")
+    for path in (given.plot, given.plot_choices):
+        if path is not None:
+            plots.check_path(path)
+    if old:
+        rows = [row for path in old for row in tables.predicted(tables.read_file(path))]
+    else:
+        batches, cached = [int(each) for each in given.batches], [int(each) for each in given.cached]
+        rooms = [float(each) for each in given.rooms]
+        rows = run(given.models, batches, cached, rooms, given.host_memory_gib * GIB, console)
+        if given.out:
+            write_json(given.out, document_of(rows, given.commit))
     console.print(summary(rows))
-    console.print(f"{len(rows)} predictions: {within(rows, 0.05):.0%} within 5 %, {within(rows, 0.1):.0%} within 10 %")
-    document = run_info(given.commit) | {"rows": [dataclasses.asdict(row) for row in rows]}
-    if given.out:
-        write_json(given.out, document)
-    print(json.dumps(document))
+    if rows:
+        console.print(predictions.accuracy(rows))
+    if predictions.choices(rows):
+        console.print(predictions.regret(rows))
+    if not old:
+        print(json.dumps(document_of(rows, given.commit)))
+    if given.plot is not None:
+        predictions.draw_predictions(rows, given.plot)
+    if given.plot_choices is not None:
+        predictions.draw_choices(rows, given.plot_choices)
 
 
 if __name__ == "__main__":
     define_flags()
     try:
         app.run(main)
-    except (kvrecomp.PlanError, ValueError, OSError) as error:
+    except (kvrecomp.PlanError, ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

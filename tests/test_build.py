@@ -14,6 +14,11 @@ BELOW = {
     "models": {"kvrecomp", "models"},
     "experiments": {"kvrecomp", "models", "experiments"},
 }
+# What a test reads beside the code that it imports.
+READS = {
+    "tests/test_build.py": " + ALL_SOURCES",
+    "tests/test_readme.py": ' + ["README.md"] + glob(["experiments/results/*"])',
+}
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -68,9 +73,12 @@ def expected_text(source: str) -> str:
         lines.append(f'main = "{source}",')
     if rule == "py_test":
         data = ["pyproject.toml", *([":conftest"] if "tests/conftest.py" in SOURCES else [])]
-        everything = " + ALL_SOURCES" if source == "tests/test_build.py" else ""
         lines[1] = f"srcs = {listed([source, ':run_pytest'])},"
-        lines += [f'args = ["$(rootpath {source})"],', f"data = {listed(data)}{everything},", 'main = "run_pytest.py",']
+        lines += [
+            f'args = ["$(rootpath {source})"],',
+            f"data = {listed(data)}{READS.get(source, '')},",
+            'main = "run_pytest.py",',
+        ]
     deps = [f":{target_name(file)}" for file in sorted(imports(source))]
     if deps:
         lines.append(f"deps = {listed(deps)},")

@@ -2,10 +2,11 @@
 
 import dataclasses
 import io
+import json
 
-import numpy as np
 import pytest
 import toy
+from absl import flags
 from rich.console import Console
 
 import kvrecomp
@@ -81,12 +82,53 @@ def test_what_does_not_fit_is_left_out_and_said(model, known_machine):
     assert "left out: keys_values, toy" in console.file.getvalue()
 
 
-def test_how_far_off():
+def test_the_summary_has_a_line_for_each_prediction_or_choice():
     row = sweep.Measured("m", 1, 2, 3, "p", None, 100.0, 104.0, 0)
-    rows = [dataclasses.replace(row, predicted_ms=value) for value in (104.0, 95.5, 111.0, 91.0)]
-    assert sweep.within(rows, 0.05) == 0.5 and sweep.within(rows, 0.1) == 0.75
     chosen = dataclasses.replace(row, chosen=True, room=25.0, median_ms=103.0)
     rivals = [dataclasses.replace(row, room=25.0, median_ms=value) for value in (100.0, 200.0)]
     out = io.StringIO()
-    Console(file=out, width=200).print(sweep.summary([chosen, *rivals]))
-    assert "1.030 of 2" in out.getvalue() and np.isclose(chosen.median_ms / 100, 1.03)
+    Console(file=out, width=200).print(sweep.summary([row, chosen, *rivals]))
+    lines = [line for line in out.getvalue().splitlines() if "100.00" in line or "103.00" in line]
+    assert len(lines) == 2 and "+4.0" in lines[0] and "1.030 of 2" in lines[1]
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def command(*arguments: str) -> None:
+    """The script in this process."""
+    values = flags.FlagValues()
+    sweep.define_flags(values)
+    values(["sweep", *arguments])
+    sweep.main([], values)
+
+
+@pytest.fixture
+def results(tmp_path) -> list[str]:
+    """Two files: a prediction, and a choice with a rival."""
+    row = dataclasses.asdict(sweep.Measured("m", 1, 2, 3, "activations", None, 100.0, 104.0, 0))
+    choice = row | {"room": 25.0, "plan": "auto", "chosen": True}
+    files = {"a.json": [row], "b.json": [choice, choice | {"plan": "split:0.5", "chosen": False, "median_ms": 90.0}]}
+    for name, rows in files.items():
+        (tmp_path / name).write_text(json.dumps({"device": "Some GPU", "rows": rows}))
+    return [str(tmp_path / name) for name in files]
+
+
+def test_results_are_read_said_and_drawn_without_measuring(results, tmp_path, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(sweep, "run", None)
+    pictures = [tmp_path / "predictions.png", tmp_path / "choices.png"]
+    command(f"--from={','.join(results)}", f"--plot={pictures[0]}", f"--plot_choices={pictures[1]}")
+    said = capsys.readouterr().out
+    assert "1 of 2 predictions are within 5 %, 1 within 10 %" in said and "0 of 1 choices take at most 2 %" in said
+    assert all(picture.stat().st_size > 1000 for picture in pictures)
+
+
+def test_refusals(results, tmp_path):
+    for arguments, message in (
+        ([f"--from={results[0]}", f"--out={tmp_path}/x.json"], "nothing is: give one of them"),
+        ([f"--from={results[0]}", f"--plot_choices={tmp_path}/x.png"], "no plan was chosen"),
+        ([f"--from={tmp_path}/missing.json"], "missing.json"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            command(*arguments)
