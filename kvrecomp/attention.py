@@ -246,10 +246,14 @@ def _mix(scored: Sequence[tuple[Array, Array]], mixes: Mixes) -> Partial:
     weights = jnp.exp(scores - most)
     total = weights.sum(axis=-1, keepdims=True)
     subscripts = "bkgs,sbkd->bkgd" if mixes == "values" else "bkgs,sbh->bkgh"
+    dtype = scored[0][1].dtype
+    # Mixed activations are hidden wide for each head, and in float32 take so long to write that XLA lets the next copy
+    # start late. bfloat16 has the range for sums of them.
+    sums = dtype if (mixes, dtype) == ("activations", jnp.bfloat16) else jnp.float32
     mixed, start = [], 0
     for piece, mixable in scored:
-        own = weights[..., start : start + piece.shape[-1]].astype(mixable.dtype)
-        mixed.append(jnp.einsum(subscripts, own, mixable, preferred_element_type=jnp.float32))
+        own = weights[..., start : start + piece.shape[-1]].astype(dtype)
+        mixed.append(jnp.einsum(subscripts, own, mixable, preferred_element_type=sums))
         start += piece.shape[-1]
     # Divided once mixed: dividing the weights would read and write them once more.
     return Partial((most + jnp.log(total))[..., 0], functools.reduce(jnp.add, mixed) / total, mixes)

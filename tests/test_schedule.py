@@ -5,6 +5,7 @@ is copied whole and asynchronously, with compute under the copy, and memory stay
 jax are used here only, to compile for a device that is not there.
 """
 
+import dataclasses
 import re
 
 import jax
@@ -37,14 +38,16 @@ WORK = kvrecomp.Workload(batch=8, prompt=1024, new=512)
 COMPUTE = {"fusion", "custom-call", "dot", "while"}
 
 
-def compile_step(name: str, window: int, write_outs: int = 0) -> tuple[str, int]:
+def compile_step(
+    name: str, window: int, write_outs: int = 0, config: OPTConfig = CONFIG, work: kvrecomp.Workload = WORK
+) -> tuple[str, int]:
     """The program of a step compiled for an H200, as text, and its temporary device memory in bytes."""
     from jax._src import compiler
     from jax._src.lib import _jax
     from jax.experimental import topologies
 
-    model = CONFIG.build(dtype="bfloat16", rngs=None)
-    plan = kvrecomp.named_plan(name, model.shape, WORK, window=window, tail=64)
+    model = config.build(dtype="bfloat16", rngs=None)
+    plan = kvrecomp.named_plan(name, model.shape, work, window=window, tail=64)
     traced = runtime.Decoder(model, plan)._trace_step(write_outs)
     device = topologies.get_topology_desc("h200", platform="cuda", target_config=H200, topology="1x1x1").devices[0]
     options = compiler.get_compile_options(1, 1, device_assignment=np.zeros((1, 1), int))
@@ -53,13 +56,20 @@ def compile_step(name: str, window: int, write_outs: int = 0) -> tuple[str, int]
     return program.hlo_modules()[0].to_string(), program.get_compiled_memory_stats().temp_size_in_bytes
 
 
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*?) ([a-z\-]+)\((.*?)\)")  # name, shape, kind, operands
+
+
+def instructions(text: str) -> list[str]:
+    """The lines of the program's entry, in the order that they are executed in."""
+    return text[text.index("\nENTRY") :].splitlines()[1:]
+
+
 def check_schedule(text: str) -> int:
     """Asserts that host arrays are copied whole, once, and under compute; returns how many there are."""
-    entry = text[text.index("\nENTRY") :].splitlines()[1:]
     origin: dict[str, tuple] = {}  # instruction -> the host array it stands for, tuples as tuples of those
     started, ended, compute, host = {}, {}, [], set()
-    for number, line in enumerate(entry):
-        match = re.match(r"\s+(?:ROOT )?%(\S+) = (.*?) ([a-z\-]+)\((.*?)\)", line)
+    for number, line in enumerate(instructions(text)):
+        match = INSTRUCTION.match(line)
         if match is None:
             continue
         name, shape, kind, arguments = match.groups()
@@ -134,6 +144,24 @@ def test_a_sliced_block_fails_the_check(monkeypatch):
         check_schedule(compile_step("activations", 4 * BLOCK)[0])
 
 
+@pytest.mark.parametrize(
+    ("hidden", "heads", "batch", "prompt"), [(4096, 32, 64, 512), (5120, 40, 32, 1024), (7168, 56, 16, 1024)]
+)
+def test_the_link_has_a_copy_to_carry_while_anything_is_computed(hidden, heads, batch, prompt):
+    """At OPT's real shapes: XLA decides by its estimate of a layer's time how late it lets a copy start."""
+    config = OPTConfig("wide", layers=3, hidden=hidden, heads=heads, intermediate=4 * hidden, vocab=512)
+    text, _ = compile_step("activations", 1024 * MIB, config=config, work=kvrecomp.Workload(batch, prompt, 24))
+    under_way, left, idle = 0, check_schedule(text), []
+    for line in instructions(text):
+        match = INSTRUCTION.match(line)
+        kind = match.group(3) if match else ""
+        under_way += (kind == "copy-start") - (kind == "copy-done")
+        left -= kind == "copy-start"
+        if kind in COMPUTE and not under_way and left:
+            idle.append(line.strip()[:120])
+    assert not idle
+
+
 def kernels(text: str) -> set[str]:
     """The computations that become kernels, values in them named by their order."""
     computations = [each for each in text.split("\n\n") if re.match(r"\s*%(fused|gemm_fusion|wrapped)", each)]
@@ -149,7 +177,8 @@ def _renamed(computation: str) -> str:
 @pytest.mark.parametrize("name", ["activations", "keys_values"])
 def test_a_program_for_one_more_block_has_no_new_kernels(name):
     """XLA times kernels that it has not seen, and while it does the tokens of running steps come late."""
-    first, second, third = (kernels(compile_step(name, 4 * BLOCK, write_outs)[0]) for write_outs in (0, 1, 2))
+    config = dataclasses.replace(CONFIG, layers=2)
+    first, second, third = (kernels(compile_step(name, 4 * BLOCK, write_outs, config)[0]) for write_outs in (0, 1, 2))
     assert second - first, "a block of another length has new ones"
     assert len(third) > 20
     assert not third - second
