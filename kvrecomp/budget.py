@@ -20,12 +20,12 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
     shape = plan.shape
     return {
         "device": {
-            "weights": shape.parameters * shape.itemsize,
+            "weights": shape.parameters * shape.itemsize - plan.host_weight_bytes,
             "blocks": plan.bytes_in("device", write_outs),
             "tail": plan.tail_bytes,
             "prefill or window": max(prefill_bytes(shape, plan.workload), _in_flight(plan, write_outs)),
         },
-        "host": {"blocks": plan.bytes_in("host", write_outs)},
+        "host": {"weights": plan.host_weight_bytes, "blocks": plan.bytes_in("host", write_outs)},
     }
 
 
@@ -42,32 +42,40 @@ def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
 
 
 def _in_flight(plan: Plan, write_outs: int) -> int:
-    """Most bytes of host blocks on their way or in use: a layer's, or those copied ahead and one in use."""
-    most = 0
+    """Most bytes from the host on their way or in use: a layer's, or what is copied ahead, a block in use and weights.
+
+    A prefill has the weights of two layers on the device at once.
+    """
+    most, widest = 0, 0
     for layer, layer_shape in plan.kinds:
         blocks = layer.blocks(write_outs, plan.tail)
         sizes = [plan.bytes_of(layer_shape, block) for block in blocks if block.memory == "host"]
+        weights = plan.weight_bytes(layer, layer_shape)
+        if weights:
+            sizes += [max(map(max, layer_shape.matrices)) * plan.shape.itemsize]
         ahead = sum(sizes) if plan.schedule == "layerwise" else (COPIES_AHEAD + 1) * max(sizes, default=0)
-        most = max(most, ahead)
-    return most if plan.schedule == "layerwise" else min(plan.window, most, plan.bytes_in("host", write_outs))
+        most, widest = max(most, ahead + weights), max(widest, weights)
+    total = plan.bytes_in("host", write_outs) + plan.host_weight_bytes
+    return most if plan.schedule == "layerwise" else max(min(plan.window, most, total), min(2 * widest, total))
 
 
-def limits(budget: Budget, weights: int) -> dict[Memory, float]:
+def limits(budget: Budget, weights: int, host_weights: int = 0) -> dict[Memory, float]:
     """Bytes that may be used of each memory; what the budget leaves open is what is free now, less a margin.
 
-    `weights` bytes are on the device already, and count as available there.
+    `weights` bytes are on the device already and `host_weights` in host memory, and count as available there.
     """
     device, host = budget.device, budget.host
     if device is None:
         device = memory.free_device_bytes() * (1 - MARGIN) + weights
     if host is None:
-        host = memory.free_host_bytes() * (1 - MARGIN)
+        host = memory.free_host_bytes() * (1 - MARGIN) + host_weights
     return {"device": device, "host": min(host, memory.pinned_limit())}
 
 
 def check_memory(plan: Plan, budget: Budget | None = None) -> None:
     """Raises `PlanError` if the plan needs more than the budget and this machine have; see `check_within`."""
-    check_within(plan, limits(budget or Budget(), plan.shape.parameters * plan.shape.itemsize))
+    on_device = plan.shape.parameters * plan.shape.itemsize - plan.host_weight_bytes
+    check_within(plan, limits(budget or Budget(), on_device, plan.host_weight_bytes))
 
 
 def check_within(plan: Plan, allowed: Mapping[Memory, float]) -> None:

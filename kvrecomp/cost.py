@@ -13,6 +13,7 @@ come from times measured on the machine for the layer, dtype and batch at hand o
 
 import collections
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import numpy as np
 from jax import Array
 
 from kvrecomp.hardware import WORKS, HardwareProfile, LayerTimes, Line, Work
-from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload, events_before
+from kvrecomp.plan import BlockSpec, Copy, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload, events_before
 
 
 class Tasks(NamedTuple):
@@ -57,45 +58,71 @@ def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
     shapes = list(dict.fromkeys(plan.shape.layers))
     kinds = {kind: _layer_tasks(plan, *kind, write_outs, shapes.index(kind[1])) for kind in plan.kinds}
     own = [kinds[kind] for kind in zip(plan.layers, plan.shape.layers)]
+    starts = list(itertools.accumulate((len(layer.columns.T) for layer in own), initial=0))
     # A step outside its layers: embedding, unembedding and sampling, at the end.
     outside = np.array([[len(shapes) * len(WORKS)], [0], [1], [0], [0]], float)
-    work, tokens, blocks, copies, copy_bytes = np.concatenate([*own, outside], axis=1)
+    columns = np.concatenate([*(layer.columns for layer in own), outside], axis=1)
+    work, tokens, blocks, copies, copy_bytes = columns
     hold = np.full(len(work), -1)
     copied = np.flatnonzero(copies)
     if plan.schedule == "pipelined":
-        before = np.array(events_before(copy_bytes[copied], plan.window), int)
-        events = np.stack([copied, copied + 1], axis=1).ravel()  # a block has arrived; the task after it has used it
-        hold[copied] = [-1 if count == 0 else events[count - 1] for count in before]
+        before = np.array(events_before([layer.copies for layer in own], plan.window), int)
+        events = np.concatenate([[-1], *(layer.events + start for layer, start in zip(own, starts))]).astype(int)
+        hold[copied] = events[before]
     else:  # when the layer before is done
-        ends = np.cumsum([tasks.shape[1] for tasks in own])
-        starts = np.concatenate([[0], ends[:-1]])
-        hold[copied] = starts[np.searchsorted(ends, copied, side="right")] - 1
+        hold[copied] = np.array(starts)[np.searchsorted(starts, copied, side="right") - 1] - 1
     return Tasks(work.astype(np.int32), tokens, blocks, copies, copy_bytes, hold.astype(np.int32))
 
 
-def _layer_tasks(plan: Plan, layer: LayerPlan, layer_shape: LayerShape, write_outs: int, shape_number: int):
-    """float[5, tasks]: work, tokens, blocks, copies, copy_bytes."""
+class _LayerTasks(NamedTuple):
+    """A layer's tasks: float[5, tasks] of work, tokens, blocks, copies and copy_bytes; its copies; and int[2 copies],
+    the task that ends when each copy has arrived, and when it has been used."""
 
-    def task(work: Work, tokens: int = 0, blocks: int = 1, copied: BlockSpec | None = None) -> tuple[float, ...]:
-        row = shape_number * len(WORKS) + WORKS.index(work)
-        if copied is None:
-            return row, tokens, blocks, 0, 0
-        return row, tokens, blocks, 1, plan.bytes_of(layer_shape, copied)
+    columns: np.ndarray
+    copies: list[Copy]
+    events: np.ndarray
+
+
+def _layer_tasks(
+    plan: Plan, layer: LayerPlan, layer_shape: LayerShape, write_outs: int, shape_number: int
+) -> _LayerTasks:
+    tasks: list[tuple[float, ...]] = []
+    copies: list[Copy] = []
+    events: list[int] = []
+
+    def compute(work: Work, tokens: int = 0, blocks: int = 1) -> None:
+        tasks.append((shape_number * len(WORKS) + WORKS.index(work), tokens, blocks, 0, 0))
+
+    def await_copy(nbytes: int, kept: bool = False) -> None:
+        events.extend([len(tasks), len(tasks) + (not kept)])  # a block is used by the task that comes next
+        tasks.append((shape_number * len(WORKS), 0, 0, 1, nbytes))
+        copies.append(Copy(nbytes, kept))
 
     def attention(block: BlockSpec) -> Work:
         return "keys_values" if block.form == "keys_values" else layer.method
 
+    early, late = layer_shape.matrices if layer.weights == "host" else ((), ())
+    for count in early:
+        await_copy(count * plan.shape.itemsize, kept=True)
+    compute("project")
     blocks = layer.blocks(write_outs, plan.tail)
     tail = BlockSpec(layer.tail, "device", plan.tail)
-    tasks = [task("project")]
     if "absorb" in map(attention, (*blocks, tail)):
-        tasks.append(task("prepare"))
-    # What is on the device is attended to as one, the tail with it, whose own work is in the time of `project`.
-    tasks += [task(attention(block), block.tokens, blocks=0) for block in (*blocks, tail) if block.memory == "device"]
+        compute("prepare")
+    for block in (*blocks, tail):
+        # What is on the device is attended to as one, the tail with it, whose own work is in the time of `project`.
+        if block.memory == "device":
+            compute(attention(block), block.tokens, blocks=0)
     for block in blocks:
         if block.memory == "host":
-            tasks += [task("project", blocks=0, copied=block), task(attention(block), block.tokens)]  # await it, use it
-    return np.array([*tasks, task("finish")], float).T
+            await_copy(plan.bytes_of(layer_shape, block))
+            compute(attention(block), block.tokens)
+    for count in late:
+        await_copy(count * plan.shape.itemsize, kept=True)
+    compute("finish")
+    if late:
+        events[-1] = len(tasks) - 1  # weights are used when their layer is done
+    return _LayerTasks(np.array(tasks, float).T, copies, np.array(events))
 
 
 def stack_tasks(tasks: Sequence[Tasks]) -> Tasks:

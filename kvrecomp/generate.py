@@ -175,7 +175,7 @@ class TokenLoop:
             yield _Dispatched(*arriving, sent)
             if index + 1 < max_new_tokens:
                 cache, logits = self.decoder.step(cache, tokens)
-                sent = cache.bytes_in("host")
+                sent = cache.bytes_in("host") + self.decoder.plan.host_weight_bytes
 
     def _new_tokens(self, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int32[new, batch] -> how many of them are each row's own, and whether the row has ended."""

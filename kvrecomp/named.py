@@ -9,6 +9,8 @@ device         all keys and values on the device
 device:F       the first F of the prompt as keys and values on the device, the rest as activations in host memory
 """
 
+import dataclasses
+
 from kvrecomp.plan import (
     AUTO,
     DEFAULT_WINDOW,
@@ -63,6 +65,24 @@ def named_plan(
     schedule = "layerwise" if kind == "kvpr" else "pipelined"
     tail = default_tail(shape, workload, window) if tail is None else min(tail, workload.new)
     return Plan(name, shape, workload, layers, tail=tail, window=window, schedule=schedule)
+
+
+def with_host_weights(plan: Plan, fraction: float) -> Plan:
+    """The plan with the weights of that fraction of its layers, evenly spread, in host memory.
+
+    Its window has room for the weights of two layers beside what it had.
+    """
+    if not 0 <= fraction <= 1:
+        raise PlanError(f"the fraction of layers with weights in host memory is {fraction}; it must be from 0 to 1")
+    hosted = [int((number + 1) * fraction + 1e-9) > int(number * fraction + 1e-9) for number in range(len(plan.layers))]
+    layers = tuple(
+        dataclasses.replace(own, weights="host" if there else "device") for own, there in zip(plan.layers, hosted)
+    )
+    widest = max(
+        (own.parameters for own, there in zip(plan.shape.layers, hosted) if there),
+        default=0,
+    )
+    return dataclasses.replace(plan, layers=layers, window=plan.window + 2 * widest * plan.shape.itemsize)
 
 
 def _fraction(name: str, argument: str) -> float:

@@ -22,7 +22,7 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from rich import box
 from rich.console import Console
@@ -93,14 +93,15 @@ class LayerShape:
         return self.hidden if form == "activations" else 2 * self.kv_heads * self.head_dim
 
     @property
-    def attention_parameters(self) -> int:
-        """Weights of the query, key, value and output projections, biases left out."""
-        return 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+    def matrices(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Weights of each matrix in the order of use: K's, V's and Q's projection, then those after the attention."""
+        key, query = self.hidden * self.kv_heads * self.head_dim, self.hidden * self.heads * self.head_dim
+        return (key, key, query), (query, *(self.hidden * self.intermediate,) * (3 if self.gated else 2))
 
     @property
     def parameters(self) -> int:
         """Weights of the layer, biases and norms left out."""
-        return self.attention_parameters + (3 if self.gated else 2) * self.hidden * self.intermediate
+        return sum(map(sum, self.matrices))
 
 
 @dataclass(frozen=True)
@@ -185,17 +186,19 @@ class LayerPlan:
 
     `grown[i]` is the memory of the i-th block written out; the last entry holds for all after it. `method` says how
     activations are used: `absorb` attends over them directly where the model allows, `recompute` projects K and V.
+    `weights` is the memory of the layer's matrices; those in `host` cross the link once a step.
     """
 
     prompt: tuple[BlockSpec, ...]
     tail: Form = "activations"
     grown: tuple[Memory, ...] = ("host",)
     method: Method = "absorb"
+    weights: Memory = "device"
 
     def __post_init__(self):
         _check_choice(self, FORMS, self.tail)
         _check_choice(self, METHODS, self.method)
-        _check_choice(self, MEMORIES, *self.grown)
+        _check_choice(self, MEMORIES, self.weights, *self.grown)
         if not self.grown:
             raise PlanError("LayerPlan: grown is empty; it must say where written-out blocks go, at least once")
 
@@ -263,6 +266,15 @@ class Plan:
                         f"layer {number}: the window of {format_bytes(self.window)} is smaller than a block of "
                         f"{block.tokens} tokens, {format_bytes(size)}: use a larger window or smaller blocks"
                     )
+            needed = self.weight_bytes(layer, layer_shape) + max(
+                (self.bytes_of(layer_shape, b) for b in layer.blocks(self.write_outs, self.tail) if b.memory == "host"),
+                default=0,
+            )
+            if layer.weights == "host" and needed > self.window:
+                raise PlanError(
+                    f"layer {number}: the window of {format_bytes(self.window)} is smaller than the layer's weights "
+                    f"and one block, {format_bytes(needed)}: use a larger window"
+                )
 
     @functools.cached_property
     def kinds(self) -> dict[tuple[LayerPlan, LayerShape], int]:
@@ -294,6 +306,15 @@ class Plan:
             for block in layer.blocks(write_outs, self.tail)
             if block.memory == memory
         )
+
+    def weight_bytes(self, layer: LayerPlan, layer_shape: LayerShape) -> int:
+        """Bytes of the layer's weights in host memory."""
+        return layer_shape.parameters * self.shape.itemsize if layer.weights == "host" else 0
+
+    @property
+    def host_weight_bytes(self) -> int:
+        """Bytes of all weights in host memory; they cross the link once a step."""
+        return sum(count * self.weight_bytes(*kind) for kind, count in self.kinds.items())
 
     @property
     def tail_bytes(self) -> int:
@@ -340,20 +361,38 @@ class Plan:
         return console.export_text().rstrip()
 
 
-def events_before(sizes: Sequence[int], window: int) -> list[int]:
-    """For each host block, in the order of use and of these bytes, how many events come before its copy may start.
+class Copy(NamedTuple):
+    """Bytes that a step copies from the host: a block, or weights, which are `kept` until their layer is done."""
 
-    The events are, block by block: it has arrived, it has been used. At most COPIES_AHEAD blocks are on their way, and
-    at most `window` bytes on their way or in use. This is the rule that the runtime carries out and that the cost
-    function predicts.
+    nbytes: int
+    kept: bool = False
+
+
+def events_before(layers: Sequence[Sequence[Copy]], window: int) -> list[int]:
+    """For each copy, layer by layer in the order of use, how many events come before it may start.
+
+    The events are, copy by copy: it has arrived, it has been used. At most COPIES_AHEAD copies are on their way, and
+    at most `window` bytes on their way or in use. What is kept is in use until the last copy of its layer was used.
+    This is the rule that the runtime carries out and that the cost function predicts.
     """
-    before, on_the_way, in_use, events = [], collections.deque(), 0, 0
-    for size in sizes:
-        while len(on_the_way) == COPIES_AHEAD or ((in_use or on_the_way) and in_use + sum(on_the_way) + size > window):
-            in_use = 0 if in_use else on_the_way.popleft()
-            events += 1
-        on_the_way.append(size)
-        before.append(events)
+    before: list[int] = []
+    on_the_way: collections.deque[tuple[Copy, bool]] = collections.deque()  # and whether it is its layer's last
+    arrived: tuple[Copy, bool] | None = None
+    kept = in_use = events = 0
+    for own in layers:
+        for number, copy in enumerate(own):
+            while len(on_the_way) == COPIES_AHEAD or (
+                (kept or in_use or on_the_way)
+                and kept + in_use + sum(c.nbytes for c, _ in on_the_way) + copy.nbytes > window
+            ):
+                events += 1
+                if arrived is None:
+                    arrived = on_the_way.popleft()
+                    kept, in_use = (kept + arrived[0].nbytes, 0) if arrived[0].kept else (kept, arrived[0].nbytes)
+                else:
+                    kept, in_use, arrived = 0 if arrived[1] else kept, 0, None
+            on_the_way.append((copy, number == len(own) - 1))
+            before.append(events)
     return before
 
 

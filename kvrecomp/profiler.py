@@ -34,6 +34,7 @@ from kvrecomp.plan import (
     GIB,
     MIB,
     BlockSpec,
+    Copy,
     Form,
     LayerPlan,
     LayerShape,
@@ -230,13 +231,12 @@ def _held_copies(arrays: Sequence[jax.Array], passes: int, repeats: int, computi
 
     @jax.jit
     def copy_all(arrays):
-        own = [Block((array,), "activations", "host") for array in arrays] * passes
-        window, result = Window([own], 4 * own[0].nbytes, "pipelined"), jnp.zeros((), arrays[0].dtype)
+        own = [(array, Copy(array.size * array.dtype.itemsize)) for array in arrays] * passes
+        window, result = Window([own], 4 * own[0][1].nbytes, "pipelined"), jnp.zeros((), arrays[0].dtype)
         ends = []
         for _ in own:
-            before, block = window.take(result)
+            before, x = window.take(result)
             ends.append(before)  # read, or XLA would drop the order with it
-            (x,) = block.tensors
             result = x[0, 0, -1]
             if computing:
                 queries = jnp.broadcast_to(x[0, 0], (32, x.shape[-1]))

@@ -22,7 +22,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from kvrecomp import attention, memory
+from kvrecomp import attention, memory, weights
 from kvrecomp.attention import Cached
 from kvrecomp.budget import check_memory
 from kvrecomp.cache import (
@@ -37,7 +37,19 @@ from kvrecomp.cache import (
     make_block,
     make_cache,
 )
-from kvrecomp.plan import Budget, LayerPlan, Memory, Method, ModelShape, Plan, PlanError, Schedule, events_before
+from kvrecomp.plan import (
+    Budget,
+    Copy,
+    LayerPlan,
+    LayerShape,
+    Memory,
+    Method,
+    ModelShape,
+    Plan,
+    PlanError,
+    Schedule,
+    events_before,
+)
 from kvrecomp.programs import Compiled, Programs
 from kvrecomp.prompt import check_prompt, check_step
 
@@ -66,10 +78,10 @@ Result = TypeVar("Result")  # arrays in any structure; a hold goes through all o
 
 
 class Window:
-    """Copies host blocks to the device in the order of use, with at most `size` bytes on their way or in use.
+    """Copies host arrays to the device in the order of use, with at most `size` bytes on their way or in use.
 
-    XLA starts a copy as early as its operands allow, so a block is held: an optimization barrier ties it to the array
-    that makes room for it, a block that has arrived or the result of one that was used. The barrier's other output,
+    XLA starts a copy as early as its operands allow, so it is held: an optimization barrier ties it to the array
+    that makes room for it, one that has arrived or the result of one that was used. The barrier's other output,
     that array, is what the step goes on with; XLA drops an operand of a barrier whose output nobody reads, and the hold
     with it.
     Without holds all copies of the step start at once and the whole cache is on the device. Blocks that would all fit
@@ -77,29 +89,34 @@ class Window:
     and a step of small blocks then takes the sum of copies and compute.
     """
 
-    def __init__(self, layers: Sequence[Sequence[Block]], size: int, schedule: Schedule):
-        """`layers` lists the host blocks of every layer in the order of use."""
+    def __init__(self, layers: Sequence[Sequence[tuple[Array, Copy]]], size: int, schedule: Schedule):
+        """`layers` lists what every layer needs from the host, in the order of use."""
         self._schedule = schedule
-        self._waiting = collections.deque(itertools.chain(*layers))
+        self._waiting = collections.deque(array for layer in layers for array, _ in layer)
         if schedule == "pipelined":
-            self._before = collections.deque(events_before([block.nbytes for block in self._waiting], size))
+            copies = [[copy for _, copy in layer] for layer in layers]
+            self._before = collections.deque(events_before(copies, size))
         else:
             self._before = collections.deque(number for number, layer in enumerate(layers) for _ in layer)
-        self._events = 0  # blocks arrived and blocks used or, layer by layer, layers done
-        self._copied: collections.deque[Block] = collections.deque()
+        self._events = 0  # arrays arrived and arrays used or, layer by layer, layers done
+        self._copied: collections.deque[Array] = collections.deque()
         self._start(None)
 
-    def take(self, result: Result) -> tuple[Result, Block]:
-        """The next block, on the device, and `result`; whatever comes of the block waits for `result`.
+    def take(self, result: Result) -> tuple[Result, Array]:
+        """The next array, on the device, and `result`; whatever comes of the array waits for `result`.
 
-        In this order, because XLA would await the block before it has finished `result`, and the link would rest.
+        In this order, because XLA would await the array before it has finished `result`, and the link would rest.
         """
-        block = self._copied.popleft()
-        result, arrays = jax.lax.optimization_barrier((result, block.arrays))
-        return result, replace(block, arrays=self._event(arrays, "pipelined"))
+        result, array = jax.lax.optimization_barrier((result, self._copied.popleft()))
+        return result, self._event(array, "pipelined")
+
+    def fetch(self) -> Array:
+        """The next array, on the device; nothing waits for it but what uses it."""
+        return self._event(self._copied.popleft(), "pipelined")
 
     def used(self, result: Result) -> Result:
-        """Says that the block taken last is not needed once `result` is computed; go on with what this returns."""
+        """Says that the array taken last is not needed once `result` is computed, or that it is kept until the layer is
+        done; go on with what this returns."""
         return self._event(result, "pipelined")
 
     def layer_done(self, hidden: Array) -> Array:
@@ -116,12 +133,50 @@ class Window:
         """Starts, once `result` is there, the copies that may start now."""
         while self._before and self._before[0] <= self._events:
             self._before.popleft()
-            block = self._waiting.popleft()
-            arrays = block.arrays
+            array = self._waiting.popleft()
             if result is not None:
-                result, arrays = jax.lax.optimization_barrier((result, arrays))
-            self._copied.append(replace(block, arrays=jax.device_put(arrays, jax.memory.Space.Device)))
+                result, array = jax.lax.optimization_barrier((result, array))
+            self._copied.append(jax.device_put(array, jax.memory.Space.Device))
         return result
+
+
+class HostWeights:
+    """The weights of one layer that are in host memory, given to it in the order of their use."""
+
+    def __init__(self, layer: Any, plan: LayerPlan, shape: LayerShape, batch: int):
+        self._layer = layer
+        in_host = weights.matrices_in_host(layer, shape, batch) if plan.weights == "host" else weights.InHost((), ())
+        self._early, self._late = in_host
+        self.arrays = weights.get(layer, [*self._early, *self._late])
+
+    def copies(self, blocks: Sequence[Block]) -> list[tuple[Array, Copy]]:
+        """What the layer needs from the host: weights up to its attention, blocks, the other weights."""
+        kept = [(array, Copy(array.size * array.dtype.itemsize, kept=True)) for array in self.arrays]
+        blocks_in_host = [(block.arrays[0], Copy(block.nbytes)) for block in blocks if block.memory == "host"]
+        return [*kept[: len(self._early)], *blocks_in_host, *kept[len(self._early) :]]
+
+    def bring_early(self, window: Window) -> None:
+        """What the layer uses up to its attention."""
+        weights.put(self._layer, {path: window.used(window.fetch()) for path in self._early})
+
+    def bring_late(self, window: Window) -> None:
+        """What it uses after that. The last is used when the layer is done, see `done`."""
+        arrays = {path: window.used(window.fetch()) for path in self._late[:-1]}
+        weights.put(self._layer, arrays | {path: window.fetch() for path in self._late[-1:]})
+
+    def give(self, arrays: Sequence[Array]) -> None:
+        """All of them at once, as a prefill does."""
+        weights.put(self._layer, dict(zip((*self._early, *self._late), arrays, strict=True)))
+
+    def done(self, hidden: Array, window: Window) -> Array:
+        """Says that the layer is done; go on with what this returns."""
+        return window.used(hidden) if self._late else hidden
+
+
+def host_weights(model: Model, plan: Plan) -> list[HostWeights]:
+    """Those of every layer."""
+    layers = zip(model.layers, plan.layers, plan.shape.layers, strict=True)
+    return [HostWeights(*layer, plan.workload.batch) for layer in layers]
 
 
 @dataclass
@@ -131,6 +186,7 @@ class CachedAttention:
     cache: LayerCache
     method: Method
     window: Window
+    weights: HostWeights
     slot: Array
     tail_starts: Sequence[Array]
     padding: Array
@@ -147,12 +203,15 @@ class CachedAttention:
         # What is on the device is attended to as one, while the first copies are on their way.
         here = [Cached(b.form, b.tensors, at) for b, at in zip((*blocks, tail), starts) if b.memory == "device"]
         partials = attention.attend(query, here, self.method)
-        for start in [at for block, at in zip(blocks, starts) if block.memory == "host"]:
-            partials[-1], block = self.window.take(partials[-1])
+        for block, start in [(block, at) for block, at in zip(blocks, starts) if block.memory == "host"]:
+            partials[-1], array = self.window.take(partials[-1])
+            block = replace(block, arrays=(array,))
             (partial,) = attention.attend(query, [Cached(block.form, block.tensors, start)], self.method)
             partials = attention.join(partials, partial)
             partials[-1] = self.window.used(partials[-1])
-        return attention.merge(query, partials)
+        mixed = attention.merge(query, partials)
+        self.weights.bring_late(self.window)
+        return mixed
 
 
 def tail_starts(plan: Plan, cache: Cache) -> list[Array]:
@@ -168,14 +227,15 @@ def tail_starts(plan: Plan, cache: Cache) -> list[Array]:
 
 def decode_step(model: Model, plan: Plan, cache: Cache, token_ids: Array) -> tuple[tuple[Block, ...], Array]:
     """One token of every row, int32[b] -> the tails with it written, and logits float32[b, vocab]."""
-    host_blocks = [[block for block in own if block.memory == "host"] for own in cache.blocks]
-    window = Window(host_blocks, plan.window, plan.schedule)
+    hosted = host_weights(model, plan)
+    window = Window([own.copies(blocks) for own, blocks in zip(hosted, cache.blocks)], plan.window, plan.schedule)
     starts = tail_starts(plan, cache)
     hidden = model.embed(token_ids, cache.length - cache.padding)
     tails = []
-    for layer, layer_plan, layer_cache in zip(model.layers, plan.layers, cache.layers, strict=True):
-        attend = CachedAttention(layer_cache, layer_plan.method, window, cache.length, starts, cache.padding)
-        hidden = window.layer_done(layer(hidden, attend))
+    for layer, layer_plan, own, layer_cache in zip(model.layers, plan.layers, hosted, cache.layers, strict=True):
+        own.bring_early(window)
+        attend = CachedAttention(layer_cache, layer_plan.method, window, own, cache.length, starts, cache.padding)
+        hidden = window.layer_done(own.done(layer(hidden, attend), window))
         tails.append(attend.cache.tail)
     return tuple(tails), model.unembed(hidden)
 
@@ -184,7 +244,14 @@ def prefill(model: Model, plan: Plan, token_ids: Array, padding: Array) -> tuple
     """Prompts int32[t, b], left-padded by int32[b] -> blocks, empty tails, logits float32[b, vocab]."""
     hidden = model.embed(token_ids, attention.positions_of(jnp.arange(len(token_ids)), padding))
     blocks: list[tuple[Block, ...]] = []
-    for layer, layer_plan in zip(model.layers, plan.layers, strict=True):
+    hosted = host_weights(model, plan)
+    coming = jax.device_put(hosted[0].arrays, jax.memory.Space.Device)
+    for layer, layer_plan, own, following in zip(model.layers, plan.layers, hosted, [*hosted[1:], None], strict=True):
+        own.give(coming)
+        coming = []
+        if following is not None and following.arrays:  # they cross the link while this layer is computed
+            hidden, held = jax.lax.optimization_barrier((hidden, following.arrays))
+            coming = jax.device_put(held, jax.memory.Space.Device)
 
         def attend(x: Array, projections: attention.Projections, own: LayerPlan = layer_plan) -> Array:
             mixed, key, value = attention.attend_causal(projections, x, padding)
@@ -228,6 +295,7 @@ class Decoder:
                 f"the plan is for {plan.shape.name} in {plan.shape.dtype}, the model is {model.shape.name} in "
                 f"{model.shape.dtype}: make the plan from model.shape"
             )
+        weights.check_placement(model, plan)
         check_memory(plan, budget)
         self.plan = plan
         self._graph, state = nnx.split(model)
@@ -336,7 +404,8 @@ class Decoder:
         batch = self.plan.workload.batch
         blocks = describe_blocks(self.plan, write_outs)
         inputs = self._weights, blocks, describe_tails(self.plan), _ints(batch), _ints(), _ints(batch)
-        shardings = (None, _shardings(blocks), None, None, None, None)
+        placed = [array.sharding for array in self._weights]
+        shardings = (placed, _shardings(blocks), None, None, None, None)
         return jax.jit(program, in_shardings=shardings, donate_argnames=("tails", "length")).trace(*inputs)
 
     def _trace_write_out(self, memories: Sequence[Memory]) -> Any:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import models
 from kvrecomp import cost
-from kvrecomp.cache import Block
 from kvrecomp.cost import (
     WORKS,
     Tasks,
@@ -28,11 +27,12 @@ from kvrecomp.cost import (
     work_table,
 )
 from kvrecomp.hardware import HardwareProfile, LayerTimes, Line, Work
-from kvrecomp.named import named_plan
+from kvrecomp.named import named_plan, with_host_weights
 from kvrecomp.plan import (
     COPIES_AHEAD,
     GIB,
     BlockSpec,
+    Copy,
     LayerPlan,
     LayerShape,
     ModelShape,
@@ -435,6 +435,8 @@ def test_every_token_and_byte_is_there(name, write_outs):
     plan = named_plan(name, SHAPE, WORK, tail=3, window=5000)
     tasks = make_tasks(plan, write_outs)
     assert tasks.copy_bytes.sum() == plan.bytes_in("host", write_outs)
+    hosted = make_tasks(with_host_weights(plan, 0.5), write_outs)
+    assert hosted.copy_bytes.sum() == tasks.copy_bytes.sum() + 2 * GROUPED.parameters
     assert tasks.tokens.sum() == 2 * (11 + 3 * write_outs + 3)
     own = [row(layer, work) for layer in (0, 1) for work in ("project", "finish")]
     done = list(tasks.work[tasks.blocks > 0])  # not what awaits a copy
@@ -455,14 +457,16 @@ def plans(draw):
             blocks.append(BlockSpec(form, memory, tokens))
             left -= tokens
         grown = tuple(draw(st.lists(st.sampled_from(["host", "device"]), min_size=1, max_size=2)))
-        own.append(LayerPlan(tuple(blocks), draw(st.sampled_from([kv, acts])), grown))
+        weights = draw(st.sampled_from(["device", "device", "host"]))
+        own.append(LayerPlan(tuple(blocks), draw(st.sampled_from([kv, acts])), grown, weights=weights))
+    room = draw(st.sampled_from([23_000, 41_000])) if "host" in [layer.weights for layer in own] else 0
     return Plan(
         "any",
         replace(SHAPE, layers=layers),
         Workload(3, prompt, draw(st.integers(1, 9))),
         tuple(own),
         tail=draw(st.integers(1, 3)),
-        window=draw(st.integers(12 * 420, 30 * 420)),
+        window=room + draw(st.integers(12 * 420, 30 * 420)),
         schedule=draw(st.sampled_from(["pipelined", "layerwise"])),
     )
 
@@ -472,48 +476,71 @@ def plans(draw):
 def test_copies_are_held_as_the_runtime_holds_them(plan, write_outs):
     """The runtime's own window, driven task by task; what it copies is recorded with the task that has just ended."""
     tasks = make_tasks(plan, write_outs)
-    host = [
-        [
-            Block((np.zeros(plan.bytes_of(layer, spec), np.int8),), spec.form, "host")
-            for spec in own
-            if spec.memory == "host"
-        ]
-        for own, layer in zip(plan.blocks(write_outs), plan.shape.layers)
-    ]
+    host: list[list[tuple[np.ndarray, Copy]]] = []
+    for number, (own, layer) in enumerate(zip(plan.blocks(write_outs), plan.shape.layers)):
+        blocks = [Copy(plan.bytes_of(layer, spec)) for spec in own if spec.memory == "host"]
+        matrices = layer.matrices if plan.layers[number].weights == "host" else ((), ())
+        early, late = ([Copy(2 * count, kept=True) for count in part] for part in matrices)
+        host.append([(np.zeros(copy.nbytes, np.int8), copy) for copy in (*early, *blocks, *late)])
     started, ended, taken = [], -1, False
 
-    def device_put(arrays, space):
-        started.append((sum(array.nbytes for array in arrays), ended))
-        return arrays
+    def device_put(array, space):
+        started.append((array.nbytes, ended))
+        return array
 
     with (
         mock.patch.object(jax.lax, "optimization_barrier", lambda operands: operands),
         mock.patch.object(jax, "device_put", device_put),
     ):
         window = Window(host, plan.window, plan.schedule)
+        left = [(copy, copy is own[-1][1]) for own in host for _, copy in own]
+        open_weights = False
         for number, (work, copies, size) in enumerate(zip(tasks.work, tasks.copies, tasks.copy_bytes)):
             ended = number
             if copies:
-                assert window.take(np.zeros(1))[1].nbytes == size
-                taken = True
+                copy, last = left.pop(0)
+                assert copy.nbytes == size
+                if copy.kept:
+                    array = window.fetch()
+                    open_weights = last
+                    _ = array if last else window.used(array)
+                else:
+                    assert window.take(np.zeros(1))[1].nbytes == size
+                    taken = True
             elif taken:
                 window.used(np.zeros(1))
                 taken = False
-            elif work % len(WORKS) == WORKS.index("finish") and number < len(tasks.work) - 1:
+            if not copies and work % len(WORKS) == WORKS.index("finish") and number < len(tasks.work) - 1:
+                if open_weights:
+                    window.used(np.zeros(1))
                 window.layer_done(np.zeros(1))
+                open_weights = False
     copied = tasks.copies > 0
     assert started == list(zip(tasks.copy_bytes[copied], tasks.hold[copied]))
 
 
 @many
-@given(st.lists(st.integers(1, 20), max_size=12), st.integers(1, 50))
-def test_copies_start_as_early_as_the_window_lets_them(sizes, window):
-    before = events_before(sizes, window)
-    assert len(before) == len(sizes)
+@given(st.lists(st.lists(st.tuples(st.integers(1, 20), st.booleans()), max_size=5), max_size=4), st.integers(1, 50))
+def test_copies_start_as_early_as_the_window_lets_them(layers, more):
+    """What is kept counts until the last copy of its layer is used; a window holds a layer's and one copy more."""
+    layers = [[Copy(*each) for each in own] for own in layers]
+    kept = [sum(copy.nbytes for copy in own if copy.kept) for own in layers]
+    window = max(kept, default=0) + 20 * any(kept) + more
+    before = events_before(layers, window)
+    copies = [(copy, at, copy is own[-1]) for at, own in enumerate(layers) for copy in own]
+    assert len(before) == len(copies)
+
+    def in_use(used, arrived):
+        """Bytes of the first copies that have arrived and are in use after so many were used."""
+        done = {at for _, at, last in copies[:used] if last}
+        own = [copy.nbytes for copy, at, _ in copies[:used] if copy.kept and at not in done]
+        return sum(own) + sum(copy.nbytes for copy, _, _ in copies[used:arrived])
 
     def allowed(number, events):
         arrived, used = (events + 1) // 2, events // 2
-        return number - arrived < COPIES_AHEAD and (used == number or sum(sizes[used : number + 1]) <= window)
+        size = in_use(used, arrived) + sum(copy.nbytes for copy, _, _ in copies[arrived : number + 1])
+        alone = size == copies[number][0].nbytes
+        return number - arrived < COPIES_AHEAD and (alone or size <= window)
 
     for number, events in enumerate(before):
         assert 0 <= events <= 2 * number and allowed(number, events)

@@ -58,10 +58,10 @@ PLAN = Plan(
 def test_widths_and_parameters():
     assert PLAIN.width("activations") == 35 and PLAIN.width("keys_values") == 70
     assert GROUPED.width("activations") == 35 and GROUPED.width("keys_values") == 16
-    assert PLAIN.attention_parameters == 4 * 35 * 35
-    assert GROUPED.attention_parameters == 35 * 24 + 2 * 35 * 8 + 24 * 35
     assert PLAIN.parameters == 4 * 35 * 35 + 2 * 35 * 53
-    assert GROUPED.parameters == GROUPED.attention_parameters + 3 * 35 * 59
+    assert GROUPED.parameters == 2 * 35 * 24 + 2 * 35 * 8 + 3 * 35 * 59
+    assert PLAIN.matrices == ((35 * 35,) * 3, (35 * 35, 35 * 53, 35 * 53))
+    assert GROUPED.matrices == ((35 * 8, 35 * 8, 35 * 24), (35 * 24, 35 * 59, 35 * 59, 35 * 59))
     assert SHAPE.parameters == PLAIN.parameters + GROUPED.parameters + 97 * 17
     assert replace(SHAPE, tied=False).parameters == SHAPE.parameters + 97 * 17
     assert SHAPE.itemsize == 2 and replace(SHAPE, dtype="float32").itemsize == 4
@@ -97,11 +97,11 @@ def test_the_tail_is_written_out_when_another_token_follows(new, tail, times):
 def test_memory_needed_by_hand():
     needed = kvrecomp.memory_needed(PLAN)
     assert PLAN.write_outs == 2
-    assert needed["host"] == {"blocks": PLAN.bytes_in("host", 2)}
+    assert needed["host"] == {"weights": 0, "blocks": PLAN.bytes_in("host", 2)}
     device = needed["device"]
     assert device["weights"] == 2 * SHAPE.parameters
     assert device["blocks"] == PLAN.bytes_in("device", 2) and device["tail"] == PLAN.tail_bytes
-    assert kvrecomp.memory_needed(PLAN, 0)["host"] == {"blocks": PLAN.bytes_in("host")}
+    assert kvrecomp.memory_needed(PLAN, 0)["host"] == {"weights": 0, "blocks": PLAN.bytes_in("host")}
     # At a long prompt, hidden states, Q, K, V and a feed-forward of it count; at a large window, the window.
     long = named_plan("activations", replace(SHAPE, positions=10**6), Workload(3, 10**5, 8), window=2 * GIB)
     prefill = kvrecomp.memory_needed(long)["device"]["prefill or window"]
