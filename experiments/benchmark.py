@@ -36,6 +36,9 @@ _BATCH = flags.DEFINE_integer("batch", 8, "Rows decoded together.")
 _PROMPT = flags.DEFINE_integer("prompt", 256, "Tokens in each prompt.")
 _NEW = flags.DEFINE_integer("new", 32, "New tokens per row.")
 _PLANS = flags.DEFINE_list("plans", ["auto", "activations", "keys_values"], "Plans: auto, or as named_plan has them.")
+_WEIGHTS = flags.DEFINE_string(
+    "weights", "device", "Where the layers' weights are: device, host, or the fraction of layers on the host."
+)
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.")
 _WINDOW = flags.DEFINE_float("window_mib", None, "Bytes from the host in flight or in use, in MiB; default: chosen.")
 _TAIL = flags.DEFINE_integer("tail", None, "Tokens in the tail; default: by their bytes.")
@@ -85,6 +88,7 @@ def measure(
     machine: HardwareProfile,
     copy_bytes_per_second: float,
     seed: int = 0,
+    weights: str = "device",
 ) -> Row:
     """Runs the plan's workload on random prompts; the prompt is computed twice, and timed when it is compiled."""
     work = plan.workload
@@ -106,7 +110,7 @@ def measure(
         prompt=work.prompt,
         new=work.new,
         plan=plan.name,
-        weights="device",
+        weights=weights,
         groups=1,
         order="row",
         median_ms=median * 1e3,
@@ -114,7 +118,7 @@ def measure(
         worst_ms=max(seconds) * 1e3,
         predicted_ms=float(plan_costs(machine, [plan]).seconds[0]) * 1e3,
         link_bytes=link_bytes,
-        predicted_bytes=plan.bytes_in("host", median_write_outs(plan)),
+        predicted_bytes=plan.bytes_in("host", median_write_outs(plan)) + plan.host_weight_bytes,
         link_efficiency=link_bytes / median / copy_bytes_per_second if link_bytes else None,
         tokens_per_second=work.batch / median,
         peak_device_bytes=stats.get("peak_bytes_in_use"),
@@ -124,6 +128,18 @@ def measure(
         programs=len(decoder.compiled),
         step_ms=[round(1e3 * each, 2) for each in result.step_seconds],
     )
+
+
+def fraction_on_host(flag: str) -> float:
+    """The fraction of layers whose weights are in host memory, from --weights. Raises ValueError for other values."""
+    try:
+        fraction = {"device": 0.0, "host": 1.0}.get(flag)
+        fraction = float(flag) if fraction is None else fraction
+    except ValueError:
+        fraction = -1.0
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"--weights is {flag!r}; expected device, host or a fraction of the layers from 0 to 1")
+    return fraction
 
 
 def table(rows: list[Row], copy_gbps: float) -> Table:
@@ -161,18 +177,25 @@ def main(_: list[str]) -> None:
     shape = dataclasses.replace(models.preset(_MODEL.value).shape, dtype=_DTYPE.value)
     if work.new < 2:
         raise ValueError(f"--new is {work.new}: the first token comes with the prompt; give at least 2 to time a step")
-    for name in _PLANS.value:  # mistakes are said before the weights are made
-        if name != AUTO:
-            kvrecomp.plan_for(name, shape, work, tail=_TAIL.value, window=window)
+    fraction = fraction_on_host(_WEIGHTS.value)
+    if fraction and AUTO in _PLANS.value:
+        raise ValueError(f"--weights={_WEIGHTS.value}: {AUTO} has all weights on the device; give --plans by name")
+
+    def placed(plan: kvrecomp.Plan) -> kvrecomp.Plan:
+        return kvrecomp.with_host_weights(plan, fraction) if fraction else plan
+
+    # Mistakes are said before the weights are made.
+    options: dict[str, Any] = {"tail": _TAIL.value, "window": window}
+    named = [placed(kvrecomp.plan_for(name, shape, work, **options)) for name in _PLANS.value if name != AUTO]
     rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)))
-    model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value)
+    sharding = kvrecomp.placement(named[0]) if named else None  # the same for all of them
+    model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value, sharding=sharding)
     machine = kvrecomp.profile(model if _LAYERS.value else None, batch=work.batch)
     budget = kvrecomp.Budget.of_gib(_DEVICE_GIB.value, _HOST_GIB.value)
     rows, about, document = [], run_info(_COMMIT.value), {}
     for name in _PLANS.value:
-        options = {"budget": budget, "machine": machine, "tail": _TAIL.value, "window": window}
-        plan = kvrecomp.plan_for(name, model.shape, work, **options)
-        rows.append(measure(model, plan, budget, machine, rate, _SEED.value))
+        plan = placed(kvrecomp.plan_for(name, model.shape, work, budget=budget, machine=machine, **options))
+        rows.append(measure(model, plan, budget, machine, rate, _SEED.value, _WEIGHTS.value))
         gc.collect()  # a decoder's cache is gone before the next one's is made
         document = about | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}
         if _OUT.value:

@@ -19,12 +19,13 @@ from kvrecomp.auto import plan_for  # noqa: E402
 from kvrecomp.budget import memory_needed  # noqa: E402
 from kvrecomp.generate import Generated, generate  # noqa: E402
 from kvrecomp.hardware import HardwareProfile  # noqa: E402
-from kvrecomp.named import named_plan  # noqa: E402
+from kvrecomp.named import named_plan, with_host_weights  # noqa: E402
 from kvrecomp.plan import Budget, ModelShape, Plan, PlanError, Workload  # noqa: E402
 from kvrecomp.profiler import profile  # noqa: E402
 from kvrecomp.prompt import PromptError  # noqa: E402
 from kvrecomp.runtime import Decoder  # noqa: E402
 from kvrecomp.scheduler import make_plan  # noqa: E402
+from kvrecomp.weights import placement  # noqa: E402
 
 __all__ = [
     "Budget",
@@ -40,6 +41,8 @@ __all__ = [
     "make_plan",
     "memory_needed",
     "named_plan",
+    "placement",
     "plan_for",
     "profile",
+    "with_host_weights",
 ]

@@ -8,6 +8,7 @@ import toy
 from rich.console import Console
 
 import kvrecomp
+import models
 from experiments import benchmark
 from kvrecomp.cost import plan_costs
 from kvrecomp.named import named_plan
@@ -43,3 +44,24 @@ def test_the_table_has_every_plan(known_machine):
     out = io.StringIO()
     Console(file=out, width=200).print(benchmark.table([row], 12.5))
     assert "copies alone reach 12.5 GB/s" in out.getvalue() and "activations" in out.getvalue()
+
+
+def test_rows_count_weights_in_host_memory(known_machine):
+    shape = toy.model().shape
+    plan = kvrecomp.with_host_weights(named_plan("activations", shape, kvrecomp.Workload(2, 5, 7)), 0.5)
+    assert [layer.weights for layer in plan.layers] == ["device", "host"]
+    model = models.create(toy.model().config, dtype="float32", sharding=kvrecomp.placement(plan))
+    row = benchmark.measure(model, plan, kvrecomp.Budget(), known_machine, 1e9, weights="0.5")
+    assert row.weights == "0.5"
+    assert row.link_bytes == row.predicted_bytes == 5 * 2 * 21 * 4 * 2 + 4 * shape.layers[1].parameters
+
+
+@pytest.mark.parametrize(("flag", "fraction"), [("device", 0), ("host", 1), ("0.25", 0.25)])
+def test_where_weights_are(flag, fraction):
+    assert benchmark.fraction_on_host(flag) == fraction
+
+
+@pytest.mark.parametrize("flag", ["gpu", "1.5", "-0.1", "nan"])
+def test_weights_in_a_place_that_there_is_not(flag):
+    with pytest.raises(ValueError, match=f"--weights is '{flag}'; expected device, host or a fraction"):
+        benchmark.fraction_on_host(flag)
