@@ -4,10 +4,12 @@
     python experiments/generate.py --plan=activations
     python experiments/generate.py --prompt='Return the' --plan=split:0.5 --temperature=0.5
     python experiments/generate.py --model=opt-1.3b --max_new_tokens=64 --json
+    python experiments/generate.py --input=prompts.jsonl --output=out.jsonl
 
 Without flags it loads the checkpoint that this repository ships, continues a left-padded batch, and prints the texts,
 the plan and why it was chosen, the time of a step, the bytes that crossed the link, and how far the logits are from
-those of a plan with the cache in the other memory. From a notebook:
+those of a plan with the cache in the other memory. With --input it continues a file of prompts, and goes on where it
+was killed; see `experiments.job`. From a notebook:
 
     model, tokenizer = load("experiments/checkpoints/pydoc")
     run = continue_prompts(model, tokenizer, ["Return the"], plan="keys_values")
@@ -33,6 +35,10 @@ from tokenizers import Tokenizer
 
 import kvrecomp
 import models
+from experiments import job
+from experiments.job import BATCH
+from experiments.job_input import checkpoint_hash
+from experiments.prompts import ENDS, PADS, PROMPTS, encode, is_ids, read_prompts, special_tokens
 from experiments.report import run_info
 from kvrecomp.budget import check_memory, limits
 from kvrecomp.named import NAMES
@@ -40,16 +46,6 @@ from kvrecomp.plan import AUTO, MIB, format_bytes
 from kvrecomp.sampling import Sampling
 
 SHIPPED = Path(__file__).parent / "checkpoints" / "pydoc"
-PROMPTS = (
-    "Return the ",
-    "Open the file and read ",
-    'The "with" statement\n********************\n\nThe "with" statement is used to ',
-    "Create a new thread.\n\nThe first argument is the function that ",
-    "Raised when a sequence subscript is out of range. If an index is not an integer, ",
-)
-# A text ends with any of those that the tokenizer has: ours and Qwen's, OPT's and Llama 2's, Gemma's, Llama 3's, ...
-ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
-PADS = ("<|pad|>", "<pad>")
 NEW_TOKENS = 200
 WIDTH = 120  # of what is printed into a file or a pipe
 
@@ -63,6 +59,9 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_multi_string("prompt", [], "Text to continue; repeatable. Default: a few built in.", flag_values=into)
     string("prompts_file", None, "More prompts, one a line; blank lines are skipped.")
     integer("max_new_tokens", NEW_TOKENS, "Most new tokens a row.")
+    string("input", None, "Instead of prompts, a file of them: lines of JSON, with a prompt and maybe an id.")
+    string("output", None, "Where to write records of an input; one that is there is gone on with.")
+    integer("batch", BATCH, "Most prompts of an input decoded at once.")
     string("plan", AUTO, f"What is cached how and where: {AUTO}, the fastest; or {', '.join(NAMES)}.")
     number("window_mib", None, "Bytes from the host in flight or in use, in MiB; default: as the plan needs.")
     integer("tail", None, "Tokens in the tail; default: as the plan needs.")
@@ -141,61 +140,6 @@ def load(
 def default_dtype() -> str | None:
     """float32 on a CPU, which computes nothing else fast; elsewhere None: as stored."""
     return "float32" if jax.default_backend() == "cpu" else None
-
-
-def read_prompts(given: Sequence[str], file: str | Path | None) -> list[str]:
-    """The prompts given, then those of a file, one a line; the built-in ones if there are neither.
-
-    Raises:
-        PromptError: a prompt without a character, a file without a prompt or not in UTF-8.
-        OSError: a file that cannot be read.
-    """
-    if "" in given:
-        raise kvrecomp.PromptError(f"prompt {list(given).index('') + 1} is empty: give it at least one character")
-    lines = []
-    if file is not None:
-        try:
-            lines = [line for line in Path(file).read_text(encoding="utf-8").splitlines() if line.strip()]
-        except UnicodeDecodeError as error:
-            raise kvrecomp.PromptError(f"{file} is not text in UTF-8 (byte {error.start}): convert it") from error
-        if not lines:
-            raise kvrecomp.PromptError(f"{file} has no prompt: write one a line")
-    return [*given, *lines] or list(PROMPTS)
-
-
-def is_ids(prompt: str) -> bool:
-    """Whether a prompt can be read as ids: digits and spaces."""
-    return bool(prompt.split()) and all(part.isascii() and part.isdigit() for part in prompt.split())
-
-
-def special_tokens(tokenizer: Tokenizer | None, names: Sequence[str]) -> list[int]:
-    """The ids of those of these tokens that there are."""
-    ids = [] if tokenizer is None else [tokenizer.token_to_id(name) for name in names]
-    return [number for number in ids if number is not None]
-
-
-def encode(tokenizer: Tokenizer | None, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Left-padded ids int32[batch, longest], beginning with the token that texts begin with, and bool of their mask.
-
-    Without a tokenizer a prompt is ids in digits, "5 17 2"; of any other text ids are its UTF-8 bytes, which stand for
-    nothing to random weights, but for different lengths.
-    """
-    # A tokenizer without a post-processor adds nothing of its own: ours, whose texts begin with what ends them.
-    begin = [] if tokenizer is None or tokenizer.post_processor is not None else special_tokens(tokenizer, ENDS)[:1]
-    rows = []
-    for number, prompt in enumerate(prompts, 1):
-        try:
-            ids = [int(part) for part in prompt.split()] if is_ids(prompt) else list(prompt.encode())
-        except UnicodeEncodeError as error:
-            raise kvrecomp.PromptError(f"prompt {number} is not text in UTF-8: convert it") from error
-        ids = ids if tokenizer is None else tokenizer.encode(prompt).ids
-        rows.append(ids if ids[:1] == begin else [*begin, *ids])
-    longest = max(map(len, rows))
-    ids, mask = np.zeros((len(rows), longest), np.int32), np.zeros((len(rows), longest), bool)
-    for row, own in enumerate(rows):
-        ids[row, longest - len(own) :] = own
-        mask[row, longest - len(own) :] = True
-    return ids, mask
 
 
 def continue_prompts(
@@ -337,53 +281,84 @@ def check_preset(
         check_memory(kvrecomp.plan_for(shape=shape, workload=workload, budget=budget, loaded=False, **plan), budget)
 
 
+def check_flags(given: flags.FlagValues) -> None:
+    """Raises ValueError for flags that exclude each other, or need one that is not there."""
+    if (given.input is None) != (given.output is None):
+        raise ValueError("--input and --output go together: a file of prompts, and one for their records")
+    if given.input is None and given["batch"].present:
+        raise ValueError("--batch is for --input: prompts that are given are one batch")
+    for name in ("prompt", "prompts_file", "check"):
+        if given.input is not None and given[name].present and given[name].value:
+            raise ValueError(f"--{name} and --input exclude each other: give one of them")
+
+
+def continue_given(given: flags.FlagValues, budget: kvrecomp.Budget) -> Run:
+    """Continues the prompts of the flags, or the built-in ones."""
+    prompts = read_prompts(given.prompt, given.prompts_file)
+    sampling = Sampling(given.do_sample, given.temperature, given.top_k, given.top_p, given.seed)
+    window = None if given.window_mib is None else int(given.window_mib * MIB)
+    options = {"tail": given.tail, "window": window}
+    if given.model is not None:
+        check_preset(given.model, given.dtype, prompts, given.max_new_tokens, budget, name=given.plan, **options)
+    model, tokenizer = load(given.checkpoint, given.model, given.dtype, given.seed)
+    if tokenizer is None and given.model is None and not all(map(is_ids, prompts)):
+        raise models.CheckpointError(
+            f"{given.checkpoint} has no tokenizer.json, so text cannot be read or written: put the model's own "
+            "there (transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)), or give ids, such as "
+            "--prompt='5 17 2'"
+        )
+    return continue_prompts(
+        model,
+        tokenizer,
+        prompts,
+        plan=given.plan,
+        max_new_tokens=given.max_new_tokens,
+        budget=budget,
+        sampling=sampling,
+        check=given.check,
+        **options,
+    )
+
+
+def continue_file(given: flags.FlagValues, budget: kvrecomp.Budget) -> job.Summary:
+    """Continues a file of prompts into another; see `experiments.job`."""
+    settings = job.Settings(**{own.name: given[own.name].value for own in dataclasses.fields(job.Settings)})
+    if given.model is not None:  # one token of one row: whether the weights fit
+        options = {"name": given.plan, "tail": given.tail, "window": settings.window}
+        check_preset(given.model, given.dtype, ["0"], given.max_new_tokens, budget, **options)
+    return job.run(
+        Path(given.input),
+        Path(given.output),
+        settings,
+        checkpoint_hash(Path(given.checkpoint)) if given.model is None else f"{given.model}, seed {given.seed}",
+        functools.partial(load, given.checkpoint, given.model, given.dtype, given.seed),
+        dtype=given.dtype or default_dtype(),
+        any_text=given.model is not None,
+        budget=budget,
+    )
+
+
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what it does not find
     try:
-        prompts = read_prompts(given.prompt, given.prompts_file)
-        sampling = Sampling(given.do_sample, given.temperature, given.top_k, given.top_p, given.seed)
+        check_flags(given)
         budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
         budget = kvrecomp.Budget(**limits(budget, weights=0))  # what is free before the weights are there
-        window = None if given.window_mib is None else int(given.window_mib * MIB)
-        if given.model is not None:
-            check_preset(
-                given.model,
-                given.dtype,
-                prompts,
-                given.max_new_tokens,
-                budget,
-                name=given.plan,
-                tail=given.tail,
-                window=window,
-            )
-        model, tokenizer = load(given.checkpoint, given.model, given.dtype, given.seed)
-        if tokenizer is None and given.model is None and not all(map(is_ids, prompts)):
-            raise models.CheckpointError(
-                f"{given.checkpoint} has no tokenizer.json, so text cannot be read or written: put the model's own "
-                "there (transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)), or give ids, such as "
-                "--prompt='5 17 2'"
-            )
-        run = continue_prompts(
-            model,
-            tokenizer,
-            prompts,
-            plan=given.plan,
-            max_new_tokens=given.max_new_tokens,
-            tail=given.tail,
-            window=window,
-            budget=budget,
-            sampling=sampling,
-            check=given.check,
-        )
+        done = continue_given(given, budget) if given.input is None else continue_file(given, budget)
     # PlanError, PromptError and CheckpointError are ValueErrors.
     except (ValueError, OSError, FloatingPointError) as error:
         sys.exit("error: " + " ".join(str(error).split()))
-    show(run)
+    except KeyboardInterrupt:
+        sys.exit("interrupted" + (f"; the same command goes on with {given.output}" if given.output else ""))
+    if isinstance(done, Run):
+        show(done)
+    else:
+        print(done)
     if given.json:
-        print(json.dumps(document(run)))
-    if run.check is not None and not run.check.passed:
-        sys.exit(f"error: {run.check}")
+        print(json.dumps(document(done) if isinstance(done, Run) else run_info() | dataclasses.asdict(done)))
+    if isinstance(done, Run) and done.check is not None and not done.check.passed:
+        sys.exit(f"error: {done.check}")
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from kvrecomp.ahead import Ahead
 from kvrecomp.auto import plan_for
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
-from kvrecomp.prompt import as_ids
+from kvrecomp.prompt import as_ids, as_row_ids
 from kvrecomp.runtime import Decoder, Model
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
 
@@ -70,13 +70,15 @@ def generate(
     seed: int = 0,
     eos_token_id: int | Sequence[int] | None = None,
     pad_token_id: int | None = None,
+    row_ids: Any = None,
     streamer: Streamer | None = None,
     output_logits: bool = False,
 ) -> Generated:
     """Continues prompts int[batch, prompt], left-padded where `attention_mask` is 0, by up to `max_new_tokens`.
 
     `plan` is a `Plan` or the name of one: `auto`, the fastest on this machine within `budget`, or one of
-    `kvrecomp.named_plan`. `profile` describes this machine, which is measured if it never was.
+    `kvrecomp.named_plan`. `profile` describes this machine, which is measured if it never was. `row_ids` int[batch]
+    name the rows when sampling, by default 0, 1, ...: a row that keeps its id keeps its text in any batch.
 
     Raises `PromptError` for prompts that cannot be decoded, `PlanError` for a plan that does not fit or a profile of
     another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN.
@@ -90,7 +92,7 @@ def generate(
     eos = [] if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id)).tolist()
     pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0
     return TokenLoop(decoder, sampling, eos, pad, streamer, output_logits).run(
-        input_ids, attention_mask, max_new_tokens
+        input_ids, attention_mask, max_new_tokens, row_ids
     )
 
 
@@ -104,7 +106,10 @@ class _Dispatched(NamedTuple):
 
 @dataclass
 class TokenLoop:
-    """Prefill, then steps until every row has ended or has `max_new_tokens`; `eos` ids end a row, `pad` fills it."""
+    """Prefill, then steps until every row has ended or has `max_new_tokens`; `eos` ids end a row, `pad` fills it.
+
+    `progress` shows the steps on a terminal.
+    """
 
     decoder: Decoder
     sampling: Sampling
@@ -112,8 +117,9 @@ class TokenLoop:
     pad: int
     streamer: Streamer | None = None
     output_logits: bool = False
+    progress: bool = True
 
-    def run(self, input_ids: Any, attention_mask: Any, max_new_tokens: int) -> Generated:
+    def run(self, input_ids: Any, attention_mask: Any, max_new_tokens: int, row_ids: Any = None) -> Generated:
         """See `generate`. Raises `PlanError` if the decoder's plan is for fewer new tokens."""
         if not 0 < max_new_tokens <= self.decoder.plan.workload.new:
             raise PlanError(
@@ -121,12 +127,13 @@ class TokenLoop:
                 "ask for at least one, or make a plan with a larger Workload.new"
             )
         prompt = as_ids(input_ids).astype(np.int32)
+        rows = as_row_ids(row_ids, len(prompt))
         new, logits, link_bytes, arrivals = [], [], [], [time.perf_counter()]
         if self.streamer is not None:
             self.streamer.put(prompt)
-        dispatched = Ahead(self._dispatch(input_ids, attention_mask, max_new_tokens), LEAD)
+        dispatched = Ahead(self._dispatch(input_ids, attention_mask, max_new_tokens, rows), LEAD)
         try:
-            with _progress(max_new_tokens) as advance, dispatched as steps:
+            with _progress(max_new_tokens, self.progress) as advance, dispatched as steps:
                 for step in steps:
                     tokens, step_logits = jax.device_get((step.tokens, step.logits))
                     arrivals.append(time.perf_counter())
@@ -158,15 +165,16 @@ class TokenLoop:
             link_bytes=link_bytes[1:],
         )
 
-    def _dispatch(self, input_ids: Any, attention_mask: Any, max_new_tokens: int) -> Iterator[_Dispatched]:
+    def _dispatch(
+        self, input_ids: Any, attention_mask: Any, max_new_tokens: int, row_ids: np.ndarray
+    ) -> Iterator[_Dispatched]:
         """Prefill and steps, one item a token, as they are dispatched; nothing here waits for the device."""
         cache, logits = self.decoder.prefill(input_ids, attention_mask)
-        row_ids = np.arange(cache.padding.shape[0], dtype=np.int32)
-        eos, pad, seed, row_ids = jax.device_put(
+        eos, pad, seed, names = jax.device_put(
             (np.asarray(self.eos, np.int32), np.int32(self.pad), np.uint32(self.sampling.seed), row_ids),
             memory.sharding("device"),
         )
-        rows = start_rows(seed, row_ids, cache.length, cache.padding)
+        rows = start_rows(seed, names, cache.length, cache.padding)
         sent = 0
         for index in range(max_new_tokens):
             rows, tokens, report = choose(self.sampling, eos, pad, rows, logits)
@@ -187,10 +195,10 @@ class TokenLoop:
 class _progress:
     """A progress bar on a terminal, nothing elsewhere: a context that gives the function to advance it."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int, wanted: bool):
         columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
         console = Console(stderr=True)
-        self._bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+        self._bar = Progress(*columns, console=console, transient=True, disable=not (wanted and console.is_terminal))
         self._task = self._bar.add_task("", total=total)
 
     def __enter__(self):

@@ -25,6 +25,17 @@ def as_ids(input_ids: Any) -> np.ndarray:
     return ids
 
 
+def as_row_ids(row_ids: Any, batch: int) -> np.ndarray:
+    """Names of rows as uint32[batch], None for 0, 1, ...; raises `PromptError` if they are not that many whole numbers
+    of 32 bits."""
+    ids = np.arange(batch) if row_ids is None else np.asarray(jax.device_get(row_ids))
+    if ids.shape != (batch,) or not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= 2**32:
+        raise PromptError(
+            f"row_ids is {ids.dtype}{list(ids.shape)}; it must be integers [{batch}] from 0 to 2**32 - 1, one for a row"
+        )
+    return ids.astype(np.uint32)
+
+
 def check_prompt(input_ids: Any, attention_mask: Any, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """int[batch, prompt] and its mask (None: no padding) -> int32 ids, and int32[batch] padding on the left.
 

@@ -49,7 +49,7 @@ class Rows(NamedTuple):
 
 @jax.jit
 def start_rows(seed: Array, row_ids: Array, length: Array, padding: Array) -> Rows:
-    """Rows named by int32[b] ids, after `length` slots of which int32[b] are padding."""
+    """Rows named by uint32[b] ids, after `length` slots of which int32[b] are padding."""
     positions = length - padding
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     return Rows(fold(jax.random.key(seed), row_ids), positions, jnp.zeros(positions.shape, bool))

@@ -17,6 +17,7 @@ BELOW = {
 # What a test reads beside the code that it imports.
 READS = {
     "tests/test_build.py": " + ALL_SOURCES",
+    "tests/test_job.py": ' + glob(["experiments/checkpoints/pydoc/**"])',
     "tests/test_readme.py": ' + ["README.md"] + glob(["experiments/results/*"])',
 }
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))

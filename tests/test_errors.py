@@ -84,6 +84,12 @@ def test_generate_wants_rows_of_tokens(ids):
         kvrecomp.generate(toy.model(), ids)
 
 
+@pytest.mark.parametrize("row_ids", [[0], [[0, 1]], [0, -1], [0, 2**32], [0.0, 1.0]])
+def test_row_ids(row_ids):
+    with one_line(PromptError, "row_ids is", "integers [2] from 0 to 2**32 - 1"):
+        kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="device", row_ids=row_ids)
+
+
 def test_prompt_longer_than_the_positions():
     with one_line(PlanError, "prompt of 39", "3 new tokens", "need 42 positions", "toy has 41", "shorten"):
         plan_of(prompt=39)

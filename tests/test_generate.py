@@ -71,6 +71,14 @@ def test_nothing_is_written_where_there_is_no_terminal(decoder, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_progress_on_a_terminal_can_be_left_to_others(decoder, capfd, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+    run(decoder, new=2)
+    assert "decoding" in capfd.readouterr().err
+    run(decoder, new=2, progress=False)
+    assert capfd.readouterr() == ("", "")
+
+
 # --- stopping and streaming -------------------------------------------------------------------------------------------
 
 
@@ -254,6 +262,23 @@ def test_a_rows_text_depends_on_itself_only(decoder):
     # Rows are told apart by their number, so the same text in another row goes on differently.
     twice = run(decoder, sampling, toy.Texts(given.ids[[0, 0, 0]], np.array([2, 2, 2], np.int32))).sequences
     assert len(np.unique(twice, axis=0)) == 3
+
+
+def test_a_row_that_keeps_its_id_keeps_its_text_in_any_batch(decoder):
+    """By default ids count the rows; only sampling asks for them."""
+    sampling = Sampling(True, 0.8, top_p=0.95, seed=5)
+    given = toy.Texts(PROMPTS.ids[[0, 0, 0]], np.zeros(BATCH, np.int32))
+    loop = TokenLoop(decoder, sampling, (), 0)
+    plain, named, moved, large = (
+        loop.run(given.ids, given.mask, NEW, ids).sequences for ids in (None, [0, 1, 2], [7, 0, 1], [2**32 - 1, 7, 7])
+    )
+    np.testing.assert_array_equal(named, plain)
+    np.testing.assert_array_equal(moved[1:], plain[:2])
+    np.testing.assert_array_equal(large[1:], moved[[0, 0]])
+    assert len(np.unique(np.concatenate([plain, moved, large]), axis=0)) == 5  # of ids 0, 1, 2, 7 and the largest
+    options = {"max_new_tokens": NEW, "plan": decoder.plan, "do_sample": True, "temperature": 0.8, "top_p": 0.95}
+    result = kvrecomp.generate(toy.model(), given.ids, row_ids=np.array([7, 0, 1]), seed=5, **options)
+    np.testing.assert_array_equal(result.sequences, moved)
 
 
 def test_sampled_texts_are_likely_ones(decoder):

@@ -1,0 +1,108 @@
+"""How a job's prompts are put into batches: few shapes of batch and prompt length, each with a plan of its own.
+
+A shape costs its programs' compilation, so there are few; what a prompt is padded by is sent at every step, so their
+lengths are chosen such that the fewest tokens are padding. All of it follows from the input and the settings.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvrecomp.plan import BlockSpec, LayerPlan, ModelShape, Plan, PlanError, Workload
+
+STEPS = 512  # that lengths are told apart in
+
+
+def padded_lengths(lengths: Mapping[int, int], most: int) -> list[int]:
+    """At most so many lengths, ascending, to pad prompts up to, so that the fewest tokens are padding.
+
+    `lengths` counts the prompts of each length. They are rounded up to a 512th of the longest, which is the last.
+    """
+    if not lengths:
+        return []
+    longest = max(lengths)
+    step = -(-longest // STEPS)
+    counts: dict[int, int] = {}
+    for length, count in lengths.items():
+        rounded = -(-length // step)
+        counts[rounded] = counts.get(rounded, 0) + count
+    sizes = sorted(counts)
+    before = np.cumsum([0, *(counts[size] for size in sizes)])
+    # cost[i, j]: tokens of the prompts of sizes i to j - 1, all padded to the last of these.
+    cost = (before[None, :] - before[:, None]) * np.array([0.0, *sizes])
+    cost[np.tril_indices(len(cost))] = np.inf
+    best, chosen = cost[0], []
+    for _ in range(min(most, len(sizes)) - 1):
+        totals = best[:, None] + cost
+        chosen.append(totals.argmin(axis=0))
+        best = totals.min(axis=0)
+    ends = [len(sizes)]
+    for previous in reversed(chosen):
+        ends.append(int(previous[ends[-1]]))
+    return [min(longest, sizes[end - 1] * step) for end in reversed(ends)]
+
+
+def largest_plan(make: Callable[[int], Plan], most: int) -> Plan:
+    """The plan for the largest batch, up to `most` rows, for which `make` raises no `PlanError`.
+
+    Raises `PlanError` if that is so of one row.
+    """
+
+    def attempt(batch: int) -> Plan | None:
+        try:
+            return make(batch)
+        except PlanError:
+            return None
+
+    if plan := attempt(most):
+        return plan
+    best, fitting, failing = make(1), 1, most
+    while failing - fitting > 1:
+        middle = (fitting + failing) // 2
+        if plan := attempt(middle):
+            best, fitting = plan, middle
+        else:
+            failing = middle
+    return best
+
+
+def batches(lengths: Sequence[int], plans: Sequence[Plan]) -> list[tuple[Plan, list[int]]]:
+    """Prompts of these lengths in batches, by index: the longest first, each under the plan that its longest needs.
+
+    `plans` ascend in prompt length. A batch is filled up with prompts that need less, so only the last is not full.
+    """
+    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    made = []
+    while order:
+        plan = next(plan for plan in plans if plan.workload.prompt >= lengths[order[0]])
+        made.append((plan, order[: plan.workload.batch]))
+        order = order[plan.workload.batch :]
+    return made
+
+
+# --- plans as plain data ----------------------------------------------------------------------------------------------
+
+
+def plan_document(plan: Plan) -> dict[str, Any]:
+    """A plan as JSON has it, but for its model's shape; layers alike that follow each other are in one entry."""
+    document = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in ("shape", "layers")}
+    runs = [(len(list(run)), dataclasses.asdict(layer)) for layer, run in itertools.groupby(plan.layers)]
+    return document | {"workload": dataclasses.asdict(plan.workload), "layers": runs}
+
+
+def plan_from(document: Mapping[str, Any], shape: ModelShape) -> Plan:
+    """The plan that `plan_document` made it of."""
+    layers: list[LayerPlan] = []
+    for count, own in document["layers"]:
+        prompt = tuple(BlockSpec(**block) for block in own["prompt"])
+        layers += [LayerPlan(**_with_tuples(own) | {"prompt": prompt})] * count
+    rest = {"workload": Workload(**document["workload"]), "layers": tuple(layers)}
+    return Plan(shape=shape, **_with_tuples(document) | rest)
+
+
+def _with_tuples(document: Mapping[str, Any]) -> dict[str, Any]:
+    """With tuples for JSON's lists: plans are hashable."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in document.items()}

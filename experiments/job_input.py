@@ -1,0 +1,234 @@
+"""The input of a job: a file with one JSON object a line, read twice and never held.
+
+    {"id": "a", "prompt": "Return the "}
+    {"prompt": [5, 17, 2]}
+
+A prompt is text or a list of token ids. An id is a string or a whole number; a prompt without one gets the number of
+its line, counted from 1. Other keys are ignored, blank lines skipped. A line that cannot be continued is a `Line` with
+an `error`.
+"""
+
+import codecs
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from experiments.prompts import encode_one, is_ids
+from kvrecomp.plan import MIB, ModelShape
+
+NO_IDS = np.zeros(0, np.int32)
+PIECES = 64  # of a MiB, of each file of a checkpoint, that its fingerprint reads
+
+
+class LineError(ValueError):
+    """A line that cannot be continued; the message says why."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line that is not blank.
+
+    `index` counts these lines from 0, `number` all lines from 1. `ids` int32[tokens] are the prompt's, none where there
+    is an `error`; `id` is None where a line with an error has none.
+    """
+
+    index: int
+    number: int
+    id: str | int | None
+    prompt: str | list[int] | None = None
+    ids: np.ndarray = field(default_factory=lambda: NO_IDS)
+    error: str = ""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Reads a file as prompts of one model that `new` tokens are to follow.
+
+    Without a tokenizer text is an error, but for ids in digits; `any_text` takes its bytes for random weights.
+    """
+
+    path: Path
+    shape: ModelShape
+    tokenizer: Tokenizer | None
+    new: int
+    any_text: bool = False
+
+    def lines(self, skip: int = 0) -> Iterator[Line]:
+        """The lines of the file but for the first `skip`. Raises OSError where the file cannot be read."""
+        index = -1
+        with self.path.open("rb") as file:
+            for number, raw in enumerate(file, 1):
+                if number == 1:
+                    raw = raw.removeprefix(codecs.BOM_UTF8)
+                raw = raw.rstrip()
+                if not raw:
+                    continue
+                index += 1
+                if index >= skip:
+                    yield self._line(index, number, raw)
+
+    def _line(self, index: int, number: int, raw: bytes) -> Line:
+        name = None
+        try:
+            given = _object(raw)
+            name = _id(given)
+            ids = self._ids(given)
+        except LineError as error:
+            return Line(index, number, name, error=str(error))
+        return Line(index, number, number if name is None else name, given["prompt"], ids)
+
+    def _ids(self, given: dict[str, Any]) -> np.ndarray:
+        if given.get("prompt") is None:
+            raise LineError("it has no prompt")
+        prompt, vocab = given["prompt"], self.shape.vocab
+        if isinstance(prompt, str):
+            ids = self._encoded(prompt)
+        elif isinstance(prompt, list) and all(type(token) is int for token in prompt):
+            ids = prompt
+        else:
+            raise LineError("its prompt is neither text nor a list of token ids")
+        if not ids:
+            raise LineError("its prompt is empty")
+        outside = next((token for token in ids if not 0 <= token < vocab), None)
+        if outside is not None:
+            raise LineError(f"token id {_short(outside)} is outside the vocabulary of {vocab} tokens")
+        if len(ids) + self.new > self.shape.positions:
+            raise LineError(
+                f"a prompt of {len(ids)} and {self.new} new tokens need {len(ids) + self.new} positions; "
+                f"{self.shape.name} has {self.shape.positions}"
+            )
+        return np.array(ids, np.int32)
+
+    def _encoded(self, prompt: str) -> list[int]:
+        if self.tokenizer is None and not self.any_text and prompt and not is_ids(prompt):
+            raise LineError("the checkpoint has no tokenizer.json, so its prompt must be ids, such as [5, 17, 2]")
+        try:
+            return encode_one(self.tokenizer, prompt) if prompt else []
+        except UnicodeEncodeError:
+            raise LineError("its prompt has half a surrogate pair, which is not text") from None
+        except ValueError as error:  # digits without end
+            raise LineError(f"its prompt cannot be read: {error}") from None
+
+
+def _object(raw: bytes) -> dict[str, Any]:
+    try:
+        given = json.loads(raw.decode())
+    except UnicodeDecodeError as error:
+        raise LineError(f"it is not text in UTF-8 (byte {error.start})") from None
+    except json.JSONDecodeError as error:
+        raise LineError(f"it is not JSON ({error.msg}, column {error.colno})") from None
+    except (ValueError, RecursionError) as error:  # numbers and brackets without end
+        raise LineError(f"it is not JSON ({error})") from None
+    if not isinstance(given, dict):
+        raise LineError('it is not an object such as {"id": 1, "prompt": "text"}')
+    return given
+
+
+def _id(given: dict[str, Any]) -> str | int | None:
+    name = given.get("id")
+    if name is not None and type(name) not in (str, int):
+        raise LineError("its id is neither a string nor a whole number")
+    return name
+
+
+def _short(value: Any) -> str:
+    """A value as JSON, of a length that a message can bear."""
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+# --- what is in a file, before anything is decoded --------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Survey:
+    """How many lines there are that are not blank, how many of them are errors, and how many prompts of each length."""
+
+    records: int
+    errors: int
+    lengths: Counter[int]
+
+
+def survey(reader: Reader, report: Callable[[Line], None]) -> Survey:
+    """Reads all lines, and reports those with errors.
+
+    Raises:
+        ValueError: two lines have the same id.
+        OSError: the file cannot be read.
+    """
+    names, records, errors, lengths = _Names(), 0, 0, Counter()
+    for line in reader.lines():
+        records += 1
+        if line.error:
+            errors += 1
+            report(line)
+        else:
+            lengths[len(line.ids)] += 1
+        if line.id is not None:
+            names.add(line.id, line.number)
+    if doubled := names.first_doubled():
+        one, other = doubled
+        name = next(_short(line.id) for line in reader.lines() if line.number == other)
+        raise ValueError(
+            f"{reader.path}: lines {one} and {other} have the same id, {name} (a line without an id has its number): "
+            "give every line its own"
+        )
+    return Survey(records, errors, lengths)
+
+
+class _Names:
+    """The ids so far, each as 16 bytes of a hash and 8 of its line's number."""
+
+    def __init__(self):
+        self._hashes, self._numbers = bytearray(), bytearray()
+
+    def add(self, name: str | int, number: int) -> None:
+        self._hashes += hashlib.blake2b(json.dumps(name).encode(), digest_size=16).digest()  # 1 is not "1"
+        self._numbers += number.to_bytes(8, "little")
+
+    def first_doubled(self) -> tuple[int, int] | None:
+        """The numbers of the first line whose id was there before, that one's last."""
+        hashes = np.frombuffer(self._hashes, "<u8").reshape(-1, 2)
+        numbers = np.frombuffer(self._numbers, "<u8")
+        order = np.lexsort((hashes[:, 0], hashes[:, 1]))  # stable: lines of one id stay in order
+        same = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
+        if not same.any():
+            return None
+        at = np.flatnonzero(same)
+        at = at[numbers[order[at + 1]].argmin()]
+        return int(numbers[order[at]]), int(numbers[order[at + 1]])
+
+
+# --- what a job depends on --------------------------------------------------------------------------------------------
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file. Raises OSError where it cannot be read, as a pipe cannot that is to be read twice."""
+    if path.exists() and not path.is_file():
+        raise OSError(f"{path} is not a file, which is to be read twice: write the prompts into one")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def checkpoint_hash(path: Path) -> str:
+    """SHA-256 of a directory: names, sizes and contents, of large files PIECES at even distances.
+
+    Reading all of the weights once more would take as long as loading them.
+    """
+    whole = hashlib.sha256()
+    for file in sorted(own for own in path.rglob("*") if own.is_file()):
+        size = file.stat().st_size
+        whole.update(json.dumps([file.relative_to(path).as_posix(), size]).encode())
+        distance = max(MIB, (size - MIB) // (PIECES - 1))
+        with file.open("rb") as opened:
+            for piece in range(PIECES):
+                opened.seek(piece * distance)
+                whole.update(opened.read(MIB))
+    return whole.hexdigest()

@@ -1,0 +1,166 @@
+"""The output of a job: records in the order of the input, which a kill at any moment leaves fit to be continued.
+
+    out.jsonl                 a record a line, appended when all before it are there
+    out.jsonl.waiting.jsonl   [index, record] a line: those that are done before earlier ones; there while a job runs
+    out.jsonl.job.json        what the records depend on: written in one piece before the first of them, and kept
+
+A line that a kill has cut short is dropped when the files are opened again.
+"""
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kvrecomp.files import write_json
+
+FORMAT = 1  # of the description
+CHUNK = 2**20  # bytes read at once
+
+Record = dict[str, Any]
+
+
+class Output:
+    """The records of one job, open for more of them; one process at a time has them open.
+
+        with Output(path) as output:
+            if output.description is None:
+                output.begin(description)
+            output.add({index: record})
+
+    `description` is what `begin` was given, maybe by an earlier process; None where there is no output yet. `written`
+    counts the records in the output, of which `last` is the last one; `waiting` has those that are done after these.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.description_path = path.with_name(f"{path.name}.job.json")
+        self.waiting_path = path.with_name(f"{path.name}.waiting.jsonl")
+        self.description: dict[str, Any] | None = None
+        self.written, self.waiting = 0, {}
+        self.last: Record | None = None
+        self._file: BinaryIO | None = None
+        self._waiting_file: BinaryIO | None = None
+
+    def __enter__(self) -> "Output":
+        """Opens the files, and repairs what a kill has left.
+
+        Raises:
+            ValueError: the output is not a job's, or another process has it open.
+            OSError: a file or directory that is missing or cannot be written.
+        """
+        if not self.path.parent.is_dir():
+            raise FileNotFoundError(f"there is no directory {self.path.parent}: make it, or give another --output")
+        if os.path.lexists(self.path) and not self.description_path.exists():
+            raise ValueError(
+                f"{self.path} is there and {self.description_path.name} is not, so it is not the output of a job: give "
+                "another --output, or remove it"
+            )
+        try:
+            self._waiting_file = self.waiting_path.open("a+b", buffering=0)
+            try:
+                fcntl.flock(self._waiting_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill lets go of it
+            except BlockingIOError:
+                raise ValueError(f"another process is writing {self.path}: let it end first") from None
+            if os.path.lexists(self.path):
+                self._continue()
+        except BaseException:
+            self._close()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._waiting_file is not None and not self._waiting_file.seek(0, os.SEEK_END):
+            self.waiting_path.unlink(missing_ok=True)
+        self._close()
+
+    def begin(self, description: Mapping[str, Any]) -> None:
+        """Starts a job anew, with nothing written. Raises OSError as files do."""
+        write_json(self.description_path, {"format": FORMAT, **description})
+        os.ftruncate(self._waiting_file.fileno(), 0)
+        self._file = self.path.open("xb", buffering=0)
+        self.description = dict(description)
+
+    def add(self, records: Mapping[int, Record]) -> None:
+        """Records by index, counted from 0: those whose turn it is are written, the others wait.
+
+        Raises OSError where the disk is full; nothing that was written is lost, and the job can be continued.
+        """
+        self.waiting |= records
+        while (record := self.waiting.pop(self.written, None)) is not None:
+            self._append(self._file, self.path, record)
+            self.written += 1
+        for index in sorted(records):
+            if index in self.waiting:
+                self._append(self._waiting_file, self.waiting_path, [index, records[index]])
+
+    def has(self, index: int) -> bool:
+        """Whether that record is done, written or not."""
+        return index < self.written or index in self.waiting
+
+    def settle(self) -> None:
+        """Forgets what has waited, once all of it is written."""
+        os.fsync(self._file.fileno())  # or a crash of the machine could lose both
+        os.ftruncate(self._waiting_file.fileno(), 0)
+
+    def _continue(self) -> None:
+        try:
+            description = json.loads(self.description_path.read_text(encoding="utf-8"))
+            if description.pop("format") != FORMAT:
+                raise ValueError("it is of another version")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(
+                f"{self.description_path} does not describe a job ({error}): give another --output, or remove both"
+            ) from error
+        self._file = self.path.open("r+b", buffering=0)
+        for file in (self._file, self._waiting_file):
+            size = file.seek(0, os.SEEK_END)
+            if (whole := _line_start(file, size)) < size:
+                file.truncate(whole)
+        self.written = sum(chunk.count(b"\n") for chunk in _chunks(self._file))
+        end = self._file.seek(0, os.SEEK_END)
+        try:
+            if self.written:
+                self._file.seek(_line_start(self._file, end - 1))
+                self.last = dict(json.loads(self._file.read()))
+            self._waiting_file.seek(0)
+            done = dict(json.loads(line) for line in self._waiting_file.read().splitlines())
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{self.path} or {self.waiting_path.name} was changed: {error}") from error
+        self.waiting = {index: record for index, record in done.items() if index >= self.written}
+        self.description = description
+
+    def _append(self, file: BinaryIO, path: Path, document: Any) -> None:
+        """Writes a line at the end; in pieces where the system takes no more at once."""
+        line = memoryview(json.dumps(document).encode() + b"\n")
+        try:
+            while line:
+                line = line[file.write(line) :]
+        except OSError as error:
+            told = f"{error.strerror}; all lines before are kept, and the same command goes on from there"
+            raise OSError(error.errno, told, str(path)) from error
+
+    def _close(self) -> None:
+        for file in (self._waiting_file, self._file):
+            if file is not None:
+                file.close()
+
+
+def _chunks(file: BinaryIO) -> Iterator[bytes]:
+    file.seek(0)
+    while chunk := file.read(CHUNK):
+        yield chunk
+
+
+def _line_start(file: BinaryIO, end: int) -> int:
+    """Where the line that ends before byte `end` begins."""
+    while end > 0:
+        start = max(0, end - CHUNK)
+        file.seek(start)
+        found = file.read(end - start).rfind(b"\n")
+        if found >= 0:
+            return start + found + 1
+        end = start
+    return 0
