@@ -47,16 +47,15 @@ def sources() -> dict[str, str]:
     return {cell["id"]: "".join(cell["source"]) for cell in read()["cells"]}
 
 
-@pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(folder: Path):
     """The notebook's cells with outputs, and its facts; the kernel has this machine's made-up profile."""
     why = "the notebook is run by nbclient, ipykernel and nbformat, which the extra `test` brings"
     nbformat = pytest.importorskip("nbformat", reason=why)
     nbclient = pytest.importorskip("nbclient", reason=why)
     pytest.importorskip("ipykernel", reason=why)
     pytest.importorskip("matplotlib", reason="the notebook draws with matplotlib, the extra `plot`")
-    folder = tmp_path_factory.mktemp("notebook")
     env = os.environ | {
+        "JAX_PLATFORMS": "cpu",
         "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
         "IPYTHONDIR": str(folder),
@@ -84,8 +83,15 @@ def pictures(cell) -> list[str]:
     return [output.data["image/png"] for output in cell.outputs if "image/png" in output.get("data", {})]
 
 
-def test_plans_agree_and_send_what_their_names_say(run):
-    _, facts = run
+def test_runs_from_top_to_bottom(tmp_path):
+    """One test: pytest-xdist would give several to as many processes, and each would run the notebook."""
+    cells, facts = run(tmp_path)
+    check_facts(facts)
+    check_outputs(cells, facts)
+
+
+def check_facts(facts):
+    """Plans agree, and send what their names say."""
     config = json.loads((generate.SHIPPED / "config.json").read_text(encoding="utf-8"))
     batch, prompt, new = facts["workload"]
     activations = config["layers"] * config["hidden"] * 4 * batch * prompt  # float32
@@ -100,10 +106,11 @@ def test_plans_agree_and_send_what_their_names_say(run):
     assert facts["difference"]["device"] == 0
     assert all(facts["milliseconds"][name] > 0 for name in PLANS)
     assert facts["checked"]
+    assert facts["curves"] == sorted(what_if.CURVES)
 
 
-def test_what_is_shown(run):
-    cells, facts = run
+def check_outputs(cells, facts):
+    """What a reader sees."""
     assert "(cpu)" in text(cells["device"])
     assert text(cells["plan"]).count("Plan auto: opt-pydoc, batch 4, prompt 128, 9 new") == 1
     assert all(output.output_type == "stream" for output in cells["plan"].outputs)  # not shown once more as HTML
@@ -112,7 +119,6 @@ def test_what_is_shown(run):
     assert [row.split()[0] for row in rows] == list(PLANS)
     assert [float(row.split()[3]) for row in rows] == [round(facts["sent"][name] / 1e6, 2) for name in PLANS]
     assert len(pictures(cells["bars"])) == len(pictures(cells["split"])) == 1
-    assert facts["curves"] == sorted(what_if.CURVES)
 
 
 def test_sizes_on_a_gpu_suit_a_t4(monkeypatch):
