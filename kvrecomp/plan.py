@@ -356,7 +356,7 @@ class Plan:
         return members
 
     def __str__(self) -> str:
-        console = Console(width=120, record=True, file=io.StringIO())
+        console = Console(width=120, record=True, file=io.StringIO(), force_jupyter=False)
         console.print(self.table())
         return console.export_text().rstrip()
 

@@ -14,11 +14,13 @@ BELOW = {
     "models": {"kvrecomp", "models"},
     "experiments": {"kvrecomp", "models", "experiments"},
 }
-# What a test reads beside the code that it imports.
+# What a file reads beside the code that it imports.
 READS = {
-    "tests/test_build.py": " + ALL_SOURCES",
-    "tests/test_job.py": ' + glob(["experiments/checkpoints/pydoc/**"])',
-    "tests/test_readme.py": ' + ["README.md"] + glob(["experiments/results/*"])',
+    "experiments/generate.py": 'glob(["experiments/checkpoints/pydoc/**"])',
+    "tests/test_build.py": "ALL_SOURCES",
+    "tests/test_job.py": 'glob(["experiments/checkpoints/pydoc/**"])',
+    "tests/test_notebook.py": '["experiments/decode.ipynb"]',
+    "tests/test_readme.py": '["README.md"] + glob(["experiments/results/*"])',
 }
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
@@ -68,18 +70,17 @@ def imports(source: str) -> set[str]:
 
 def expected_text(source: str) -> str:
     """The target of a file, as BUILD is to have it."""
-    rule, name = kind(source), target_name(source)
+    rule, name, data = kind(source), target_name(source), [READS[source]] if source in READS else []
     lines = [f'name = "{name}",', f'srcs = ["{source}"],']
-    if rule == "py_binary":
-        lines.append(f'main = "{source}",')
     if rule == "py_test":
-        data = ["pyproject.toml", *([":conftest"] if "tests/conftest.py" in SOURCES else [])]
+        given = ["pyproject.toml", *([":conftest"] if "tests/conftest.py" in SOURCES else [])]
+        data = [listed(given), *data]
         lines[1] = f"srcs = {listed([source, ':run_pytest'])},"
-        lines += [
-            f'args = ["$(rootpath {source})"],',
-            f"data = {listed(data)}{READS.get(source, '')},",
-            'main = "run_pytest.py",',
-        ]
+        lines.append(f'args = ["$(rootpath {source})"],')
+    if data:
+        lines.append(f"data = {' + '.join(data)},")
+    if rule != "py_library":
+        lines.append(f'main = "{"run_pytest.py" if rule == "py_test" else source}",')
     deps = [f":{target_name(file)}" for file in sorted(imports(source))]
     if deps:
         lines.append(f"deps = {listed(deps)},")
