@@ -44,7 +44,7 @@ GIB = 2**30
 DEFAULT_WINDOW = GIB
 TAIL_BYTES = 2 * GIB
 BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
-COPIES_AHEAD = 2  # blocks on their way at once, which is as many as XLA keeps; see runtime.Window
+COPIES_AHEAD = 2  # blocks on their way at once, which is as many as XLA keeps; see window.Window
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -343,6 +343,8 @@ class Plan:
             tail_size = self.bytes_of(layer_shape, BlockSpec(layer.tail, "device", self.tail))
             table.add_row(_spans(numbers), *cells, f"{self.tail} ({format_bytes(tail_size)})", layer.method)
         total = [f"{format_bytes(self.bytes_in(memory))} in blocks on the {memory}" for memory in MEMORIES]
+        if hosted := sum(layer.weights == "host" for layer in self.layers):
+            total.append(f"weights of {hosted} layers ({format_bytes(self.host_weight_bytes)}) in host memory")
         caption = f"{', '.join(total)}; window {format_bytes(self.window)}; {self.schedule}"
         table.caption = f"{caption}\n{self.reason}" if self.reason else caption
         table.caption_justify = "left"

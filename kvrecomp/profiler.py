@@ -43,7 +43,8 @@ from kvrecomp.plan import (
     PlanError,
     Workload,
 )
-from kvrecomp.runtime import Model, Window, decode_step
+from kvrecomp.runtime import Model, decode_step
+from kvrecomp.window import Window
 
 LOG = logging.getLogger("kvrecomp")
 FORMAT = 1  # of the file; another one is measured anew

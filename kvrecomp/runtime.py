@@ -9,12 +9,11 @@ a new step program; PROGRAMS_AHEAD of them are compiled in the background while 
 the number of tokens in the tail are data: changing them compiles nothing.
 """
 
-import collections
 import functools
 import itertools
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from kvrecomp import attention, memory, weights
+from kvrecomp import attention, memory
 from kvrecomp.attention import Cached
 from kvrecomp.budget import check_memory
 from kvrecomp.cache import (
@@ -39,19 +38,17 @@ from kvrecomp.cache import (
 )
 from kvrecomp.plan import (
     Budget,
-    Copy,
     LayerPlan,
-    LayerShape,
     Memory,
     Method,
     ModelShape,
     Plan,
     PlanError,
-    Schedule,
-    events_before,
 )
 from kvrecomp.programs import Compiled, Programs
 from kvrecomp.prompt import check_prompt, check_step
+from kvrecomp.weights import HostWeights, check_placement, host_weights
+from kvrecomp.window import Window
 
 
 class Model(Protocol):
@@ -72,111 +69,6 @@ class Model(Protocol):
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
-
-
-Result = TypeVar("Result")  # arrays in any structure; a hold goes through all of them
-
-
-class Window:
-    """Copies host arrays to the device in the order of use, with at most `size` bytes on their way or in use.
-
-    XLA starts a copy as early as its operands allow, so it is held: an optimization barrier ties it to the array
-    that makes room for it, one that has arrived or the result of one that was used. The barrier's other output,
-    that array, is what the step goes on with; XLA drops an operand of a barrier whose output nobody reads, and the hold
-    with it.
-    Without holds all copies of the step start at once and the whole cache is on the device. Blocks that would all fit
-    are held too, `COPIES_AHEAD` at a time, because XLA's scheduler puts compute after all copies that could go first,
-    and a step of small blocks then takes the sum of copies and compute.
-    """
-
-    def __init__(self, layers: Sequence[Sequence[tuple[Array, Copy]]], size: int, schedule: Schedule):
-        """`layers` lists what every layer needs from the host, in the order of use."""
-        self._schedule = schedule
-        self._waiting = collections.deque(array for layer in layers for array, _ in layer)
-        if schedule == "pipelined":
-            copies = [[copy for _, copy in layer] for layer in layers]
-            self._before = collections.deque(events_before(copies, size))
-        else:
-            self._before = collections.deque(number for number, layer in enumerate(layers) for _ in layer)
-        self._events = 0  # arrays arrived and arrays used or, layer by layer, layers done
-        self._copied: collections.deque[Array] = collections.deque()
-        self._start(None)
-
-    def take(self, result: Result) -> tuple[Result, Array]:
-        """The next array, on the device, and `result`; whatever comes of the array waits for `result`.
-
-        In this order, because XLA would await the array before it has finished `result`, and the link would rest.
-        """
-        result, array = jax.lax.optimization_barrier((result, self._copied.popleft()))
-        return result, self._event(array, "pipelined")
-
-    def fetch(self) -> Array:
-        """The next array, on the device; nothing waits for it but what uses it."""
-        return self._event(self._copied.popleft(), "pipelined")
-
-    def used(self, result: Result) -> Result:
-        """Says that the array taken last is not needed once `result` is computed, or that it is kept until the layer is
-        done; go on with what this returns."""
-        return self._event(result, "pipelined")
-
-    def layer_done(self, hidden: Array) -> Array:
-        """Ends a layer; KVPR's own schedule starts the next layer's copies here. Go on with what this returns."""
-        return self._event(hidden, "layerwise")
-
-    def _event(self, result: Result, schedule: Schedule) -> Result:
-        if self._schedule != schedule:
-            return result
-        self._events += 1
-        return self._start(result)
-
-    def _start(self, result: Result) -> Result:
-        """Starts, once `result` is there, the copies that may start now."""
-        while self._before and self._before[0] <= self._events:
-            self._before.popleft()
-            array = self._waiting.popleft()
-            if result is not None:
-                result, array = jax.lax.optimization_barrier((result, array))
-            self._copied.append(jax.device_put(array, jax.memory.Space.Device))
-        return result
-
-
-class HostWeights:
-    """The weights of one layer that are in host memory, given to it in the order of their use."""
-
-    def __init__(self, layer: Any, plan: LayerPlan, shape: LayerShape, batch: int):
-        self._layer = layer
-        in_host = weights.matrices_in_host(layer, shape, batch) if plan.weights == "host" else weights.InHost((), ())
-        self._early, self._late = in_host
-        self.arrays = weights.get(layer, [*self._early, *self._late])
-
-    def copies(self, blocks: Sequence[Block]) -> list[tuple[Array, Copy]]:
-        """What the layer needs from the host: weights up to its attention, blocks, the other weights."""
-        kept = [(array, Copy(array.size * array.dtype.itemsize, kept=True)) for array in self.arrays]
-        blocks_in_host = [(block.arrays[0], Copy(block.nbytes)) for block in blocks if block.memory == "host"]
-        return [*kept[: len(self._early)], *blocks_in_host, *kept[len(self._early) :]]
-
-    def bring_early(self, window: Window) -> None:
-        """What the layer uses up to its attention."""
-        weights.put(self._layer, {path: window.used(window.fetch()) for path in self._early})
-
-    def bring_late(self, window: Window) -> None:
-        """What it uses after that. The last is used when the layer is done, see `done`."""
-        arrays = {path: window.used(window.fetch()) for path in self._late[:-1]}
-        weights.put(self._layer, arrays | {path: window.fetch() for path in self._late[-1:]})
-
-    def give(self, arrays: Sequence[Array]) -> None:
-        """All of them at once, as a prefill does."""
-        weights.put(self._layer, dict(zip((*self._early, *self._late), arrays, strict=True)))
-
-    def done(self, hidden: Array, window: Window) -> Array:
-        """Says that the layer is done; go on with what this returns."""
-        return window.used(hidden) if self._late else hidden
-
-
-def host_weights(model: Model, plan: Plan) -> list[HostWeights]:
-    """Those of every layer."""
-    layers = zip(model.layers, plan.layers, plan.shape.layers, strict=True)
-    return [HostWeights(*layer, plan.workload.batch) for layer in layers]
 
 
 @dataclass
@@ -295,7 +187,7 @@ class Decoder:
                 f"the plan is for {plan.shape.name} in {plan.shape.dtype}, the model is {model.shape.name} in "
                 f"{model.shape.dtype}: make the plan from model.shape"
             )
-        weights.check_placement(model, plan)
+        check_placement(model, plan)
         check_memory(plan, budget)
         self.plan = plan
         self._graph, state = nnx.split(model)

@@ -19,7 +19,9 @@ from jax.sharding import Sharding
 
 from kvrecomp import memory
 from kvrecomp.attention import Projections
-from kvrecomp.plan import LayerShape, Plan, PlanError
+from kvrecomp.cache import Block
+from kvrecomp.plan import Copy, LayerPlan, LayerShape, Plan, PlanError
+from kvrecomp.window import Window
 
 Path = tuple[Any, ...]  # of a parameter in its layer
 
@@ -113,3 +115,42 @@ def put(layer: nnx.Module, arrays: Mapping[Path, Array]) -> None:
     if arrays:
         flat = dict(nnx.to_flat_state(nnx.state(layer)))
         nnx.update(layer, nnx.from_flat_state([(path, flat[path].replace(array)) for path, array in arrays.items()]))
+
+
+class HostWeights:
+    """The weights of one layer that are in host memory, given to it in the order of their use."""
+
+    def __init__(self, layer: Any, plan: LayerPlan, shape: LayerShape, batch: int):
+        self._layer = layer
+        in_host = matrices_in_host(layer, shape, batch) if plan.weights == "host" else InHost((), ())
+        self._early, self._late = in_host
+        self.arrays = get(layer, [*self._early, *self._late])
+
+    def copies(self, blocks: Sequence[Block]) -> list[tuple[Array, Copy]]:
+        """What the layer needs from the host: weights up to its attention, blocks, the other weights."""
+        kept = [(array, Copy(array.size * array.dtype.itemsize, kept=True)) for array in self.arrays]
+        blocks_in_host = [(block.arrays[0], Copy(block.nbytes)) for block in blocks if block.memory == "host"]
+        return [*kept[: len(self._early)], *blocks_in_host, *kept[len(self._early) :]]
+
+    def bring_early(self, window: Window) -> None:
+        """What the layer uses up to its attention."""
+        put(self._layer, {path: window.used(window.fetch()) for path in self._early})
+
+    def bring_late(self, window: Window) -> None:
+        """What it uses after that. The last is used when the layer is done, see `done`."""
+        arrays = {path: window.used(window.fetch()) for path in self._late[:-1]}
+        put(self._layer, arrays | {path: window.fetch() for path in self._late[-1:]})
+
+    def give(self, arrays: Sequence[Array]) -> None:
+        """All of them at once, as a prefill does."""
+        put(self._layer, dict(zip((*self._early, *self._late), arrays, strict=True)))
+
+    def done(self, hidden: Array, window: Window) -> Array:
+        """Says that the layer is done; go on with what this returns."""
+        return window.used(hidden) if self._late else hidden
+
+
+def host_weights(model: Any, plan: Plan) -> list[HostWeights]:
+    """Those of every layer."""
+    layers = zip(model.layers, plan.layers, plan.shape.layers, strict=True)
+    return [HostWeights(*layer, plan.workload.batch) for layer in layers]

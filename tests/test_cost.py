@@ -41,7 +41,7 @@ from kvrecomp.plan import (
     Workload,
     events_before,
 )
-from kvrecomp.runtime import Window
+from kvrecomp.window import Window
 
 # Two layers of different shapes; the second has grouped queries.
 PLAIN = LayerShape(hidden=35, heads=5, kv_heads=5, head_dim=7, intermediate=53)
