@@ -39,6 +39,10 @@ _PLANS = flags.DEFINE_list("plans", ["auto", "activations", "keys_values"], "Pla
 _WEIGHTS = flags.DEFINE_string(
     "weights", "device", "Where the layers' weights are: device, host, or the fraction of layers on the host."
 )
+_GROUPS = flags.DEFINE_integer("groups", 1, "Groups of so many rows each, decoded together.")
+_ORDER = flags.DEFINE_enum(
+    "order", "column", ["row", "column"], "Groups one after the other, or all of them through a layer before the next."
+)
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.")
 _WINDOW = flags.DEFINE_float("window_mib", None, "Bytes from the host in flight or in use, in MiB; default: chosen.")
 _TAIL = flags.DEFINE_integer("tail", None, "Tokens in the tail; default: by their bytes.")
@@ -90,13 +94,14 @@ def measure(
     seed: int = 0,
     weights: str = "device",
 ) -> Row:
-    """Runs the plan's workload on random prompts; the prompt is computed twice, and timed when it is compiled."""
+    """Runs the plan's workload on random prompts; the first group's prefill is timed once it is compiled."""
     work = plan.workload
-    ids = np.random.default_rng(seed).integers(3, plan.shape.vocab, (work.batch, work.prompt), np.int32)
+    rows = plan.groups * work.batch
+    ids = np.random.default_rng(seed).integers(3, plan.shape.vocab, (rows, work.prompt), np.int32)
     decoder = kvrecomp.Decoder(model, plan, budget=budget)
-    jax.block_until_ready(decoder.prefill(ids))
+    jax.block_until_ready(decoder.prefill(ids[: work.batch]))
     started = time.perf_counter()
-    jax.block_until_ready(decoder.prefill(ids))
+    jax.block_until_ready(decoder.prefill(ids[: work.batch]))
     prefill_seconds = time.perf_counter() - started
     result = TokenLoop(decoder, Sampling(), [], 0).run(ids, None, work.new)
     skip = min(WARM_UP, len(result.step_seconds) - 1)
@@ -111,16 +116,16 @@ def measure(
         new=work.new,
         plan=plan.name,
         weights=weights,
-        groups=1,
-        order="row",
+        groups=plan.groups,
+        order=plan.order,
         median_ms=median * 1e3,
         p95_ms=float(np.percentile(seconds, 95)) * 1e3,
         worst_ms=max(seconds) * 1e3,
         predicted_ms=float(plan_costs(machine, [plan]).seconds[0]) * 1e3,
         link_bytes=link_bytes,
-        predicted_bytes=plan.bytes_in("host", median_write_outs(plan)) + plan.host_weight_bytes,
+        predicted_bytes=plan.link_bytes(median_write_outs(plan)),
         link_efficiency=link_bytes / median / copy_bytes_per_second if link_bytes else None,
-        tokens_per_second=work.batch / median,
+        tokens_per_second=rows / median,
         peak_device_bytes=stats.get("peak_bytes_in_use"),
         temp_bytes=decoder.compiled["step", 0].temp_bytes,
         compile_s=decoder.compiled["step", 0].seconds,
@@ -178,11 +183,14 @@ def main(_: list[str]) -> None:
     if work.new < 2:
         raise ValueError(f"--new is {work.new}: the first token comes with the prompt; give at least 2 to time a step")
     fraction = fraction_on_host(_WEIGHTS.value)
-    if fraction and AUTO in _PLANS.value:
-        raise ValueError(f"--weights={_WEIGHTS.value}: {AUTO} has all weights on the device; give --plans by name")
+    if (fraction or _GROUPS.value > 1) and AUTO in _PLANS.value:
+        raise ValueError(
+            f"{AUTO} has all weights on the device, and one group: with --weights or --groups give --plans by name"
+        )
 
     def placed(plan: kvrecomp.Plan) -> kvrecomp.Plan:
-        return kvrecomp.with_host_weights(plan, fraction) if fraction else plan
+        plan = kvrecomp.with_host_weights(plan, fraction) if fraction else plan
+        return dataclasses.replace(plan, groups=_GROUPS.value, order=_ORDER.value if _GROUPS.value > 1 else "row")
 
     # Mistakes are said before the weights are made.
     options: dict[str, Any] = {"tail": _TAIL.value, "window": window}

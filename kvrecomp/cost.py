@@ -54,13 +54,13 @@ class StepCost(NamedTuple):
 
 
 def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
-    """The tasks of one step under the plan, after that many write-outs."""
+    """The tasks of one step under the plan, after that many write-outs: of one group where each takes its own."""
     shapes = list(dict.fromkeys(plan.shape.layers))
     kinds = {kind: _layer_tasks(plan, *kind, write_outs, shapes.index(kind[1])) for kind in plan.kinds}
     own = [kinds[kind] for kind in zip(plan.layers, plan.shape.layers)]
     starts = list(itertools.accumulate((len(layer.columns.T) for layer in own), initial=0))
     # A step outside its layers: embedding, unembedding and sampling, at the end.
-    outside = np.array([[len(shapes) * len(WORKS)], [0], [1], [0], [0]], float)
+    outside = np.array([[len(shapes) * len(WORKS)], [0], [plan.together], [0], [0]], float)
     columns = np.concatenate([*(layer.columns for layer in own), outside], axis=1)
     work, tokens, blocks, copies, copy_bytes = columns
     hold = np.full(len(work), -1)
@@ -102,25 +102,26 @@ def _layer_tasks(
         return "keys_values" if block.form == "keys_values" else layer.method
 
     early, late = layer_shape.matrices if layer.weights == "host" else ((), ())
-    for count in early:
-        await_copy(count * plan.shape.itemsize, kept=True)
-    compute("project")
     blocks = layer.blocks(write_outs, plan.tail)
     tail = BlockSpec(layer.tail, "device", plan.tail)
-    if "absorb" in map(attention, (*blocks, tail)):
-        compute("prepare")
-    for block in (*blocks, tail):
-        # What is on the device is attended to as one, the tail with it, whose own work is in the time of `project`.
-        if block.memory == "device":
-            compute(attention(block), block.tokens, blocks=0)
-    for block in blocks:
-        if block.memory == "host":
-            await_copy(plan.bytes_of(layer_shape, block))
-            compute(attention(block), block.tokens)
-    for count in late:
-        await_copy(count * plan.shape.itemsize, kept=True)
-    compute("finish")
-    if late:
+    for group in range(plan.together):
+        for count in early if group == 0 else ():
+            await_copy(count * plan.shape.itemsize, kept=True)
+        compute("project")
+        if "absorb" in map(attention, (*blocks, tail)):
+            compute("prepare")
+        for block in (*blocks, tail):
+            # What is on the device is attended to as one, the tail with it, whose own work is in the time of `project`.
+            if block.memory == "device":
+                compute(attention(block), block.tokens, blocks=0)
+        for block in blocks:
+            if block.memory == "host":
+                await_copy(plan.bytes_of(layer_shape, block))
+                compute(attention(block), block.tokens)
+        for count in late if group == 0 else ():
+            await_copy(count * plan.shape.itemsize, kept=True)
+        compute("finish")
+    if early:
         events[-1] = len(tasks) - 1  # weights are used when their layer is done
     return _LayerTasks(np.array(tasks, float).T, copies, np.array(events))
 
@@ -251,7 +252,7 @@ def _pipeline(table: Array, link: Array, tasks: Tasks) -> StepCost:
 
 
 def plan_costs(profile: HardwareProfile, plans: Sequence[Plan], write_outs: int | None = None) -> StepCost:
-    """Predicted seconds of a step of each plan, all for one model and workload, float32[plans].
+    """Predicted seconds of a step of all groups of each plan, all for one model and workload, float32[plans].
 
     `write_outs` None: half way through the new tokens, as the median step of a run.
     """
@@ -260,7 +261,8 @@ def plan_costs(profile: HardwareProfile, plans: Sequence[Plan], write_outs: int 
         raise PlanError("plan_costs: the plans are for different models or workloads; predict them one by one")
     tasks = [make_tasks(plan, median_write_outs(plan) if write_outs is None else write_outs) for plan in plans]
     costs = step_seconds(profile, first.shape, first.workload, stack_tasks(tasks))
-    return StepCost(*(seconds[: len(plans)] for seconds in costs))
+    steps = np.array([plan.groups // plan.together for plan in plans])
+    return StepCost(*(seconds[: len(plans)] * steps for seconds in costs))
 
 
 def median_write_outs(plan: Plan) -> int:

@@ -20,7 +20,7 @@ from kvrecomp.ahead import Ahead
 from kvrecomp.auto import plan_for
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
-from kvrecomp.prompt import as_ids, as_row_ids
+from kvrecomp.prompt import as_ids, as_row_ids, split_groups
 from kvrecomp.runtime import Decoder, Model
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
 
@@ -97,10 +97,10 @@ def generate(
 
 
 class _Dispatched(NamedTuple):
-    """A token on its way: ids int32[b], logits if asked for, and the bytes that its step copies."""
+    """A token on its way, by group: ids int32[b], logits if asked for; and the bytes that its step copies."""
 
-    tokens: Array
-    logits: Array | None
+    tokens: list[Array]
+    logits: list[Array]
     link_bytes: int
 
 
@@ -135,7 +135,7 @@ class TokenLoop:
         try:
             with _progress(max_new_tokens, self.progress) as advance, dispatched as steps:
                 for step in steps:
-                    tokens, step_logits = jax.device_get((step.tokens, step.logits))
+                    tokens, *step_logits = map(np.concatenate, filter(None, jax.device_get((step.tokens, step.logits))))
                     arrivals.append(time.perf_counter())
                     if (tokens == NAN_TOKEN).any():
                         raise FloatingPointError(
@@ -143,7 +143,7 @@ class TokenLoop:
                             "check the weights, or use a dtype with a larger range"
                         )
                     new.append(tokens)
-                    logits.append(step_logits)
+                    logits += step_logits
                     link_bytes.append(step.link_bytes)
                     if self.streamer is not None:
                         self.streamer.put(tokens)
@@ -169,21 +169,29 @@ class TokenLoop:
         self, input_ids: Any, attention_mask: Any, max_new_tokens: int, row_ids: np.ndarray
     ) -> Iterator[_Dispatched]:
         """Prefill and steps, one item a token, as they are dispatched; nothing here waits for the device."""
-        cache, logits = self.decoder.prefill(input_ids, attention_mask)
+        plan, decoder = self.decoder.plan, self.decoder
+        parts = split_groups(input_ids, attention_mask, plan)
+        caches, logits = map(list, zip(*(decoder.prefill(*part) for part in parts)))
         eos, pad, seed, names = jax.device_put(
-            (np.asarray(self.eos, np.int32), np.int32(self.pad), np.uint32(self.sampling.seed), row_ids),
+            (
+                np.asarray(self.eos, np.int32),
+                np.int32(self.pad),
+                np.uint32(self.sampling.seed),
+                np.split(row_ids, plan.groups),
+            ),
             memory.sharding("device"),
         )
-        rows = start_rows(seed, names, cache.length, cache.padding)
+        rows = [start_rows(seed, own, cache.length, cache.padding) for own, cache in zip(names, caches, strict=True)]
         sent = 0
         for index in range(max_new_tokens):
-            rows, tokens, report = choose(self.sampling, eos, pad, rows, logits)
-            arriving = (report, logits if self.output_logits else None)
+            chosen = [choose(self.sampling, eos, pad, *own) for own in zip(rows, logits)]
+            rows, tokens, reports = map(list, zip(*chosen))
+            arriving = (reports, logits if self.output_logits else [])
             jax.tree.map(lambda array: array.copy_to_host_async(), arriving)
             yield _Dispatched(*arriving, sent)
             if index + 1 < max_new_tokens:
-                cache, logits = self.decoder.step(cache, tokens)
-                sent = cache.bytes_in("host") + self.decoder.plan.host_weight_bytes
+                caches, logits = decoder.step_groups(caches, tokens)
+                sent = plan.link_bytes(index // plan.tail)
 
     def _new_tokens(self, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """int32[new, batch] -> how many of them are each row's own, and whether the row has ended."""

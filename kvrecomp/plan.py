@@ -32,6 +32,7 @@ Form = Literal["activations", "keys_values"]
 Memory = Literal["device", "host"]
 Method = Literal["absorb", "recompute"]
 Schedule = Literal["pipelined", "layerwise"]
+Order = Literal["row", "column"]
 
 FORMS: tuple[Form, ...] = get_args(Form)
 MEMORIES: tuple[Memory, ...] = get_args(Memory)
@@ -232,6 +233,10 @@ class Plan:
     `tail` is in tokens; `window` is how many bytes from the host may be in flight or in use at once. `schedule` is
     `pipelined`, where copies run ahead across layers as far as the window allows, or `layerwise`, KVPR's own, where a
     layer's copies start when the layer before is done.
+
+    There may be several `groups` of the workload's rows, each with blocks of its own like the others'. In `row` order a
+    step is done for one group after the other; in `column` order all groups go through a layer before the next layer
+    begins, and weights in host memory are copied once for all of them.
     """
 
     name: str
@@ -241,10 +246,13 @@ class Plan:
     tail: int
     window: int = DEFAULT_WINDOW
     schedule: Schedule = "pipelined"
+    groups: int = 1
+    order: Order = "row"
     reason: str = ""
 
     def __post_init__(self):
-        _check_positive(self, tail=self.tail, window=self.window)
+        _check_positive(self, tail=self.tail, window=self.window, groups=self.groups)
+        _check_choice(self, get_args(Order), self.order)
         _check_choice(self, get_args(Schedule), self.schedule)
         if len(self.layers) != len(self.shape.layers):
             raise PlanError(f"Plan: {len(self.layers)} layer plans for a model of {len(self.shape.layers)} layers")
@@ -299,8 +307,8 @@ class Plan:
         return tuple(layer.blocks(write_outs, self.tail) for layer in self.layers)
 
     def bytes_in(self, memory: Memory, write_outs: int = 0) -> int:
-        """Bytes of all blocks in that memory; those in `host` cross the link once a step."""
-        return sum(
+        """Bytes of all blocks of all groups in that memory; those in `host` cross the link once a step."""
+        return self.groups * sum(
             count * self.bytes_of(layer_shape, block)
             for (layer, layer_shape), count in self.kinds.items()
             for block in layer.blocks(write_outs, self.tail)
@@ -313,13 +321,22 @@ class Plan:
 
     @property
     def host_weight_bytes(self) -> int:
-        """Bytes of all weights in host memory; they cross the link once a step."""
+        """Bytes of all weights in host memory."""
         return sum(count * self.weight_bytes(*kind) for kind, count in self.kinds.items())
 
     @property
+    def together(self) -> int:
+        """How many groups go through a layer together, using its weights."""
+        return self.groups if self.order == "column" else 1
+
+    def link_bytes(self, write_outs: int = 0) -> int:
+        """Bytes that a step of all groups copies from the host."""
+        return self.bytes_in("host", write_outs) + self.host_weight_bytes * (self.groups // self.together)
+
+    @property
     def tail_bytes(self) -> int:
-        """Bytes of the tails of all layers."""
-        return sum(
+        """Bytes of the tails of all layers and groups."""
+        return self.groups * sum(
             count * self.bytes_of(layer_shape, BlockSpec(layer.tail, "device", self.tail))
             for (layer, layer_shape), count in self.kinds.items()
         )
@@ -345,6 +362,8 @@ class Plan:
         total = [f"{format_bytes(self.bytes_in(memory))} in blocks on the {memory}" for memory in MEMORIES]
         if hosted := sum(layer.weights == "host" for layer in self.layers):
             total.append(f"weights of {hosted} layers ({format_bytes(self.host_weight_bytes)}) in host memory")
+        if self.groups > 1:
+            total.append(f"{self.groups} groups in {self.order} order")
         caption = f"{', '.join(total)}; window {format_bytes(self.window)}; {self.schedule}"
         table.caption = f"{caption}\n{self.reason}" if self.reason else caption
         table.caption_justify = "left"

@@ -404,7 +404,8 @@ class _LayerBench:
             model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
             layers = [model.layers[number] for number in numbers]
             part: Any = types.SimpleNamespace(embed=model.embed, unembed=model.unembed, layers=layers)
-            tails, logits = decode_step(part, plan, make_cache(blocks, tails, padding, length, 0), token_ids)
+            cache = make_cache(blocks, tails, padding, length, 0)
+            (tails,), (logits,) = decode_step(part, plan, [cache], [token_ids])
             return tails, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
         kinds = [[] if kind is None else list(own) for own in describe_blocks(plan, 0)]

@@ -36,6 +36,23 @@ def as_row_ids(row_ids: Any, batch: int) -> np.ndarray:
     return ids.astype(np.uint32)
 
 
+def split_groups(input_ids: Any, attention_mask: Any, plan: Plan) -> list[tuple[Any, Any]]:
+    """Prompts int[rows, prompt] and their mask, cut into the plan's groups.
+
+    Raises `PromptError` if the rows are not those of all groups.
+    """
+    if plan.groups == 1:
+        return [(input_ids, attention_mask)]
+    ids, wanted = as_ids(input_ids), plan.groups * plan.workload.batch
+    mask = np.ones_like(ids) if attention_mask is None else np.asarray(jax.device_get(attention_mask))
+    if len(ids) != wanted or mask.shape != ids.shape:
+        raise PromptError(
+            f"input_ids have {len(ids)} rows and attention_mask shape {list(mask.shape)}; plan {plan.name} has "
+            f"{plan.groups} groups of {plan.workload.batch} rows, {wanted} in all"
+        )
+    return list(zip(np.split(ids, plan.groups), np.split(mask, plan.groups)))
+
+
 def check_prompt(input_ids: Any, attention_mask: Any, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
     """int[batch, prompt] and its mask (None: no padding) -> int32 ids, and int32[batch] padding on the left.
 

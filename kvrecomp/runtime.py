@@ -117,19 +117,28 @@ def tail_starts(plan: Plan, cache: Cache) -> list[Array]:
     return starts[::-1]
 
 
-def decode_step(model: Model, plan: Plan, cache: Cache, token_ids: Array) -> tuple[tuple[Block, ...], Array]:
-    """One token of every row, int32[b] -> the tails with it written, and logits float32[b, vocab]."""
+def decode_step(
+    model: Model, plan: Plan, caches: Sequence[Cache], token_ids: Sequence[Array]
+) -> tuple[list[tuple[Block, ...]], list[Array]]:
+    """One token of every row, int32[b] a group -> each group's tails with it written, and logits float32[b, vocab].
+
+    Groups take their turns within a layer, so that its weights are copied once.
+    """
     hosted = host_weights(model, plan)
-    window = Window([own.copies(blocks) for own, blocks in zip(hosted, cache.blocks)], plan.window, plan.schedule)
-    starts = tail_starts(plan, cache)
-    hidden = model.embed(token_ids, cache.length - cache.padding)
-    tails = []
-    for layer, layer_plan, own, layer_cache in zip(model.layers, plan.layers, hosted, cache.layers, strict=True):
+    needed = [own.copies(blocks) for own, *blocks in zip(hosted, *(cache.blocks for cache in caches), strict=True)]
+    window = Window(needed, plan.window, plan.schedule)
+    starts = [tail_starts(plan, cache) for cache in caches]
+    hidden = [model.embed(ids, cache.length - cache.padding) for ids, cache in zip(token_ids, caches, strict=True)]
+    tails: list[tuple[Block, ...]] = [() for _ in caches]
+    for number, (layer, layer_plan, own) in enumerate(zip(model.layers, plan.layers, hosted, strict=True)):
         own.bring_early(window)
-        attend = CachedAttention(layer_cache, layer_plan.method, window, own, cache.length, starts, cache.padding)
-        hidden = window.layer_done(own.done(layer(hidden, attend), window))
-        tails.append(attend.cache.tail)
-    return tuple(tails), model.unembed(hidden)
+        for group, cache in enumerate(caches):
+            place = cache.length, starts[group], cache.padding
+            attend = CachedAttention(cache.layers[number], layer_plan.method, window, own, *place)
+            hidden[group] = layer(hidden[group], attend)
+            tails[group] += (attend.cache.tail,)
+        hidden = window.layer_done(hidden)
+    return tails, [model.unembed(own) for own in hidden]
 
 
 def prefill(model: Model, plan: Plan, token_ids: Array, padding: Array) -> tuple[Any, tuple[Block, ...], Array]:
@@ -226,27 +235,50 @@ class Decoder:
     def step(self, cache: Cache, token_ids: Array) -> tuple[Cache, Array]:
         """One more token of every row, int32[batch] on the device -> cache, logits float32[batch, vocab].
 
-        Returns before the step has run. Raises `PlanError` if the plan's workload is exceeded, and `PromptError` if
-        `token_ids` are not one per row or the cache was given to a step before.
+        Returns before the step has run. Raises `PlanError` if the plan's workload is exceeded or is in several groups,
+        and `PromptError` if `token_ids` are not one per row or the cache was given to a step before.
         """
-        check_step(cache.length, token_ids, self.plan)
-        plan, write_outs = self.plan, len(cache.layers[0].blocks) - len(self.plan.layers[0].prompt)
-        if write_outs * plan.tail + cache.in_tail >= plan.workload.new:
+        (cache,), (logits,) = self.step_groups([cache], [token_ids])
+        return cache, logits
+
+    def step_groups(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> tuple[list[Cache], list[Array]]:
+        """`step` for the caches of all groups of the plan, which are of one length, in the plan's order.
+
+        In row order each group takes a step after the other, in column order they go through the layers together.
+        """
+        if len(caches) != self.plan.groups or len(token_ids) != self.plan.groups:
+            raise PlanError(
+                f"plan {self.plan.name} has {self.plan.groups} groups; got {len(caches)} caches and tokens of "
+                f"{len(token_ids)}: give step_groups as many"
+            )
+        if self.plan.together == 1:
+            steps = [self._step([cache], [ids]) for cache, ids in zip(caches, token_ids)]
+            return [cache for (cache,), _ in steps], [logits for _, (logits,) in steps]
+        return self._step(caches, token_ids)
+
+    def _step(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> tuple[list[Cache], list[Array]]:
+        for cache, ids in zip(caches, token_ids):
+            check_step(cache.length, ids, self.plan)
+        plan, write_outs = self.plan, len(caches[0].layers[0].blocks) - len(self.plan.layers[0].prompt)
+        if write_outs * plan.tail + caches[0].in_tail >= plan.workload.new:
             raise PlanError(
                 f"the plan is for {plan.workload.new} new tokens and all of them are cached: make a plan with a larger "
                 "Workload.new"
             )
-        if cache.in_tail == plan.tail:
-            cache, write_outs = self._write_out(cache, write_outs), write_outs + 1
-        tails, length, logits = self._program("step", write_outs)(
-            self._weights, cache.blocks, cache.tails, cache.padding, cache.length, token_ids
-        )
+        if caches[0].in_tail == plan.tail:
+            caches, write_outs = [self._write_out(cache, write_outs) for cache in caches], write_outs + 1
+        given = [(cache.blocks, cache.tails, cache.padding, cache.length) for cache in caches]
+        tails, lengths, logits = self._program("step", write_outs)(self._weights, *zip(*given), tuple(token_ids))
         if write_outs < plan.write_outs:
             # After the call: a program's first execution loads its kernels, which takes longer beside a compilation.
             self._prepare("write-out", plan.written_to(write_outs))
             for ahead in range(1, min(PROGRAMS_AHEAD, plan.write_outs - write_outs) + 1):
                 self._prepare("step", write_outs + ahead)
-        return make_cache(cache.blocks, tails, cache.padding, length, cache.in_tail + 1), logits
+        after = [
+            make_cache(cache.blocks, own, cache.padding, length, cache.in_tail + 1)
+            for cache, own, length in zip(caches, tails, lengths, strict=True)
+        ]
+        return after, logits
 
     def _write_out(self, cache: Cache, write_outs: int) -> Cache:
         """The cache with its full tails as blocks, and empty tails."""
@@ -289,15 +321,16 @@ class Decoder:
 
     def _trace_step(self, write_outs: int) -> Any:
         def program(weights, blocks, tails, padding, length, token_ids):
-            cache = make_cache(blocks, tails, padding, length, 0)
-            tails, logits = decode_step(self._model(weights), self.plan, cache, token_ids)
-            return tails, length + 1, logits
+            caches = [make_cache(*own, 0) for own in zip(blocks, tails, padding, length)]
+            tails, logits = decode_step(self._model(weights), self.plan, caches, token_ids)
+            return tails, [own + 1 for own in length], logits
 
-        batch = self.plan.workload.batch
+        batch, groups = self.plan.workload.batch, self.plan.together
         blocks = describe_blocks(self.plan, write_outs)
-        inputs = self._weights, blocks, describe_tails(self.plan), _ints(batch), _ints(), _ints(batch)
+        own = blocks, describe_tails(self.plan), _ints(batch), _ints(), _ints(batch)
+        inputs = self._weights, *((each,) * groups for each in own)
         placed = [array.sharding for array in self._weights]
-        shardings = (placed, _shardings(blocks), None, None, None, None)
+        shardings = (placed, (_shardings(blocks),) * groups, None, None, None, None)
         return jax.jit(program, in_shardings=shardings, donate_argnames=("tails", "length")).trace(*inputs)
 
     def _trace_write_out(self, memories: Sequence[Memory]) -> Any:

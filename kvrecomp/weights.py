@@ -6,6 +6,7 @@ copied before its blocks, the rest after them.
 """
 
 import functools
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -124,30 +125,31 @@ class HostWeights:
         self._layer = layer
         in_host = matrices_in_host(layer, shape, batch) if plan.weights == "host" else InHost((), ())
         self._early, self._late = in_host
+        self._whole = False
         self.arrays = get(layer, [*self._early, *self._late])
 
-    def copies(self, blocks: Sequence[Block]) -> list[tuple[Array, Copy]]:
-        """What the layer needs from the host: weights up to its attention, blocks, the other weights."""
+    def copies(self, groups: Sequence[Sequence[Block]]) -> list[tuple[Array, Copy]]:
+        """What the layer needs from the host for these groups' blocks: weights up to its attention, the first group's
+        blocks, the other weights, the other groups' blocks."""
         kept = [(array, Copy(array.size * array.dtype.itemsize, kept=True)) for array in self.arrays]
-        blocks_in_host = [(block.arrays[0], Copy(block.nbytes)) for block in blocks if block.memory == "host"]
-        return [*kept[: len(self._early)], *blocks_in_host, *kept[len(self._early) :]]
+        first, *others = (
+            [(block.arrays[0], Copy(block.nbytes)) for block in blocks if block.memory == "host"] for blocks in groups
+        )
+        return [*kept[: len(self._early)], *first, *kept[len(self._early) :], *itertools.chain(*others)]
 
     def bring_early(self, window: Window) -> None:
         """What the layer uses up to its attention."""
         put(self._layer, {path: window.used(window.fetch()) for path in self._early})
 
     def bring_late(self, window: Window) -> None:
-        """What it uses after that. The last is used when the layer is done, see `done`."""
-        arrays = {path: window.used(window.fetch()) for path in self._late[:-1]}
-        put(self._layer, arrays | {path: window.fetch() for path in self._late[-1:]})
+        """What it uses after that, once."""
+        if not self._whole:
+            put(self._layer, {path: window.used(window.fetch()) for path in self._late})
+        self._whole = True
 
     def give(self, arrays: Sequence[Array]) -> None:
         """All of them at once, as a prefill does."""
         put(self._layer, dict(zip((*self._early, *self._late), arrays, strict=True)))
-
-    def done(self, hidden: Array, window: Window) -> Array:
-        """Says that the layer is done; go on with what this returns."""
-        return window.used(hidden) if self._late else hidden
 
 
 def host_weights(model: Any, plan: Plan) -> list[HostWeights]:

@@ -28,6 +28,13 @@ class Window:
         """`layers` lists what every layer needs from the host, in the order of use."""
         self._schedule = schedule
         self._waiting = collections.deque(array for layer in layers for array, _ in layer)
+        # Where a layer keeps something, its last array is used when the layer is done.
+        self._lasts = collections.deque(
+            number == len(layer) and any(copy.kept for _, copy in layer)
+            for layer in layers
+            for number in range(1, len(layer) + 1)
+        )
+        self._until_done = False  # whether that holds for the array that was taken last
         if schedule == "pipelined":
             copies = [[copy for _, copy in layer] for layer in layers]
             self._before = collections.deque(events_before(copies, size))
@@ -42,20 +49,25 @@ class Window:
 
         In this order, because XLA would await the array before it has finished `result`, and the link would rest.
         """
+        self._until_done = self._lasts.popleft()
         result, array = jax.lax.optimization_barrier((result, self._copied.popleft()))
         return result, self._event(array, "pipelined")
 
     def fetch(self) -> Array:
         """The next array, on the device; nothing waits for it but what uses it."""
+        self._until_done = self._lasts.popleft()
         return self._event(self._copied.popleft(), "pipelined")
 
     def used(self, result: Result) -> Result:
         """Says that the array taken last is not needed once `result` is computed, or that it is kept until the layer is
         done; go on with what this returns."""
-        return self._event(result, "pipelined")
+        return result if self._until_done else self._event(result, "pipelined")
 
-    def layer_done(self, hidden: Array) -> Array:
+    def layer_done(self, hidden: Result) -> Result:
         """Ends a layer; KVPR's own schedule starts the next layer's copies here. Go on with what this returns."""
+        if self._until_done:
+            self._until_done = False
+            hidden = self._event(hidden, "pipelined")
         return self._event(hidden, "layerwise")
 
     def _event(self, result: Result, schedule: Schedule) -> Result:

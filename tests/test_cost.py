@@ -468,6 +468,8 @@ def plans(draw):
         tail=draw(st.integers(1, 3)),
         window=room + draw(st.integers(12 * 420, 30 * 420)),
         schedule=draw(st.sampled_from(["pipelined", "layerwise"])),
+        groups=draw(st.sampled_from([1, 1, 2, 3])),
+        order=draw(st.sampled_from(["row", "column"])),
     )
 
 
@@ -481,8 +483,9 @@ def test_copies_are_held_as_the_runtime_holds_them(plan, write_outs):
         blocks = [Copy(plan.bytes_of(layer, spec)) for spec in own if spec.memory == "host"]
         matrices = layer.matrices if plan.layers[number].weights == "host" else ((), ())
         early, late = ([Copy(2 * count, kept=True) for count in part] for part in matrices)
-        host.append([(np.zeros(copy.nbytes, np.int8), copy) for copy in (*early, *blocks, *late)])
-    started, ended, taken = [], -1, False
+        copies = [*early, *blocks, *late, *blocks * (plan.together - 1)]
+        host.append([(np.zeros(copy.nbytes, np.int8), copy) for copy in copies])
+    started, ended, taken, finished = [], -1, False, 0
 
     def device_put(array, space):
         started.append((array.nbytes, ended))
@@ -493,17 +496,14 @@ def test_copies_are_held_as_the_runtime_holds_them(plan, write_outs):
         mock.patch.object(jax, "device_put", device_put),
     ):
         window = Window(host, plan.window, plan.schedule)
-        left = [(copy, copy is own[-1][1]) for own in host for _, copy in own]
-        open_weights = False
+        left = [copy for own in host for _, copy in own]
         for number, (work, copies, size) in enumerate(zip(tasks.work, tasks.copies, tasks.copy_bytes)):
             ended = number
             if copies:
-                copy, last = left.pop(0)
+                copy = left.pop(0)
                 assert copy.nbytes == size
                 if copy.kept:
-                    array = window.fetch()
-                    open_weights = last
-                    _ = array if last else window.used(array)
+                    window.used(window.fetch())
                 else:
                     assert window.take(np.zeros(1))[1].nbytes == size
                     taken = True
@@ -511,10 +511,9 @@ def test_copies_are_held_as_the_runtime_holds_them(plan, write_outs):
                 window.used(np.zeros(1))
                 taken = False
             if not copies and work % len(WORKS) == WORKS.index("finish") and number < len(tasks.work) - 1:
-                if open_weights:
-                    window.used(np.zeros(1))
-                window.layer_done(np.zeros(1))
-                open_weights = False
+                finished += 1
+                if finished % plan.together == 0:
+                    window.layer_done(np.zeros(1))
     copied = tasks.copies > 0
     assert started == list(zip(tasks.copy_bytes[copied], tasks.hold[copied]))
 

@@ -1,0 +1,105 @@
+"""Several groups of rows, in both orders: the same logits, and weights copied once for all groups in column order."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import toy
+
+import kvrecomp
+import models
+from kvrecomp.cost import plan_costs
+from kvrecomp.plan import PlanError
+from kvrecomp.prompt import PromptError
+
+OPT = models.OPTConfig("opt", layers=2, hidden=28, heads=7, intermediate=44, vocab=97, positions=61)
+WORK = kvrecomp.Workload(batch=2, prompt=11, new=6)
+GROUPS = 3
+MATRICES = 4 * (4 * 28 * 28 + 2 * 28 * 44)  # bytes of a layer's
+
+
+def planned(name, order, fraction=1.0):
+    shape = dataclasses.replace(OPT.shape, dtype="float32")
+    plan = kvrecomp.named_plan(name, shape, WORK, tail=2, window=2**20)
+    return dataclasses.replace(kvrecomp.with_host_weights(plan, fraction), groups=GROUPS, order=order)
+
+
+def prompts():
+    """Of six rows, left-padded by as many tokens as the row's number."""
+    ids = np.random.default_rng(7).integers(3, 97, (6, WORK.prompt))
+    return ids, np.arange(WORK.prompt) >= np.arange(6)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "fraction"),
+    [
+        ("activations", "column", 1.0),
+        ("split:0.4", "column", 0.5),
+        ("kvpr:0.4", "column", 1.0),
+        ("device:0.4", "column", 1.0),
+        ("keys_values", "column", 0.0),
+        ("activations", "row", 1.0),
+    ],
+)
+def test_logits_are_those_of_the_forward_pass(name, order, fraction):
+    """At every step of a run that writes the tails out twice."""
+    plan = planned(name, order, fraction)
+    model = models.create(OPT, dtype="float32", sharding=kvrecomp.placement(plan))
+    ids, mask = prompts()
+    result = kvrecomp.generate(model, ids, mask, max_new_tokens=WORK.new, plan=plan, output_logits=True)
+    whole_mask = np.concatenate([mask, np.ones((6, WORK.new), bool)], axis=1)
+    whole = models.create(OPT, dtype="float32")(toy.put(result.sequences), toy.put(whole_mask))
+    expected = np.moveaxis(toy.get(whole)[:, WORK.prompt - 1 : -1], 1, 0)
+    np.testing.assert_allclose(result.logits, expected, atol=1e-4)
+    hosted = sum(layer.weights == "host" for layer in plan.layers) * MATRICES
+    weights = hosted * (1 if order == "column" else GROUPS)
+    one = dataclasses.replace(plan, groups=1)
+    assert result.link_bytes == [GROUPS * one.bytes_in("host", step // 2) + weights for step in range(WORK.new - 1)]
+
+
+def test_rows_are_sampled_as_they_are_in_one_group():
+    ids, mask = prompts()
+    model = models.create(OPT, dtype="float32")
+    sampled = {"do_sample": True, "seed": 11, "max_new_tokens": WORK.new}
+    apart = kvrecomp.generate(model, ids, mask, plan=planned("activations", "column", 0.0), **sampled)
+    one = kvrecomp.generate(model, ids, mask, plan="activations", **sampled)
+    np.testing.assert_array_equal(apart.sequences, one.sequences)
+
+
+def test_memory_is_counted_for_every_group():
+    plan = planned("device:0.4", "column")
+    one = dataclasses.replace(plan, groups=1)
+    needed, of_one = kvrecomp.memory_needed(plan), kvrecomp.memory_needed(one)
+    assert needed["device"]["blocks"] == 3 * of_one["device"]["blocks"] > 0
+    assert needed["device"]["tail"] == 3 * of_one["device"]["tail"] > 0
+    assert needed["host"]["blocks"] == 3 * of_one["host"]["blocks"] > 0
+    assert needed["host"]["weights"] == of_one["host"]["weights"] == 2 * MATRICES
+    assert "3 groups in column order" in str(plan)
+
+
+def test_in_row_order_a_step_takes_as_often_as_there_are_groups(known_machine):
+    plan = planned("activations", "row")
+    (three,), (one,) = (plan_costs(known_machine, [own]).seconds for own in (plan, dataclasses.replace(plan, groups=1)))
+    assert three == pytest.approx(3 * one)
+
+
+def test_in_column_order_weights_are_copied_once(known_machine):
+    """Where the link is all that counts, three groups take the time of their blocks and of the weights."""
+    slow = dataclasses.replace(known_machine, beside_compute=1e4, handoff_seconds=0.0)
+    (cost,) = plan_costs(slow, [planned("activations", "column")], write_outs=0).seconds
+    blocks = GROUPS * WORK.prompt * WORK.batch * 28 * 4 * OPT.layers
+    assert cost == pytest.approx((blocks + 2 * MATRICES) / 1e4, rel=0.01)
+
+
+def test_wrong_groups_are_said():
+    plan = planned("activations", "column", 0.0)
+    model = models.create(OPT, dtype="float32")
+    ids, mask = prompts()
+    with pytest.raises(PromptError, match=r"5 rows .* 3 groups of 2 rows, 6 in all"):
+        kvrecomp.generate(model, ids[:5], mask[:5], max_new_tokens=2, plan=plan)
+    with pytest.raises(PlanError, match="has 3 groups; got 1 caches and tokens of 1"):
+        kvrecomp.Decoder(model, plan).step(None, np.zeros(2, np.int32))
+    with pytest.raises(PlanError, match="groups is 0"):
+        dataclasses.replace(plan, groups=0)
+    with pytest.raises(PlanError, match="'diagonal' is not one of row, column"):
+        dataclasses.replace(plan, order="diagonal")
