@@ -97,7 +97,7 @@ def check_placement(model: Any, plan: Plan) -> None:
     """Raises `PlanError` where a parameter of the model is not in the memory that the plan has it in."""
     where = placement(plan)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name, array = ".".join(map(str, path)), variable[...]
+        name, array = ".".join(map(str, path)), variable.get_value()
         if isinstance(array, Array) and array.sharding.memory_kind != where(name, array.shape).memory_kind:
             raise PlanError(
                 f"plan {plan.name} has {name} in memory {where(name, array.shape).memory_kind!r}, the model in "

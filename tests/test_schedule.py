@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import kvrecomp
+import models
 from kvrecomp import runtime
 from kvrecomp.plan import COPIES_AHEAD
 from models import OPTConfig
@@ -42,13 +43,18 @@ def compile_step(
     name: str, window: int, write_outs: int = 0, config: OPTConfig = CONFIG, work: kvrecomp.Workload = WORK
 ) -> tuple[str, int]:
     """The program of a step compiled for an H200, as text, and its temporary device memory in bytes."""
+    model = config.build(dtype="bfloat16", rngs=None)
+    plan = kvrecomp.named_plan(name, model.shape, work, window=window, tail=64)
+    return compile_plan(runtime.Decoder(model, plan), write_outs)
+
+
+def compile_plan(decoder: runtime.Decoder, write_outs: int = 0) -> tuple[str, int]:
+    """The same of a decoder."""
     from jax._src import compiler
     from jax._src.lib import _jax
     from jax.experimental import topologies
 
-    model = config.build(dtype="bfloat16", rngs=None)
-    plan = kvrecomp.named_plan(name, model.shape, work, window=window, tail=64)
-    traced = runtime.Decoder(model, plan)._trace_step(write_outs)
+    traced = decoder._trace_step(write_outs)
     device = topologies.get_topology_desc("h200", platform="cuda", target_config=H200, topology="1x1x1").devices[0]
     options = compiler.get_compile_options(1, 1, device_assignment=np.zeros((1, 1), int))
     module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
@@ -64,8 +70,9 @@ def instructions(text: str) -> list[str]:
     return text[text.index("\nENTRY") :].splitlines()[1:]
 
 
-def check_schedule(text: str) -> int:
-    """Asserts that host arrays are copied whole, once, and under compute; returns how many there are."""
+def check_copies(text: str) -> tuple[dict[str, tuple[int, int]], list[int]]:
+    """Asserts that host arrays are copied whole and once; returns where each one's copy starts and ends, in this order,
+    and where something is computed."""
     origin: dict[str, tuple] = {}  # instruction -> the host array it stands for, tuples as tuples of those
     started, ended, compute, host = {}, {}, [], set()
     for number, line in enumerate(instructions(text)):
@@ -97,10 +104,22 @@ def check_schedule(text: str) -> int:
             if kind in COMPUTE:
                 compute.append(number)
     assert host == set(started) == set(ended), "a host array is not copied"
-    order = sorted(started, key=started.get)
-    for array in order[COPIES_AHEAD:]:
-        assert any(started[array] < at < ended[array] for at in compute), f"nothing is computed under {array}'s copy"
-    return len(host)
+    return {array: (started[array], ended[array]) for array in sorted(started, key=started.get)}, compute
+
+
+def check_schedule(text: str) -> int:
+    """Asserts that, and that something is computed under every copy but the first; returns how many there are."""
+    copies, compute = check_copies(text)
+    for array, (start, end) in list(copies.items())[COPIES_AHEAD:]:
+        assert any(start < at < end for at in compute), f"nothing is computed under {array}'s copy"
+    return len(copies)
+
+
+def computed_without_a_copy(text: str) -> list[int]:
+    """What is computed while no copy is under way and some are yet to come."""
+    copies, compute = check_copies(text)
+    last = max(start for start, _ in copies.values())
+    return [at for at in compute if at < last and not any(start < at < end for start, end in copies.values())]
 
 
 @pytest.mark.parametrize(
@@ -121,6 +140,18 @@ def test_copies_are_whole_bounded_and_under_compute(name, window, write_outs, ar
     assert temporary <= min(window, 3 * BLOCK) + 24 * MIB
 
 
+def test_weights_are_copied_once_for_all_groups_and_under_compute():
+    """Each layer's six matrices, and a block of each of two groups."""
+    config = dataclasses.replace(CONFIG, layers=3)
+    plan = kvrecomp.named_plan("activations", config.shape, WORK, window=4 * BLOCK, tail=64)
+    plan = dataclasses.replace(kvrecomp.with_host_weights(plan, 1.0), groups=2, order="column")
+    model = models.create(config, sharding=kvrecomp.placement(plan))
+    text, temporary = compile_plan(runtime.Decoder(model, plan))
+    assert len(check_copies(text)[0]) == 3 * (6 + 2)
+    assert not computed_without_a_copy(text)
+    assert temporary <= plan.window + 24 * MIB
+
+
 def test_without_holds_the_check_fails(monkeypatch):
     monkeypatch.setattr(jax.lax, "optimization_barrier", lambda operands: operands)
     text, temporary = compile_step("activations", 4 * BLOCK)
@@ -132,12 +163,11 @@ def test_without_holds_the_check_fails(monkeypatch):
 def test_a_sliced_block_fails_the_check(monkeypatch):
     put = jax.device_put
 
-    def in_halves(arrays, where):
-        if where != jax.memory.Space.Device or not isinstance(arrays, tuple):
-            return put(arrays, where)
-        (array,) = arrays
+    def in_halves(array, where):
+        if where != jax.memory.Space.Device or getattr(array, "ndim", 0) != 3:
+            return put(array, where)
         half = array.shape[0] // 2
-        return (jax.numpy.concatenate([put(array[:half], where), put(array[half:], where)]),)
+        return jax.numpy.concatenate([put(array[:half], where), put(array[half:], where)])
 
     monkeypatch.setattr(jax, "device_put", in_halves)
     with pytest.raises(AssertionError, match=r"host memory is read by|not copied whole"):
@@ -151,15 +181,7 @@ def test_the_link_has_a_copy_to_carry_while_anything_is_computed(hidden, heads, 
     """At OPT's real shapes: XLA decides by its estimate of a layer's time how late it lets a copy start."""
     config = OPTConfig("wide", layers=3, hidden=hidden, heads=heads, intermediate=4 * hidden, vocab=512)
     text, _ = compile_step("activations", 1024 * MIB, config=config, work=kvrecomp.Workload(batch, prompt, 24))
-    under_way, left, idle = 0, check_schedule(text), []
-    for line in instructions(text):
-        match = INSTRUCTION.match(line)
-        kind = match.group(3) if match else ""
-        under_way += (kind == "copy-start") - (kind == "copy-done")
-        left -= kind == "copy-start"
-        if kind in COMPUTE and not under_way and left:
-            idle.append(line.strip()[:120])
-    assert not idle
+    assert not computed_without_a_copy(text)
 
 
 def kernels(text: str) -> set[str]:
