@@ -135,7 +135,7 @@ class TokenLoop:
         try:
             with _progress(max_new_tokens, self.progress) as advance, dispatched as steps:
                 for step in steps:
-                    tokens, *step_logits = map(np.concatenate, filter(None, jax.device_get((step.tokens, step.logits))))
+                    tokens = np.concatenate(jax.device_get(step.tokens))
                     arrivals.append(time.perf_counter())
                     if (tokens == NAN_TOKEN).any():
                         raise FloatingPointError(
@@ -143,7 +143,8 @@ class TokenLoop:
                             "check the weights, or use a dtype with a larger range"
                         )
                     new.append(tokens)
-                    logits += step_logits
+                    if step.logits:
+                        logits.append(np.concatenate(jax.device_get(step.logits)))
                     link_bytes.append(step.link_bytes)
                     if self.streamer is not None:
                         self.streamer.put(tokens)

@@ -291,7 +291,7 @@ class Decoder:
         last = describe_blocks(self.plan, self.plan.write_outs)
         grown = [block for own, layer in zip(last, self.plan.layers) for block in own[len(layer.prompt) :]]
         arrays = [array for block in grown if block.memory == "host" for array in block.arrays]
-        memory.reserve("host", [(array.shape, array.dtype) for array in arrays])
+        memory.reserve("host", [(array.shape, array.dtype) for array in arrays] * self.plan.groups)
 
     # --- the jit boundary: static are the plan and what names the program, all else is data ---
 

@@ -51,7 +51,8 @@ def placement(plan: Plan) -> Callable[[str, tuple[int, ...]], Sharding]:
 
 def is_matrix(shape: Sequence[int], layer: LayerShape) -> bool:
     """Whether a parameter is one of the layer's matrices, at least the projection to one head, not a bias or norm."""
-    return int(np.prod(shape)) >= layer.hidden * layer.head_dim
+    biases = [(count, layer.head_dim) for count in (layer.heads, layer.kv_heads)]
+    return len(shape) > 1 and tuple(shape) not in biases and int(np.prod(shape)) >= layer.hidden * layer.head_dim
 
 
 def matrices_in_host(layer: nnx.Module, own: LayerShape, batch: int) -> InHost:
