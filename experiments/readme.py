@@ -27,7 +27,6 @@ Markdown such a line is HTML. Tables and pictures need lines of their own; there
 
 import difflib
 import fnmatch
-import os
 import re
 import sys
 import textwrap
@@ -38,6 +37,7 @@ from absl import app, flags, logging
 
 from experiments import predictions, tables
 from experiments.tables import Row
+from kvrecomp.files import write_text
 
 ROOT = Path(__file__).parent.parent
 README, RESULTS = "README.md", "experiments/results"
@@ -175,16 +175,6 @@ def unused(text: str, root: Path = ROOT) -> list[str]:
     return [path.name for path in every if path not in taken and path.name not in text]
 
 
-def write(path: Path, text: str) -> None:
-    """Writes the file in one piece."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -204,7 +194,7 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
                 print(f"{picture[1].relative_to(ROOT)}: not drawn from these results")
             sys.exit(1 if different or stale or forgotten else 0)
         if different:
-            write(ROOT / README, new)
+            write_text(ROOT / README, new)
         print(f"{README}: {'written' if different else 'as the results say'}")
         for kind, path, rows in stale:
             PICTURES[kind][1](rows, path)

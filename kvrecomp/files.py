@@ -6,13 +6,18 @@ import pathlib
 from typing import Any
 
 
-def write_json(path: str | os.PathLike, document: Any) -> None:
-    """Writes the document, and the directories above it where they are missing."""
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Writes the text, and the directories above it where they are missing."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
-        beside.write_text(json.dumps(document, indent=1) + "\n")
+        beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def write_json(path: str | os.PathLike, document: Any) -> None:
+    """Writes the document, as `write_text` does."""
+    write_text(path, json.dumps(document, indent=1) + "\n")
