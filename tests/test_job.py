@@ -160,8 +160,8 @@ def test_rows_that_fill_a_batch_end_when_its_prompts_do(files, monkeypatch):
     first = alone("Return the", 0)[0]
     files.write(LINES[0], *({"prompt": 'The "with" statement'} for _ in range(3)))
     monkeypatch.setattr(job, "special_tokens", lambda _, names: [first] if names is job.ENDS else [])
-    steps, step = [], kvrecomp.runtime.Decoder.step
-    monkeypatch.setattr(kvrecomp.runtime.Decoder, "step", lambda *args: steps.append(1) or step(*args))
+    steps, step = [], kvrecomp.runtime.Decoder.step_groups
+    monkeypatch.setattr(kvrecomp.runtime.Decoder, "step_groups", lambda *args: steps.append(1) or step(*args))
     records = files.anew()
     assert records[0]["tokens"] == [first] and {len(record["tokens"]) for record in records[1:]} == {NEW}
     assert NEW - 1 <= len(steps) <= NEW - 1 + 3
