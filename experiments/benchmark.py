@@ -92,11 +92,11 @@ def measure(
     machine: HardwareProfile,
     copy_bytes_per_second: float,
     seed: int = 0,
-    weights: str = "device",
 ) -> Row:
     """Runs the plan's workload on random prompts; the first group's prefill is timed once it is compiled."""
     work = plan.workload
     rows = plan.groups * work.batch
+    hosted = sum(layer.weights == "host" for layer in plan.layers) / len(plan.layers)
     ids = np.random.default_rng(seed).integers(3, plan.shape.vocab, (rows, work.prompt), np.int32)
     decoder = kvrecomp.Decoder(model, plan, budget=budget)
     jax.block_until_ready(decoder.prefill(ids[: work.batch]))
@@ -115,7 +115,7 @@ def measure(
         prompt=work.prompt,
         new=work.new,
         plan=plan.name,
-        weights=weights,
+        weights={0: "device", 1: "host"}.get(hosted, f"{hosted:g}"),
         groups=plan.groups,
         order=plan.order,
         median_ms=median * 1e3,
@@ -203,7 +203,7 @@ def main(_: list[str]) -> None:
     rows, about, document = [], run_info(_COMMIT.value), {}
     for name in _PLANS.value:
         plan = placed(kvrecomp.plan_for(name, model.shape, work, budget=budget, machine=machine, **options))
-        rows.append(measure(model, plan, budget, machine, rate, _SEED.value, _WEIGHTS.value))
+        rows.append(measure(model, plan, budget, machine, rate, _SEED.value))
         gc.collect()  # a decoder's cache is gone before the next one's is made
         document = about | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}
         if _OUT.value:

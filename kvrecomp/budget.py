@@ -14,7 +14,8 @@ MARGIN = 0.05  # of what is free: fragmentation, and the programs themselves
 def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dict[str, int]]:
     """Bytes by memory and item, after that many write-outs (default: at the end of the workload).
 
-    A prefill and a window are not in use at the same time; the larger one counts.
+    A prefill and a window are not in use at the same time; the larger one counts. A prefill has the host weights of two
+    layers on the device at once.
     """
     write_outs = plan.write_outs if write_outs is None else write_outs
     shape = plan.shape
@@ -23,7 +24,10 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
             "weights": shape.parameters * shape.itemsize - plan.host_weight_bytes,
             "blocks": plan.bytes_in("device", write_outs),
             "tail": plan.tail_bytes,
-            "prefill or window": max(prefill_bytes(shape, plan.workload), _in_flight(plan, write_outs)),
+            "prefill or window": max(
+                prefill_bytes(shape, plan.workload) + 2 * max(plan.weight_bytes(*kind) for kind in plan.kinds),
+                _in_flight(plan, write_outs),
+            ),
         },
         "host": {"weights": plan.host_weight_bytes, "blocks": plan.bytes_in("host", write_outs)},
     }
@@ -42,11 +46,8 @@ def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
 
 
 def _in_flight(plan: Plan, write_outs: int) -> int:
-    """Most bytes from the host on their way or in use: a layer's, or what is copied ahead, a block in use and weights.
-
-    A prefill has the weights of two layers on the device at once.
-    """
-    most, widest = 0, 0
+    """Most bytes from the host on their way or in use: a layer's, or those copied ahead, a block in use and weights."""
+    most = 0
     for layer, layer_shape in plan.kinds:
         blocks = layer.blocks(write_outs, plan.tail)
         sizes = [plan.bytes_of(layer_shape, block) for block in blocks if block.memory == "host"]
@@ -54,9 +55,9 @@ def _in_flight(plan: Plan, write_outs: int) -> int:
         if weights:
             sizes += [max(map(max, layer_shape.matrices)) * plan.shape.itemsize]
         ahead = sum(sizes) if plan.schedule == "layerwise" else (COPIES_AHEAD + 1) * max(sizes, default=0)
-        most, widest = max(most, ahead + weights), max(widest, weights)
+        most = max(most, ahead + weights)
     total = plan.bytes_in("host", write_outs) + plan.host_weight_bytes
-    return most if plan.schedule == "layerwise" else max(min(plan.window, most, total), min(2 * widest, total))
+    return most if plan.schedule == "layerwise" else min(plan.window, most, total)
 
 
 def limits(budget: Budget, weights: int, host_weights: int = 0) -> dict[Memory, float]:

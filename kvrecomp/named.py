@@ -70,7 +70,7 @@ def named_plan(
 def with_host_weights(plan: Plan, fraction: float) -> Plan:
     """The plan with the weights of that fraction of its layers, evenly spread, in host memory.
 
-    Its window has room for the weights of two layers beside what it had.
+    Its window has room for the weights of two layers beside what it had. Raises `PlanError` for another fraction.
     """
     if not 0 <= fraction <= 1:
         raise PlanError(f"the fraction of layers with weights in host memory is {fraction}; it must be from 0 to 1")
@@ -78,10 +78,7 @@ def with_host_weights(plan: Plan, fraction: float) -> Plan:
     layers = tuple(
         dataclasses.replace(own, weights="host" if there else "device") for own, there in zip(plan.layers, hosted)
     )
-    widest = max(
-        (own.parameters for own, there in zip(plan.shape.layers, hosted) if there),
-        default=0,
-    )
+    widest = max((own.parameters for own, there in zip(plan.shape.layers, hosted) if there), default=0)
     return dataclasses.replace(plan, layers=layers, window=plan.window + 2 * widest * plan.shape.itemsize)
 
 

@@ -267,22 +267,17 @@ class Plan:
             tokens = sum(block.tokens for block in layer.prompt)
             if tokens != self.workload.prompt:
                 raise PlanError(f"layer {number}: its blocks hold {tokens} tokens, the prompt {self.workload.prompt}")
-            for block in layer.blocks(self.write_outs, self.tail):
-                size = self.bytes_of(layer_shape, block)
-                if block.memory == "host" and size > self.window:
+            weights = self.weight_bytes(layer, layer_shape)
+            hosted = [block for block in layer.blocks(self.write_outs, self.tail) if block.memory == "host"]
+            for block in (None, *hosted):
+                needed = weights + (self.bytes_of(layer_shape, block) if block else 0)
+                if needed > self.window:
+                    what = [f"a block of {block.tokens} tokens"] if block else []
+                    what += ["the layer's weights"] if weights else []
                     raise PlanError(
-                        f"layer {number}: the window of {format_bytes(self.window)} is smaller than a block of "
-                        f"{block.tokens} tokens, {format_bytes(size)}: use a larger window or smaller blocks"
+                        f"layer {number}: the window of {format_bytes(self.window)} is smaller than "
+                        f"{' and '.join(what)}, {format_bytes(needed)}: use a larger window or smaller blocks"
                     )
-            needed = self.weight_bytes(layer, layer_shape) + max(
-                (self.bytes_of(layer_shape, b) for b in layer.blocks(self.write_outs, self.tail) if b.memory == "host"),
-                default=0,
-            )
-            if layer.weights == "host" and needed > self.window:
-                raise PlanError(
-                    f"layer {number}: the window of {format_bytes(self.window)} is smaller than the layer's weights "
-                    f"and one block, {format_bytes(needed)}: use a larger window"
-                )
 
     @functools.cached_property
     def kinds(self) -> dict[tuple[LayerPlan, LayerShape], int]:

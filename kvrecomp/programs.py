@@ -18,7 +18,7 @@ def _short_turns() -> Iterator[None]:
     """A context for the worker in which threads that wait for the interpreter get it sooner.
 
     A step dispatched beside tracing asks for the interpreter many times. Tracing makes so many objects that Python goes
-    through all there are, 0.1 to 0.4 s in which every other thread stands still; that is left for later.
+    through all there are, and every other thread stands still meanwhile; that is left for later.
     """
     interval, collecting = sys.getswitchinterval(), gc.isenabled()
     sys.setswitchinterval(TURN_SECONDS)

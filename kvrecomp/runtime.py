@@ -36,15 +36,7 @@ from kvrecomp.cache import (
     make_block,
     make_cache,
 )
-from kvrecomp.plan import (
-    Budget,
-    LayerPlan,
-    Memory,
-    Method,
-    ModelShape,
-    Plan,
-    PlanError,
-)
+from kvrecomp.plan import Budget, LayerPlan, Memory, Method, ModelShape, Plan, PlanError
 from kvrecomp.programs import Compiled, Programs
 from kvrecomp.prompt import check_prompt, check_step
 from kvrecomp.weights import HostWeights, check_placement, host_weights

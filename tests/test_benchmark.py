@@ -51,7 +51,7 @@ def test_rows_count_weights_in_host_memory(known_machine):
     plan = kvrecomp.with_host_weights(named_plan("activations", shape, kvrecomp.Workload(2, 5, 7)), 0.5)
     assert [layer.weights for layer in plan.layers] == ["device", "host"]
     model = models.create(toy.model().config, dtype="float32", sharding=kvrecomp.placement(plan))
-    row = benchmark.measure(model, plan, kvrecomp.Budget(), known_machine, 1e9, weights="0.5")
+    row = benchmark.measure(model, plan, kvrecomp.Budget(), known_machine, 1e9)
     assert row.weights == "0.5"
     assert row.link_bytes == row.predicted_bytes == 5 * 2 * 21 * 4 * 2 + 4 * shape.layers[1].parameters
 

@@ -97,6 +97,9 @@ def test_memory_is_counted_where_the_weights_are():
     assert f"weights of 1 layers ({matrices / 1024:.1f} KiB) in host memory" in " ".join(str(plan).split())
     needed = memory_needed(plan)
     assert needed["host"]["weights"] == matrices
+    plans = {"host": plan, "device": planned(OPT, "activations", 0.0)}
+    beside = {name: memory_needed(own)["device"]["prefill or window"] for name, own in plans.items()}
+    assert beside["host"] == beside["device"] + 2 * matrices  # a prefill's, with the weights of two layers
     assert needed["device"]["weights"] == 2 * matrices + table == shape.parameters * 4 - matrices
 
 
@@ -107,7 +110,7 @@ def test_wrong_places_are_said():
         PlanError, match=r"layers\.0\.attention\.key\.kernel in memory 'pinned_host', the model in 'device'"
     ):
         kvrecomp.Decoder(model, plan)
-    with pytest.raises(PlanError, match="smaller than the layer's weights and one block"):
+    with pytest.raises(PlanError, match="tokens and the layer's weights"):
         dataclasses.replace(plan, window=plan.host_weight_bytes // 3)
     with pytest.raises(PlanError, match=r"is 1\.5; it must be from 0 to 1"):
         with_host_weights(plan, 1.5)
