@@ -7,6 +7,7 @@ efficiency is the bytes sent over the step's seconds, over the rate of whole-blo
 """
 
 import dataclasses
+import functools
 import gc
 import json
 import statistics
@@ -27,7 +28,8 @@ from kvrecomp.cost import median_write_outs, plan_costs
 from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
 from kvrecomp.hardware import HardwareProfile
-from kvrecomp.plan import AUTO, MIB
+from kvrecomp.named import spread
+from kvrecomp.plan import AUTO, MIB, Memory
 from kvrecomp.profiler import copy_rate
 from kvrecomp.sampling import Sampling
 
@@ -37,11 +39,14 @@ _PROMPT = flags.DEFINE_integer("prompt", 256, "Tokens in each prompt.")
 _NEW = flags.DEFINE_integer("new", 32, "New tokens per row.")
 _PLANS = flags.DEFINE_list("plans", ["auto", "activations", "keys_values"], "Plans: auto, or as named_plan has them.")
 _WEIGHTS = flags.DEFINE_string(
-    "weights", "device", "Where the layers' weights are: device, host, or the fraction of layers on the host."
+    "weights", "device", "Where the layers' weights are: device, host, the fraction of layers on the host, or auto."
 )
 _GROUPS = flags.DEFINE_integer("groups", 1, "Groups of so many rows each, decoded together.")
 _ORDER = flags.DEFINE_enum(
-    "order", "column", ["row", "column"], "Groups one after the other, or all of them through a layer before the next."
+    "order",
+    None,
+    ["row", "column"],
+    "Groups one after the other, or all of them through a layer before the next; default: chosen.",
 )
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.")
 _WINDOW = flags.DEFINE_float("window_mib", None, "Bytes from the host in flight or in use, in MiB; default: chosen.")
@@ -95,9 +100,8 @@ def measure(
 ) -> Row:
     """Runs the plan's workload on random prompts; the first group's prefill is timed once it is compiled."""
     work = plan.workload
-    rows = plan.groups * work.batch
     hosted = sum(layer.weights == "host" for layer in plan.layers) / len(plan.layers)
-    ids = np.random.default_rng(seed).integers(3, plan.shape.vocab, (rows, work.prompt), np.int32)
+    ids = np.random.default_rng(seed).integers(3, plan.shape.vocab, (plan.rows, work.prompt), np.int32)
     decoder = kvrecomp.Decoder(model, plan, budget=budget)
     jax.block_until_ready(decoder.prefill(ids[: work.batch]))
     started = time.perf_counter()
@@ -125,7 +129,7 @@ def measure(
         link_bytes=link_bytes,
         predicted_bytes=plan.link_bytes(median_write_outs(plan)),
         link_efficiency=link_bytes / median / copy_bytes_per_second if link_bytes else None,
-        tokens_per_second=rows / median,
+        tokens_per_second=plan.rows / median,
         peak_device_bytes=stats.get("peak_bytes_in_use"),
         temp_bytes=decoder.compiled["step", 0].temp_bytes,
         compile_s=decoder.compiled["step", 0].seconds,
@@ -135,16 +139,20 @@ def measure(
     )
 
 
-def fraction_on_host(flag: str) -> float:
-    """The fraction of layers whose weights are in host memory, from --weights. Raises ValueError for other values."""
+def read_weights(flag: str, layers: int) -> tuple[Memory, ...] | None:
+    """The memory of each layer's weights, from --weights; None for auto. Raises ValueError for other values."""
+    if flag == AUTO:
+        return None
     try:
         fraction = {"device": 0.0, "host": 1.0}.get(flag)
         fraction = float(flag) if fraction is None else fraction
     except ValueError:
         fraction = -1.0
     if not 0 <= fraction <= 1:
-        raise ValueError(f"--weights is {flag!r}; expected device, host or a fraction of the layers from 0 to 1")
-    return fraction
+        raise ValueError(
+            f"--weights is {flag!r}; expected device, host, {AUTO} or a fraction of the layers from 0 to 1"
+        )
+    return spread(round(fraction * layers), layers)
 
 
 def table(rows: list[Row], copy_gbps: float) -> Table:
@@ -182,27 +190,21 @@ def main(_: list[str]) -> None:
     shape = dataclasses.replace(models.preset(_MODEL.value).shape, dtype=_DTYPE.value)
     if work.new < 2:
         raise ValueError(f"--new is {work.new}: the first token comes with the prompt; give at least 2 to time a step")
-    fraction = fraction_on_host(_WEIGHTS.value)
-    if (fraction or _GROUPS.value > 1) and AUTO in _PLANS.value:
-        raise ValueError(
-            f"{AUTO} has all weights on the device, and one group: with --weights or --groups give --plans by name"
-        )
-
-    def placed(plan: kvrecomp.Plan) -> kvrecomp.Plan:
-        plan = kvrecomp.with_host_weights(plan, fraction) if fraction else plan
-        return dataclasses.replace(plan, groups=_GROUPS.value, order=_ORDER.value if _GROUPS.value > 1 else "row")
-
+    budget = kvrecomp.Budget.of_gib(_DEVICE_GIB.value, _HOST_GIB.value)
+    options = {"groups": _GROUPS.value, "order": _ORDER.value, "tail": _TAIL.value, "window": window, "budget": budget}
+    plan_for = functools.partial(kvrecomp.plan_for, workload=work, **options)
     # Mistakes are said before the weights are made.
-    options: dict[str, Any] = {"tail": _TAIL.value, "window": window}
-    named = [placed(kvrecomp.plan_for(name, shape, work, **options)) for name in _PLANS.value if name != AUTO]
+    weights = read_weights(_WEIGHTS.value, len(shape.layers))
+    if weights is None:
+        weights = tuple(layer.weights for layer in plan_for(AUTO, shape).layers)
+    named = [plan_for(name, shape, weights=weights) for name in {"device", *_PLANS.value} - {AUTO}]
     rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)))
-    sharding = kvrecomp.placement(named[0]) if named else None  # the same for all of them
+    sharding = kvrecomp.placement(named[0])  # the same for all of them
     model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value, sharding=sharding)
     machine = kvrecomp.profile(model if _LAYERS.value else None, batch=work.batch)
-    budget = kvrecomp.Budget.of_gib(_DEVICE_GIB.value, _HOST_GIB.value)
     rows, about, document = [], run_info(_COMMIT.value), {}
     for name in _PLANS.value:
-        plan = placed(kvrecomp.plan_for(name, model.shape, work, budget=budget, machine=machine, **options))
+        plan = plan_for(name, model.shape, weights=weights, machine=machine)
         rows.append(measure(model, plan, budget, machine, rate, _SEED.value))
         gc.collect()  # a decoder's cache is gone before the next one's is made
         document = about | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}

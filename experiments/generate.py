@@ -40,12 +40,13 @@ from experiments.job import BATCH
 from experiments.job_input import checkpoint_hash
 from experiments.prompts import ENDS, PADS, PROMPTS, encode, is_ids, read_prompts, special_tokens
 from experiments.report import run_info
+from experiments.source import SHIPPED, Source
 from kvrecomp.budget import check_memory, limits
 from kvrecomp.named import NAMES
 from kvrecomp.plan import AUTO, MIB, format_bytes
+from kvrecomp.prompt import split_groups
 from kvrecomp.sampling import Sampling
 
-SHIPPED = Path(__file__).parent / "checkpoints" / "pydoc"
 NEW_TOKENS = 200
 WIDTH = 120  # of what is printed into a file or a pipe
 
@@ -124,22 +125,11 @@ class Run:
 # --- the work ---------------------------------------------------------------------------------------------------------
 
 
-def load(
-    checkpoint: str | Path = SHIPPED, preset: str | None = None, dtype: str | None = None, seed: int = 0
-) -> tuple[models.CausalLM, Tokenizer | None]:
-    """A model and its tokenizer: from a checkpoint, which may have none, or a `preset` of random weights and none."""
-    dtype = dtype or default_dtype()
-    if preset is not None:
-        return models.create(preset, dtype=dtype or "bfloat16", seed=seed), None
-    model, tokenizer = models.load(checkpoint, dtype=dtype), models.load_tokenizer(checkpoint)
-    if tokenizer is not None:
-        models.check_tokenizer(tokenizer, model.shape)
-    return model, tokenizer
-
-
-def default_dtype() -> str | None:
-    """float32 on a CPU, which computes nothing else fast; elsewhere None: as stored."""
-    return "float32" if jax.default_backend() == "cpu" else None
+def load(checkpoint: str | Path = SHIPPED, **options: Any) -> tuple[models.CausalLM, Tokenizer | None]:
+    """A model and its tokenizer if it has one; the options are those of `Source`."""
+    source = Source(checkpoint, **options)
+    _, tokenizer = source.describe()
+    return source.load(), tokenizer
 
 
 def continue_prompts(
@@ -147,28 +137,25 @@ def continue_prompts(
     tokenizer: Tokenizer | None,
     prompts: Sequence[str] = PROMPTS,
     *,
-    plan: str = AUTO,
+    plan: kvrecomp.Plan | str = AUTO,
     max_new_tokens: int = NEW_TOKENS,
-    tail: int | None = None,
-    window: int | None = None,
     budget: kvrecomp.Budget | None = None,
     sampling: Sampling | None = None,
     check: bool = True,
 ) -> Run:
-    """Continues the prompts as one batch under the named plan; `check` compares all logits with the on-device plan's.
+    """Continues the prompts together under the plan; `check` compares all logits with those of another plan.
 
     Raises:
         PromptError, PlanError, FloatingPointError: as `kvrecomp.generate`.
     """
     ids, mask = encode(tokenizer, prompts)
-    workload = kvrecomp.Workload(len(prompts), ids.shape[1], max_new_tokens)
     ends, pads = special_tokens(tokenizer, ENDS), special_tokens(tokenizer, PADS)
     result = kvrecomp.generate(
         model,
         ids,
         mask,
         max_new_tokens=max_new_tokens,
-        plan=kvrecomp.plan_for(plan, model.shape, workload, budget=budget, tail=tail, window=window),
+        plan=plan,
         budget=budget,
         eos_token_id=ends or None,
         pad_token_id=pads[0] if pads else None,
@@ -189,7 +176,8 @@ def continue_prompts(
 def check_logits(
     model: models.CausalLM, result: kvrecomp.Generated, mask: np.ndarray, budget: kvrecomp.Budget | None = None
 ) -> Check:
-    """Decodes the same tokens with the cache on the device (with K and V in host memory if it was there already).
+    """Decodes the same tokens with the cache on the device, or with K and V in host memory if it was on the device or
+    does not fit there.
 
     The difference is rounding: float32 is held to 1e-4, and what is rounded more coarsely to a few units in the last
     place of the largest logit.
@@ -197,21 +185,33 @@ def check_logits(
     plan, given = result.plan, result.logits
     if given is None:
         raise ValueError("the result has no logits to check: generate with output_logits=True")
-    name = "device" if plan.bytes_in("host", plan.write_outs) else "keys_values"
     coarse = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 0 if jax.default_backend() == "cpu" else 2**-11}
     tolerance = max(1e-4, 8 * coarse[plan.shape.dtype] * float(np.abs(given).max()))
-    try:
-        other = kvrecomp.named_plan(name, plan.shape, plan.workload, tail=plan.tail, window=plan.window)
-        decoder = kvrecomp.Decoder(model, other, budget=budget)
-    except kvrecomp.PlanError as error:
-        return Check(name, None, tolerance, str(error))
+    names = ["device"] if plan.bytes_in("host", plan.write_outs) else []
+    names += [] if plan.name == "keys_values" else ["keys_values"]
+    misfit, options = None, {"groups": plan.groups, "order": plan.order, "tail": plan.tail, "window": plan.window}
+    for name in names:
+        try:
+            weights = [layer.weights for layer in plan.layers]
+            other = kvrecomp.plan_for(name, plan.shape, plan.workload, weights=weights, **options)
+            decoder = kvrecomp.Decoder(model, other, budget=budget)
+            break
+        except kvrecomp.PlanError as error:
+            misfit = misfit or str(error)
+    else:
+        return Check(names[0], None, tolerance, misfit or "")
     prompt, new = np.split(result.sequences, [plan.workload.prompt], axis=1)
-    cache, logits = decoder.prefill(prompt, mask)
-    difference = np.abs(jax.device_get(logits) - given[0]).max()
+    caches, logits = zip(*(decoder.prefill(*part) for part in split_groups(prompt, mask, other)))
+    differences = [_difference(logits, given[0])]
     for tokens, expected in zip(new.T, given[1:]):
-        cache, logits = decoder.step(cache, jax.device_put(np.ascontiguousarray(tokens)))
-        difference = np.maximum(difference, np.abs(jax.device_get(logits) - expected).max())  # NaN stays NaN
-    return Check(name, float(difference), tolerance)
+        caches, logits = decoder.step_groups(caches, jax.device_put(np.split(tokens, plan.groups)))
+        differences.append(_difference(logits, expected))
+    return Check(name, float(np.max(differences)), tolerance)  # NaN stays NaN
+
+
+def _difference(logits: Sequence[jax.Array], expected: np.ndarray) -> float:
+    """The largest between logits of all groups and those expected."""
+    return np.abs(np.concatenate(jax.device_get(logits)) - expected).max()
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
@@ -248,6 +248,8 @@ def document(run: Run) -> dict[str, Any]:
         "model": plan.shape.name,
         "dtype": plan.shape.dtype,
         "batch": plan.workload.batch,
+        "groups": plan.groups,
+        "order": plan.order,
         "prompt": plan.workload.prompt,
         "new": plan.workload.new,
         "plan": plan.name,
@@ -271,16 +273,6 @@ def document(run: Run) -> dict[str, Any]:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def check_preset(
-    preset: str, dtype: str | None, prompts: Sequence[str], new: int, budget: kvrecomp.Budget, **plan: Any
-) -> None:
-    """Raises `PlanError` where random weights and the plan would not fit: said before the weights are made."""
-    if preset in models.PRESETS:
-        shape = dataclasses.replace(models.PRESETS[preset].shape, dtype=dtype or default_dtype() or "bfloat16")
-        workload = kvrecomp.Workload(len(prompts), encode(None, prompts)[0].shape[1], new)
-        check_memory(kvrecomp.plan_for(shape=shape, workload=workload, budget=budget, loaded=False, **plan), budget)
-
-
 def check_flags(given: flags.FlagValues) -> None:
     """Raises ValueError for flags that exclude each other, or need one that is not there."""
     if (given.input is None) != (given.output is None):
@@ -296,43 +288,45 @@ def continue_given(given: flags.FlagValues, budget: kvrecomp.Budget) -> Run:
     """Continues the prompts of the flags, or the built-in ones."""
     prompts = read_prompts(given.prompt, given.prompts_file)
     sampling = Sampling(given.do_sample, given.temperature, given.top_k, given.top_p, given.seed)
-    window = None if given.window_mib is None else int(given.window_mib * MIB)
-    options = {"tail": given.tail, "window": window}
-    if given.model is not None:
-        check_preset(given.model, given.dtype, prompts, given.max_new_tokens, budget, name=given.plan, **options)
-    model, tokenizer = load(given.checkpoint, given.model, given.dtype, given.seed)
+    source = source_of(given)
+    shape, tokenizer = source.describe()
     if tokenizer is None and given.model is None and not all(map(is_ids, prompts)):
         raise models.CheckpointError(
             f"{given.checkpoint} has no tokenizer.json, so text cannot be read or written: put the model's own "
             "there (transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)), or give ids, such as "
             "--prompt='5 17 2'"
         )
+    workload = kvrecomp.Workload(len(prompts), encode(tokenizer, prompts)[0].shape[1], given.max_new_tokens)
+    window = None if given.window_mib is None else int(given.window_mib * MIB)
+    options = {"budget": budget, "groups": None, "tail": given.tail, "window": window}
+    plan = kvrecomp.plan_for(given.plan, shape, workload, **options)
+    check_memory(plan, budget)  # before the weights are read or made
     return continue_prompts(
-        model,
+        source.load(plan),
         tokenizer,
         prompts,
-        plan=given.plan,
+        plan=plan,
         max_new_tokens=given.max_new_tokens,
         budget=budget,
         sampling=sampling,
         check=given.check,
-        **options,
     )
+
+
+def source_of(given: flags.FlagValues) -> Source:
+    """Where the flags say that the model is from."""
+    return Source(given.checkpoint, given.model, given.dtype, given.seed)
 
 
 def continue_file(given: flags.FlagValues, budget: kvrecomp.Budget) -> job.Summary:
     """Continues a file of prompts into another; see `experiments.job`."""
     settings = job.Settings(**{own.name: given[own.name].value for own in dataclasses.fields(job.Settings)})
-    if given.model is not None:  # one token of one row: whether the weights fit
-        options = {"name": given.plan, "tail": given.tail, "window": settings.window}
-        check_preset(given.model, given.dtype, ["0"], given.max_new_tokens, budget, **options)
     return job.run(
         Path(given.input),
         Path(given.output),
         settings,
         checkpoint_hash(Path(given.checkpoint)) if given.model is None else f"{given.model}, seed {given.seed}",
-        functools.partial(load, given.checkpoint, given.model, given.dtype, given.seed),
-        dtype=given.dtype or default_dtype(),
+        source_of(given),
         any_text=given.model is not None,
         budget=budget,
     )
@@ -344,7 +338,7 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     try:
         check_flags(given)
         budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
-        budget = kvrecomp.Budget(**limits(budget, weights=0))  # what is free before the weights are there
+        budget = kvrecomp.Budget(**limits(budget))  # what is free before the weights are there
         done = continue_given(given, budget) if given.input is None else continue_file(given, budget)
     # PlanError, PromptError and CheckpointError are ValueErrors.
     except (ValueError, OSError, FloatingPointError) as error:

@@ -1,6 +1,6 @@
 """Continues a file of prompts: batches of similar length, records in the order of the file, going on after a kill.
 
-    run(Path("prompts.jsonl"), Path("out.jsonl"), Settings(max_new_tokens=100), "pydoc", load)
+    run(Path("prompts.jsonl"), Path("out.jsonl"), Settings(max_new_tokens=100), "pydoc", Source())
 
 The input is read twice. The first time it is surveyed, and plans are made for a few shapes. The second time it is
 decoded in stretches: the prompts of a stretch are sorted by length and cut into batches; what is done early waits
@@ -15,7 +15,7 @@ timing them, anew in every process, unless JAX_COMPILATION_CACHE_DIR keeps what 
 import dataclasses
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,7 +33,8 @@ from experiments.job_input import Line, Reader, file_hash, survey
 from experiments.job_meter import Meter
 from experiments.job_output import Output, Record
 from experiments.prompts import ENDS, PADS, pad_left, special_tokens
-from kvrecomp.budget import check_memory
+from experiments.source import Source
+from kvrecomp.budget import check_memory, limits
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import AUTO, MIB, Plan
 from kvrecomp.sampling import Sampling
@@ -42,8 +43,6 @@ BATCH = 32  # rows at once, at most, unless a flag says otherwise
 SHAPES = 6  # at most
 BATCHES_PER_SHAPE = 4  # at least, on average, or compiling takes longer than padding would
 STRETCH = 64  # batches that are sorted together: one of them is not full, and some are of two shapes
-
-Load = Callable[[], tuple[models.CausalLM, Tokenizer | None]]
 
 
 @dataclass(frozen=True)
@@ -110,15 +109,14 @@ def run(
     target: Path,
     settings: Settings,
     model_hash: str,
-    load: Load,
+    model_source: Source,
     *,
-    dtype: str | None = None,
     any_text: bool = False,
     budget: kvrecomp.Budget | None = None,
 ) -> Summary:
     """Continues the prompts of `source` into `target`, or goes on with it.
 
-    `model_hash` and `dtype` say which model `load` would load, which it does only where something is left to do.
+    `model_hash` says which model `model_source` is, whose weights are read only where something is left to do.
     `budget` is what `settings` say of memory, completed. `any_text` is for random weights; see `Reader`.
 
     Raises:
@@ -128,7 +126,8 @@ def run(
     """
     kvrecomp.Workload(settings.batch, 1, settings.max_new_tokens)  # raises where these are none
     sampling, state = settings.sampling, _state(source)
-    given = {"input": file_hash(source), "model": model_hash, "dtype": dtype, **dataclasses.asdict(settings)}
+    kind = {"model": model_hash, "dtype": model_source.read_dtype}
+    given = {"input": file_hash(source), **kind, **dataclasses.asdict(settings)}
     with Output(target) as output:
         known = output.description
         if known is not None:
@@ -136,14 +135,15 @@ def run(
             if output.written == known["records"]:
                 return _summary(output, known)
             warn_of_another_machine(target, known)
-        model, tokenizer = load()
-        reader = Reader(source, model.shape, tokenizer, settings.max_new_tokens, any_text)
+        shape, tokenizer = model_source.describe()
+        reader = Reader(source, shape, tokenizer, settings.max_new_tokens, any_text)
         if known is None:
             known = describe(reader, settings, given, budget)
             output.begin(known)
         else:
             _check_last(output, reader, known)
-        plans = [plan_from(plan, model.shape) for plan in known["plans"]]
+        plans = [plan_from(plan, shape) for plan in known["plans"]]
+        model = model_source.load(plans[0] if plans else None)
         summary = _summary(output, known)
         with Meter(known["records"], settings.max_new_tokens) as meter:
             decoding = Decoding(model, tokenizer, sampling, meter, budget)
@@ -175,23 +175,28 @@ def describe(
     prompts = found.lengths.total()
     most = min(settings.batch, prompts)
 
+    budget = kvrecomp.Budget(**limits(budget or kvrecomp.Budget()))  # no weights are there yet
+    options = {"budget": budget, "groups": None, "tail": settings.tail, "window": settings.window}
+    plans: list[Plan] = []
+
     def make(length: int, batch: int) -> Plan:
-        workload = kvrecomp.Workload(batch, length, new)
+        weights = [layer.weights for layer in plans[0].layers] if plans else None  # the same for all
         plan = kvrecomp.plan_for(
-            settings.plan, shape, workload, budget=budget, tail=settings.tail, window=settings.window
+            settings.plan, shape, kvrecomp.Workload(batch, length, new), weights=weights, **options
         )
         check_memory(plan, budget)
         return plan
 
     shapes = max(1, min(SHAPES, prompts // (BATCHES_PER_SHAPE * max(1, most))))
-    plans = [largest_plan(partial(make, length), most) for length in padded_lengths(found.lengths, shapes)]
+    for length in reversed(padded_lengths(found.lengths, shapes)):  # the longest needs the most room
+        plans.append(largest_plan(partial(make, length), most))
     return {
         "settings": given,
         "machine": machine(),
         "records": found.records,
         "errors": found.errors,
         "stretch": STRETCH * max(1, most),
-        "plans": [plan_document(plan) for plan in plans],
+        "plans": [plan_document(plan) for plan in reversed(plans)],
     }
 
 
@@ -231,7 +236,7 @@ def _check_last(output: Output, reader: Reader, known: dict[str, Any]) -> None:
 
 
 def _summary(output: Output, known: dict[str, Any]) -> Summary:
-    shapes = [[plan["workload"]["batch"], plan["workload"]["prompt"]] for plan in known["plans"]]
+    shapes = [[plan["groups"] * plan["workload"]["batch"], plan["workload"]["prompt"]] for plan in known["plans"]]
     return Summary(str(output.path), known["records"], known["errors"], output.written, shapes)
 
 
@@ -276,7 +281,7 @@ class Decoding:
             self.decoders[plan] = kvrecomp.Decoder(self.model, plan, budget=self.budget)
         ends, pads = special_tokens(self.tokenizer, ENDS), special_tokens(self.tokenizer, PADS)
         # Rows that are wanting are copies of the first: they end when it does.
-        rows = [*lines, *itertools.repeat(lines[0], plan.workload.batch - len(lines))]
+        rows = [*lines, *itertools.repeat(lines[0], plan.rows - len(lines))]
         ids, mask = pad_left([line.ids for line in rows], plan.workload.prompt)
         self.meter.begin(len(lines), ends)
         loop = TokenLoop(self.decoders[plan], self.sampling, ends, (*pads, *ends, 0)[0], self.meter, progress=False)

@@ -78,8 +78,8 @@ def batches(lengths: Sequence[int], plans: Sequence[Plan]) -> list[tuple[Plan, l
     made = []
     while order:
         plan = next(plan for plan in plans if plan.workload.prompt >= lengths[order[0]])
-        made.append((plan, order[: plan.workload.batch]))
-        order = order[plan.workload.batch :]
+        made.append((plan, order[: plan.rows]))
+        order = order[plan.rows :]
     return made
 
 

@@ -35,7 +35,7 @@ from experiments.report import run_info
 from kvrecomp import cost, scheduler
 from kvrecomp.budget import limits, memory_needed
 from kvrecomp.hardware import DATASHEETS, LARGEST_DEVICE, HardwareProfile
-from kvrecomp.named import named_plan
+from kvrecomp.named import named_plan, with_weights
 from kvrecomp.plan import (
     AUTO,
     GIB,
@@ -64,9 +64,10 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     defining = (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool)
     string, integer, number, boolean = (functools.partial(define, flag_values=into) for define in defining)
     string("model", "opt-6.7b", "Preset: a model by its published sizes.")
-    integer("batch", 32, "Rows decoded together.")
+    integer("batch", 32, "Rows decoded together, in a group.")
     integer("prompt", 1024, "Tokens in each prompt.")
     integer("new", 32, "New tokens per row.")
+    integer("groups", 1, "Groups of so many rows each.", lower_bound=1)
     string("dtype", "bfloat16", "Of weights and cache.")
     string("hardware", THIS, f"The machine: {THIS}, which is measured, or a data sheet: {', '.join(DATASHEETS)}.")
     number(
@@ -95,7 +96,7 @@ class Alternative:
     @property
     def tokens_per_second(self) -> float:
         """Of all rows together."""
-        return self.plan.workload.batch / self.seconds
+        return self.plan.rows / self.seconds
 
 
 @dataclass(frozen=True)
@@ -143,19 +144,25 @@ def what_if(
     profile: HardwareProfile,
     budget: Budget | None = None,
     *,
+    groups: int = 1,
     window: int | None = None,
 ) -> WhatIf:
-    """The plan that the scheduler makes, and the predicted steps of others; `window` in bytes is theirs.
+    """The plan that the scheduler makes for so many groups of the workload's rows, and the predicted steps of others
+    with as many, and with weights where it has them; `window` in bytes is theirs.
 
     Raises:
         PlanError: the model has too few positions, or nothing fits in the budget; the message says what would.
     """
     named_plan("device", shape, workload)  # its one block costs nothing to make, however long a prompt is asked for
     budget = scheduler.resolve_budget(budget or Budget(), profile)
-    chosen = scheduler.make_plan(shape, workload, profile, budget)
+    chosen = scheduler.make_plan(shape, workload, profile, budget, groups=groups)
+    weights = [layer.weights for layer in chosen.layers]
     window = chosen.window if window is None else window
     tail = min(chosen.tail, default_tail(shape, workload, window))
-    make = functools.partial(named_plan, shape=shape, workload=workload, tail=tail, window=window)
+
+    def make(name: str) -> Plan:
+        plan = with_weights(named_plan(name, shape, workload, tail=tail, window=window), weights)
+        return dataclasses.replace(plan, groups=chosen.groups, order=chosen.order)
 
     absorb = [make(f"split:{fraction:g}") for fraction in FRACTIONS]
     curves = {
@@ -172,7 +179,10 @@ def what_if(
     best = min(range(len(FRACTIONS)), key=seconds["kvpr"].__getitem__)
     compared = [*zip(others, named)]
     compared.insert(2, (curves["kvpr"][best], seconds["kvpr"][best]))  # everything on the device comes last
-    formula = functools.partial(cost.kvpr_seconds, profile, shape, workload)
+
+    def formula(recomputed: float) -> float:
+        return groups * cost.kvpr_seconds(profile, shape, workload, recomputed)
+
     tokens = cost.kvpr_split(profile, shape, workload)
     return WhatIf(
         profile=profile,
@@ -195,7 +205,7 @@ def judged(plan: Plan, seconds: float, budget: Budget) -> Alternative:
     needed: dict[Memory, int] = {place: sum(items.values()) for place, items in memory_needed(plan).items()}
     excess = {place: needed[place] - getattr(budget, place) for place in MEMORIES}
     misfit = " and ".join(f"{place} lacks {format_bytes(size)}" for place, size in excess.items() if size > 0)
-    return Alternative(plan, seconds, plan.bytes_in("host", cost.median_write_outs(plan)), needed, misfit)
+    return Alternative(plan, seconds, plan.link_bytes(cost.median_write_outs(plan)), needed, misfit)
 
 
 def sent_fraction(name: str) -> float | None:
@@ -333,6 +343,8 @@ def document(found: WhatIf, measured: Measured | None = None) -> dict[str, Any]:
         "model": plan.shape.name,
         "dtype": plan.shape.dtype,
         **dataclasses.asdict(plan.workload),
+        "groups": plan.groups,
+        "order": plan.order,
         "hardware": found.profile.device,
         "source": found.profile.source,
         "budget": {
@@ -447,8 +459,8 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
         measured = None if given.measured is None else read_measured(given.measured, shape, workload)
         profile = read_hardware(given.hardware)
         if given.hardware == THIS:
-            budget = Budget(**limits(budget, weights=0))  # what is free, as no weights are there
-        found = what_if(shape, workload, profile, budget, window=window)
+            budget = Budget(**limits(budget))  # what is free, as no weights are there
+        found = what_if(shape, workload, profile, budget, groups=given.groups, window=window)
         show(found, measured)
         if given.plot is not None:
             draw(found, given.plot, measured)

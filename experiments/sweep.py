@@ -161,7 +161,8 @@ def measure_workload(
     whole = named_plan("device", model.shape, work).bytes_in("device")
     for percent in rooms:
         budget = budget_with_room(model, work, percent / 100 * whole, host)
-        chosen = kvrecomp.make_plan(model.shape, work, machine, budget, tail=NEW)
+        weights = kvrecomp.weight_memories(model)
+        chosen = kvrecomp.make_plan(model.shape, work, machine, budget, weights=weights, tail=NEW)
         wanted.append((percent, True, chosen))
         wanted += [(percent, False, plan) for plan in rivals_within(model, work, budget)]
     decoders: dict[Any, kvrecomp.Decoder] = {}

@@ -25,7 +25,7 @@ from kvrecomp.profiler import profile  # noqa: E402
 from kvrecomp.prompt import PromptError  # noqa: E402
 from kvrecomp.runtime import Decoder  # noqa: E402
 from kvrecomp.scheduler import make_plan  # noqa: E402
-from kvrecomp.weights import placement  # noqa: E402
+from kvrecomp.weights import placement, weight_memories  # noqa: E402
 
 __all__ = [
     "Budget",
@@ -44,5 +44,6 @@ __all__ = [
     "placement",
     "plan_for",
     "profile",
+    "weight_memories",
     "with_host_weights",
 ]

@@ -1,11 +1,14 @@
 """Plans for this machine: `auto` asks the scheduler, any other name is `named_plan`'s."""
 
-from kvrecomp.budget import limits
+import dataclasses
+from collections.abc import Sequence
+
+from kvrecomp.budget import limits, weights_in
 from kvrecomp.hardware import HardwareProfile
-from kvrecomp.named import named_plan
-from kvrecomp.plan import AUTO, DEFAULT_WINDOW, Budget, ModelShape, Plan, Workload
+from kvrecomp.named import named_plan, with_weights
+from kvrecomp.plan import AUTO, DEFAULT_WINDOW, Budget, Memory, ModelShape, Order, Plan, Workload
 from kvrecomp.profiler import check_profile, profile
-from kvrecomp.scheduler import make_plan
+from kvrecomp.scheduler import default_order, make_plan
 
 
 def plan_for(
@@ -15,25 +18,32 @@ def plan_for(
     *,
     budget: Budget | None = None,
     machine: HardwareProfile | None = None,
-    loaded: bool = True,
+    weights: Sequence[Memory] | None = None,
+    groups: int | None = 1,
+    order: Order | None = None,
     tail: int | None = None,
     window: int | None = None,
 ) -> Plan:
     """The plan of that name for this machine.
 
-    `auto` is the fastest that fits in the budget, by default what is free; `loaded` says that the weights are on the
-    device already. `machine` is its profile, measured if not given. `tail`, in tokens, and `window`, in bytes, are
-    chosen where they are not given.
+    `auto` is the fastest that fits in the budget, by default what is free; see `make_plan`. `weights` is where a loaded
+    model has those of each layer (`kvrecomp.weight_memories`), None if none is loaded: then `auto` chooses, and others
+    have them on the device. `groups` None lets `auto` split the rows. `machine` is its profile, measured if not given.
 
     Raises:
         PlanError: there is no such plan, nothing fits, or the profile is of another machine.
     """
     if name != AUTO:
-        return named_plan(name, shape, workload, tail=tail, window=window or DEFAULT_WINDOW)
+        plan = named_plan(name, shape, workload, tail=tail, window=window or DEFAULT_WINDOW)
+        plan = plan if weights is None else with_weights(plan, weights)
+        groups = groups or 1
+        order = order or default_order(plan.host_weight_bytes > 0, groups)
+        return dataclasses.replace(plan, groups=groups, order=order)
     if machine is None:
         machine = profile()
     else:
         check_profile(machine)
-    weights = shape.parameters * shape.itemsize if loaded else 0
-    own = Budget(**limits(budget or Budget(), weights))
-    return make_plan(shape, workload, machine, own, tail=tail, window=window)
+    own = Budget(**limits(budget or Budget(), None if weights is None else weights_in(shape, weights)))
+    return make_plan(
+        shape, workload, machine, own, weights=weights, groups=groups, order=order, tail=tail, window=window
+    )

@@ -2,7 +2,7 @@
 
 import bisect
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from kvrecomp import memory
 from kvrecomp.attention import SCORE_BYTES
@@ -19,9 +19,10 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
     """
     write_outs = plan.write_outs if write_outs is None else write_outs
     shape = plan.shape
+    weights = weights_in(shape, [layer.weights for layer in plan.layers])
     return {
         "device": {
-            "weights": shape.parameters * shape.itemsize - plan.host_weight_bytes,
+            "weights": weights["device"],
             "blocks": plan.bytes_in("device", write_outs),
             "tail": plan.tail_bytes,
             "prefill or window": max(
@@ -29,7 +30,7 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
                 _in_flight(plan, write_outs),
             ),
         },
-        "host": {"weights": plan.host_weight_bytes, "blocks": plan.bytes_in("host", write_outs)},
+        "host": {"weights": weights["host"], "blocks": plan.bytes_in("host", write_outs)},
     }
 
 
@@ -57,26 +58,41 @@ def _in_flight(plan: Plan, write_outs: int) -> int:
         ahead = sum(sizes) if plan.schedule == "layerwise" else (COPIES_AHEAD + 1) * max(sizes, default=0)
         most = max(most, ahead + weights)
     total = plan.bytes_in("host", write_outs) + plan.host_weight_bytes
-    return most if plan.schedule == "layerwise" else min(plan.window, most, total)
+    return most if plan.schedule == "layerwise" else min(plan.whole_window, most, total)
 
 
-def limits(budget: Budget, weights: int, host_weights: int = 0) -> dict[Memory, float]:
+def weights_in(shape: ModelShape, memories: Sequence[Memory]) -> dict[Memory, int]:
+    """Bytes of the model's weights in each memory, where `memories` has that of each layer's; others are on the device.
+
+    Raises `PlanError` if there are not as many memories as layers.
+    """
+    if len(memories) != len(shape.layers):
+        raise PlanError(
+            f"weights are said to be in {len(memories)} memories; {shape.name} has {len(shape.layers)} layers"
+        )
+    hosted = sum(layer.parameters for layer, place in zip(shape.layers, memories) if place == "host")
+    return {"device": (shape.parameters - hosted) * shape.itemsize, "host": hosted * shape.itemsize}
+
+
+def limits(budget: Budget, loaded: Mapping[Memory, int] | None = None) -> dict[Memory, float]:
     """Bytes that may be used of each memory; what the budget leaves open is what is free now, less a margin.
 
-    `weights` bytes are on the device already and `host_weights` in host memory, and count as available there.
+    What is `loaded` already, of the weights, counts as available.
     """
+    there: Mapping[Memory, int] = loaded or {"device": 0, "host": 0}
     device, host = budget.device, budget.host
     if device is None:
-        device = memory.free_device_bytes() * (1 - MARGIN) + weights
+        device = memory.free_device_bytes() * (1 - MARGIN) + there["device"]
     if host is None:
-        host = memory.free_host_bytes() * (1 - MARGIN) + host_weights
+        host = memory.free_host_bytes() * (1 - MARGIN) + there["host"]
     return {"device": device, "host": min(host, memory.pinned_limit())}
 
 
 def check_memory(plan: Plan, budget: Budget | None = None) -> None:
-    """Raises `PlanError` if the plan needs more than the budget and this machine have; see `check_within`."""
-    on_device = plan.shape.parameters * plan.shape.itemsize - plan.host_weight_bytes
-    check_within(plan, limits(budget or Budget(), on_device, plan.host_weight_bytes))
+    """Raises `PlanError` if the plan, whose weights are loaded, needs more than the budget and this machine have; see
+    `check_within`."""
+    loaded = weights_in(plan.shape, [layer.weights for layer in plan.layers])
+    check_within(plan, limits(budget or Budget(), loaded))
 
 
 def check_within(plan: Plan, allowed: Mapping[Memory, float]) -> None:

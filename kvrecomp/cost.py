@@ -66,7 +66,7 @@ def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
     hold = np.full(len(work), -1)
     copied = np.flatnonzero(copies)
     if plan.schedule == "pipelined":
-        before = np.array(events_before([layer.copies for layer in own], plan.window), int)
+        before = np.array(events_before([layer.copies for layer in own], plan.whole_window), int)
         events = np.concatenate([[-1], *(layer.events + start for layer, start in zip(own, starts))]).astype(int)
         hold[copied] = events[before]
     else:  # when the layer before is done

@@ -23,6 +23,7 @@ from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
 from kvrecomp.prompt import as_ids, as_row_ids, split_groups
 from kvrecomp.runtime import Decoder, Model
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
+from kvrecomp.weights import weight_memories
 
 LEAD = 2  # unread steps: one that runs and one that waits
 
@@ -76,9 +77,10 @@ def generate(
 ) -> Generated:
     """Continues prompts int[batch, prompt], left-padded where `attention_mask` is 0, by up to `max_new_tokens`.
 
-    `plan` is a `Plan` or the name of one: `auto`, the fastest on this machine within `budget`, or one of
-    `kvrecomp.named_plan`. `profile` describes this machine, which is measured if it never was. `row_ids` int[batch]
-    name the rows when sampling, by default 0, 1, ...: a row that keeps its id keeps its text in any batch.
+    `plan` is a `Plan` or the name of one: `auto`, the fastest on this machine within `budget`, which may decode the
+    rows in groups, or one of `kvrecomp.named_plan`. `profile` describes this machine, which is measured if it never
+    was. `row_ids` int[batch] name the rows when sampling, by default 0, 1, ...: a row that keeps its id keeps its text
+    in any batch.
 
     Raises `PromptError` for prompts that cannot be decoded, `PlanError` for a plan that does not fit or a profile of
     another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN.
@@ -87,7 +89,8 @@ def generate(
     batch, prompt = as_ids(input_ids).shape
     if isinstance(plan, str):
         work = Workload(batch, prompt, max_new_tokens)
-        plan = plan_for(plan, model.shape, work, budget=budget, machine=profile)
+        placed = weight_memories(model)
+        plan = plan_for(plan, model.shape, work, budget=budget, machine=profile, weights=placed, groups=None)
     decoder = Decoder(model, plan, budget=budget)
     eos = [] if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id)).tolist()
     pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0

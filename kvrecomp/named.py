@@ -10,6 +10,7 @@ device:F       the first F of the prompt as keys and values on the device, the r
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 from kvrecomp.plan import (
     AUTO,
@@ -68,18 +69,24 @@ def named_plan(
 
 
 def with_host_weights(plan: Plan, fraction: float) -> Plan:
-    """The plan with the weights of that fraction of its layers, evenly spread, in host memory.
+    """The plan with the weights of that fraction of its layers, evenly spread, in host memory; see `with_weights`.
 
-    Its window has room for the weights of two layers beside what it had. Raises `PlanError` for another fraction.
+    Raises `PlanError` for another fraction.
     """
     if not 0 <= fraction <= 1:
         raise PlanError(f"the fraction of layers with weights in host memory is {fraction}; it must be from 0 to 1")
-    hosted = [int((number + 1) * fraction + 1e-9) > int(number * fraction + 1e-9) for number in range(len(plan.layers))]
-    layers = tuple(
-        dataclasses.replace(own, weights="host" if there else "device") for own, there in zip(plan.layers, hosted)
-    )
-    widest = max((own.parameters for own, there in zip(plan.shape.layers, hosted) if there), default=0)
-    return dataclasses.replace(plan, layers=layers, window=plan.window + 2 * widest * plan.shape.itemsize)
+    return with_weights(plan, spread(round(fraction * len(plan.layers)), len(plan.layers)))
+
+
+def spread(hosted: int, layers: int) -> tuple[Memory, ...]:
+    """The memory of each layer's weights where so many layers, evenly spread, have theirs in host memory."""
+    return tuple("host" if (i + 1) * hosted // layers > i * hosted // layers else "device" for i in range(layers))
+
+
+def with_weights(plan: Plan, memories: Sequence[Memory]) -> Plan:
+    """The plan with each layer's weights in that memory."""
+    layers = tuple(dataclasses.replace(own, weights=there) for own, there in zip(plan.layers, memories, strict=True))
+    return dataclasses.replace(plan, layers=layers)
 
 
 def _fraction(name: str, argument: str) -> float:

@@ -230,7 +230,8 @@ def default_tail(shape: ModelShape, workload: Workload, window: int, most_bytes:
 class Plan:
     """What is cached in which form and memory, for one model shape and workload.
 
-    `tail` is in tokens; `window` is how many bytes from the host may be in flight or in use at once. `schedule` is
+    `tail` is in tokens; `window` is how many bytes of blocks from the host may be in flight or in use at once, beside
+    the weights of two layers where those are in host memory. `schedule` is
     `pipelined`, where copies run ahead across layers as far as the window allows, or `layerwise`, KVPR's own, where a
     layer's copies start when the layer before is done.
 
@@ -267,16 +268,12 @@ class Plan:
             tokens = sum(block.tokens for block in layer.prompt)
             if tokens != self.workload.prompt:
                 raise PlanError(f"layer {number}: its blocks hold {tokens} tokens, the prompt {self.workload.prompt}")
-            weights = self.weight_bytes(layer, layer_shape)
-            hosted = [block for block in layer.blocks(self.write_outs, self.tail) if block.memory == "host"]
-            for block in (None, *hosted):
-                needed = weights + (self.bytes_of(layer_shape, block) if block else 0)
-                if needed > self.window:
-                    what = [f"a block of {block.tokens} tokens"] if block else []
-                    what += ["the layer's weights"] if weights else []
+            for block in layer.blocks(self.write_outs, self.tail):
+                size = self.bytes_of(layer_shape, block)
+                if block.memory == "host" and size > self.window:
                     raise PlanError(
-                        f"layer {number}: the window of {format_bytes(self.window)} is smaller than "
-                        f"{' and '.join(what)}, {format_bytes(needed)}: use a larger window or smaller blocks"
+                        f"layer {number}: the window of {format_bytes(self.window)} is smaller than a block of "
+                        f"{block.tokens} tokens, {format_bytes(size)}: use a larger window or smaller blocks"
                     )
 
     @functools.cached_property
@@ -318,6 +315,16 @@ class Plan:
     def host_weight_bytes(self) -> int:
         """Bytes of all weights in host memory."""
         return sum(count * self.weight_bytes(*kind) for kind, count in self.kinds.items())
+
+    @property
+    def whole_window(self) -> int:
+        """Bytes from the host that may be in flight or in use at once."""
+        return self.window + 2 * max(self.weight_bytes(*kind) for kind in self.kinds)
+
+    @property
+    def rows(self) -> int:
+        """Rows of all groups."""
+        return self.groups * self.workload.batch
 
     @property
     def together(self) -> int:

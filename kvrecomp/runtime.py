@@ -118,7 +118,7 @@ def decode_step(
     """
     hosted = host_weights(model, plan)
     needed = [own.copies(blocks) for own, *blocks in zip(hosted, *(cache.blocks for cache in caches), strict=True)]
-    window = Window(needed, plan.window, plan.schedule)
+    window = Window(needed, plan.whole_window, plan.schedule)
     starts = [tail_starts(plan, cache) for cache in caches]
     hidden = [model.embed(ids, cache.length - cache.padding) for ids, cache in zip(token_ids, caches, strict=True)]
     tails: list[tuple[Block, ...]] = [() for _ in caches]

@@ -6,17 +6,22 @@ activations, how activations are used, the form of the tail and of the blocks it
 stay on the device before any of the prompt does. All candidates are predicted in one call of the cost function, on a
 coarse grid and then on finer ones around the best. Layers of different shapes get settings of their own, one shape
 after the other. The plans of RIVALS, with the same tail and window, are candidates too.
+
+Weights that do not fit go to host memory: a byte of them saves as much of the link on the device as a byte of the cache
+does, and more where groups follow each other, so no more of them leave than have to.
 """
 
+import bisect
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from kvrecomp.budget import MARGIN, check_within, memory_needed, prefill_bytes
+from kvrecomp.budget import MARGIN, check_within, memory_needed, prefill_bytes, weights_in
 from kvrecomp.cost import StepCost, plan_costs
 from kvrecomp.hardware import LARGEST_DEVICE, HardwareProfile
-from kvrecomp.named import named_plan
+from kvrecomp.named import named_plan, spread, with_weights
 from kvrecomp.plan import (
     AUTO,
     BLOCKS_PER_WINDOW,
@@ -34,6 +39,7 @@ from kvrecomp.plan import (
     Memory,
     Method,
     ModelShape,
+    Order,
     Plan,
     PlanError,
     Workload,
@@ -46,6 +52,9 @@ WINDOW_SHARE = 1 / 8  # of the device memory beside the weights, at most, is win
 GRID = 8  # steps of the coarse grid of fractions; the finer one has as many within one of them
 TAIL_SHARE = 1 / 8  # of the device memory beside the weights, at most, is tail
 MOST_TAIL_BYTES = 4 * GIB
+SPLITS = (1, 2, 4, 8, 16)  # groups that rows are split into: a program of column order has the attention of each
+ALIKE = 1.03  # times the shortest step, with fewer groups, is as good
+SMALL_PREFILL = 1 / 16  # of the device memory
 RIVALS = ("activations", "recompute", "keys_values", "split:0.5", "device")  # what the choice is compared with
 
 
@@ -76,20 +85,44 @@ def make_plan(
     profile: HardwareProfile,
     budget: Budget | None = None,
     *,
+    weights: Sequence[Memory] | None = None,
+    groups: int | None = 1,
+    order: Order | None = None,
     tail: int | None = None,
     window: int | None = None,
 ) -> Plan:
     """The plan with the shortest predicted step that fits in the budget.
 
-    What the budget leaves open is the profile's: its device memory and its host memory, less a margin. The `tail`, in
-    tokens, is sized by its bytes, and the `window`, in bytes, chosen where they are not given.
+    What the budget leaves open is the profile's: its device memory and its host memory, less a margin. Chosen where
+    they are not given: the memory of each layer's `weights`, the `order` of the groups, the `tail`, in tokens, by its
+    bytes, and the `window`, in bytes. There are `groups` of the workload's rows each; None splits its rows into as few
+    groups as are fastest, and the plan's workload is one of them.
 
     Raises:
         PlanError: nothing fits; the message says what is needed and what would fit. A budget in the wrong unit.
     """
-    search = _Search(shape, workload, profile, resolve_budget(budget or Budget(), profile), tail, window)
-    plan = search.best()
+    budget = resolve_budget(budget or Budget(), profile)
+    found: list[tuple[float, _Search, Plan]] = []
+    misfits: list[PlanError] = []
+    for count, work in [(groups, workload)] if groups else _splits(shape, workload, budget):
+        make = functools.partial(_Search, shape, work, profile, budget, tail, window, count, order)
+        search = _with_fewest_hosted(make, len(shape.layers)) if weights is None else make(tuple(weights))
+        try:
+            plan = search.best()
+        except PlanError as misfit:
+            misfits.append(misfit)
+        else:
+            found.append((float(search.costs([plan])[0].seconds), search, plan))
+    if not found:
+        raise misfits[0]
+    most = ALIKE * min(seconds for seconds, _, _ in found)
+    _, search, plan = next(own for own in found if own[0] <= most)
     return dataclasses.replace(plan, reason=_reason(plan, search))
+
+
+def default_order(hosted: bool, groups: int) -> Order:
+    """Column order sends weights in host memory once for all groups; without, row order has the smaller program."""
+    return "column" if hosted and groups > 1 else "row"
 
 
 def resolve_budget(budget: Budget, profile: HardwareProfile) -> Budget:
@@ -122,25 +155,37 @@ class _Search:
         budget: Budget,
         tail: int | None,
         window: int | None,
+        groups: int,
+        order: Order | None,
+        weights: tuple[Memory, ...],
     ):
         self.shape, self.workload, self.profile, self.budget = shape, workload, profile, budget
+        self.weights, self.groups = weights, groups
+        self.order = order or default_order("host" in weights, groups)
         self.shapes = list(dict.fromkeys(shape.layers))
-        spare = max(0.0, (budget.device or 0.0) - shape.parameters * shape.itemsize)
+        sent = [own for own, place in zip(shape.layers, weights) if place == "host"]
+        self.sent_layer = max((own.parameters * shape.itemsize for own in sent), default=0)  # bytes
+        self.sent_matrix = max((max(map(max, own.matrices)) * shape.itemsize for own in sent), default=0)
+        # A prefill has gone when a step needs its window.
+        self.prefill = prefill_bytes(shape, workload) + 2 * self.sent_layer
+        self.spare = max(0.0, (budget.device or 0.0) - weights_in(shape, weights)["device"])
         # A smaller window leaves more room for blocks, and cuts what is sent into more copies.
         widest = max(layer.width(form) for layer in self.shapes for form in FORMS) * workload.batch * shape.itemsize
-        # A prefill has gone when a step needs its window.
-        beside = max(spare * WINDOW_SHARE, prefill_bytes(shape, workload))
+        beside = max(self.spare * WINDOW_SHARE, self.prefill)
         windows = [own for own in WINDOWS if own <= beside][:2] or [WINDOWS[-1]]
         self.windows = [max(own, widest) for own in windows] if window is None else [window]
-        most = min(MOST_TAIL_BYTES, spare * TAIL_SHARE)
+        most = min(MOST_TAIL_BYTES, self.spare * TAIL_SHARE) / groups
         self.tail = default_tail(shape, workload, self.windows[-1], most) if tail is None else min(tail, workload.new)
         self._costs: dict[Plan, StepCost] = {}
         self.least = {}  # each shape in its own smaller form: what fits if anything does
         for layer in self.shapes:
             form = _smaller(layer)
             self.least[layer] = Settings(None, float(form == "activations"), "absorb", form, 0.0)
-        while tail is None and self.tail > 1 and self._excess(self._plan(self.windows[-1], self.least)):
+        least = self._plan(self.windows[-1], self.least)
+        self.fits_on_device = sum(memory_needed(least)["device"].values()) <= (budget.device or 0.0)
+        while tail is None and self.tail > 1 and self._excess(least):
             self.tail //= 2
+            least = self._plan(self.windows[-1], self.least)
 
     def best(self) -> Plan:
         """The plan to use. Raises `PlanError` where none fits."""
@@ -177,9 +222,10 @@ class _Search:
         named = []
         for name in RIVALS:
             try:
-                named.append(named_plan(name, self.shape, self.workload, tail=plan.tail, window=plan.window))
+                rival = named_plan(name, self.shape, self.workload, tail=plan.tail, window=plan.window)
             except PlanError:  # a token larger than the window
                 continue
+            named.append(self._complete(rival))
         last = plan.write_outs
         fitting = [rival for rival in named if rival.blocks(last) != plan.blocks(last) and self._excess(rival) == 0]
         return list(zip(fitting, self.costs(fitting)))
@@ -221,9 +267,10 @@ class _Search:
 
     def _plan(self, window: int, settings: dict[LayerShape, Settings]) -> Plan:
         """The plan with these settings; layers share the room so that each keeps as many tokens as the others."""
-        prefill = prefill_bytes(self.shape, self.workload)
-        room = (self.budget.device or 0.0) - self.shape.parameters * self.shape.itemsize - prefill
-        window_room = room - max(0, (COPIES_AHEAD + 1) * (window // BLOCKS_PER_WINDOW) - prefill)
+        room = (self.spare - self.prefill) / self.groups
+        copied = (COPIES_AHEAD + 1) * max(window // BLOCKS_PER_WINDOW, self.sent_matrix) + self.sent_layer
+        in_flight = min(window + 2 * self.sent_layer, copied)
+        window_room = room - max(0, in_flight - self.prefill) / self.groups
         widths = {layer: layer.width(_smaller(layer)) for layer in self.shapes}
         total = sum(widths[layer] for layer in self.shape.layers)
         own = {}
@@ -232,7 +279,31 @@ class _Search:
             builder = _Builder(layer, self.shape, self.workload, window, self.tail, room * share, window_room * share)
             own[layer] = builder.plan(settings[layer])
         layers = tuple(own[layer] for layer in self.shape.layers)
-        return Plan(AUTO, self.shape, self.workload, layers, self.tail, window)
+        return self._complete(Plan(AUTO, self.shape, self.workload, layers, self.tail, window))
+
+    def _complete(self, plan: Plan) -> Plan:
+        """The plan, of one group with its weights on the device, with weights and groups as they are to be."""
+        return dataclasses.replace(with_weights(plan, self.weights), groups=self.groups, order=self.order)
+
+
+def _splits(shape: ModelShape, workload: Workload, budget: Budget) -> list[tuple[int, Workload]]:
+    """Groups that the rows could be split into, and the work of one, down to where a prefill is small.
+
+    All that more groups save is the memory of a prefill, which is one group's.
+    """
+    splits: list[tuple[int, Workload]] = []
+    for count in SPLITS:
+        if workload.batch % count == 0:
+            splits.append((count, dataclasses.replace(workload, batch=workload.batch // count)))
+            if prefill_bytes(shape, splits[-1][1]) <= SMALL_PREFILL * (budget.device or 0.0):
+                break
+    return splits
+
+
+def _with_fewest_hosted(make: Callable[[tuple[Memory, ...]], _Search], layers: int) -> _Search:
+    """The search with weights of as few layers in host memory, evenly spread, as let the rest fit on the device."""
+    hosted = bisect.bisect_left(range(layers), True, key=lambda count: make(spread(count, layers)).fits_on_device)
+    return make(spread(hosted, layers))
 
 
 def _smaller(layer: LayerShape) -> Form:

@@ -21,7 +21,7 @@ from jax.sharding import Sharding
 from kvrecomp import memory
 from kvrecomp.attention import Projections
 from kvrecomp.cache import Block
-from kvrecomp.plan import Copy, LayerPlan, LayerShape, Plan, PlanError
+from kvrecomp.plan import Copy, LayerPlan, LayerShape, Memory, Plan, PlanError
 from kvrecomp.window import Window
 
 Path = tuple[Any, ...]  # of a parameter in its layer
@@ -92,6 +92,17 @@ def _order_of_use(
             first[number] = min(uses)
     numbers = sorted(first, key=lambda number: first[number])
     return [n for n in numbers if first[n][0] <= attended], [n for n in numbers if first[n][0] > attended]
+
+
+def weight_memories(model: Any) -> tuple[Memory, ...]:
+    """The memory that each layer of a model has its matrices in; `host` if any of them is there."""
+
+    def hosted(layer: nnx.Module, own: LayerShape) -> bool:
+        matrices = [array for array in jax.tree.leaves(nnx.state(layer)) if is_matrix(array.shape, own)]
+        return any(array.sharding.memory_kind == memory.sharding("host").memory_kind for array in matrices)
+
+    layers = zip(model.layers, model.shape.layers, strict=True)
+    return tuple("host" if hosted(layer, own) else "device" for layer, own in layers)
 
 
 def check_placement(model: Any, plan: Plan) -> None:

@@ -6,11 +6,13 @@ logits = model(input_ids)                      # float32[batch, tokens, vocab]
 models.save(model, "path/to/another")
 """
 
+import dataclasses
 import difflib
 import os
 from pathlib import Path
 from typing import Any
 
+from kvrecomp.plan import ModelShape
 from models import checkpoint, gemma, huggingface, llama, opt
 from models.checkpoint import CheckpointError, Placement, save
 from models.config import Config
@@ -37,6 +39,7 @@ __all__ = [
     "load",
     "load_tokenizer",
     "preset",
+    "read_shape",
     "save",
 ]
 
@@ -61,6 +64,20 @@ def load(path: str | os.PathLike[str], *, dtype: Any = None, sharding: Placement
     config = checkpoint.read_config(path)
     read = checkpoint.restore if "family" in config else huggingface.load
     return read(path, config, name, sharding)
+
+
+def read_shape(path: str | os.PathLike[str], *, dtype: Any = None) -> ModelShape:
+    """The sizes of the model that `load` would read, and its dtype, without its weights.
+
+    Raises:
+        CheckpointError: as `load`, but for what only reading shows.
+    """
+    path = Path(path)
+    name = None if dtype is None else checkpoint.dtype_name(dtype)
+    config = checkpoint.read_config(path)
+    describe = checkpoint.describe if "family" in config else huggingface.describe
+    found, stored, *_ = describe(path, config, name)
+    return dataclasses.replace(found.shape, dtype=stored)
 
 
 def preset(name: str) -> Config:

@@ -167,17 +167,22 @@ def save(model: CausalLM, path: str | os.PathLike[str], *, tokenizer: Tokenizer 
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def restore(path: Path, config: Mapping[str, Any], dtype: str | None, sharding: Placement) -> CausalLM:
-    """Read what `save` wrote; `config` is the contents of its config.json, `dtype` None as stored."""
+def describe(path: Path, config: Mapping[str, Any], dtype: str | None) -> tuple[Config, str]:
+    """The model that `save` wrote and the dtype to read it in; `config` is the contents of its config.json, `dtype`
+    None as stored."""
     fields = dict(config)
     family, stored = fields.pop("family"), fields.pop("dtype", None)
     if family not in FAMILIES:
         raise CheckpointError(f"{path}/config.json: family is {family!r}; expected one of {', '.join(FAMILIES)}")
     try:
-        model_config = FAMILIES[family](**fields)
-        dtype = dtype_name(dtype or stored)
+        return FAMILIES[family](**fields), dtype_name(dtype or stored)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{path}/config.json: {error}; expected what save() writes") from error
+
+
+def restore(path: Path, config: Mapping[str, Any], dtype: str | None, sharding: Placement) -> CausalLM:
+    """Read what `describe` describes."""
+    model_config, dtype = describe(path, config, dtype)
     skeleton = Skeleton(model_config, dtype)
     params = (path / "params").absolute()
     try:

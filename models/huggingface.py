@@ -12,7 +12,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +30,9 @@ from models.checkpoint import (
     first_line,
     sharding_of,
 )
+from models.config import Config
 from models.layers import CausalLM
-from models.tables import BUFFERS, MODEL_TYPES, expand
+from models.tables import BUFFERS, MODEL_TYPES, Table, expand
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
@@ -152,11 +153,20 @@ def _open_weights(path: Path) -> dict[str, Tensor]:
 # --- loading ----------------------------------------------------------------------------------------------------------
 
 
-def load(path: Path, config: Mapping[str, Any], dtype: str | None, sharding: Placement) -> CausalLM:
-    """Read a Hugging Face directory; `config` is the contents of its config.json, `dtype` None as stored.
+class Described(NamedTuple):
+    """What a directory says before a tensor is read: the model, the dtype to read it in, and its tensors by name."""
+
+    config: Config
+    dtype: str
+    tensors: dict[str, Tensor]
+    table: Table
+
+
+def describe(path: Path, config: Mapping[str, Any], dtype: str | None) -> Described:
+    """Opens the files of a Hugging Face directory; `config` is the contents of its config.json, `dtype` None as stored.
 
     Raises:
-        CheckpointError: an unsupported configuration; unknown, missing, doubled or misshapen tensors; damaged files.
+        CheckpointError: an unsupported configuration or dtype; damaged files.
     """
     kind = config.get("model_type")
     if kind not in MODEL_TYPES:
@@ -178,6 +188,16 @@ def load(path: Path, config: Mapping[str, Any], dtype: str | None, sharding: Pla
                 f"{', '.join(SAFETENSORS_DTYPES.values())}: convert the checkpoint"
             )
     dtype = dtype_name(dtype) if dtype is not None else _stored_dtype(path, tensors)
+    return Described(model_config, dtype, tensors, table)
+
+
+def load(path: Path, config: Mapping[str, Any], dtype: str | None, sharding: Placement) -> CausalLM:
+    """Read what `describe` describes.
+
+    Raises:
+        CheckpointError: as `describe`; unknown, missing, doubled or misshapen tensors.
+    """
+    model_config, dtype, tensors, table = describe(path, config, dtype)
     skeleton = Skeleton(model_config, dtype)
     places = expand(table, skeleton.shapes, model_config.layers)
     expected = {given: place.shape(skeleton.shapes) for given, place in places.items()}

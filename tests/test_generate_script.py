@@ -1,5 +1,6 @@
 """The main job: what it continues, what it prints, what it checks and how it refuses."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -51,14 +52,14 @@ def as_program(*arguments: str) -> subprocess.CompletedProcess:
 
 def test_texts_are_those_of_generate(checkpoint):
     model, tokenizer = script.load(checkpoint)
-    run = script.continue_prompts(model, tokenizer, PROMPTS, plan="activations", max_new_tokens=9, tail=4)
+    plan = kvrecomp.named_plan("activations", model.shape, kvrecomp.Workload(3, 21, 9), tail=4)
+    run = script.continue_prompts(model, tokenizer, PROMPTS, plan=plan, max_new_tokens=9)
 
     # By hand: end-of-text, the bytes, zeros on the left; new ids are bytes again, until the next end-of-text.
     rows = [[256, *prompt.encode()] for prompt in PROMPTS]
     longest = max(map(len, rows))
     ids = np.array([[0] * (longest - len(row)) + row for row in rows], np.int32)
     mask = np.array([[0] * (longest - len(row)) + [1] * len(row) for row in rows], np.int32)
-    plan = kvrecomp.named_plan("activations", model.shape, kvrecomp.Workload(3, longest, 9), tail=4)
     result = kvrecomp.generate(model, ids, mask, max_new_tokens=9, plan=plan, eos_token_id=256, pad_token_id=257)
     np.testing.assert_array_equal(run.result.sequences, result.sequences)
     for text, new, own in zip(run.texts, run.continuations, result.sequences[:, longest:]):
@@ -104,6 +105,26 @@ def test_random_weights_have_prompts_of_bytes_and_print_ids(monkeypatch, capsys)
     row = json.loads(out.splitlines()[-1])["rows"][0]
     assert row["prompt_tokens"] == 2 and row["text"] is None and len(row["ids"]) == 3
     assert "ab " + " ".join(map(str, row["ids"])) in out
+
+
+def test_weights_that_do_not_fit_are_in_host_memory(tmp_path, capsys):
+    """Of five layers as many as leave room for the least that must be on the device; the logits are checked."""
+    config = dataclasses.replace(CONFIG, layers=5, intermediate=160)
+    models.save(models.create(config, dtype="float32", seed=3), tmp_path / "five", tokenizer=models.byte_tokenizer())
+    shape = models.read_shape(tmp_path / "five", dtype="float32")
+    plan = kvrecomp.named_plan("activations", shape, kvrecomp.Workload(3, 21, 6))
+    least = sum(kvrecomp.memory_needed(kvrecomp.with_host_weights(plan, 1.0))["device"].values())
+    budget = least + 2.9 * shape.layers[0].parameters * 4
+    given = [f"--checkpoint={tmp_path / 'five'}", *(f"--prompt={prompt}" for prompt in PROMPTS), "--max_new_tokens=6"]
+    command(*given, f"--device_memory_gib={budget / 2**30:.9f}", "--nodo_sample", "--json")
+    out = capsys.readouterr().out
+    document = json.loads(out.splitlines()[-1])
+    assert [layer["weights"] for layer in document["layers"]].count("host") == 3
+    assert document["groups"] * document["batch"] == 3 and "weights of 3 layers" in out
+    assert document["check"]["passed"] and document["check"]["difference"] is not None
+    command(*given, "--nodo_sample", "--json")
+    whole = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [row["ids"] for row in document["rows"]] == [row["ids"] for row in whole["rows"]]
 
 
 def test_weights_and_cache_are_float32_on_a_cpu_and_what_is_asked_for(checkpoint, tmp_path):
@@ -154,8 +175,9 @@ def test_program_prints_all_and_json_last(checkpoint):
     assert done.returncode == 0, done.stderr
     *human, last = done.stdout.splitlines()
     document = json.loads(last)
-    options = {"plan": "activations", "max_new_tokens": 6, "tail": 4}
-    run = script.continue_prompts(*script.load(checkpoint), ["Return the", "é"], **options)
+    model, tokenizer = script.load(checkpoint)
+    plan = kvrecomp.named_plan("activations", model.shape, kvrecomp.Workload(2, 11, 6), tail=4)
+    run = script.continue_prompts(model, tokenizer, ["Return the", "é"], plan=plan, max_new_tokens=6)
     assert [row["text"] for row in document["rows"]] == run.texts
     assert [row["ids"] for row in document["rows"]] == run.continuations
     assert document["check"]["passed"] and document["check"]["difference"] <= document["check"]["tolerance"] == 1e-4
@@ -187,7 +209,7 @@ def test_program_prints_all_and_json_last(checkpoint):
         (["--checkpoint={untold}"], "has no tokenizer.json"),
         (["--checkpoint={truncated}"], "cannot be read"),
         (["--model=opt-125"], "unknown model 'opt-125'; expected one of opt-125m"),
-        (["--model=opt-175b", "--device_memory_gib=80"], "needs 6"),
+        (["--model=opt-175b", "--device_memory_gib=80"], "GiB of host memory (weights"),
     ],
 )
 def test_refusals_are_one_line(checkpoint, tmp_path, arguments, message):

@@ -60,23 +60,36 @@ def decoders_are_shared(monkeypatch):
     monkeypatch.setattr(kvrecomp, "Decoder", shared)
 
 
+@dataclasses.dataclass
+class Given:
+    """A `Source` of the toy model, which counts how often its weights are read."""
+
+    model: models.CausalLM
+    read_dtype: str = "float32"
+    loads: int = 0
+
+    def describe(self):
+        return self.model.shape, models.byte_tokenizer()
+
+    def load(self, plan):
+        assert all(layer.weights == "device" for layer in plan.layers)
+        self.loads += 1
+        return self.model
+
+
 class Files:
     """An input and what becomes of it, in a directory of its own."""
 
     def __init__(self, path):
         self.path, self.source, self.target = path, path / "in.jsonl", path / "out.jsonl"
-        self.model, self.loads = model(), 0
+        self.given = Given(model())
 
     def write(self, *lines):
         self.source.write_text("".join(f"{line if isinstance(line, str) else json.dumps(line)}\n" for line in lines))
 
-    def load(self):
-        self.loads += 1
-        return self.model, models.byte_tokenizer()
-
     def run(self, model_hash="tiny", dtype="float32", budget=None, **settings):
-        settings = dataclasses.replace(SETTINGS, **settings)
-        return job.run(self.source, self.target, settings, model_hash, self.load, dtype=dtype, budget=budget)
+        settings, self.given.read_dtype = dataclasses.replace(SETTINGS, **settings), dtype
+        return job.run(self.source, self.target, settings, model_hash, self.given, budget=budget)
 
     def records(self):
         return [json.loads(line) for line in self.target.read_text().splitlines()]
@@ -195,12 +208,33 @@ def test_a_prompt_whose_logits_are_nan_is_an_error_and_the_others_are_not(files,
     table = toy.get(state["positions"]["embedding"].get_value()).copy()
     table[LONGEST + 1 + 2] = np.nan  # OPT's table begins with two that are not used
     state["positions"]["embedding"].set_value(toy.put(table))
-    files.model = nnx.merge(graph, state)
+    files.given.model = nnx.merge(graph, state)
     records = files.anew()
     told = "its logits are NaN: check the weights, or use a dtype with a larger range"
     assert records.pop(2) == {"id": "p2", "line": 3, "error": told, "finish_reason": "error"}
     assert records == expected[:2] + expected[3:]
     assert capsys.readouterr().err == f"line 3: {told}\n"
+
+
+def test_weights_that_do_not_fit_are_in_host_memory(files, monkeypatch):
+    """Of five layers, which a plan of one shape puts there for all; records are those with everything on the device."""
+    config = dataclasses.replace(CONFIG, layers=5)
+    shape = dataclasses.replace(config.shape, dtype="float32")
+    loaded = []
+
+    class Five(Given):
+        def load(self, plan):
+            loaded.append([layer.weights for layer in plan.layers].count("host"))
+            return models.create(config, dtype="float32", seed=3, sharding=kvrecomp.placement(plan))
+
+    files.given = Five(models.create(config, dtype="float32", seed=3))
+    files.write(*({"prompt": [5, 17, 2, 99][: 1 + index % 4]} for index in range(29)), *LINES)
+    expected = files.anew(plan="auto")
+    least = kvrecomp.named_plan("activations", shape, kvrecomp.Workload(3, LONGEST, NEW))
+    least = sum(kvrecomp.memory_needed(kvrecomp.with_host_weights(least, 1.0))["device"].values())
+    budget = kvrecomp.Budget(least + 2.5 * shape.layers[0].parameters * 4, GIB)
+    assert files.anew(plan="auto", budget=budget) == expected
+    assert loaded == [0, 3]
 
 
 # --- batches ----------------------------------------------------------------------------------------------------------
@@ -302,9 +336,9 @@ def test_what_has_become_too_large_is_an_error_and_can_be_gone_on_with(files, mo
 
 def test_what_is_complete_is_left_as_it_is(files):
     files.run()
-    before, loads = (files.target.read_bytes(), files.target.stat().st_mtime_ns), files.loads
+    before, loads = (files.target.read_bytes(), files.target.stat().st_mtime_ns), files.given.loads
     summary = files.run()
-    assert (summary.prompts, summary.earlier, files.loads) == (0, 8, loads)
+    assert (summary.prompts, summary.earlier, files.given.loads) == (0, 8, loads)
     assert str(summary) == f"{files.target} is complete: 8 records; nothing was left to do"
     assert (files.target.read_bytes(), files.target.stat().st_mtime_ns) == before
 
@@ -440,7 +474,6 @@ def test_the_command_runs_the_job_and_prints_a_summary(files, checkpoint, capsys
 
 def test_random_weights_take_any_text(files, monkeypatch):
     monkeypatch.setitem(models.PRESETS, CONFIG.name, CONFIG)
-    monkeypatch.setattr(script, "load", lambda *_: (model(), None))
     files.write(*({"prompt": prompt} for prompt in (*PROMPTS, "x" * LONGEST)))
     given = ["--model=opt-tiny", f"--input={files.source}", f"--output={files.target}", "--batch=3"]
     command(*given, "--max_new_tokens=7", "--plan=activations", "--seed=3")

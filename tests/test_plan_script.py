@@ -188,7 +188,7 @@ def test_window_is_that_of_the_plans_by_name(capsys):
 def test_this_machine_is_measured_and_what_is_free_is_its_budget(monkeypatch, capsys):
     machine = dataclasses.replace(HardwareProfile.from_datasheet("t4"), device="This one", source="")
     monkeypatch.setattr(profiler, "profile", lambda: machine)
-    monkeypatch.setattr(script, "limits", lambda budget, weights: {"device": budget.device, "host": 7.0 * GIB})
+    monkeypatch.setattr(script, "limits", lambda budget: {"device": budget.device, "host": 7.0 * GIB})
     arguments = [each for each in SMALL if "hardware" not in each]
     command(*arguments, "--device_memory_gib=2.2", "--json")
     out = capsys.readouterr().out

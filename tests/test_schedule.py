@@ -149,7 +149,7 @@ def test_weights_are_copied_once_for_all_groups_and_under_compute():
     text, temporary = compile_plan(runtime.Decoder(model, plan))
     assert len(check_copies(text)[0]) == 3 * (6 + 2)
     assert not computed_without_a_copy(text)
-    assert temporary <= plan.window + 24 * MIB
+    assert temporary <= plan.whole_window + 24 * MIB
 
 
 def test_without_holds_the_check_fails(monkeypatch):

@@ -10,7 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import models
-from kvrecomp import cost
+from kvrecomp import cost, scheduler
 from kvrecomp.budget import memory_needed
 from kvrecomp.cost import plan_costs
 from kvrecomp.hardware import HardwareProfile, Line
@@ -28,7 +28,6 @@ from kvrecomp.plan import (
     PlanError,
     Workload,
 )
-from kvrecomp.scheduler import make_plan
 
 kv, acts = "keys_values", "activations"
 LEARNED = LayerShape(4096, 32, 32, 128, 16384)  # OPT-6.7B's layer
@@ -41,6 +40,11 @@ few = settings(max_examples=50, deadline=None, derandomize=True, phases=(Phase.e
 
 def model(*layers, **options):
     return ModelShape("some", layers, vocab=1009, embedding=61, positions=10**6, **options)
+
+
+def make_plan(shape, *given, **options):
+    """With all weights on the device, as most of these tests are about the cache."""
+    return scheduler.make_plan(shape, *given, weights=["device"] * len(shape.layers), **options)
 
 
 def machine(name, **changes):
@@ -492,3 +496,95 @@ def test_an_open_budget_is_the_profiles():
     assert 0.9 * 2.85e9 < device_bytes(plan) <= 0.95 * 2.85e9 and plan.bytes_in("host") > 0
     with pytest.raises(PlanError, match="of host memory"):
         make_plan(shape, Workload(32, 512, 32), replace(profile, host_bytes=1e6))
+
+
+# --- weights in host memory, groups -----------------------------------------------------------------------------------
+
+OPT = models.PRESETS["opt-6.7b"].shape
+RESIDENT = 2 * (OPT.vocab * OPT.embedding + 32 * 12 * 4096**2)  # bytes of weights, 12 h^2 a layer
+
+
+def hosted(plan):
+    return sum(layer.weights == "host" for layer in plan.layers)
+
+
+@pytest.mark.parametrize("gib", [4, 6, 9, 13, 16, 40])
+def test_no_more_weights_leave_the_device_than_have_to(gib):
+    """By hand: a layer takes 24 h^2 bytes, and a prefill has two that are on their way."""
+    work, budget, layer = Workload(32, 512, 32), Budget.of_gib(gib, 1000), 2 * 12 * 4096**2
+    plan = scheduler.make_plan(OPT, work, machine("h200"), budget)
+    assert fits(plan, budget) and plan.tail >= 16
+    tail = 16 * 32 * 2 * 4096 * 32  # of 16 tokens, as activations
+    needed = scheduler.prefill_bytes(OPT, work) + tail
+    fewest = max(0, math.ceil((RESIDENT + 2 * layer + needed - budget.device) / layer))
+    assert hosted(plan) == (0 if RESIDENT + needed <= budget.device else min(fewest, 32))
+    if gib == 4:
+        assert hosted(plan) > 28
+    if gib >= 16:
+        assert hosted(plan) == 0
+
+
+def test_hosting_more_weights_is_no_faster():
+    work, budget, profile = Workload(7, 300, 30), Budget.of_gib(9, 1000), machine("h200")
+    plan = scheduler.make_plan(OPT, work, profile, budget, groups=3)
+    others = [
+        scheduler.make_plan(OPT, work, profile, budget, groups=3, weights=scheduler.spread(count, 32))
+        for count in range(hosted(plan), 33, 4)
+    ]
+    (chosen, *times) = seconds(profile, plan, *others)
+    assert len(times) > 2 and chosen <= 1.01 * min(times)
+
+
+@pytest.mark.parametrize("gib", [6, 24])
+def test_the_order_is_the_faster_one(gib):
+    work, budget, profile = Workload(8, 512, 32), Budget.of_gib(gib, 1000), machine("h200")
+    plan = scheduler.make_plan(OPT, work, profile, budget, groups=5)
+    assert plan.groups == 5 and plan.rows == 40
+    assert plan.order == ("column" if hosted(plan) else "row")
+    other = scheduler.make_plan(OPT, work, profile, budget, groups=5, order="row" if hosted(plan) else "column")
+    assert other.order != plan.order
+    chosen, rejected = seconds(profile, plan, other)
+    assert chosen <= 1.01 * rejected
+    if gib == 6:  # five times the weights, and the same cache
+        cache = plan.bytes_in("host") / 63e9
+        assert rejected / chosen == pytest.approx((cache + 5 * weights(plan)) / (cache + weights(plan)), rel=0.05)
+
+
+def weights(plan):
+    """Seconds that those in host memory take to cross the link."""
+    return hosted(plan) * 2 * 12 * 4096**2 / 63e9
+
+
+def test_rows_are_split_where_their_prefill_is_large():
+    """256 rows of 512 tokens: 8 GiB beside the weights, of which more than half would leave."""
+    work, profile = Workload(256, 512, 32), machine("h200")
+    budget = Budget.of_gib(16, 1000)
+    plan, whole = (scheduler.make_plan(OPT, work, profile, budget, groups=groups) for groups in (None, 1))
+    assert plan.groups > 1 and plan.rows == 256 and hosted(plan) == 0
+    assert hosted(whole) > 10
+    assert seconds(profile, plan) < seconds(profile, whole)
+    for small in (Workload(7, 512, 32), Workload(13, 40, 3)):
+        assert scheduler.make_plan(OPT, small, profile, budget, groups=None).groups == 1
+
+
+@settings(few, max_examples=12)
+@given(st.data())
+def test_weights_and_groups_keep_to_the_budget(data):
+    layers = data.draw(st.lists(st.sampled_from(list(LAYERS.values())), min_size=1, max_size=5))
+    shape, work = model(*layers), Workload(data.draw(st.integers(1, 64)), data.draw(st.integers(1, 900)), 33)
+    layer = max(own.parameters for own in layers) * 2
+    tail = 16 * work.batch * 8192 * 2 * len(layers)
+    groups = data.draw(st.sampled_from([1, 2, 7, None]))
+    enough = scheduler.prefill_bytes(shape, work) + 5 * layer + (groups or 1) * tail
+    budget = Budget(enough + data.draw(st.floats(0, 1)) * shape.parameters * 2, 1e15)
+    plan = scheduler.make_plan(shape, work, machine("a100"), budget, groups=groups)
+    assert fits(plan, budget) and plan.rows == work.batch * (groups or 1)
+
+
+def test_what_fits_nowhere_is_said():
+    with pytest.raises(PlanError, match=r"needs [\d.]+ GiB of device memory .*; 1\.00 GiB may be used"):
+        scheduler.make_plan(OPT, Workload(32, 512, 32), machine("h200"), Budget.of_gib(1))
+    with pytest.raises(PlanError, match=r"needs 1[\d.]+ GiB of host memory \(weights .*; 2\.00 GiB may be used"):
+        scheduler.make_plan(OPT, Workload(8, 64, 32), machine("h200"), Budget.of_gib(4, 2))
+    with pytest.raises(PlanError, match=r"weights are said to be in 3 memories; opt-6\.7b has 32 layers"):
+        scheduler.make_plan(OPT, Workload(8, 64, 32), machine("h200"), weights=["device"] * 3)
