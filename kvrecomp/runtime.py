@@ -123,13 +123,14 @@ def decode_step(
     hidden = [model.embed(ids, cache.length - cache.padding) for ids, cache in zip(token_ids, caches, strict=True)]
     tails: list[tuple[Block, ...]] = [() for _ in caches]
     for number, (layer, layer_plan, own) in enumerate(zip(model.layers, plan.layers, hosted, strict=True)):
-        own.bring_early(window)
-        for group, cache in enumerate(caches):
-            place = cache.length, starts[group], cache.padding
-            attend = CachedAttention(cache.layers[number], layer_plan.method, window, own, *place)
-            hidden[group] = layer(hidden[group], attend)
-            tails[group] += (attend.cache.tail,)
-        hidden = window.layer_done(hidden)
+        with jax.named_scope(f"layer_{number}"):  # metadata only: a trace tells by it which layer a kernel belongs to
+            own.bring_early(window)
+            for group, cache in enumerate(caches):
+                place = cache.length, starts[group], cache.padding
+                attend = CachedAttention(cache.layers[number], layer_plan.method, window, own, *place)
+                hidden[group] = layer(hidden[group], attend)
+                tails[group] += (attend.cache.tail,)
+            hidden = window.layer_done(hidden)
     return tails, [model.unembed(own) for own in hidden]
 
 
@@ -204,6 +205,11 @@ class Decoder:
         """Compiles what decoding starts with; `prefill` and `step` do so themselves."""
         for name in [("prefill",), ("step", 0)] if prefill else [("step", 0)]:
             self._program(*name)
+
+    def text(self, *name: Hashable) -> str:
+        """A program as XLA compiled it, by its name in `compiled`: each instruction of a step says the scope that it
+        comes from, `layer_0` and so on."""
+        return self._program(*name).as_text()
 
     def finish(self) -> None:
         """Gives up programs that were to be compiled ahead: no more steps come now. They are made if they come."""

@@ -1,5 +1,6 @@
 """One compilation per distinct program; none where only data changes; the next program before it is needed."""
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -202,3 +203,17 @@ def test_plans_that_differ_in_words_only_are_equal_programs():
     renamed = dataclasses.replace(plan, name="renamed", reason="because")
     one, other = (kvrecomp.Decoder(toy.model(), each)._trace("step", 0).lower().as_text() for each in (plan, renamed))
     assert one == other
+
+
+def test_the_scopes_of_layers_are_not_in_the_program(monkeypatch):
+    """They are metadata, which its text without debug information does not have."""
+
+    def lowered():
+        return toy.named_decoder("split:0.5", batch=BATCH, prompt=PROMPT, new=3)._trace("step", 0).lower()
+
+    with_scopes = lowered()
+    assert "layer_1/" in with_scopes.as_text(debug_info=True)
+    monkeypatch.setattr(jax, "named_scope", lambda name: contextlib.nullcontext())
+    without = lowered()
+    assert "layer_1/" not in without.as_text(debug_info=True)
+    assert with_scopes.as_text() == without.as_text()
