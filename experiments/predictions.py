@@ -229,8 +229,8 @@ def kind_of(plan: str) -> str:
     return kind if kind in KINDS else ""
 
 
-def digest(rows: Sequence[Measured]) -> str:
-    """Says in a picture's file what was drawn, so that a picture of older numbers is found out."""
+def digest(rows: Sequence[Any]) -> str:
+    """Of dataclasses. Says in a picture's file what was drawn, so that a picture of older numbers is found out."""
     return hashlib.sha256(json.dumps([dataclasses.asdict(row) for row in rows]).encode()).hexdigest()
 
 

@@ -15,6 +15,7 @@ benchmark           table of rows of experiments/benchmark.py
 sweep               table of rows of experiments/sweep.py
 predictions_plot    picture of how far predictions are off
 choices_plot        picture of the scheduler's choices against the best plans by hand
+timeline            picture of copies and compute in the steps that experiments/trace.py traced
 machine             what the rows were measured on, by which scripts at which commits
 accuracy            how many predictions are within 5 and 10 %
 choices             how far the scheduler's choices are from the best plans by hand
@@ -30,12 +31,13 @@ import fnmatch
 import re
 import sys
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from absl import app, flags, logging
 
-from experiments import predictions, tables
+from experiments import predictions, tables, timeline
 from experiments.tables import Row
 from kvrecomp.files import write_text
 
@@ -48,9 +50,23 @@ HALF = re.compile(r"<!-- (\w+:|end -->)")
 LINE_START = re.compile(r"(\s|[-*+>]\s|\d+[.)]\s)*")  # what may stand before the text of a line in Markdown
 TABLES = {"benchmark": tables.benchmark, "sweep": tables.sweep}
 SENTENCES = {"machine": tables.machine, "accuracy": tables.accuracy, "choices": tables.choices}
+
+
+class Picture(NamedTuple):
+    """A kind of picture: its file, what of the rows is drawn, how, and what is said of it."""
+
+    file: str
+    of: Callable[[Sequence[Row]], list[Any]]
+    draw: Callable[[list[Any], Path], None]
+    say: Callable[[list[Any]], str]
+
+
 PICTURES = {
-    "predictions_plot": ("predictions.png", predictions.draw_predictions, predictions.accuracy),
-    "choices_plot": ("choices.png", predictions.draw_choices, predictions.regret),
+    "predictions_plot": Picture(
+        "predictions.png", tables.predicted, predictions.draw_predictions, predictions.accuracy
+    ),
+    "choices_plot": Picture("choices.png", tables.predicted, predictions.draw_choices, predictions.regret),
+    "timeline": Picture("timeline.png", timeline.timelines, timeline.draw, timeline.said),
 }
 
 
@@ -111,8 +127,8 @@ def _body(found: re.Match, text: str, root: Path) -> str:
 def made(kind: str, rows: Sequence[Row]) -> str:
     """The text of that kind."""
     if kind in PICTURES:
-        name, _, say = PICTURES[kind]
-        return f"![{say(tables.predicted(rows))}]({RESULTS}/{name})"
+        picture = PICTURES[kind]
+        return f"![{picture.say(picture.of(rows))}]({RESULTS}/{picture.file})"
     make = TABLES.get(kind) or SENTENCES.get(kind)
     if make:
         return make(rows)
@@ -158,12 +174,12 @@ def _passes(row: Row, condition: str) -> bool:
 # --- what else belongs to it ------------------------------------------------------------------------------------------
 
 
-def pictures(text: str, root: Path = ROOT) -> Iterator[tuple[str, Path, list[predictions.Measured]]]:
-    """Kind, file and rows of each picture that is missing or shows other numbers."""
+def pictures(text: str, root: Path = ROOT) -> Iterator[tuple[str, Path, list[Any]]]:
+    """Kind, file and what is drawn of each picture that is missing or shows other numbers."""
     for kind, arguments, _ in MARKER.findall(text):
         if kind in PICTURES:
-            path = root / RESULTS / PICTURES[kind][0]
-            rows = tables.predicted(rows_of(arguments, root))
+            path = root / RESULTS / PICTURES[kind].file
+            rows = PICTURES[kind].of(rows_of(arguments, root))
             if not path.exists() or predictions.digest(rows).encode() not in path.read_bytes():
                 yield kind, path, rows
 
@@ -197,7 +213,7 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
             write_text(ROOT / README, new)
         print(f"{README}: {'written' if different else 'as the results say'}")
         for kind, path, rows in stale:
-            PICTURES[kind][1](rows, path)
+            PICTURES[kind].draw(rows, path)
             print(f"{path.relative_to(ROOT)}: drawn")
     except (ValueError, OSError, ImportError) as error:
         sys.exit(f"error: {error}")

@@ -8,7 +8,7 @@ import sys
 import pytest
 from absl import flags
 
-from experiments import predictions, readme, tables
+from experiments import predictions, readme, tables, timeline
 
 ROW = {"model": "opt-1.3b", "batch": 2, "prompt": 3, "new": 5, "link_bytes": 7_000_000_000, "link_efficiency": 0.5}
 ROWS = [
@@ -209,6 +209,27 @@ def test_a_picture_is_drawn_where_its_numbers_changed(root, capsys):
     assert capsys.readouterr().out == "experiments/results/predictions.png: not drawn from these results\n"
     command()
     assert path.stat().st_mtime_ns != before
+
+
+def test_a_timeline_is_drawn_from_a_traced_step(root):
+    pytest.importorskip("matplotlib")
+    path = root / "experiments" / "results" / "timeline.png"
+    spans = [["to_device", 0, 0.0, 2.5], ["compute", None, 2.5, 1.0]]
+    step = {"traced_ms": 4.5, "link_busy": 0.625, "gpu_busy": 0.25, "unknown": 0.2, "spans": spans}
+    traced = ROW | {"plan": "activations", "median_ms": 4.0} | step
+    write_results(root, "t.json", [traced])
+    (root / "README.md").write_text("a.json\n\n<!-- timeline: t.json -->\n<!-- end -->\n")
+    command()
+    assert (root / "README.md").read_text().splitlines()[3] == (
+        "![activations, 4.5 ms traced (4.0 ms not traced): link busy 62.5 %, GPU 25.0 %]"
+        "(experiments/results/timeline.png)"
+    )
+    drawn = timeline.timelines([traced | {"file": "t.json"}])
+    assert predictions.digest(drawn).encode() in path.read_bytes()
+    write_results(root, "t.json", [traced | {"spans": spans[:1]}])
+    assert [kind for kind, _, _ in readme.pictures((root / "README.md").read_text(), root)] == ["timeline"]
+    with pytest.raises(ValueError, match=r"README.md:1: a.json has no traced_ms, so it is not of experiments/trace"):
+        readme.filled("<!-- timeline: a.json -->\n<!-- end -->\n", root)
 
 
 def test_program_needs_no_device_and_refuses_with_one_line(root):

@@ -14,6 +14,7 @@ import pytest
 
 import kvrecomp
 import models
+from experiments import xplane
 from kvrecomp import runtime
 from kvrecomp.plan import COPIES_AHEAD
 from models import OPTConfig
@@ -150,6 +151,19 @@ def test_weights_are_copied_once_for_all_groups_and_under_compute():
     assert len(check_copies(text)[0]) == 3 * (6 + 2)
     assert not computed_without_a_copy(text)
     assert temporary <= plan.whole_window + 24 * MIB
+
+
+def test_a_trace_can_tell_the_layer_of_every_kernel_and_copy():
+    """By the text of the program, which is all that says it: names in a trace are those of instructions."""
+    config = dataclasses.replace(CONFIG, layers=3)
+    text, _ = compile_step("activations", 2 * BLOCK, config=config)  # two blocks a layer
+    layers = xplane.layers_of(text)
+    found = [match for match in map(INSTRUCTION.match, instructions(text)) if match]
+    assert [layers[match[1]] for match in found if match[3] == "copy-start"] == [0, 0, 1, 1, 2, 2]
+    computed = [layers[match[1]] for match in found if match[3] in COMPUTE]
+    inside = [layer for layer in computed if layer != xplane.OUTSIDE]
+    assert inside == sorted(inside) and set(inside) == {0, 1, 2}
+    assert len(computed) - len(inside) <= 8  # embedding, positions, unembedding
 
 
 def test_without_holds_the_check_fails(monkeypatch):

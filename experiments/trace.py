@@ -1,0 +1,195 @@
+"""Traces a decode step on a GPU, and draws when the link copied and when the GPU computed, layer by layer.
+
+    python experiments/trace.py --model=opt-6.7b --batch=32 --prompt=1024 --compare --out=trace.png --json=trace.json
+    python experiments/trace.py --from=trace.json --out=trace.png
+
+Two steps are recorded by `jax.profiler`, dispatched one ahead as `generate` does, on caches of random numbers as in
+experiments/sweep.py, and the second is drawn. `--compare` draws KVPR's schedule, keys and values, and activations below
+each other. `--json` keeps what the picture needs (experiments/timeline.py says how), so that `--from`, on any machine,
+and experiments/readme.py can draw it again.
+
+While it is traced, XLA launches kernel by kernel what it otherwise launches as CUDA graphs, so a step can take longer;
+its time without tracing is given too. Where kernels are launched as graphs nevertheless, no layer is known of them:
+that is said, and drawn hatched. With XLA_FLAGS=--xla_gpu_enable_command_buffer= in the environment there are no graphs.
+
+There is nothing to draw on a CPU: its trace has the operations of threads, where a copy from one memory to the other is
+made by the cores that compute.
+"""
+
+import dataclasses
+import gc
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from absl import app, flags, logging
+from jax.profiler import ProfileData, ProfileOptions
+from rich.console import Console
+from rich.table import Table
+
+import kvrecomp
+import models
+from experiments import plots, sweep, tables, timeline, xplane
+from experiments.report import run_info
+from experiments.timeline import Timeline
+from kvrecomp import memory
+from kvrecomp.cache import Cache
+from kvrecomp.files import write_json
+from kvrecomp.plan import AUTO
+
+COMPARED = ("kvpr:0.75", "keys_values", "activations")
+WARM_UP, STEPS = 3, 2
+SHOWN_GAPS = 1e-3  # gaps shorter than this part of the step are not kept, a picture has no room for them
+
+
+def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
+    """Called by the script only."""
+    flags.DEFINE_string("model", "opt-1.3b", "Preset whose random weights are decoded with.", flag_values=into)
+    flags.DEFINE_integer("batch", 8, "Rows decoded together.", flag_values=into)
+    flags.DEFINE_integer("prompt", 1024, "Cached tokens of a row.", flag_values=into)
+    flags.DEFINE_list("plans", ["activations"], "Plans: auto, or as named_plan has them.", flag_values=into)
+    flags.DEFINE_bool("compare", False, f"Short for --plans={','.join(COMPARED)}.", flag_values=into)
+    flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.", flag_values=into)
+    flags.DEFINE_float(
+        "device_memory_gib", None, "Device memory to use, weights included; default: free.", flag_values=into
+    )
+    flags.DEFINE_float("host_memory_gib", None, "Pinned host memory to use; default: what is free.", flag_values=into)
+    flags.DEFINE_string("out", "trace.png", "Write the picture to this PNG.", flag_values=into)
+    flags.DEFINE_string("json", None, "Also write the JSON document to this file.", flag_values=into)
+    flags.DEFINE_string("from", None, "A JSON document of this script, drawn without tracing.", flag_values=into)
+    flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)
+
+
+# --- tracing ----------------------------------------------------------------------------------------------------------
+
+
+def traced(decoder: kvrecomp.Decoder) -> tuple[list[xplane.Span], float]:
+    """What ran in one step, and its seconds; the program is compiled and warm."""
+    cache = sweep.filled_cache(decoder.plan)
+    tokens = jax.device_put(np.full(decoder.plan.workload.batch, 5, np.int32), memory.sharding("device"))
+
+    def take(steps: int, cache: Cache) -> Cache:
+        for _ in range(steps):
+            cache, logits = decoder.step(cache, tokens)
+        jax.block_until_ready(logits)
+        return cache
+
+    cache = take(WARM_UP, cache)
+    options = ProfileOptions()
+    options.python_tracer_level = 0  # recording Python's calls would slow down the dispatch
+    with tempfile.TemporaryDirectory() as directory:
+        jax.profiler.start_trace(directory, profiler_options=options)
+        try:
+            take(STEPS, cache)
+        finally:
+            jax.profiler.stop_trace()
+        (path,) = Path(directory).rglob("*.xplane.pb")
+        spans = xplane.read_spans(ProfileData.from_file(str(path)), xplane.layers_of(decoder.text("step", 0)))
+    return xplane.last_step(spans, STEPS)
+
+
+def measure(model: Any, plan: kvrecomp.Plan, budget: kvrecomp.Budget) -> Timeline:
+    """The step of one plan: timed, then traced."""
+    decoder = kvrecomp.Decoder(model, plan, budget=budget)
+    median = sweep.step_seconds(decoder)
+    return timeline_of(plan, median, *traced(decoder))
+
+
+def timeline_of(plan: kvrecomp.Plan, median: float, spans: Sequence[xplane.Span], seconds: float) -> Timeline:
+    """What is kept of a traced step that takes `median` seconds untraced."""
+    work = plan.workload
+    return Timeline(
+        model=plan.shape.name,
+        batch=work.batch,
+        prompt=work.prompt,
+        new=work.new,
+        plan=plan.name,
+        median_ms=1e3 * median,
+        traced_ms=1e3 * seconds,
+        link_bytes=plan.link_bytes(0),
+        link_busy=xplane.busy_seconds(spans, "to_device", "to_host") / seconds,
+        gpu_busy=xplane.busy_seconds(spans, "compute") / seconds,
+        unknown=xplane.unknown_share(spans),
+        spans=[
+            (span.kind, span.layer, round(1e3 * span.start, 3), round(1e3 * span.seconds, 3))
+            for span in xplane.merged(spans, SHOWN_GAPS * seconds)
+        ],
+    )
+
+
+def run(given: flags.FlagValues) -> list[Timeline]:
+    """Traces every plan."""
+    platform = jax.devices()[0].platform
+    if platform != "gpu":
+        raise ValueError(
+            f"a trace of copies and compute needs a GPU, and jax runs on {platform}: run it on one (README.md says how "
+            "to install jax for it), or draw what was traced before with --from=FILE.json"
+        )
+    names = COMPARED if given.compare else given.plans
+    config = sweep.with_positions(models.preset(given.model), given.prompt + sweep.NEW)
+    shape = dataclasses.replace(config.shape, dtype=given.dtype)
+    work = kvrecomp.Workload(given.batch, given.prompt, sweep.NEW)
+    for name in names:  # mistakes are said before the weights are made
+        if name != AUTO:
+            kvrecomp.plan_for(name, shape, work, tail=sweep.NEW)
+    model = models.create(config, dtype=given.dtype)
+    budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
+    machine = kvrecomp.profile(model, batch=work.batch) if AUTO in names else None
+    rows = []
+    for name in names:
+        plan = kvrecomp.plan_for(name, model.shape, work, budget=budget, machine=machine, tail=sweep.NEW)
+        rows.append(measure(model, plan, budget))
+        gc.collect()  # a decoder's cache is gone before the next one's is made
+    return rows
+
+
+# --- what is printed --------------------------------------------------------------------------------------------------
+
+
+def summary(rows: Sequence[Timeline]) -> Table:
+    """How busy link and GPU were."""
+    table = Table(title="traced steps", title_justify="left")
+    table.add_column("plan")
+    for heading in ("median ms", "traced ms", "link busy %", "GPU busy %", "GB/s while busy"):
+        table.add_column(heading, justify="right")
+    for row in rows:
+        rate = f"{row.link_bytes / (row.link_busy * row.traced_ms * 1e6):.1f}" if row.link_busy else "-"
+        shares = (f"{100 * share:.1f}" for share in (row.link_busy, row.gpu_busy))
+        table.add_row(row.plan, f"{row.median_ms:.2f}", f"{row.traced_ms:.2f}", *shares, rate)
+    return table
+
+
+def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
+    """Unpacks the flags."""
+    logging.set_verbosity(logging.WARNING)  # matplotlib tells of its fonts
+    console, old = Console(width=150), given["from"].value
+    if old and given.json:
+        raise ValueError("--json is for what is traced, and with --from nothing is: give one of them")
+    plots.check_path(given.out)
+    rows = timeline.timelines(tables.read_file(old)) if old else run(given)
+    document = {} if old else run_info(given.commit) | {"rows": [dataclasses.asdict(row) for row in rows]}
+    if given.json:
+        write_json(given.json, document)
+    timeline.draw(rows, given.out)
+    console.print(summary(rows))
+    for row in rows:
+        if row.unknown > 0.05:
+            console.print(
+                f"{row.plan}: no layer is known of {row.unknown:.0%} of what ran; if XLA launched it as CUDA graphs, "
+                "XLA_FLAGS=--xla_gpu_enable_command_buffer= shows the layers"
+            )
+    if not old:
+        print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    define_flags()
+    try:
+        app.run(main)
+    except (kvrecomp.PlanError, models.CheckpointError, ValueError, OSError, ImportError) as error:
+        sys.exit(f"error: {error}")
