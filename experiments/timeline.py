@@ -58,7 +58,7 @@ def timelines(rows: Sequence[dict[str, Any]]) -> list[Timeline]:
     for row in rows:
         missing = [name for name in names if name not in row]
         if missing:
-            raise ValueError(f"{row['file']} has no {missing[0]}, so it is not of experiments/trace.py --json")
+            raise ValueError(f"{row['file']} has no {missing[0]}, so it is not of experiments/trace.py --out")
     return [Timeline(**{name: row[name] for name in names}) for row in rows]
 
 

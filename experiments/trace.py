@@ -1,11 +1,11 @@
 """Traces a decode step on a GPU, and draws when the link copied and when the GPU computed, layer by layer.
 
-    python experiments/trace.py --model=opt-6.7b --batch=32 --prompt=1024 --compare --out=trace.png --json=trace.json
-    python experiments/trace.py --from=trace.json --out=trace.png
+    python experiments/trace.py --model=opt-6.7b --batch=32 --prompt=1024 --compare --plot=trace.png --out=trace.json
+    python experiments/trace.py --from=trace.json --plot=trace.png
 
 Two steps are recorded by `jax.profiler`, dispatched one ahead as `generate` does, on caches of random numbers as in
 experiments/sweep.py, and the second is drawn. `--compare` draws KVPR's schedule, keys and values, and activations below
-each other. `--json` keeps what the picture needs (experiments/timeline.py says how), so that `--from`, on any machine,
+each other. `--out` keeps what the picture needs (experiments/timeline.py says how), so that `--from`, on any machine,
 and experiments/readme.py can draw it again.
 
 While it is traced, XLA launches kernel by kernel what it otherwise launches as CUDA graphs, so a step can take longer;
@@ -59,8 +59,8 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
         "device_memory_gib", None, "Device memory to use, weights included; default: free.", flag_values=into
     )
     flags.DEFINE_float("host_memory_gib", None, "Pinned host memory to use; default: what is free.", flag_values=into)
-    flags.DEFINE_string("out", "trace.png", "Write the picture to this PNG.", flag_values=into)
-    flags.DEFINE_string("json", None, "Also write the JSON document to this file.", flag_values=into)
+    flags.DEFINE_string("plot", "trace.png", "Write the picture to this PNG.", flag_values=into)
+    flags.DEFINE_string("out", None, "Also write the JSON document to this file.", flag_values=into)
     flags.DEFINE_string("from", None, "A JSON document of this script, drawn without tracing.", flag_values=into)
     flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)
 
@@ -142,7 +142,8 @@ def run(given: flags.FlagValues) -> list[Timeline]:
     machine = kvrecomp.profile(model, batch=work.batch) if AUTO in names else None
     rows = []
     for name in names:
-        plan = kvrecomp.plan_for(name, model.shape, work, budget=budget, machine=machine, tail=sweep.NEW)
+        options = {"budget": budget, "machine": machine, "weights": kvrecomp.weight_memories(model), "tail": sweep.NEW}
+        plan = kvrecomp.plan_for(name, model.shape, work, **options)
         rows.append(measure(model, plan, budget))
         gc.collect()  # a decoder's cache is gone before the next one's is made
     return rows
@@ -168,14 +169,14 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
     logging.set_verbosity(logging.WARNING)  # matplotlib tells of its fonts
     console, old = Console(width=150), given["from"].value
-    if old and given.json:
-        raise ValueError("--json is for what is traced, and with --from nothing is: give one of them")
-    plots.check_path(given.out)
+    if old and given.out:
+        raise ValueError("--out is for what is traced, and with --from nothing is: give one of them")
+    plots.check_path(given.plot)
     rows = timeline.timelines(tables.read_file(old)) if old else run(given)
     document = {} if old else run_info(given.commit) | {"rows": [dataclasses.asdict(row) for row in rows]}
-    if given.json:
-        write_json(given.json, document)
-    timeline.draw(rows, given.out)
+    if given.out:
+        write_json(given.out, document)
+    timeline.draw(rows, given.plot)
     console.print(summary(rows))
     for row in rows:
         if row.unknown > 0.05:

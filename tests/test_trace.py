@@ -349,11 +349,11 @@ def test_a_picture_is_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(trace, "run", lambda given: [ROW, SLOWER])
     first, second, kept = tmp_path / "a.png", tmp_path / "b.png", tmp_path / "a.json"
-    command(f"--out={first}", f"--json={kept}")
+    command(f"--plot={first}", f"--out={kept}")
     said = capsys.readouterr().out
     assert json.loads(said.splitlines()[-1])["rows"] == json.loads(kept.read_text())["rows"]
     monkeypatch.setattr(trace, "run", None)
-    command(f"--from={kept}", f"--out={second}")
+    command(f"--from={kept}", f"--plot={second}")
     again = capsys.readouterr().out
     assert again == said[: len(again)] and "keys_values" in again
     assert (
@@ -364,7 +364,7 @@ def test_a_picture_is_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):
 def test_unknown_layers_are_said(tmp_path, capsys):
     pytest.importorskip("matplotlib")
     kept = write(tmp_path / "a.json", ROW, dataclasses.replace(SLOWER, unknown=0.25))
-    command(f"--from={kept}", f"--out={tmp_path}/a.png")
+    command(f"--from={kept}", f"--plot={tmp_path}/a.png")
     said = capsys.readouterr().out
     assert said.count("no layer is known") == 1
     assert "keys_values: no layer is known of 25% of what ran" in said and "--xla_gpu_enable_command_buffer=" in said
@@ -374,11 +374,11 @@ def test_refusals(tmp_path):
     pytest.importorskip("matplotlib")
     kept, empty, other = write(tmp_path / "a.json", ROW), write(tmp_path / "b.json"), tmp_path / "c.json"
     other.write_text(json.dumps({"rows": [{"median_ms": 1.0}]}))
-    out = f"--out={tmp_path}/a.png"
+    out = f"--plot={tmp_path}/a.png"
     for arguments, message in (
         ([out], "^a trace of copies and compute needs a GPU, and jax runs on cpu: .*--from=FILE.json$"),
-        ([f"--from={kept}", out, f"--json={kept}"], "nothing is: give one of them"),
-        ([f"--from={kept}", f"--out={tmp_path}/a.jpg"], "does not end in .png"),
+        ([f"--from={kept}", out, f"--out={kept}"], "nothing is: give one of them"),
+        ([f"--from={kept}", f"--plot={tmp_path}/a.jpg"], "does not end in .png"),
         ([f"--from={empty}", out], "no step to draw"),
         ([f"--from={other}", out], "c.json has no model, so it is not of experiments/trace.py"),
         ([f"--from={tmp_path}/missing.json", out], "missing.json"),
