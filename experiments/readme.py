@@ -13,6 +13,7 @@ shell, and filters: of the files' rows those are taken whose field is like one o
 
 benchmark           table of rows of experiments/benchmark.py
 sweep               table of rows of experiments/sweep.py
+paper               table of the paper's gains, and of those predicted and measured (experiments/reproduce_paper.py)
 predictions_plot    picture of how far predictions are off
 choices_plot        picture of the scheduler's choices against the best plans by hand
 timeline            picture of copies and compute in the steps that experiments/trace.py traced
@@ -35,9 +36,10 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 from absl import app, flags, logging
 
-from experiments import predictions, tables, timeline
+from experiments import paper_costs, predictions, tables, timeline
 from experiments.tables import Row
 from kvrecomp.files import write_text
 
@@ -48,7 +50,7 @@ WIDTH = 120  # of sentences that stand on lines of their own
 MARKER = re.compile(r"<!-- (\w+): (.*?) -->(.*?)<!-- end -->", re.DOTALL)
 HALF = re.compile(r"<!-- (\w+:|end -->)")
 LINE_START = re.compile(r"(\s|[-*+>]\s|\d+[.)]\s)*")  # what may stand before the text of a line in Markdown
-TABLES = {"benchmark": tables.benchmark, "sweep": tables.sweep}
+TABLES = {"benchmark": tables.benchmark, "sweep": tables.sweep, "paper": paper_costs.markdown}
 SENTENCES = {"machine": tables.machine, "accuracy": tables.accuracy, "choices": tables.choices}
 
 
@@ -221,4 +223,5 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 if __name__ == "__main__":
     define_flags()
+    jax.config.update("jax_platforms", "cpu")  # where predictions are made: no other device is started for them
     app.run(main)

@@ -17,6 +17,7 @@ BELOW = {
 # What a file reads beside the code that it imports.
 READS = {
     "experiments/generate.py": 'glob(["experiments/checkpoints/pydoc/**"])',
+    "experiments/paper.py": '["experiments/paper.json"]',
     "tests/test_build.py": "ALL_SOURCES",
     "tests/test_job.py": 'glob(["experiments/checkpoints/pydoc/**"])',
     "tests/test_notebook.py": '["experiments/decode.ipynb"]',

@@ -141,7 +141,7 @@ def test_sentences_on_lines_of_their_own_have_a_full_stop(root):
         ("a <!-- new: a.json plan=x -->5<!-- end -->", "no row is left by plan=x"),
         ("a <!-- new: a.json place=x -->5<!-- end -->", "a.json has no field 'place'"),
         ("a <!-- new: plan=x -->5<!-- end -->", "no file of 'plan=x' has a row"),
-        ("a <!-- place: a.json -->5<!-- end -->", "'place' is none of benchmark, sweep, predictions_plot"),
+        ("a <!-- place: a.json -->5<!-- end -->", "'place' is none of benchmark, sweep, paper, predictions_plot"),
         ("<!-- benchmark: short.json -->\n<!-- end -->", "README.md:1: a row has no field 'model'"),
         ("a <!-- new: broken.json -->5<!-- end -->", "broken.json is not a results file"),
     ],
