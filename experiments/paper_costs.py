@@ -18,17 +18,15 @@ from typing import Literal, get_args
 from experiments import predictions, tables
 from experiments.paper import Paper, PaperRow, PaperTable, Setting, read
 from kvrecomp import scheduler
-from kvrecomp.budget import memory_needed
 from kvrecomp.cost import kvpr_seconds, kvpr_split, plan_costs
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_plan, with_host_weights
-from kvrecomp.plan import AUTO, GIB, MEMORIES, Budget, Memory, Plan, PlanError, Workload
+from kvrecomp.plan import AUTO, GIB, Memory, Plan, PlanError, Workload
 
 # The splits that KVPR's schedule is predicted at: evenly spaced, and at and below that of its formula, which leaves
 # attention out. With the other plans of a setting they are 16, one compilation.
 EVEN, NEAR = 8, (0.92, 0.94, 0.96, 0.98, 1.0)
 WHOLE = 64 * GIB  # a window in which each run of tokens is one block, as the paper copies them
-WEIGHTS = (0.0, 0.25, 0.5, 0.75, 1.0)  # fractions of the layers whose weights ours may have in host memory
 BASELINE = "keys_values"  # what gains that are predicted or measured are counted from
 SUMMED_UP = ("Table 3", "Table 4", "Table 5", "Figure 6 (sequences)")  # the paper's results, in the README
 
@@ -128,34 +126,15 @@ def by_name(setting: Setting, weights: Memory, profile: HardwareProfile) -> Pred
 
 
 def ours(setting: Setting, weights: Memory, profile: HardwareProfile) -> tuple[Plan | None, float | None]:
-    """Our plan for the setting within the machine's memory, and its milliseconds a step; None where nothing fits.
-
-    Where the paper has the weights on the device it is the scheduler's. The scheduler does not choose weights in host
-    memory or groups yet: for these it is the fastest of the plans by name that fit, with as many weights in host memory
-    as it takes.
-    """
+    """The scheduler's plan for the setting within the machine's memory, and its milliseconds a step; None where nothing
+    fits. Where the paper has the weights in host memory, the plan has as many there as it takes."""
+    work = Workload(setting.batch, setting.prompt, setting.new)
+    there = ["device"] * len(setting.shape.layers) if weights == "device" else None
     try:
-        if weights == "device":
-            plan = scheduler.make_plan(setting.shape, Workload(setting.batch, setting.prompt, setting.new), profile)
-            return plan, 1e3 * float(plan_costs(profile, [plan]).seconds[0])
+        plan = scheduler.make_plan(setting.shape, work, profile, weights=there, groups=setting.groups)
     except PlanError:
         return None, None
-    budget = scheduler.resolve_budget(Budget(), profile)
-    plans = [
-        placed(named_plan(name, setting.shape, setting.work), setting, fraction)
-        for name in ("activations", BASELINE)
-        for fraction in WEIGHTS
-    ]
-    fitting = [plan for plan in plans if _fits(plan, budget)]
-    if not fitting:
-        return None, None
-    seconds = plan_costs(profile, fitting, 0).seconds
-    return fitting[int(seconds.argmin())], 1e3 * float(seconds.min())
-
-
-def _fits(plan: Plan, budget: Budget) -> bool:
-    needed = memory_needed(plan)
-    return all(sum(needed[place].values()) <= getattr(budget, place) for place in MEMORIES)
+    return plan, 1e3 * float(plan_costs(profile, [plan]).seconds[0])
 
 
 def placed(plan: Plan, setting: Setting, fraction: float) -> Plan:
