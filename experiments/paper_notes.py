@@ -13,7 +13,6 @@ from experiments.paper_costs import Found, formula_gain
 from experiments.predictions import between, title
 from experiments.tables import listed
 from kvrecomp.cost import kvpr_seconds, kvpr_split
-from kvrecomp.hardware import DATASHEETS
 from kvrecomp.plan import GIB, MIB
 
 
@@ -105,14 +104,11 @@ def _rates(paper: Paper) -> Iterator[Note]:
         if not rates:
             continue
         link = paper.machine(table.machine).beside_compute / 1e9
-        text = (
+        yield Note(
+            table.name,
             f"keys and values{' and weights' if table.weights == 'host' else ''} over {table.against}'s time are "
-            f"{min(rates):.1f} to {max(rates):.1f} GB/s, of the {link:.0f} that the paper counts"
+            f"{min(rates):.1f} to {max(rates):.1f} GB/s, of the {link:.0f} that the paper counts.",
         )
-        sheet = DATASHEETS[table.machine]
-        if min(rates) > sheet.link / 1e9:
-            text += f" and more than the {sheet.link / 1e9:g} of the card at these lanes ({sheet.source})"
-        yield Note(table.name, text + ".")
 
 
 def _sent(table: PaperTable, row: PaperRow) -> int:

@@ -169,8 +169,8 @@ DATASHEETS = {
         "NVIDIA A100 Tensor Core GPU data sheet (40 GB PCIe); link: PCIe 4.0 x16 as KVPR counts it",
     ),
     "rtx5000": Datasheet(
-        "Quadro RTX 5000", 16, 7.88e9, 89.2e12, 448e9,
-        "NVIDIA Quadro RTX 5000 data sheet; link: PCIe 3.0 at 8 of its 16 lanes",
+        "Quadro RTX 5000", 16, 15.75e9, 89.2e12, 448e9,
+        "NVIDIA Quadro RTX 5000 data sheet; link: PCIe 3.0 x16, the rate of the PCIe 4.0 x8 that KVPR says it has",
     ),
     "rtx4090": Datasheet(
         "NVIDIA GeForce RTX 4090", 24, 31.5e9, 165.2e12, 1008e9,

@@ -178,11 +178,10 @@ def test_data_sheets_by_hand():
     a100 = HardwareProfile.from_datasheet("a100")
     assert (a100.device_bytes, a100.matmul_rate, a100.memory_rate) == (40e9, 312e12, 1555e9)
     assert a100.beside_compute == 32e9
-    # PCIe 3.0 and 5.0 with 16 lanes, 8 and 32 GT/s in 128 of 130 bits; the RTX 5000's has half of the lanes.
+    # PCIe 3.0 and 5.0 with 16 lanes, 8 and 32 GT/s in 128 of 130 bits.
     lanes = 16 * 128 / 130 / 8
     links = {name: HardwareProfile.from_datasheet(name).beside_compute for name in DATASHEETS}
-    assert links["t4"] == pytest.approx(8e9 * lanes, rel=2e-3)
-    assert links["rtx5000"] == pytest.approx(8e9 * lanes / 2, rel=2e-3)
+    assert links["t4"] == links["rtx5000"] == pytest.approx(8e9 * lanes, rel=2e-3)
     assert links["rtx4090"] == pytest.approx(16e9 * lanes, rel=2e-3)
     assert links["h100"] == links["h200"] == pytest.approx(32e9 * lanes, rel=2e-3)
     assert links["gh200"] == 450e9
