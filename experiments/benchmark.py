@@ -2,8 +2,8 @@
 
     python experiments/benchmark.py --model=opt-6.7b --batch=32 --prompt=1024 --new=32 --plans=activations,keys_values
 
-Steps are those of `kvrecomp.generate`: dispatched one ahead, each awaited; the first WARM_UP are not counted. Link
-efficiency is the bytes sent over the step's seconds, over the rate of whole-block copies alone in the same process.
+Steps are those of `kvrecomp.generate`: dispatched one ahead, each awaited; the first (`report.WARM_UP`) do not count.
+Link efficiency is the bytes sent over the step's seconds, over the rate of whole-block copies alone in that process.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ from rich.table import Table
 
 import kvrecomp
 import models
-from experiments.report import run_info
+from experiments.report import after_warm_up, run_info
 from kvrecomp.cost import median_write_outs, plan_costs
 from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
@@ -58,8 +58,6 @@ _LAYERS = flags.DEFINE_bool("time_layers", True, "Time the model's layers first 
 _SEED = flags.DEFINE_integer("seed", 0, "Of weights and prompts.")
 _OUT = flags.DEFINE_string("out", None, "Also write the JSON document to this file.")
 _COMMIT = flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.")
-
-WARM_UP = 3
 
 
 @dataclasses.dataclass
@@ -108,8 +106,7 @@ def measure(
     jax.block_until_ready(decoder.prefill(ids[: work.batch]))
     prefill_seconds = time.perf_counter() - started
     result = TokenLoop(decoder, Sampling(), [], 0).run(ids, None, work.new)
-    skip = min(WARM_UP, len(result.step_seconds) - 1)
-    seconds, sent = result.step_seconds[skip:], result.link_bytes[skip:]
+    seconds, sent = after_warm_up(result.step_seconds), after_warm_up(result.link_bytes)
     median = statistics.median(seconds)
     stats = jax.devices()[0].memory_stats() or {}
     link_bytes = int(statistics.median(sent))

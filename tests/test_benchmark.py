@@ -9,7 +9,7 @@ from rich.console import Console
 
 import kvrecomp
 import models
-from experiments import benchmark
+from experiments import benchmark, report
 from kvrecomp.cost import plan_costs
 from kvrecomp.named import named_plan
 
@@ -24,7 +24,7 @@ def test_a_row(name, known_machine):
     assert (row.model, row.batch, row.prompt, row.new, row.plan) == ("toy", 3, 11, 13, name)
     assert len(row.step_ms) == WORK.new - 1
     assert 5 <= row.programs <= 6  # prefill, write-out, three layouts' steps; the next may be there already
-    counted = row.step_ms[benchmark.WARM_UP :]
+    counted = row.step_ms[report.WARM_UP :]
     assert row.worst_ms == pytest.approx(max(counted), abs=0.01)
     assert row.median_ms == pytest.approx(np.median(counted), abs=0.01)
     assert row.predicted_ms == pytest.approx(1e3 * float(plan_costs(known_machine, [plan]).seconds[0]))

@@ -1,0 +1,95 @@
+"""Measures decode steps of other programs on the same model shapes and workloads, with random weights of their own.
+
+    python experiments/peers.py --peer=huggingface_offloaded --model=opt-6.7b --batch=32 --prompt=1024 --new=32
+
+A row is one of experiments/benchmark.py, with the peer's name as its plan and null where a field has no meaning. Only
+decode steps are timed, each awaited; `report.after_warm_up` says which count, as for our own. Another program joins
+with a `peer.Peer` in PEERS.
+"""
+
+import json
+import statistics
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from absl import app, flags
+
+import models
+from experiments.huggingface import HUGGINGFACE, HUGGINGFACE_OFFLOADED
+from experiments.peer import Peer, Steps
+from experiments.report import after_warm_up, run_info, versions
+from kvrecomp.files import write_json
+from kvrecomp.plan import Workload
+from models.config import Config
+
+PEERS: dict[str, Peer] = {"huggingface": HUGGINGFACE, "huggingface_offloaded": HUGGINGFACE_OFFLOADED}
+"""By the name that their rows have as plan."""
+
+
+def row_of(name: str, config: Config, work: Workload, steps: Steps) -> dict[str, Any]:
+    """The row of a results file: the fields of `benchmark.Row`."""
+    seconds = after_warm_up(steps.seconds)
+    median = statistics.median(seconds)
+    return {
+        "model": config.name,
+        "batch": work.batch,
+        "prompt": work.prompt,
+        "new": work.new,
+        "plan": name,
+        "weights": None,
+        "groups": None,
+        "order": None,
+        "median_ms": median * 1e3,
+        "p95_ms": float(np.percentile(seconds, 95)) * 1e3,
+        "worst_ms": max(seconds) * 1e3,
+        "predicted_ms": None,
+        "link_bytes": PEERS[name].link_bytes,
+        "predicted_bytes": None,
+        "link_efficiency": None,
+        "tokens_per_second": work.batch / median,
+        "peak_device_bytes": steps.peak_device_bytes,
+        "temp_bytes": None,
+        "compile_s": None,
+        "prefill_s": steps.prefill_seconds,
+        "programs": None,
+        "step_ms": [round(1e3 * each, 2) for each in steps.seconds],
+    }
+
+
+def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
+    """Called by the script only."""
+    flags.DEFINE_enum("peer", "huggingface", list(PEERS), "The program.", flag_values=into)
+    flags.DEFINE_string("model", "opt-125m", "Preset whose shape is decoded with.", flag_values=into)
+    flags.DEFINE_integer("batch", 8, "Rows decoded together.", flag_values=into)
+    flags.DEFINE_integer("prompt", 256, "Tokens in each prompt.", flag_values=into)
+    flags.DEFINE_integer("new", 32, "New tokens per row.", flag_values=into)
+    flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.", flag_values=into)
+    flags.DEFINE_integer("seed", 0, "Of weights and prompts.", flag_values=into)
+    flags.DEFINE_string("out", None, "Also write the JSON document to this file.", flag_values=into)
+    flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)
+
+
+def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
+    """Unpacks the flags."""
+    config, work = models.preset(given.model), Workload(given.batch, given.prompt, given.new)
+    if work.new < 2:
+        raise ValueError(f"--new is {work.new}: the first token comes with the prompt; give at least 2 to time a step")
+    peer = PEERS[given.peer]
+    if reason := peer.unavailable(False):
+        raise ValueError(f"{given.peer}: {reason}")
+    steps = peer.run(config, given.dtype, work, given.seed)
+    about = run_info(given.commit, device=steps.device) | {"versions": versions()}
+    document = about | {"rows": [row_of(given.peer, config, work, steps)]}
+    if given.out:
+        write_json(given.out, document)
+    print(json.dumps(document))
+
+
+if __name__ == "__main__":
+    define_flags()
+    try:
+        app.run(main)
+    except (ValueError, ImportError) as error:
+        sys.exit(f"error: {error}")
