@@ -39,7 +39,19 @@ from kvrecomp.cost import plan_costs
 from kvrecomp.files import write_json
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_plan
-from kvrecomp.plan import DEFAULT_WINDOW, GIB, Budget, Form, LayerPlan, Memory, Plan, PlanError, cut_runs, format_bytes
+from kvrecomp.plan import (
+    DEFAULT_WINDOW,
+    GIB,
+    Budget,
+    Form,
+    LayerPlan,
+    Memory,
+    ModelShape,
+    Plan,
+    PlanError,
+    cut_runs,
+    format_bytes,
+)
 
 PLANS = ("activations", "recompute", "keys_values", "split:0.5", "kvpr:0.75", "device:0.5")
 COMPARED = (*PLANS, "split:0.25", "split:0.75", "kvpr:0.5", "device")
@@ -128,9 +140,9 @@ def _two_forms(model: Any, work: kvrecomp.Workload, here: Form, there: Form, roo
     return Plan(f"{here} here, {there} there", model.shape, work, tuple(own), tail=NEW)
 
 
-def budget_with_room(model: Any, work: kvrecomp.Workload, room: float, host: float) -> Budget:
+def budget_with_room(shape: ModelShape, work: kvrecomp.Workload, room: float, host: float | None) -> Budget:
     """What everything in host memory needs of the device, and `room` bytes more."""
-    return Budget(_on_device(named_plan("keys_values", model.shape, work, tail=NEW)) + room, host)
+    return Budget(_on_device(named_plan("keys_values", shape, work, tail=NEW)) + room, host)
 
 
 def run(
@@ -160,7 +172,7 @@ def measure_workload(
         wanted = [(None, False, named_plan(name, model.shape, work, tail=NEW)) for name in PLANS]
     whole = named_plan("device", model.shape, work).bytes_in("device")
     for percent in rooms:
-        budget = budget_with_room(model, work, percent / 100 * whole, host)
+        budget = budget_with_room(model.shape, work, percent / 100 * whole, host)
         weights = kvrecomp.weight_memories(model)
         chosen = kvrecomp.make_plan(model.shape, work, machine, budget, weights=weights, tail=NEW)
         wanted.append((percent, True, chosen))

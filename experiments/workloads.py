@@ -1,0 +1,232 @@
+"""The workloads that results are quoted on, what each is measured under, and whether that fits a machine.
+
+    w1 to w6    one of each model family, and each size that fits a machine
+    cached      OPT-6.7B, 32 rows, against cached tokens; with w1
+    batches     OPT-6.7B, 1024 tokens, against rows; with w1 (KVPR's figure of batch sizes)
+    kvpr        tables 3 and 4 of KVPR (arXiv 2411.17089): OPT-6.7B and 13B, 64 rows; with w2
+
+A `Case` becomes a `Task` for every row that is to be measured: a plan, or a peer, of experiments/peers.py. Its command
+says all that its result depends on beside the machine and the commit.
+"""
+
+import dataclasses
+import json
+import os
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import models
+from experiments.peers import PEERS
+from experiments.sweep import budget_with_room
+from kvrecomp.budget import check_within
+from kvrecomp.named import named_plan
+from kvrecomp.plan import AUTO, GIB, MEMORIES, Memory, ModelShape, PlanError, Workload, format_bytes
+
+BENCHMARK, PEER = "experiments/benchmark.py", "experiments/peers.py"
+NEW = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload and what it is measured under: plans and peers by name, and what the scheduler chooses where the
+    device may hold so many per cent of its keys and values (`rooms`).
+
+    `quick` are those plans and peers, AUTO among them, that a short run measures. `sets` are names under which several
+    workloads are asked for, beside the workload's own. Raises ValueError for what there is not.
+    """
+
+    name: str
+    model: str
+    batch: int
+    prompt: int
+    new: int = NEW
+    plans: tuple[str, ...] = ()
+    rooms: tuple[float, ...] = ()
+    peers: tuple[str, ...] = ()
+    quick: tuple[str, ...] = ()
+    sets: tuple[str, ...] = ()
+
+    def __post_init__(self):
+        for field in ("plans", "rooms", "peers", "quick", "sets"):
+            object.__setattr__(self, field, tuple(getattr(self, field)))  # JSON has no tuples
+        shape, work = models.preset(self.model).shape, self.work
+        if work.new < 2:
+            raise ValueError(f"{self.name}: new is {work.new}; the first comes with the prompt: ask for 2 or more")
+        for plan in self.plans:
+            if plan != AUTO:
+                named_plan(plan, shape, Workload(1, 1, 1))  # a name that there is; it may yet not fit
+        if unknown := [peer for peer in self.peers if peer not in PEERS]:
+            raise ValueError(f"{self.name}: there is no peer {unknown[0]!r}; there are {', '.join(PEERS)}")
+        measured = (*self.plans, *self.peers, *([AUTO] if self.rooms else []))
+        if unknown := [each for each in self.quick if each not in measured]:
+            raise ValueError(f"{self.name}: quick has {unknown[0]!r}; expected some of {', '.join(measured)}")
+
+    @property
+    def work(self) -> Workload:
+        """Rows, prompt and new tokens."""
+        return Workload(self.batch, self.prompt, self.new)
+
+
+HOSTED = ("activations", "keys_values", "kvpr:0.75")  # on an H200, three quarters were the best of five splits
+PLANS = ("device", *HOSTED)
+BOTH = ("huggingface", "huggingface_offloaded")
+OFFLOADED = ("huggingface_offloaded",)
+HALF = (50.0,)
+
+CASES = (
+    Case("w1", "opt-6.7b", 32, 1024, NEW, PLANS, HALF, BOTH, (*PLANS, AUTO, *BOTH), ("cached", "batches")),
+    Case("w2", "opt-6.7b", 64, 512, NEW, PLANS, HALF, BOTH, sets=("kvpr",)),
+    Case("w3", "opt-13b", 32, 1024, NEW, PLANS, HALF, BOTH),
+    Case("w4", "llama-2-7b", 32, 1024, NEW, PLANS, HALF, BOTH),
+    # Activations are twice as many bytes as K and V here: 69 GB, whose pinning alone would take a minute.
+    Case("w5", "llama-3-8b", 64, 4096, NEW, ("device", "keys_values"), HALF, BOTH, ("keys_values",)),
+    Case("w6", "opt-30b", 16, 1024, NEW, PLANS, HALF, BOTH),
+    *(
+        Case(f"cached-{prompt}", "opt-6.7b", 32, prompt, NEW, PLANS, (), BOTH, quick, ("cached",))
+        for prompt, quick in (
+            (128, ("activations", "keys_values", *OFFLOADED)),
+            (512, ()),
+            (1984, ("activations", "keys_values", *OFFLOADED)),
+        )
+    ),
+    *(
+        Case(f"batch-{batch}", "opt-6.7b", batch, 1024, NEW, HOSTED, (), OFFLOADED, (), ("batches",))
+        for batch in (1, 8, 16, 48)
+    ),
+    *(
+        # A step of 128 new tokens takes what it does of 32, but for the cache that grows: peers are measured once.
+        Case(f"kvpr-{size}-{prompt}-{new}", f"opt-{size}", 64, prompt, new, HOSTED, (), peers, (), ("kvpr",))
+        for new, peers in ((32, OFFLOADED), (128, ()))
+        for size in ("6.7b", "13b")
+        for prompt in (128, 256, 512)
+        if (size, prompt, new) != ("6.7b", 512, 32)  # which is w2
+    ),
+)
+
+
+def read_cases(path: str | os.PathLike) -> tuple[Case, ...]:
+    """Workloads of one's own: a JSON list of objects with the fields of `Case`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such list, or has a name twice.
+    """
+    try:
+        cases = tuple(Case(**given) for given in json.loads(Path(path).read_text(encoding="utf-8")))
+    except (TypeError, ValueError) as error:
+        fields = ", ".join(field.name for field in dataclasses.fields(Case))
+        raise ValueError(f"{path}: {error}; expected a JSON list of objects with {fields}") from error
+    names = [case.name for case in cases]
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path} has two workloads {doubled[0]!r}: each needs a name of its own")
+    return cases
+
+
+def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
+    """The workloads of these names or sets, all if there is no name, in their order.
+
+    Raises:
+        ValueError: a name of nothing.
+    """
+    known = list(dict.fromkeys(name for case in cases for name in (*case.sets, case.name)))
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"there is no workload {unknown[0]!r}; there are {', '.join(known)}")
+    return [case for case in cases if not names or {case.name, *case.sets} & {*names}]
+
+
+# --- rows to measure --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Task:
+    """A row to measure: `plan` is a plan's name or a peer's, `settings` are its script and flags without that one."""
+
+    case: Case
+    plan: str
+    settings: tuple[str, ...]
+    room: float | None = None
+
+    @property
+    def peer(self) -> bool:
+        """Whether it is somebody else's program."""
+        return self.settings[0] == PEER
+
+    @property
+    def command(self) -> str:
+        """What measures this row alone."""
+        return shlex.join(["python", *arguments([self])])
+
+    def __str__(self) -> str:
+        room = "" if self.room is None else f" with room for {self.room:g} %"
+        return f"{self.case.name} {self.plan}{room}"
+
+
+def arguments(tasks: Sequence[Task]) -> list[str]:
+    """Script and flags of a process that measures tasks with the same settings."""
+    script, *rest = tasks[0].settings
+    plans = ",".join(task.plan for task in tasks)
+    return [script, *rest, f"--peer={plans}" if tasks[0].peer else f"--plans={plans}"]
+
+
+def make_tasks(
+    cases: Sequence[Case], peers: Sequence[str], quick: bool, dtype: str, host_gib: float | None
+) -> list[Task]:
+    """The rows of the workloads; those with the same settings come one after the other."""
+    tasks = [task for case in cases for task in _tasks_of(case, peers, dtype, host_gib)]
+    return [task for task in tasks if not quick or task.plan in task.case.quick]
+
+
+def _tasks_of(case: Case, peers: Sequence[str], dtype: str, host_gib: float | None) -> Iterator[Task]:
+    sizes = [f"--model={case.model}", f"--batch={case.batch}", f"--prompt={case.prompt}", f"--new={case.new}"]
+    common = [*sizes, f"--dtype={dtype}"]
+    own = [BENCHMARK, *common, *([] if host_gib is None else [f"--host_memory_gib={host_gib:g}"])]
+    # First, since it times the layers, which is kept, and helps to predict the others.
+    for room in case.rooms:
+        gib = device_bytes(case, dtype, room) / GIB
+        yield Task(case, AUTO, (*own, f"--device_memory_gib={gib:.3f}"), room)
+    for plan in case.plans:
+        yield Task(case, plan, (*own, "--notime_layers"))
+    for peer in case.peers:
+        if peer in peers:
+            yield Task(case, peer, (PEER, *common))
+
+
+def shape_of(case: Case, dtype: str) -> ModelShape:
+    """The sizes of its model, with weights and cache of that type."""
+    return dataclasses.replace(models.preset(case.model).shape, dtype=dtype)
+
+
+def device_bytes(case: Case, dtype: str, room: float) -> float:
+    """Device memory with room for so many per cent of the workload's keys and values."""
+    shape = shape_of(case, dtype)
+    whole = named_plan("device", shape, case.work).bytes_in("device")
+    return budget_with_room(shape, case.work, room / 100 * whole, None).device or 0.0
+
+
+# --- what fits --------------------------------------------------------------------------------------------------------
+
+
+def check_fits(task: Task, dtype: str, allowed: Mapping[Memory, float]) -> None:
+    """Raises `PlanError`, with sizes, if a task needs more bytes than are allowed; AUTO needs any plan that fits."""
+    case, shape = task.case, shape_of(task.case, dtype)
+    if task.peer:
+        needed = PEERS[task.plan].memory_needed(shape, case.work)
+        for place in MEMORIES:
+            if needed[place] > allowed[place]:
+                raise PlanError(
+                    f"{task.plan} needs about {format_bytes(needed[place])} of {place} memory; "
+                    f"{format_bytes(allowed[place])} may be used"
+                )
+    elif task.plan != AUTO:
+        check_within(named_plan(task.plan, shape, case.work), allowed)
+    else:
+        given = allowed["device"] if task.room is None else device_bytes(case, dtype, task.room)
+        if given > allowed["device"]:
+            raise PlanError(
+                f"room for {task.room:g} % of the keys and values needs {format_bytes(given)} of device memory; "
+                f"{format_bytes(allowed['device'])} may be used"
+            )
+        hosted = [named_plan(name, shape, case.work) for name in ("activations", "keys_values")]
+        check_within(min(hosted, key=lambda plan: plan.bytes_in("host")), {**allowed, "device": given})
