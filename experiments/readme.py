@@ -16,6 +16,7 @@ sweep               table of rows of experiments/sweep.py
 paper               table of the paper's gains, and of those predicted and measured (experiments/reproduce_paper.py)
 predictions_plot    picture of how far predictions are off
 choices_plot        picture of the scheduler's choices against the best plans by hand
+curves_plot         picture of step times against cached tokens, of one model and batch
 timeline            picture of copies and compute in the steps that experiments/trace.py traced
 machine             what the rows were measured on, by which scripts at which commits
 accuracy            how many predictions are within 5 and 10 %
@@ -39,7 +40,7 @@ from typing import Any, NamedTuple
 import jax
 from absl import app, flags, logging
 
-from experiments import paper_costs, predictions, tables, timeline
+from experiments import curves, paper_costs, predictions, tables, timeline
 from experiments.tables import Row
 from kvrecomp.files import write_text
 
@@ -68,6 +69,7 @@ PICTURES = {
         "predictions.png", tables.predicted, predictions.draw_predictions, predictions.accuracy
     ),
     "choices_plot": Picture("choices.png", tables.predicted, predictions.draw_choices, predictions.regret),
+    "curves_plot": Picture("curves.png", curves.points, curves.draw_curves, curves.said),
     "timeline": Picture("timeline.png", timeline.timelines, timeline.draw, timeline.said),
 }
 

@@ -22,7 +22,12 @@ Row = dict[str, Any]  # a row of a results file, with what the file says of all 
 Column = tuple[str, Callable[[Row], str]]  # a heading, and a row's cell
 
 HEADINGS = {"room": "room %"}
-NOTES = {"device": "all on the GPU", "kvpr:*": "KVPR's schedule"}  # what the name of a plan does not say
+NOTES = {  # what the name of a plan does not say
+    "device": "all on the GPU",
+    "kvpr:*": "KVPR's schedule",
+    "huggingface": "its cache on the GPU",
+    "huggingface_offloaded": "its cache in host memory",
+}
 
 
 def read_file(path: str | os.PathLike) -> list[Row]:
@@ -162,7 +167,7 @@ def benchmark(rows: Sequence[Row]) -> str:
 def _workload(row: Row) -> tuple[Any, ...]:
     """What must be the same in rows whose times are compared."""
     sizes = [row[field] for field in ("model", "batch", "prompt", "new")]
-    return (*sizes, row.get("weights") or "device", row.get("groups") or 1)  # of other programs None
+    return (*sizes, row.get("weights") or "device", row.get("groups") or 1, row.get("room"))  # of other programs None
 
 
 def sweep(rows: Sequence[Row]) -> str:
@@ -180,9 +185,13 @@ def sweep(rows: Sequence[Row]) -> str:
 
 
 def _plan(row: Row) -> str:
-    notes = [note for pattern, note in NOTES.items() if fnmatch.fnmatchcase(row["plan"], pattern)]
-    notes += ["chosen"] if row.get("chosen") else []
-    return word("plan", row["plan"]) + "".join(f" ({note})" for note in notes)
+    return noted(row["plan"], word("plan", row["plan"])) + (" (chosen)" if row.get("chosen") else "")
+
+
+def noted(plan: str, written: str = "") -> str:
+    """A plan's or a peer's name, or what is written for it, and what it does not say."""
+    notes = [note for pattern, note in NOTES.items() if fnmatch.fnmatchcase(plan, pattern)]
+    return (written or plan) + "".join(f" ({note})" for note in notes)
 
 
 def _unusual(rows: Sequence[Row]) -> list[Column]:

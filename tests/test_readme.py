@@ -232,6 +232,22 @@ def test_a_timeline_is_drawn_from_a_traced_step(root):
         readme.filled("<!-- timeline: a.json -->\n<!-- end -->\n", root)
 
 
+def test_a_picture_of_step_times_has_rows_without_a_prediction(root):
+    pytest.importorskip("matplotlib")
+    peer = {"plan": "huggingface", "predicted_ms": None, "median_ms": 9.0}
+    write_results(root, "a.json", [*ROWS, ROW | peer, ROW | peer | {"batch": 7}])
+    (root / "README.md").write_text("<!-- curves_plot: a.json batch=2 -->\n<!-- end -->\n")
+    command()
+    assert (root / "README.md").read_text().splitlines()[1] == (
+        "![OPT-1.3B, batch 2, Some GPU: with 3 cached tokens a step takes huggingface (its cache on the GPU) 9.0 ms, "
+        "device:0.5 4.0 ms and device (all on the GPU) 2.0 ms](experiments/results/curves.png)"
+    )
+    assert (root / "experiments" / "results" / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    with pytest.raises(SystemExit) as left:
+        command("--check")
+    assert left.value.code == 0
+
+
 def test_program_needs_no_device_and_refuses_with_one_line(root):
     program = readme.__file__
     environment = {**os.environ, "PYTHONPATH": os.path.dirname(os.path.dirname(program))}

@@ -74,6 +74,24 @@ def test_a_table_of_the_benchmark(read):
     assert "**50.0**" in tables.benchmark(read(FAST, PEER | {"median_ms": 50.0}))
 
 
+def test_a_table_of_the_suite(read):
+    """What the device may hold is another workload; a peer whose cache is on the GPU sends nothing."""
+    chosen = ROW | {"plan": "auto", "room": 50.0, "median_ms": 50.0}
+    peers = [
+        PEER | {"plan": "huggingface_offloaded"},
+        PEER | {"plan": "huggingface", "link_bytes": 0, "median_ms": 7.0},
+    ]
+    assert tables.benchmark(read(chosen, ROW, FAST, *peers)) == (
+        "| model | batch | prompt | room % | plan | ms a step | GB over the link | efficiency |\n"
+        "|---|---|---|---|---|---|---|---|\n"
+        "| OPT-6.7B | 32 | 1024 | 50 | `auto` | 50.0 | 10.00 | 1.000 |\n"
+        "| OPT-6.7B | 32 | 1024 | - | `huggingface_offloaded` (its cache in host memory) | 400.0 | - | - |\n"
+        "| OPT-6.7B | 32 | 1024 | - | `keys_values` | 200.0 | 10.00 | 1.000 |\n"
+        "| OPT-6.7B | 32 | 1024 | - | `activations` | **100.0** | 5.00 | 1.000 |\n"
+        "| OPT-6.7B | 32 | 1024 | - | `huggingface` (its cache on the GPU) | 7.0 | - | - |"
+    )
+
+
 def test_columns_of_what_is_not_as_usual(read):
     rows = read(ROW, FAST | {"weights": "host", "groups": 4, "order": "column", "new": 24}, PEER)
     assert tables.benchmark(rows) == (
