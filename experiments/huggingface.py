@@ -26,11 +26,12 @@ def unavailable(gpu: bool, offloaded: bool) -> str | None:
     for package in PACKAGES:
         if importlib.util.find_spec(package) is None:
             return f"{package} is not installed: pip install {' '.join(PACKAGES)}"
-    import torch
+    if gpu or offloaded:
+        import torch
 
-    if (gpu or offloaded) and not torch.cuda.is_available():
-        reason = "and the cache is offloaded from one" if offloaded else "and what it is compared with has one"
-        return f"torch {torch.__version__} finds no GPU, {reason}: install torch with CUDA"
+        if not torch.cuda.is_available():
+            reason = "and the cache is offloaded from one" if offloaded else "and what it is compared with has one"
+            return f"torch {torch.__version__} finds no GPU, {reason}: install torch with CUDA"
     return None
 
 
@@ -158,7 +159,7 @@ def _llama(config: models.LlamaConfig) -> Any:
     # One field since transformers 5, two before.
     new = int(transformers.__version__.partition(".")[0]) >= 5
     theta, scaling = {"rope_theta": config.rotary.theta}, _scaling(config.rotary)
-    rotary = {"rope_parameters": theta | scaling} if new else theta | {"rope_scaling": scaling}
+    rotary: dict[str, Any] = {"rope_parameters": theta | scaling} if new else theta | {"rope_scaling": scaling}
     return transformers.LlamaConfig(
         vocab_size=config.vocab,
         hidden_size=config.hidden,
