@@ -35,7 +35,7 @@ def look(peers: Sequence[str], host_gib: float | None, commit: str) -> Machine:
 def look_here(peers: Sequence[str], host_gib: float | None, commit: str) -> Machine:
     """This machine, seen by this process."""
     about = run_info(commit) | {"versions": versions()}
-    allowed = limits(Budget.of_gib(None, host_gib), weights=0)
+    allowed = limits(Budget.of_gib(None, host_gib))
     # jax takes three quarters of a GPU, unless told otherwise, and the limit above is of these.
     total = output("nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits")
     whole = float(total) * MIB * (1 - MARGIN) if total.isdigit() else allowed["device"]

@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ from experiments.suite_results import Results
 from experiments.workloads import CASES, Task
 
 ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "experiments" / "results"
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 20  # for a process that was told to end
 MOST_OF_A_REASON = 400  # characters
@@ -69,7 +70,7 @@ class ProcessFailed(Exception):
     """A process did not do all that it was asked for; the message says why."""
 
 
-def run_process(tasks: Sequence[Task], commit: str, timeout: float, lock: int) -> Iterator[dict[str, Any]]:
+def run_process(tasks: Sequence[Task], commit: str, timeout: float, lock: int) -> Generator[dict[str, Any], None, None]:
     """Measures tasks with the same settings in a process: its document, again and again, as rows join it.
 
     The process holds the file descriptor `lock` too, so that one that outlives this, which was killed, is waited for
@@ -79,7 +80,7 @@ def run_process(tasks: Sequence[Task], commit: str, timeout: float, lock: int) -
         out, errors = Path(folder) / "rows.json", Path(folder) / "errors.txt"
         given = [sys.executable, *workloads.arguments(tasks), f"--out={out}"]
         given += [f"--commit={commit}"] if commit else []
-        told = {"cwd": ROOT, "env": _environment(tasks[0]), "pass_fds": [lock]}
+        told = {"cwd": ROOT, "env": _environment(), "pass_fds": [lock]}
         with errors.open("wb") as stream:
             process = subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=stream, **told)
             with _ended(process):
@@ -96,12 +97,10 @@ def run_process(tasks: Sequence[Task], commit: str, timeout: float, lock: int) -
             raise ProcessFailed(reason(errors.read_text(errors="replace"), process.returncode))
 
 
-def _environment(task: Task) -> dict[str, str]:
+def _environment() -> dict[str, str]:
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     # Without jax's own words after it, the error is the last line of a traceback.
-    own = {"PYTHONPATH": os.pathsep.join(paths), "JAX_TRACEBACK_FILTERING": "off"}
-    # A peer has the GPU for itself: of jax its process needs the shapes of models only.
-    return {**os.environ, **own, **({"JAX_PLATFORMS": "cpu"} if task.peer else {})}
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "JAX_TRACEBACK_FILTERING": "off"}
 
 
 @contextlib.contextmanager
@@ -147,17 +146,18 @@ def to_measure(tasks: Sequence[Task], results: Results, machine: Machine, dtype:
 
 
 def measure(
-    tasks: Sequence[Task], results: Results, console: Console, commit: str = "", timeout: float = TIMEOUT
+    tasks: Sequence[Task], results: Results, console: Console, lock: int, commit: str = "", timeout: float = TIMEOUT
 ) -> None:
-    """Measures the tasks, those with the same settings in one process, and says what came of each.
+    """Measures the tasks, those of a workload with the same settings in one process, and says what came of each.
 
-    Where a process fails, the task that it was at has failed, and those after it are tried in a new one.
+    Where a process fails, the task that it was at has failed, and those after it are tried in a new one. `lock` is what
+    `alone` gives.
     """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with _alone(results.path.parent, console) as lock, bar:
+    with bar:
         shown = bar.add_task("", total=len(tasks))
-        for _, group in itertools.groupby(tasks, lambda task: task.settings):
+        for _, group in itertools.groupby(tasks, lambda task: (task.case, task.settings)):
             left = list(group)
             while left:
                 bar.update(shown, description=str(left[0]))
@@ -180,15 +180,16 @@ def measure(
 
 
 @contextlib.contextmanager
-def _alone(folder: Path, console: Console) -> Iterator[int]:
-    """Holds a lock on the folder, which processes inherit: another suite, or what is left of one, is waited for."""
+def alone(folder: Path, console: Console) -> Iterator[int]:
+    """Waits for other suites with results in the folder, and for a process that a killed one left behind, which may
+    have all of the GPU's memory; then makes others wait. Gives a file descriptor, which processes inherit."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = os.open(folder, os.O_RDONLY)
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            console.print(f"waiting for another suite in {folder}, or for a process that one left behind")
+            console.print(f"waiting for another suite with results in {folder}, or a process that one left behind")
             fcntl.flock(lock, fcntl.LOCK_EX)
         yield lock
     finally:
@@ -212,10 +213,9 @@ def show(tasks: Sequence[Task], results: Results, console: Console) -> list[str]
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def default_path(device: str) -> Path:
-    """Where the results of a device are kept: those of an NVIDIA H200 in h200_suite.json."""
-    name = re.sub(r"[^a-z0-9]+", "_", device.lower().removeprefix("nvidia ")).strip("_")
-    return ROOT / "experiments" / "results" / f"{name}_suite.json"
+def default_name(device: str) -> str:
+    """The file of the results of a device: those of an NVIDIA H200 are in h200_suite.json."""
+    return re.sub(r"[^a-z0-9]+", "_", device.lower().removeprefix("nvidia ")).strip("_") + "_suite.json"
 
 
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
@@ -229,13 +229,16 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     tasks = workloads.make_tasks(cases, given.peers, given.quick, given.dtype, given.host_memory_gib)
     if not tasks:
         raise ValueError("--quick leaves nothing of --only: ask for other workloads, or leave one of the flags out")
-    machine = look(given.peers, given.host_memory_gib, given.commit)
-    results = Results(given.out or default_path(machine.about["device"]), machine.about | {"command": command()})
-    if results.set_aside:
-        console.print(f"{results.path} could not be read: it is {results.set_aside.name} now, and all is measured anew")
-    left = to_measure(tasks, results, machine, given.dtype)
-    console.print(f"{machine.about['device']}: {len(tasks)} rows, of which {len(left)} are to be measured")
-    measure(left, results, console, given.commit, given.timeout_s)
+    folder = Path(given.out).parent if given.out else RESULTS
+    with alone(folder, console) as lock:
+        machine = look(given.peers, given.host_memory_gib, given.commit)
+        path = given.out or folder / default_name(machine.about["device"])
+        results = Results(path, machine.about | {"command": command()})
+        if results.set_aside:
+            console.print(f"{path} could not be read: it is {results.set_aside.name} now, and all is measured anew")
+        left = to_measure(tasks, results, machine, given.dtype)
+        console.print(f"{machine.about['device']}: {len(tasks)} rows, of which {len(left)} are to be measured")
+        measure(left, results, console, lock, given.commit, given.timeout_s)
     failed = show(tasks, results, console)
     console.print(f"written to {results.path}")
     if failed:

@@ -20,7 +20,7 @@ from pathlib import Path
 import models
 from experiments.peers import PEERS
 from experiments.sweep import budget_with_room
-from kvrecomp.budget import check_within
+from kvrecomp.budget import check_within, memory_needed
 from kvrecomp.named import named_plan
 from kvrecomp.plan import AUTO, GIB, MEMORIES, Memory, ModelShape, PlanError, Workload, format_bytes
 
@@ -209,24 +209,28 @@ def device_bytes(case: Case, dtype: str, room: float) -> float:
 
 
 def check_fits(task: Task, dtype: str, allowed: Mapping[Memory, float]) -> None:
-    """Raises `PlanError`, with sizes, if a task needs more bytes than are allowed; AUTO needs any plan that fits."""
+    """Raises `PlanError`, with sizes, if a task needs more bytes than are allowed."""
     case, shape = task.case, shape_of(task.case, dtype)
     if task.peer:
         needed = PEERS[task.plan].memory_needed(shape, case.work)
-        for place in MEMORIES:
-            if needed[place] > allowed[place]:
-                raise PlanError(
-                    f"{task.plan} needs about {format_bytes(needed[place])} of {place} memory; "
-                    f"{format_bytes(allowed[place])} may be used"
-                )
-    elif task.plan != AUTO:
-        check_within(named_plan(task.plan, shape, case.work), allowed)
+    elif task.plan == AUTO:
+        room = allowed["device"] if task.room is None else device_bytes(case, dtype, task.room)
+        needed = _least_needed(shape, case.work, room)
     else:
-        given = allowed["device"] if task.room is None else device_bytes(case, dtype, task.room)
-        if given > allowed["device"]:
+        return check_within(named_plan(task.plan, shape, case.work), allowed)
+    for place in MEMORIES:
+        if needed[place] > allowed[place]:
             raise PlanError(
-                f"room for {task.room:g} % of the keys and values needs {format_bytes(given)} of device memory; "
-                f"{format_bytes(allowed['device'])} may be used"
+                f"{task} needs about {format_bytes(needed[place])} of {place} memory; {format_bytes(allowed[place])} "
+                "may be used"
             )
-        hosted = [named_plan(name, shape, case.work) for name in ("activations", "keys_values")]
-        check_within(min(hosted, key=lambda plan: plan.bytes_in("host")), {**allowed, "device": given})
+
+
+def _least_needed(shape: ModelShape, work: Workload, device: float) -> dict[Memory, float]:
+    """What any plan needs that uses so many bytes of the device, or more if it has to: all in the smaller form, and in
+    host memory only what has no room."""
+    plans = [named_plan(name, shape, work) for name in ("activations", "keys_values")]
+    needed = memory_needed(min(plans, key=lambda plan: plan.bytes_in("host")))
+    least = {place: float(sum(needed[place].values())) for place in MEMORIES}
+    device = max(device, least["device"])
+    return {"device": device, "host": max(0.0, least["host"] - (device - least["device"]))}

@@ -1,0 +1,498 @@
+"""The suite: which workloads there are, what fits, how it goes on, and that one failure is not the end of the rest.
+
+Most tests have a program in the place of experiments/benchmark.py that measures nothing, so that they are fast.
+"""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toy
+from absl import flags
+from rich.console import Console
+
+import kvrecomp
+import models
+from experiments import machine, suite, tables, workloads
+from experiments.machine import Machine
+from experiments.peers import PEERS
+from experiments.suite_results import Results
+from experiments.workloads import CASES, Case
+from kvrecomp.named import named_plan
+from kvrecomp.plan import GIB
+
+ABOUT = {"device": "Some GPU", "driver": "5.6", "jax": "0.1", "commit": "abc", "versions": {}, "command": "python x.py"}
+PLENTY = {"device": 2.0**40, "host": 2.0**40}
+HERE = Machine(ABOUT, PLENTY, PLENTY, {})
+# Writes a row for each plan. With some plans it fails, is killed, says nothing, or hangs the first time.
+BENCHMARK = """
+import json, os, pathlib, signal, sys, time
+given = dict(word[2:].partition("=")[::2] for word in sys.argv[1:])
+log, rows = pathlib.Path(__file__).with_suffix(".log"), []
+for plan in given["plans"].split(","):
+    with log.open("a") as file:
+        file.write(f"{plan} {os.getpid()}\\n")
+    if plan == "split:0.1":
+        print("Traceback:\\n  x = 1\\njaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED\\nFor simplicity ...", file=sys.stderr)
+        sys.exit(1)
+    if plan == "split:0.2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if plan == "split:0.3":
+        sys.exit(0)
+    if plan == "split:0.4" and log.read_text().count(plan) == 1:
+        time.sleep(float(given["new"]))
+        sys.exit(1)
+    sizes = {name: given[name] if name == "model" else int(given[name]) for name in ("model", "batch", "prompt", "new")}
+    rows.append({**sizes, "plan": plan, "median_ms": 7.0, "link_bytes": 0, "link_efficiency": None})
+    beside = pathlib.Path(given["out"] + ".partial")
+    beside.write_text(json.dumps({"copy_gbps": 50.0, "rows": rows}))
+    os.replace(beside, given["out"])
+"""
+
+
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch):
+    """Where that program is; it keeps a log beside it."""
+    program = tmp_path / "program" / "benchmark.py"
+    program.parent.mkdir()
+    program.write_text(BENCHMARK)
+    monkeypatch.setattr(workloads, "BENCHMARK", str(program))
+    return program
+
+
+def log_of(program: Path) -> list[str]:
+    """The plans that the program was at."""
+    log = program.with_suffix(".log")
+    return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def small(*plans, name="small", new=3, **more) -> Case:
+    return Case(name, "opt-125m", 2, 5, new, plans, **more)
+
+
+def tasks_of(*cases, peers=(), quick=False, host_gib=None):
+    return workloads.make_tasks(cases, peers, quick, "bfloat16", host_gib)
+
+
+def measured(tasks, results, out, **options) -> None:
+    """As the command does it."""
+    with suite.alone(results.path.parent, out) as lock:
+        suite.measure(tasks, results, out, lock, **options)
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def results_at(path, **about) -> Results:
+    return Results(path, ABOUT | about)
+
+
+# --- the workloads ----------------------------------------------------------------------------------------------------
+
+
+def sizes(cases) -> set:
+    return {(case.model, case.batch, case.prompt, case.new) for case in cases}
+
+
+def test_the_workloads_are_those_of_the_design():
+    assert [dataclasses.astuple(case)[:5] for case in CASES[:6]] == [
+        ("w1", "opt-6.7b", 32, 1024, 32),
+        ("w2", "opt-6.7b", 64, 512, 32),
+        ("w3", "opt-13b", 32, 1024, 32),
+        ("w4", "llama-2-7b", 32, 1024, 32),
+        ("w5", "llama-3-8b", 64, 4096, 32),
+        ("w6", "opt-30b", 16, 1024, 32),
+    ]
+    paper = itertools.product(("opt-6.7b", "opt-13b"), (64,), (128, 256, 512), (32, 128))
+    assert sizes(workloads.select(CASES, ["kvpr"])) == set(paper)
+    batches = itertools.product(("opt-6.7b",), (1, 8, 16, 32, 48), (1024,), (32,))
+    assert sizes(workloads.select(CASES, ["batches"])) == set(batches)
+    cached = itertools.product(("opt-6.7b",), (32,), (128, 512, 1024, 1984), (32,))
+    assert sizes(workloads.select(CASES, ["cached"])) == set(cached)
+    assert len(sizes(CASES)) == len(CASES) == len({case.name for case in CASES})
+
+
+def test_every_plan_has_the_positions_that_it_needs():
+    for case in CASES:
+        for plan in case.plans:
+            named_plan(plan, models.preset(case.model).shape, case.work)
+
+
+def test_workloads_by_name_and_by_set():
+    assert [case.name for case in workloads.select(CASES, ["w5", "cached"])] == [
+        *("w1", "w5", "cached-128", "cached-512", "cached-1984")
+    ]
+    assert workloads.select(CASES, []) == list(CASES)
+    with pytest.raises(ValueError, match=r"there is no workload 'w7'; there are cached, batches, w1, kvpr, w2, w3"):
+        workloads.select(CASES, ["w1", "w7"])
+
+
+def test_a_short_run_measures_some_rows_by_the_same_commands():
+    every = tasks_of(*CASES, peers=PEERS)
+    quick = tasks_of(*CASES, peers=PEERS, quick=True)
+    assert 10 < len(quick) < len(every) / 5
+    assert {task.command for task in quick} < {task.command for task in every}
+    assert {"auto", "kvpr:0.75", "huggingface_offloaded"} < {task.plan for task in quick}
+    assert {task.plan for task in tasks_of(*CASES)} & {*PEERS} == set()
+
+
+def test_a_command_measures_one_row():
+    room, first, second, peer = tasks_of(
+        small("activations", "split:0.5", rooms=[50], peers=["huggingface"]), peers=["huggingface"], host_gib=7.5
+    )
+    sizes = "--model=opt-125m --batch=2 --prompt=5 --new=3 --dtype=bfloat16"
+    own = f"python experiments/benchmark.py {sizes} --host_memory_gib=7.5 --notime_layers"
+    assert first.command == f"{own} --plans=activations" and second.command == f"{own} --plans=split:0.5"
+    assert workloads.arguments([first, second])[-2:] == ["--notime_layers", "--plans=activations,split:0.5"]
+    assert peer.command == f"python experiments/peers.py {sizes} --peer=huggingface"
+    assert [task.peer for task in (room, first, peer)] == [False, False, True]
+    # 2 rows of 5 tokens, K and V of 768 numbers of 2 bytes, in 12 layers: half of them beside what else is needed.
+    given = float(room.command.partition("--device_memory_gib=")[2].split()[0]) * GIB
+    plan = named_plan("keys_values", models.preset("opt-125m").shape, kvrecomp.Workload(2, 5, 3))
+    needed = sum(kvrecomp.memory_needed(plan)["device"].values())
+    assert given == pytest.approx(needed + 2 * 5 * 2 * 768 * 2 * 12 / 2, abs=GIB / 1000)
+    assert str(room) == "small auto with room for 50 %" and str(first) == "small activations"
+
+
+def test_workloads_of_ones_own(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps([{"name": "a", "model": "opt-125m", "batch": 2, "prompt": 5, "plans": ["device"]}]))
+    assert workloads.read_cases(path) == (Case("a", "opt-125m", 2, 5, 32, ("device",)),)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"plans": ["activation"]}, "there is no plan 'activation'"),
+        ({"peers": ["somebody"]}, "there is no peer 'somebody'; there are huggingface, huggingface_offloaded"),
+        ({"quick": ["auto"]}, "quick has 'auto'; expected some of device"),
+        ({"model": "opt-125"}, "unknown model 'opt-125'"),
+        ({"new": 1}, "new is 1"),
+        ({"batch": 0}, "batch is 0"),
+        ({"plan": []}, "unexpected keyword argument 'plan'.*objects with name, model, batch"),
+    ],
+)
+def test_mistakes_in_workloads_of_ones_own(tmp_path, given, message):
+    path = tmp_path / "mine.json"
+    fine = {"name": "a", "model": "opt-125m", "batch": 2, "prompt": 5, "plans": ["device"]}
+    path.write_text(json.dumps([fine | given]))
+    with pytest.raises(ValueError, match=message):
+        workloads.read_cases(path)
+    path.write_text(json.dumps([fine, fine]))
+    with pytest.raises(ValueError, match="has two workloads 'a'"):
+        workloads.read_cases(path)
+
+
+# --- what fits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "room", "device", "host", "message"),
+    [
+        ("activations", None, 40, 1, r"plan activations needs 8.00 GiB of host memory .*1.00 GiB may be used"),
+        ("device", None, 12, 100, r"plan device needs .* of device memory .*12.00 GiB may be used"),
+        ("auto", 50.0, 12, 100, r"room for 50 % needs about 23.\d* GiB of device memory; 12.00 GiB may be used"),
+        ("auto", 10.0, 40, 6, r"room for 10 % needs about 6.\d* GiB of host memory; 6.00 GiB may be used"),
+        ("auto", None, 12, 100, r"w1 auto needs about 15.\d* GiB of device memory; 12.00 GiB may be used"),
+        ("auto", None, 16, 7, r"w1 auto needs about 7.\d* GiB of host memory; 7.00 GiB may be used"),
+        ("huggingface", None, 12, 100, r"w1 huggingface needs about 32.15 GiB of device memory; 12.00 GiB may"),
+        ("huggingface_offloaded", None, 40, 10, r"w1 huggingface_offloaded needs about 16.50 GiB of host memory"),
+    ],
+)
+def test_what_does_not_fit_is_left_out_with_a_reason(tmp_path, plan, room, device, host, message):
+    """OPT-6.7B, 32 rows of 1024 and 32: 12 GiB of weights, 16.5 GiB of keys and values, 8 GiB of activations."""
+    case = dataclasses.replace(CASES[0], plans=("auto", "activations", "device"), rooms=(50.0, 10.0), quick=())
+    (task,) = [task for task in tasks_of(case, peers=PEERS) if (task.plan, task.room) == (plan, room)]
+    allowed = {"device": device * GIB, "host": host * GIB}
+    results = results_at(tmp_path / "a.json")
+    here = dataclasses.replace(HERE, **{"peers_allowed" if task.peer else "allowed": allowed})
+    assert suite.to_measure([task], results, here, "bfloat16") == []
+    (note,) = json.loads((tmp_path / "a.json").read_text())["skipped"]
+    assert (note["workload"], note["plan"], note["room"]) == ("w1", plan, room)
+    assert re.search(message, note["reason"]), note["reason"]
+    assert suite.to_measure([task], results, HERE, "bfloat16") == [task]
+    results.note("failed", task, "it tried")  # which it had not before
+    assert json.loads((tmp_path / "a.json").read_text())["skipped"] == []
+
+
+def test_what_has_too_many_tokens_is_left_out(tmp_path):
+    results, (task,) = results_at(tmp_path / "a.json"), tasks_of(small("device", new=2045))
+    assert suite.to_measure([task], results, HERE, "bfloat16") == []
+    assert "need 2050 positions; opt-125m has 2048" in results.noted("skipped", task)
+
+
+def test_peers_that_cannot_be_run_are_left_out(tmp_path):
+    (task,) = tasks_of(small(peers=["huggingface"]), peers=PEERS)
+    results, here = results_at(tmp_path / "a.json"), dataclasses.replace(HERE, unavailable={"huggingface": "no torch"})
+    assert suite.to_measure([task], results, here, "bfloat16") == []
+    assert results.noted("skipped", task) == "no torch"
+
+
+def test_this_machine():
+    """In a process of its own: nothing of it is left here."""
+    found = machine.look(["huggingface"], 3.5, "abc")
+    assert found.about["commit"] == "abc" and found.about["jax"] == found.about["versions"]["jax"]
+    assert found.allowed["host"] == 3.5 * GIB and found.allowed["device"] > 0
+    assert not found.unavailable or "not installed" in found.unavailable["huggingface"]
+
+
+def test_neither_the_suite_nor_a_peer_starts_a_backend_of_jax():
+    """Which would keep three quarters of a GPU's memory from the processes that measure."""
+    code = """if True:
+        from experiments import peers, suite, workloads
+        from kvrecomp import memory
+        for task in workloads.make_tasks(workloads.CASES, list(peers.PEERS), False, "bfloat16", None):
+            workloads.check_fits(task, "bfloat16", {"device": 2.0**40, "host": 2.0**40})
+        peers.run_info(device="Some GPU"), peers.versions()
+        raise SystemExit(memory.backend_started())
+    """
+    environment = {**os.environ, "PYTHONPATH": str(suite.ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_have_the_names_and_the_commands_of_their_tasks(benchmark, tmp_path):
+    cases = small("activations", "device", rooms=[25.0]), small("activations", name="other")
+    tasks, results, out = tasks_of(*cases), results_at(tmp_path / "a.json"), console()
+    measured(tasks, results, out)
+    document = json.loads((tmp_path / "a.json").read_text())
+    assert {name: document[name] for name in ABOUT} == ABOUT and document["copy_gbps"] == 50.0
+    assert [(row["workload"], row["plan"], row["room"]) for row in document["rows"]] == [
+        ("small", "auto", 25.0),
+        ("small", "activations", None),
+        ("small", "device", None),
+        ("other", "activations", None),
+    ]
+    assert [row["command"] for row in document["rows"]] == [task.command for task in tasks]
+    assert document["skipped"] == document["failed"] == []
+    rows = tables.read_file(tmp_path / "a.json")  # as the README does
+    assert all(row["commit"] == "abc" and row["copy_gbps"] == 50.0 and row["off"] is None for row in rows)
+    assert suite.show(tasks, results, out) == [] and "small device: 7.0 ms a step" in out.file.getvalue()
+    assert len({line.split()[1] for line in benchmark.with_suffix(".log").read_text().splitlines()}) == 3  # processes
+
+
+def test_what_fails_is_not_the_end_of_the_rest(benchmark, tmp_path):
+    plans = "activations", "split:0.1", "device", "split:0.2", "split:0.3"
+    tasks, results, out = (
+        tasks_of(small(*plans), small("device", name="other")),
+        results_at(tmp_path / "a.json"),
+        console(),
+    )
+    measured(tasks, results, out)
+    assert log_of(benchmark) == [*plans[:2], *plans[2:4], *plans[4:], "device"]  # in four processes
+    document = json.loads((tmp_path / "a.json").read_text())
+    assert [(row["workload"], row["plan"]) for row in document["rows"]] == [
+        ("small", "activations"),
+        ("small", "device"),
+        ("other", "device"),
+    ]
+    reasons = {note["plan"]: note["reason"] for note in document["failed"]}
+    assert reasons == {
+        "split:0.1": "jaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED",
+        "split:0.2": "ended by SIGKILL, maybe for want of host memory; it said nothing",
+        "split:0.3": "its process ended without the row",
+    }
+    assert suite.show(tasks, results, out) == ["small split:0.1", "small split:0.2", "small split:0.3"]
+    assert "failed: small split:0.1: jaxlib" in out.file.getvalue()
+
+
+def test_a_process_that_hangs_is_ended(benchmark, tmp_path):
+    tasks, results = tasks_of(small("split:0.4", new=600)), results_at(tmp_path / "a.json")
+    measured(tasks, results, console(), timeout=0.5)
+    assert results.noted("failed", tasks[0]) == "not done after 0.5 s (--timeout_s)"
+    assert not running(benchmark)
+
+
+def test_a_process_does_not_outlive_an_interrupted_suite(benchmark, tmp_path, monkeypatch):
+    tasks, results = tasks_of(small("activations", "split:0.4", new=600)), results_at(tmp_path / "a.json")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        measured(tasks, results, console())
+    assert not running(benchmark)
+
+
+def running(benchmark: Path) -> bool:
+    """Whether the last process of the program is there."""
+    pid = int(benchmark.with_suffix(".log").read_text().split()[-1])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_measured_is_not_measured_again(benchmark, tmp_path):
+    path = tmp_path / "a.json"
+    tasks = tasks_of(small("activations", "split:0.1", "device"))
+    measured(tasks[:1], results_at(path), console())
+    results = results_at(path)
+    left = suite.to_measure(tasks, results, HERE, "bfloat16")
+    assert left == tasks[1:]
+    measured(left, results, console())
+    assert suite.to_measure(tasks, results_at(path), HERE, "bfloat16") == [tasks[1]]  # what failed is tried again
+    again = results_at(path, commit="def")
+    assert suite.to_measure(tasks, again, HERE, "bfloat16") == tasks
+    other = tasks_of(small("activations", "device"), host_gib=7.0)
+    assert suite.to_measure(other, results_at(path), HERE, "bfloat16") == other
+    # Rows of another commit stay until they are measured anew.
+    measured(tasks[:1], again, console())
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["plan"], row["commit"]) for row in rows] == [("activations", "def"), ("device", "abc")]
+
+
+DRIVER = """
+import sys
+from absl import flags
+from experiments import suite, workloads
+from experiments.machine import Machine
+workloads.BENCHMARK, about, *words = sys.argv[1:]
+plenty = {"device": 2.0**40, "host": 2.0**40}
+suite.look = lambda *_: Machine(eval(about), plenty, plenty, {})
+values = flags.FlagValues()
+suite.define_flags(values)
+values(["suite", *words])
+suite.main([], values)
+"""
+
+
+def test_killed_it_goes_on(benchmark, tmp_path):
+    """Killed at the second plan; its process is there for a while yet, which the next suite waits for."""
+    mine, path = tmp_path / "mine.json", tmp_path / "results" / "a.json"
+    case = small("activations", "split:0.4", "device", new=2)
+    mine.write_text(json.dumps([dataclasses.asdict(case)]))
+    words = [sys.executable, "-c", DRIVER, str(benchmark), repr(ABOUT), f"--workloads={mine}", f"--out={path}"]
+    with subprocess.Popen(words, cwd=suite.ROOT, env={**os.environ, "PYTHONPATH": str(suite.ROOT)}) as first:
+        while "split:0.4" not in log_of(benchmark) or not path.exists():
+            assert first.poll() is None
+            time.sleep(0.02)
+        first.send_signal(signal.SIGKILL)
+    tasks, results, out = tasks_of(case), results_at(path), console()
+    measured(suite.to_measure(tasks, results, HERE, "bfloat16"), results, out)
+    assert out.file.getvalue().startswith(f"waiting for another suite with results in {path.parent}")
+    assert log_of(benchmark) == ["activations", "split:0.4", "split:0.4", "device"]
+    assert [row["plan"] for row in json.loads(path.read_text())["rows"]] == ["activations", "split:0.4", "device"]
+
+
+def test_a_torn_file_is_set_aside(benchmark, tmp_path):
+    path, tasks = tmp_path / "a.json", tasks_of(small("activations"))
+    measured(tasks, results_at(path), console())
+    torn = path.read_text()[:-20]
+    path.write_text(torn)
+    results = results_at(path)
+    assert results.set_aside.read_text() == torn and not path.exists()
+    assert suite.to_measure(tasks, results, HERE, "bfloat16") == tasks
+
+
+def test_files_of_others_are_left_alone(benchmark, tmp_path):
+    path, tasks = tmp_path / "a.json", tasks_of(small("activations"))
+    measured(tasks, results_at(path), console())
+    for name, message in (("device", "device is Some GPU there and other here"), ("versions", "versions is {} there")):
+        with pytest.raises(ValueError, match=message):
+            results_at(path, **{name: "other"})
+    for text in ('{"rows": [{"plan": "a"}]}', "[]", '{"device": "x"}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"a\.json is not a file of this suite"):
+            results_at(path)
+        assert path.read_text() == text
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """The script in this process, on a machine that has plenty of memory."""
+    monkeypatch.setattr(suite, "look", lambda *_: HERE)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: str) -> None:
+        values = flags.FlagValues()
+        suite.define_flags(values)
+        values(["suite", *arguments])
+        suite.main([], values)
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_exit_status_says_what_failed(benchmark, command, tmp_path, capsys):
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps([dataclasses.asdict(small("activations", "split:0.1"))]))
+    with pytest.raises(SystemExit, match=r"error: 1 of 2 rows failed: small split:0.1"):
+        command(f"--workloads={mine}", f"--out={tmp_path}/a.json")
+    said = capsys.readouterr().out
+    assert "Some GPU: 2 rows, of which 2 are to be measured" in said and "OPT-125M" in said
+    (tmp_path / "program" / "benchmark.py").write_text(BENCHMARK.replace("split:0.1", "never"))
+    command(f"--workloads={mine}", f"--out={tmp_path}/a.json")
+    assert "of which 1 are to be measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only=w9"], "there is no workload 'w9'"),
+        (["--peers=somebody"], "--peers: there is no peer 'somebody'; there are huggingface, huggingface_offloaded"),
+        (["--only=w3", "--quick"], "--quick leaves nothing of --only"),
+        (["--workloads=missing.json"], "missing.json"),
+    ],
+)
+def test_refusals(command, arguments, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        command(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--dtype=int8"], ["--timeout_s=0"], ["--quick=maybe"]])
+def test_flags_that_are_no_values(command, arguments):
+    with pytest.raises(flags.IllegalFlagValueError):
+        command(*arguments)
+
+
+def test_results_of_a_device_have_its_name(benchmark, command, tmp_path, monkeypatch):
+    names = {"NVIDIA H200": "h200", "NVIDIA A100-SXM4-40GB": "a100_sxm4_40gb", "Tesla T4": "tesla_t4", "cpu": "cpu"}
+    assert {device: suite.default_name(device) for device in names} == {
+        device: f"{name}_suite.json" for device, name in names.items()
+    }
+    (tmp_path / "mine.json").write_text(json.dumps([dataclasses.asdict(small("device"))]))
+    monkeypatch.setattr(suite, "RESULTS", tmp_path / "results")
+    command(f"--workloads={tmp_path}/mine.json")
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["some_gpu_suite.json"]
+
+
+def test_with_the_benchmark_itself(tmp_path, monkeypatch):
+    """A toy model on this machine, in the process that the suite starts, with its row as the README reads it."""
+    program = tmp_path / "benchmark.py"
+    program.write_text(
+        f"import runpy, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "import models, toy, dataclasses; models.PRESETS['toy'] = dataclasses.replace(toy.OPT, layers=1)\n"
+        "from kvrecomp import profiler; profiler.copy_rate = lambda *_: 5e9  # or gigabytes would be copied\n"
+        f"runpy.run_path({str(suite.ROOT / 'experiments/benchmark.py')!r}, run_name='__main__')\n"
+    )
+    monkeypatch.setattr(workloads, "BENCHMARK", str(program))
+    monkeypatch.setitem(models.PRESETS, "toy", toy.OPT)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    tasks = workloads.make_tasks([Case("toy", "toy", 3, 11, 7, ("keys_values",))], [], False, "float32", 1.0)
+    results, out = results_at(tmp_path / "a.json"), console()
+    measured(tasks, results, out)
+    assert suite.show(tasks, results, out) == []
+    (row,) = tables.read_file(tmp_path / "a.json")
+    assert (row["plan"], row["link_bytes"], row["copy_gbps"]) == ("keys_values", 11 * 3 * 42 * 4, 5.0)
+    assert len(row["step_ms"]) == 6 and row["off"] is not None
