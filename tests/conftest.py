@@ -1,5 +1,6 @@
 """Tests run on the CPU unless JAX_PLATFORMS says otherwise, and no copy happens that was not asked for."""
 
+import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -11,10 +12,15 @@ from kvrecomp import profiler
 from kvrecomp.hardware import HardwareProfile, Line
 
 # Most of the suite's time is LLVM's: unoptimised, the programs of a toy model compile twice as fast. The emitters of
-# fusions are another half; jax 0.11 has no choice of them, and XLA stops at flags that it does not know.
+# fusions are another half; jax 0.11 has no choice of them, and XLA stops at flags that it does not know. Many small
+# modules pay off where there are more cores than tests at once.
 jax.config.update("jax_disable_most_optimizations", True)
+os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"
+
+# Programs are large trees of Python objects that stay: going through all of them often is a tenth of the time.
+gc.set_threshold(200_000, 50, 50)
 
 # Global, so it holds for the threads that compile in the background too. `toy.put` and `toy.get` copy explicitly.
 jax.config.update("jax_transfer_guard", "disallow")
