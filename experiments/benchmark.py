@@ -28,8 +28,8 @@ from kvrecomp.cost import median_write_outs, plan_costs
 from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
 from kvrecomp.hardware import HardwareProfile
-from kvrecomp.named import spread
-from kvrecomp.plan import AUTO, MIB, Memory
+from kvrecomp.named import named_weights
+from kvrecomp.plan import AUTO, MIB
 from kvrecomp.profiler import copy_rate
 from kvrecomp.sampling import Sampling
 
@@ -136,22 +136,6 @@ def measure(
     )
 
 
-def read_weights(flag: str, layers: int) -> tuple[Memory, ...] | None:
-    """The memory of each layer's weights, from --weights; None for auto. Raises ValueError for other values."""
-    if flag == AUTO:
-        return None
-    try:
-        fraction = {"device": 0.0, "host": 1.0}.get(flag)
-        fraction = float(flag) if fraction is None else fraction
-    except ValueError:
-        fraction = -1.0
-    if not 0 <= fraction <= 1:
-        raise ValueError(
-            f"--weights is {flag!r}; expected device, host, {AUTO} or a fraction of the layers from 0 to 1"
-        )
-    return spread(round(fraction * layers), layers)
-
-
 def table(rows: list[Row], copy_gbps: float) -> Table:
     """The rows for a terminal."""
     out = Table(title=f"decode steps; copies alone reach {copy_gbps:.1f} GB/s", title_justify="left")
@@ -191,9 +175,10 @@ def main(_: list[str]) -> None:
     options = {"groups": _GROUPS.value, "order": _ORDER.value, "tail": _TAIL.value, "window": window, "budget": budget}
     plan_for = functools.partial(kvrecomp.plan_for, workload=work, **options)
     # Mistakes are said before the weights are made.
-    weights = read_weights(_WEIGHTS.value, len(shape.layers))
-    if weights is None:
+    if _WEIGHTS.value == AUTO:
         weights = tuple(layer.weights for layer in plan_for(AUTO, shape).layers)
+    else:
+        weights = named_weights(_WEIGHTS.value, len(shape.layers))
     named = [plan_for(name, shape, weights=weights) for name in {"device", *_PLANS.value} - {AUTO}]
     rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)))
     sharding = kvrecomp.placement(named[0])  # the same for all of them

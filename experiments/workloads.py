@@ -4,6 +4,7 @@
     cached      OPT-6.7B, 32 rows, against cached tokens; with w1
     batches     OPT-6.7B, 1024 tokens, against rows; with w1 (figure 6 of the paper, see experiments/paper.json)
     kvpr        OPT-6.7B and 13B, 64 rows; with w2 (tables 3 and 4 of the paper)
+    weights     with weights in host memory, in groups: OPT-6.7B in both orders, and budgets that weights do not fit in
 
 A `Case` becomes a `Task` for every row that is to be measured: a plan, or a peer, of experiments/peers.py. Its command
 says all that its result depends on beside the machine and the commit.
@@ -19,10 +20,10 @@ from pathlib import Path
 
 import models
 from experiments.peers import PEERS
-from experiments.sweep import budget_with_room
+from kvrecomp.auto import plan_for
 from kvrecomp.budget import check_within, memory_needed
-from kvrecomp.named import named_plan
-from kvrecomp.plan import AUTO, GIB, MEMORIES, Memory, ModelShape, PlanError, Workload, format_bytes
+from kvrecomp.named import named_plan, named_weights
+from kvrecomp.plan import AUTO, GIB, MEMORIES, Memory, ModelShape, Order, Plan, PlanError, Workload, format_bytes
 
 BENCHMARK, PEER = "experiments/benchmark.py", "experiments/peers.py"
 NEW = 32
@@ -31,9 +32,10 @@ NEW = 32
 @dataclass(frozen=True)
 class Case:
     """A workload and what it is measured under: plans and peers by name, and what the scheduler chooses where the
-    device may hold so many per cent of its keys and values (`rooms`).
+    device may hold so many per cent of its keys and values (`rooms`), or where it has `device_gib`.
 
-    `quick` are those plans and peers, AUTO among them, that a short run measures. `sets` are names under which several
+    `weights`, `groups` and `order` are flags of experiments/benchmark.py; the workload is that of one group. `quick`
+    are those plans and peers, AUTO among them, that a short run measures. `sets` are names under which several
     workloads are asked for, beside the workload's own. Raises ValueError for what there is not.
     """
 
@@ -47,6 +49,10 @@ class Case:
     peers: tuple[str, ...] = ()
     quick: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
+    weights: str = "device"
+    groups: int = 1
+    order: Order | None = None
+    device_gib: float | None = None
 
     def __post_init__(self):
         for field in ("plans", "rooms", "peers", "quick", "sets"):
@@ -57,6 +63,14 @@ class Case:
         for plan in self.plans:
             if plan != AUTO:
                 named_plan(plan, shape, Workload(1, 1, 1))  # a name that there is; it may yet not fit
+        if self.weights != AUTO:
+            named_weights(self.weights, len(shape.layers))
+        if self.groups < 1 or self.order not in (None, "row", "column"):
+            raise ValueError(
+                f"{self.name}: {self.groups} groups in {self.order} order; expected 1 or more, row or column"
+            )
+        if self.peers and (self.groups, self.weights) != (1, "device"):
+            raise ValueError(f"{self.name}: peers have one group, and their weights on the device: leave them out")
         if unknown := [peer for peer in self.peers if peer not in PEERS]:
             raise ValueError(f"{self.name}: there is no peer {unknown[0]!r}; there are {', '.join(PEERS)}")
         measured = (*self.plans, *self.peers, *([AUTO] if self.rooms else []))
@@ -94,6 +108,38 @@ CASES = (
     *(
         Case(f"batch-{batch}", "opt-6.7b", batch, 1024, NEW, HOSTED, (), OFFLOADED, (), ("batches",))
         for batch in (1, 8, 16, 48)
+    ),
+    # What the device may hold of the cache is nothing: on an H200 all of it would fit.
+    *(
+        Case(
+            f"weights-{prompt}-{order}",
+            "opt-6.7b",
+            32,
+            prompt,
+            plans=("activations", "keys_values") if order == "column" else ("activations",),
+            rooms=(0.0,) if order == "column" else (),
+            quick=("activations", "keys_values") if (prompt, order) == (256, "column") else (),
+            sets=("weights",),
+            weights="host",
+            groups=8,
+            order=order,
+        )
+        for prompt in (256, 512)
+        for order in ("column", "row")
+    ),
+    *(
+        Case(
+            f"weights-{size}-{gib}",
+            model,
+            32,
+            256,
+            plans=(AUTO,),
+            sets=("weights",),
+            weights=AUTO,
+            groups=8,
+            device_gib=gib,
+        )
+        for size, model, gib in (("6.7b", "opt-6.7b", 16), ("30b", "opt-30b", 40))
     ),
     *(
         Case(
@@ -191,6 +237,10 @@ def _tasks_of(case: Case, peers: Sequence[str], dtype: str, host_gib: float | No
     sizes = [f"--model={case.model}", f"--batch={case.batch}", f"--prompt={case.prompt}", f"--new={case.new}"]
     common = [*sizes, f"--dtype={dtype}"]
     own = [BENCHMARK, *common, *([] if host_gib is None else [f"--host_memory_gib={host_gib:g}"])]
+    own += [] if case.weights == "device" else [f"--weights={case.weights}"]
+    own += [] if case.groups == 1 else [f"--groups={case.groups}"]
+    own += [] if case.order is None else [f"--order={case.order}"]
+    own += [] if case.device_gib is None else [f"--device_memory_gib={case.device_gib:g}"]
     # First, since it times the layers, which is kept, and helps to predict the others.
     for room in case.rooms:
         gib = device_bytes(case, dtype, room) / GIB
@@ -209,9 +259,15 @@ def shape_of(case: Case, dtype: str) -> ModelShape:
 
 def device_bytes(case: Case, dtype: str, room: float) -> float:
     """Device memory with room for so many per cent of the workload's keys and values."""
+    least = memory_needed(planned(case, "keys_values", dtype))["device"]
+    return sum(least.values()) + room / 100 * planned(case, "device", dtype).bytes_in("device")
+
+
+def planned(case: Case, name: str, dtype: str) -> Plan:
+    """The plan of that name for the workload; where AUTO says where weights are, it has them on the device."""
     shape = shape_of(case, dtype)
-    whole = named_plan("device", shape, case.work).bytes_in("device")
-    return budget_with_room(shape, case.work, room / 100 * whole, None).device or 0.0
+    weights = None if case.weights == AUTO else named_weights(case.weights, len(shape.layers))
+    return plan_for(name, shape, case.work, weights=weights, groups=case.groups, order=case.order)
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------
@@ -219,14 +275,14 @@ def device_bytes(case: Case, dtype: str, room: float) -> float:
 
 def check_fits(task: Task, dtype: str, allowed: Mapping[Memory, float]) -> None:
     """Raises `PlanError`, with sizes, if a task needs more bytes than are allowed."""
-    case, shape = task.case, shape_of(task.case, dtype)
+    case = task.case
     if task.peer:
-        needed = PEERS[task.plan].memory_needed(shape, case.work)
+        needed = PEERS[task.plan].memory_needed(shape_of(case, dtype), case.work)
     elif task.plan == AUTO:
-        room = allowed["device"] if task.room is None else device_bytes(case, dtype, task.room)
-        needed = _least_needed(shape, case.work, room)
+        given = allowed["device"] if case.device_gib is None else case.device_gib * GIB
+        needed = _least_needed(case, dtype, given if task.room is None else device_bytes(case, dtype, task.room))
     else:
-        return check_within(named_plan(task.plan, shape, case.work), allowed)
+        return check_within(planned(case, task.plan, dtype), allowed)
     for place in MEMORIES:
         if needed[place] > allowed[place]:
             raise PlanError(
@@ -235,11 +291,11 @@ def check_fits(task: Task, dtype: str, allowed: Mapping[Memory, float]) -> None:
             )
 
 
-def _least_needed(shape: ModelShape, work: Workload, device: float) -> dict[Memory, float]:
+def _least_needed(case: Case, dtype: str, device: float) -> dict[Memory, float]:
     """What any plan needs that uses so many bytes of the device, or more if it has to: all in the smaller form, and in
-    host memory only what has no room."""
-    plans = [named_plan(name, shape, work) for name in ("activations", "keys_values")]
+    host memory only what has no room, weights too where AUTO may put them there."""
+    plans = [planned(case, name, dtype) for name in ("activations", "keys_values")]
     needed = memory_needed(min(plans, key=lambda plan: plan.bytes_in("host")))
     least = {place: float(sum(needed[place].values())) for place in MEMORIES}
-    device = max(device, least["device"])
+    device = device if case.weights == AUTO else max(device, least["device"])
     return {"device": device, "host": max(0.0, least["host"] - (device - least["device"]))}

@@ -73,9 +73,22 @@ def with_host_weights(plan: Plan, fraction: float) -> Plan:
 
     Raises `PlanError` for another fraction.
     """
+    return with_weights(plan, named_weights(str(fraction), len(plan.layers)))
+
+
+def named_weights(name: str, layers: int) -> tuple[Memory, ...]:
+    """The memory of each layer's weights: all on the `device`, all in the `host`, or that fraction of layers there.
+
+    Raises `PlanError` for other names.
+    """
+    try:
+        fraction = {"device": 0.0, "host": 1.0}.get(name)
+        fraction = float(name) if fraction is None else fraction
+    except ValueError:
+        fraction = -1.0
     if not 0 <= fraction <= 1:
-        raise PlanError(f"the fraction of layers with weights in host memory is {fraction}; it must be from 0 to 1")
-    return with_weights(plan, spread(round(fraction * len(plan.layers)), len(plan.layers)))
+        raise PlanError(f"weights {name!r}: expected device, host, or the fraction of layers in host memory, 0 to 1")
+    return spread(round(fraction * layers), layers)
 
 
 def spread(hosted: int, layers: int) -> tuple[Memory, ...]:

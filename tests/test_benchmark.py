@@ -54,17 +54,3 @@ def test_rows_count_weights_in_host_memory(known_machine):
     row = benchmark.measure(model, plan, kvrecomp.Budget(), known_machine, 1e9)
     assert row.weights == "0.5"
     assert row.link_bytes == row.predicted_bytes == 5 * 2 * 21 * 4 * 2 + 4 * shape.layers[1].parameters
-
-
-@pytest.mark.parametrize(
-    ("flag", "hosted"), [("device", []), ("host", [0, 1, 2, 3, 4, 5, 6]), ("0.43", [2, 4, 6]), ("auto", None)]
-)
-def test_where_weights_are(flag, hosted):
-    memories = benchmark.read_weights(flag, 7)
-    assert hosted == (memories and [number for number, place in enumerate(memories) if place == "host"])
-
-
-@pytest.mark.parametrize("flag", ["gpu", "1.5", "-0.1", "nan"])
-def test_weights_in_a_place_that_there_is_not(flag):
-    with pytest.raises(ValueError, match=f"--weights is '{flag}'; expected device, host, auto or a fraction"):
-        benchmark.read_weights(flag, 7)

@@ -117,7 +117,11 @@ def test_the_workloads_that_results_are_quoted_on():
     assert sizes(workloads.select(CASES, ["batches"])) == set(batches)
     cached = itertools.product(("opt-6.7b",), (32,), (128, 512, 1024, 1984), (32,))
     assert sizes(workloads.select(CASES, ["cached"])) == set(cached)
-    assert len(sizes(CASES)) == len(CASES) == len({case.name for case in CASES})
+    throughput = workloads.select(CASES, ["weights"])
+    assert sizes(throughput) == {("opt-6.7b", 32, 256, 32), ("opt-6.7b", 32, 512, 32), ("opt-30b", 32, 256, 32)}
+    assert {(case.groups, case.weights) for case in throughput} == {(8, "host"), (8, "auto")}
+    others = [case for case in CASES if case not in throughput]
+    assert len(sizes(others)) == len(others) and len({case.name for case in CASES}) == len(CASES)
 
 
 def test_workloads_of_the_paper_are_those_of_its_tables():
@@ -133,7 +137,7 @@ def test_workloads_of_the_paper_are_those_of_its_tables():
 
 def test_every_plan_has_the_positions_that_it_needs():
     for case in CASES:
-        for plan in case.plans:
+        for plan in {"device", *case.plans} - {"auto"}:
             named_plan(plan, models.preset(case.model).shape, case.work)
 
 
@@ -171,6 +175,9 @@ def test_a_command_measures_one_row():
     needed = sum(kvrecomp.memory_needed(plan)["device"].values())
     assert given == pytest.approx(needed + 2 * 5 * 2 * 768 * 2 * 12 / 2, abs=GIB / 1000)
     assert str(room) == "small auto with room for 50 %" and str(first) == "small activations"
+    (grouped,) = tasks_of(small("auto", weights="auto", groups=3, order="column", device_gib=16))
+    flags = "--weights=auto --groups=3 --order=column --device_memory_gib=16 --notime_layers --plans=auto"
+    assert grouped.command == f"python experiments/benchmark.py {sizes} {flags}"
 
 
 def test_workloads_of_ones_own(tmp_path):
@@ -188,6 +195,9 @@ def test_workloads_of_ones_own(tmp_path):
         ({"model": "opt-125"}, "unknown model 'opt-125'"),
         ({"new": 1}, "new is 1"),
         ({"batch": 0}, "batch is 0"),
+        ({"weights": "gpu"}, "weights 'gpu': expected device, host"),
+        ({"groups": 0}, "a: 0 groups in None order; expected 1 or more, row or column"),
+        ({"groups": 2, "peers": ["huggingface"]}, "a: peers have one group, and their weights on the device"),
         ({"plan": []}, "unexpected keyword argument 'plan'.*objects with name, model, batch"),
     ],
 )
@@ -232,6 +242,30 @@ def test_what_does_not_fit_is_left_out_with_a_reason(tmp_path, plan, room, devic
     assert suite.to_measure([task], results, HERE, "bfloat16") == [task]
     results.note("failed", task, "it tried")  # which it had not before
     assert json.loads((tmp_path / "a.json").read_text())["skipped"] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "host", "message"),
+    [
+        (
+            {"weights": "host"},
+            40,
+            20,
+            r"plan activations needs 28.00 GiB of host memory \(weights 12.00 GiB, blocks 16.00",
+        ),
+        ({"weights": "auto"}, 40, 30, r"auto needs about 30.\d* GiB of host memory; 30.00 GiB may be used"),
+    ],
+)
+def test_weights_in_host_memory_and_groups_count(tmp_path, given, device, host, message):
+    """Two groups of 32 rows of 1024 tokens, 8 GiB of activations each; weights of 12 GiB and what a step needs count for
+    AUTO as well, but for the device memory that it may use."""
+    plan = "activations" if given["weights"] == "host" else "auto"
+    case = Case("a", "opt-6.7b", 32, 1024, 32, (plan,), groups=2, device_gib=1, **given)
+    (task,), results = tasks_of(case), results_at(tmp_path / "a.json")
+    here = dataclasses.replace(HERE, allowed={"device": device * GIB, "host": host * GIB})
+    assert suite.to_measure([task], results, here, "bfloat16") == []
+    assert re.search(message, results.noted("skipped", task)), results.noted("skipped", task)
+    assert suite.to_measure([task], results, HERE, "bfloat16") == [task]
 
 
 def test_what_has_too_many_tokens_is_left_out(tmp_path):

@@ -10,7 +10,7 @@ import kvrecomp
 import models
 from kvrecomp import weights
 from kvrecomp.budget import memory_needed
-from kvrecomp.named import with_host_weights
+from kvrecomp.named import named_weights, with_host_weights
 from kvrecomp.plan import PlanError
 
 OPT = models.OPTConfig("opt", layers=3, hidden=28, heads=7, intermediate=44, vocab=97, positions=61)
@@ -110,5 +110,16 @@ def test_wrong_places_are_said():
         PlanError, match=r"layers\.0\.attention\.key\.kernel in memory 'pinned_host', the model in 'device'"
     ):
         kvrecomp.Decoder(model, plan)
-    with pytest.raises(PlanError, match=r"is 1\.5; it must be from 0 to 1"):
-        with_host_weights(plan, 1.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "hosted"), [("device", []), ("host", [0, 1, 2, 3, 4, 5, 6]), ("0.43", [2, 4, 6]), ("0.07", [])]
+)
+def test_weights_by_name(name, hosted):
+    assert [number for number, place in enumerate(named_weights(name, 7)) if place == "host"] == hosted
+
+
+@pytest.mark.parametrize("name", ["gpu", "1.5", "-0.1", "nan", "auto"])
+def test_weights_in_a_place_that_there_is_not(name):
+    with pytest.raises(PlanError, match=f"weights '{name}': expected device, host, or the fraction of layers"):
+        named_weights(name, 7)
