@@ -23,14 +23,14 @@ from rich.table import Table
 
 import kvrecomp
 import models
-from experiments.report import after_warm_up, run_info
+from experiments.support.report import after_warm_up, run_info
 from kvrecomp.cost import median_write_outs, plan_costs
 from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_weights
 from kvrecomp.plan import AUTO, MIB
-from kvrecomp.profiler import copy_rate
+from kvrecomp.profile_machine import copy_rate
 from kvrecomp.sampling import Sampling
 
 _MODEL = flags.DEFINE_string("model", "opt-125m", "Preset whose random weights are decoded with.")
@@ -186,7 +186,7 @@ def main(_: list[str]) -> None:
     machine = kvrecomp.profile(model if _LAYERS.value else None, batch=work.batch)
     rows, about, document = [], run_info(_COMMIT.value), {}
     for name in _PLANS.value:
-        plan = plan_for(name, model.shape, weights=weights, machine=machine)
+        plan = plan_for(name, model.shape, weights=weights, profile=machine)
         rows.append(measure(model, plan, budget, machine, rate, _SEED.value))
         gc.collect()  # a decoder's cache is gone before the next one's is made
         document = about | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}

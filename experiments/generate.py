@@ -9,7 +9,7 @@
 Without flags it loads the checkpoint that this repository ships, continues a left-padded batch, and prints the texts,
 the plan and why it was chosen, the time of a step, the bytes that crossed the link, and how far the logits are from
 those of a plan with the cache in the other memory. With --input it continues a file of prompts, and goes on where it
-was killed; see `experiments.job`. From a notebook:
+was killed; see `experiments.support.job`. From a notebook:
 
     model, tokenizer = load("experiments/checkpoints/pydoc")
     run = continue_prompts(model, tokenizer, ["Return the"], plan="keys_values")
@@ -35,12 +35,12 @@ from tokenizers import Tokenizer
 
 import kvrecomp
 import models
-from experiments import job
-from experiments.job import BATCH
-from experiments.job_input import checkpoint_hash
-from experiments.prompts import ENDS, PADS, PROMPTS, encode, is_ids, read_prompts, special_tokens
-from experiments.report import run_info
-from experiments.source import SHIPPED, Source
+from experiments.support import job
+from experiments.support.job import BATCH
+from experiments.support.job_input import checkpoint_hash
+from experiments.support.prompts import ENDS, PADS, PROMPTS, encode, is_ids, read_prompts, special_tokens
+from experiments.support.report import run_info
+from experiments.support.source import SHIPPED, Source
 from kvrecomp.budget import check_memory, limits
 from kvrecomp.named import NAMES
 from kvrecomp.plan import AUTO, MIB, format_bytes
@@ -319,7 +319,7 @@ def source_of(given: flags.FlagValues) -> Source:
 
 
 def continue_file(given: flags.FlagValues, budget: kvrecomp.Budget) -> job.Summary:
-    """Continues a file of prompts into another; see `experiments.job`."""
+    """Continues a file of prompts into another; see `experiments.support.job`."""
     settings = job.Settings(**{own.name: given[own.name].value for own in dataclasses.fields(job.Settings)})
     return job.run(
         Path(given.input),

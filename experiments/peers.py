@@ -4,7 +4,7 @@
 
 A row is one of experiments/benchmark.py, with the peer's name as its plan and null where a field has no meaning. Only
 decode steps are timed, each awaited; `report.after_warm_up` says which count, as for our own. Another program joins
-with a `peer.Peer` in PEERS.
+with a `peer.Peer` in `programs.PEERS`.
 """
 
 import json
@@ -17,15 +17,12 @@ import numpy as np
 from absl import app, flags
 
 import models
-from experiments.huggingface import HUGGINGFACE, HUGGINGFACE_OFFLOADED
-from experiments.peer import Peer, Steps
-from experiments.report import after_warm_up, run_info, versions
+from experiments.support.peer import Steps
+from experiments.support.programs import PEERS
+from experiments.support.report import after_warm_up, run_info, versions
 from kvrecomp.files import write_json
 from kvrecomp.plan import Workload
 from models.config import Config
-
-PEERS: dict[str, Peer] = {"huggingface": HUGGINGFACE, "huggingface_offloaded": HUGGINGFACE_OFFLOADED}
-"""By the name that their rows have as plan."""
 
 
 def row_of(name: str, config: Config, work: Workload, steps: Steps) -> dict[str, Any]:

@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.table import Table
 
 import models
-from experiments import plots
-from experiments.report import run_info
+from experiments.support import plots
+from experiments.support.report import run_info
 from kvrecomp import cost, scheduler
 from kvrecomp.budget import limits, memory_needed
 from kvrecomp.hardware import DATASHEETS, LARGEST_DEVICE, HardwareProfile
@@ -144,18 +144,20 @@ def what_if(
     profile: HardwareProfile,
     budget: Budget | None = None,
     *,
+    weights: Sequence[Memory] | None = None,
     groups: int = 1,
     window: int | None = None,
 ) -> WhatIf:
     """The plan that the scheduler makes for so many groups of the workload's rows, and the predicted steps of others
-    with as many, and with weights where it has them; `window` in bytes is theirs.
+    with as many, and with weights where it has them; `window` in bytes is theirs. Where layers' `weights` are is chosen
+    too, unless it is given.
 
     Raises:
         PlanError: the model has too few positions, or nothing fits in the budget; the message says what would.
     """
     named_plan("device", shape, workload)  # its one block costs nothing to make, however long a prompt is asked for
     budget = scheduler.resolve_budget(budget or Budget(), profile)
-    chosen = scheduler.make_plan(shape, workload, profile, budget, groups=groups)
+    chosen = scheduler.make_plan(shape, workload, profile, budget, weights=weights, groups=groups)
     weights = [layer.weights for layer in chosen.layers]
     window = chosen.window if window is None else window
     tail = min(chosen.tail, default_tail(shape, workload, window))

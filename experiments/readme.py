@@ -40,8 +40,8 @@ from typing import Any, NamedTuple
 import jax
 from absl import app, flags, logging
 
-from experiments import curves, paper_costs, predictions, tables, timeline
-from experiments.tables import Row
+from experiments.support import curves, paper_costs, predictions, tables, timeline
+from experiments.support.tables import Row
 from kvrecomp.files import write_text
 
 ROOT = Path(__file__).parent.parent

@@ -6,7 +6,7 @@
 
 A row has the paper's numbers, the cost function's for the paper's machine by its data sheet, and those that were
 measured, each with its gain below it. Nothing is generated, and no device is needed. The paper's numbers are in
-experiments/paper.json.
+experiments/support/paper.json.
 """
 
 import functools
@@ -20,13 +20,13 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from experiments import paper_costs, paper_notes, tables
-from experiments.paper import Paper, PaperTable, Setting, read, records
-from experiments.paper_costs import BASELINE, PLACES, Found, Place, Row
-from experiments.paper_notes import Note
 from experiments.plan import read_hardware
-from experiments.predictions import title
-from experiments.report import run_info
+from experiments.support import paper_costs, paper_notes, tables
+from experiments.support.paper import Paper, PaperTable, Setting, read, records
+from experiments.support.paper_costs import BASELINE, PLACES, Found, Place, Row
+from experiments.support.paper_notes import Note
+from experiments.support.predictions import title
+from experiments.support.report import run_info
 from kvrecomp.cost import kvpr_split
 from kvrecomp.hardware import DATASHEETS
 from kvrecomp.plan import AUTO
@@ -212,7 +212,7 @@ def show(paper: Paper, found: Sequence[Found], said: Sequence[Note], results: Se
     for note in said:
         say(f"- {note.place[0].upper()}{note.place[1:]}: {note.text}")
     drawn = ", ".join(paper.data["only_drawn"])
-    say(f"Only drawn in the paper, so not here: {drawn}. Numbers read off a figure go into experiments/paper.json.")
+    say(f"Only drawn in the paper, so not here: {drawn}. Numbers read off a figure go into paper.json.")
 
 
 def document(paper: Paper, found: Sequence[Found], said: Sequence[Note]) -> dict[str, Any]:

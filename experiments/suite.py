@@ -1,4 +1,4 @@
-"""Measures the workloads of experiments/workloads.py under our plans and other programs, into one file a machine.
+"""Measures the workloads of `experiments.support.workloads` under our plans and other programs, into a file a machine.
 
     python experiments/suite.py --quick
     python experiments/suite.py --only=w1,w5 --peers=huggingface_offloaded
@@ -35,12 +35,12 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments import tables, workloads
-from experiments.machine import Machine, look
-from experiments.peers import PEERS
-from experiments.report import command
-from experiments.suite_results import Results
-from experiments.workloads import CASES, Task
+from experiments.support import tables, workloads
+from experiments.support.machine import Machine, look
+from experiments.support.programs import PEERS
+from experiments.support.report import command
+from experiments.support.suite_results import Results
+from experiments.support.workloads import CASES, Task
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"

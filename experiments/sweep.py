@@ -12,17 +12,12 @@ nothing is measured: results are read, and said and drawn together.
 """
 
 import dataclasses
-import functools
 import gc
 import json
-import statistics
 import sys
-import time
 from collections.abc import Iterator
 from typing import Any
 
-import jax
-import numpy as np
 from absl import app, flags, logging
 from rich.console import Console
 from rich.progress import track
@@ -30,11 +25,10 @@ from rich.table import Table
 
 import kvrecomp
 import models
-from experiments import plots, predictions, tables
-from experiments.predictions import Measured
-from experiments.report import run_info
-from kvrecomp import memory
-from kvrecomp.cache import Block, Cache, allocate_tails, describe_blocks, make_cache
+from experiments.support import plots, predictions, tables
+from experiments.support.one_step import NEW, step_seconds, with_positions
+from experiments.support.predictions import Measured
+from experiments.support.report import run_info
 from kvrecomp.cost import plan_costs
 from kvrecomp.files import write_json
 from kvrecomp.hardware import HardwareProfile
@@ -62,55 +56,9 @@ SPLITS_OF_ROOM: tuple[tuple[Form, Form], ...] = (
     ("activations", "activations"),
     ("activations", "keys_values"),
 )
-NEW = 32  # tokens of tail: no step of a measurement writes it out
-STEPS, MOST_SECONDS = 12, 3.0
-
-
-# --- measuring one step -----------------------------------------------------------------------------------------------
-
-
-def filled_cache(plan: Plan) -> Cache:
-    """A cache as after the prompt, of random numbers."""
-    like = describe_blocks(plan, 0)
-    blocks = [[_random_block(block) for block in own] for own in like]
-    padding, length = jax.device_put(
-        (np.zeros(plan.workload.batch, np.int32), np.int32(plan.workload.prompt)), memory.sharding("device")
-    )
-    return make_cache(blocks, allocate_tails(plan), padding, length, 0)
-
-
-def _random_block(block: Block) -> Block:
-    arrays = tuple(_maker(array.shape, array.dtype, block.memory)() for array in block.arrays)
-    return dataclasses.replace(block, arrays=arrays)
-
-
-@functools.cache
-def _maker(shape: tuple[int, ...], dtype: Any, place: Memory):
-    return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype), out_shardings=memory.sharding(place))
-
-
-def step_seconds(decoder: kvrecomp.Decoder) -> float:
-    """Median seconds of a step, dispatched one ahead as `generate` does."""
-    decoder.compile(prefill=False)
-    cache = filled_cache(decoder.plan)
-    tokens = jax.device_put(np.full(decoder.plan.workload.batch, 5, np.int32), memory.sharding("device"))
-    times, waiting = [time.perf_counter()], None
-    while len(times) <= STEPS and (len(times) < 6 or times[-1] - times[0] < MOST_SECONDS):
-        cache, logits = decoder.step(cache, tokens)
-        if waiting is not None:
-            jax.block_until_ready(waiting)
-            times.append(time.perf_counter())
-        waiting = logits
-    jax.block_until_ready(waiting)
-    return statistics.median(np.diff(times)[2:])
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
-
-
-def with_positions(config: Any, positions: int) -> Any:
-    """The configuration with at least so many positions."""
-    return dataclasses.replace(config, positions=max(config.positions, positions))
 
 
 def rivals_within(model: Any, work: kvrecomp.Workload, budget: Budget) -> Iterator[Plan]:

@@ -3,10 +3,10 @@
     python experiments/trace.py --model=opt-6.7b --batch=32 --prompt=1024 --compare --plot=trace.png --out=trace.json
     python experiments/trace.py --from=trace.json --plot=trace.png
 
-Two steps are recorded by `jax.profiler`, dispatched one ahead as `generate` does, on caches of random numbers as in
-experiments/sweep.py, and the second is drawn. `--compare` draws KVPR's schedule, keys and values, and activations below
-each other. `--out` keeps what the picture needs (experiments/timeline.py says how), so that `--from`, on any machine,
-and experiments/readme.py can draw it again.
+Two steps are recorded by `jax.profiler`, dispatched one ahead as `generate` does, on caches of random numbers, and the
+second is drawn. `--compare` draws KVPR's schedule, keys and values, and activations below each other. `--out` keeps
+what the picture needs (`experiments.support.timeline` says how), so that `--from`, on any machine, and
+experiments/readme.py can draw it again.
 
 While it is traced, XLA launches kernel by kernel what it otherwise launches as CUDA graphs, so a step can take longer;
 its time without tracing is given too. Where kernels are launched as graphs nevertheless, no layer is known of them:
@@ -34,9 +34,9 @@ from rich.table import Table
 
 import kvrecomp
 import models
-from experiments import plots, sweep, tables, timeline, xplane
-from experiments.report import run_info
-from experiments.timeline import Timeline
+from experiments.support import one_step, plots, tables, timeline, xplane
+from experiments.support.report import run_info
+from experiments.support.timeline import Timeline
 from kvrecomp import memory
 from kvrecomp.cache import Cache
 from kvrecomp.files import write_json
@@ -70,7 +70,7 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
 
 def traced(decoder: kvrecomp.Decoder) -> tuple[list[xplane.Span], float]:
     """What ran in one step, and its seconds; the program is compiled and warm."""
-    cache = sweep.filled_cache(decoder.plan)
+    cache = one_step.filled_cache(decoder.plan)
     tokens = jax.device_put(np.full(decoder.plan.workload.batch, 5, np.int32), memory.sharding("device"))
 
     def take(steps: int, cache: Cache) -> Cache:
@@ -96,7 +96,7 @@ def traced(decoder: kvrecomp.Decoder) -> tuple[list[xplane.Span], float]:
 def measure(model: Any, plan: kvrecomp.Plan, budget: kvrecomp.Budget) -> Timeline:
     """The step of one plan: timed, then traced."""
     decoder = kvrecomp.Decoder(model, plan, budget=budget)
-    median = sweep.step_seconds(decoder)
+    median = one_step.step_seconds(decoder)
     return timeline_of(plan, median, *traced(decoder))
 
 
@@ -131,18 +131,23 @@ def run(given: flags.FlagValues) -> list[Timeline]:
             "to install jax for it), or draw what was traced before with --from=FILE.json"
         )
     names = COMPARED if given.compare else given.plans
-    config = sweep.with_positions(models.preset(given.model), given.prompt + sweep.NEW)
+    config = one_step.with_positions(models.preset(given.model), given.prompt + one_step.NEW)
     shape = dataclasses.replace(config.shape, dtype=given.dtype)
-    work = kvrecomp.Workload(given.batch, given.prompt, sweep.NEW)
+    work = kvrecomp.Workload(given.batch, given.prompt, one_step.NEW)
     for name in names:  # mistakes are said before the weights are made
         if name != AUTO:
-            kvrecomp.plan_for(name, shape, work, tail=sweep.NEW)
+            kvrecomp.plan_for(name, shape, work, tail=one_step.NEW)
     model = models.create(config, dtype=given.dtype)
     budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
     machine = kvrecomp.profile(model, batch=work.batch) if AUTO in names else None
     rows = []
     for name in names:
-        options = {"budget": budget, "machine": machine, "weights": kvrecomp.weight_memories(model), "tail": sweep.NEW}
+        options = {
+            "budget": budget,
+            "machine": machine,
+            "weights": kvrecomp.weight_memories(model),
+            "tail": one_step.NEW,
+        }
         plan = kvrecomp.plan_for(name, model.shape, work, **options)
         rows.append(measure(model, plan, budget))
         gc.collect()  # a decoder's cache is gone before the next one's is made

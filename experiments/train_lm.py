@@ -5,9 +5,9 @@
 writes a checkpoint for `models.load`, with a tokenizer and `training.json`, which says how it came about. From a
 notebook: `train(Config(output=...))`.
 
-The corpus (`experiments.corpus`) is smaller than the model is patient, so weights are kept from the evaluation that was
-best on the validation documents; the held-out documents decide nothing and are only reported on. Bits per byte are the
-bits of all predicted tokens, ends of text included, over the number of predicted bytes.
+The corpus (`experiments.support.corpus`) is smaller than the model is patient, so weights are kept from the evaluation
+that was best on the validation documents; the held-out documents decide nothing and are only reported on. Bits per byte
+are the bits of all predicted tokens, ends of text included, over the number of predicted bytes.
 
 Where the work happens: the whole corpus is one array on the device, and one jitted call does many steps, each cutting
 its own random windows by (seed, step). So nothing crosses the link while training, and a resumed run sees the batches
@@ -41,7 +41,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import models
-from experiments import corpus
+from experiments.support import corpus
 from kvrecomp.attention import causal
 from kvrecomp.files import write_json
 from models.checkpoint import is_ours

@@ -5,7 +5,8 @@
 or, step by step,
 
     profile = kvrecomp.profile()  # measured once per machine
-    plan = kvrecomp.make_plan(model.shape, kvrecomp.Workload(batch=32, prompt=1024, new=128), profile)
+    work, weights = kvrecomp.Workload(batch=32, prompt=1024, new=128), kvrecomp.weight_memories(model)
+    plan = kvrecomp.make_plan(model.shape, work, profile, weights=weights)
     decoder = kvrecomp.Decoder(model, plan)
     cache, logits = decoder.prefill(input_ids, attention_mask)
     cache, logits = decoder.step(cache, token_ids)

@@ -3,11 +3,11 @@
 import dataclasses
 from collections.abc import Sequence
 
+from kvrecomp import profiler
 from kvrecomp.budget import limits, weights_in
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_plan, with_weights
 from kvrecomp.plan import AUTO, DEFAULT_WINDOW, Budget, Memory, ModelShape, Order, Plan, Workload
-from kvrecomp.profiler import check_profile, profile
 from kvrecomp.scheduler import default_order, make_plan
 
 
@@ -17,7 +17,7 @@ def plan_for(
     workload: Workload,
     *,
     budget: Budget | None = None,
-    machine: HardwareProfile | None = None,
+    profile: HardwareProfile | None = None,
     weights: Sequence[Memory] | None = None,
     groups: int | None = 1,
     order: Order | None = None,
@@ -28,7 +28,7 @@ def plan_for(
 
     `auto` is the fastest that fits in the budget, by default what is free; see `make_plan`. `weights` is where a loaded
     model has those of each layer (`kvrecomp.weight_memories`), None if none is loaded: then `auto` chooses, and others
-    have them on the device. `groups` None lets `auto` split the rows. `machine` is its profile, measured if not given.
+    have them on the device. `groups` None lets `auto` split the rows. `profile` is measured if not given.
 
     Raises:
         PlanError: there is no such plan, nothing fits, or the profile is of another machine.
@@ -39,11 +39,11 @@ def plan_for(
         groups = groups or 1
         order = order or default_order(plan.host_weight_bytes > 0, groups)
         return dataclasses.replace(plan, groups=groups, order=order)
-    if machine is None:
-        machine = profile()
+    if profile is None:
+        profile = profiler.profile()
     else:
-        check_profile(machine)
+        profiler.check_profile(profile)
     own = Budget(**limits(budget or Budget(), None if weights is None else weights_in(shape, weights)))
     return make_plan(
-        shape, workload, machine, own, weights=weights, groups=groups, order=order, tail=tail, window=window
+        shape, workload, profile, own, weights=weights, groups=groups, order=order, tail=tail, window=window
     )

@@ -144,7 +144,7 @@ def describe_blocks(plan: Plan, write_outs: int) -> tuple[tuple[Block, ...], ...
 def describe_tails(plan: Plan) -> tuple[Block, ...]:
     """The tails of every layer, as abstract arrays."""
     return tuple(
-        _describe(BlockSpec(own.tail, "device", plan.tail), layer, plan)
+        _describe(BlockSpec(own.tail_form, "device", plan.tail), layer, plan)
         for own, layer in zip(plan.layers, plan.shape.layers, strict=True)
     )
 

@@ -103,7 +103,7 @@ def _layer_tasks(
 
     early, late = layer_shape.matrices if layer.weights == "host" else ((), ())
     blocks = layer.blocks(write_outs, plan.tail)
-    tail = BlockSpec(layer.tail, "device", plan.tail)
+    tail = BlockSpec(layer.tail_form, "device", plan.tail)
     for group in range(plan.together):
         for count in early if group == 0 else ():
             await_copy(count * plan.shape.itemsize, kept=True)

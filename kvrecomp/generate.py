@@ -90,7 +90,7 @@ def generate(
     if isinstance(plan, str):
         work = Workload(batch, prompt, max_new_tokens)
         placed = weight_memories(model)
-        plan = plan_for(plan, model.shape, work, budget=budget, machine=profile, weights=placed, groups=None)
+        plan = plan_for(plan, model.shape, work, budget=budget, profile=profile, weights=placed, groups=None)
     decoder = Decoder(model, plan, budget=budget)
     eos = [] if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id)).tolist()
     pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0

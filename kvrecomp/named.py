@@ -57,7 +57,7 @@ def named_plan(
     layers = tuple(
         LayerPlan(
             prompt=cut_runs(runs, layer, shape, workload, window),
-            tail=last_form,
+            tail_form=last_form,
             grown=(last_memory,),
             method="recompute" if kind in ("recompute", "kvpr") else "absorb",
         )

@@ -191,13 +191,13 @@ class LayerPlan:
     """
 
     prompt: tuple[BlockSpec, ...]
-    tail: Form = "activations"
+    tail_form: Form = "activations"
     grown: tuple[Memory, ...] = ("host",)
     method: Method = "absorb"
     weights: Memory = "device"
 
     def __post_init__(self):
-        _check_choice(self, FORMS, self.tail)
+        _check_choice(self, FORMS, self.tail_form)
         _check_choice(self, METHODS, self.method)
         _check_choice(self, MEMORIES, self.weights, *self.grown)
         if not self.grown:
@@ -207,7 +207,7 @@ class LayerPlan:
         """The layer's blocks after that many write-outs of the tail."""
         last = len(self.grown) - 1
         return self.prompt + tuple(
-            BlockSpec(self.tail, self.grown[min(i, last)], tail_tokens) for i in range(write_outs)
+            BlockSpec(self.tail_form, self.grown[min(i, last)], tail_tokens) for i in range(write_outs)
         )
 
 
@@ -339,7 +339,7 @@ class Plan:
     def tail_bytes(self) -> int:
         """Bytes of the tails of all layers and groups."""
         return self.groups * sum(
-            count * self.bytes_of(layer_shape, BlockSpec(layer.tail, "device", self.tail))
+            count * self.bytes_of(layer_shape, BlockSpec(layer.tail_form, "device", self.tail))
             for (layer, layer_shape), count in self.kinds.items()
         )
 
@@ -359,7 +359,7 @@ class Plan:
                 blocks = [b for b in layer.prompt if (b.form, b.memory) == (form, memory)]
                 tokens, size = sum(b.tokens for b in blocks), sum(self.bytes_of(layer_shape, b) for b in blocks)
                 cells.append(f"{tokens} ({format_bytes(size)})" if blocks else "-")
-            tail_size = self.bytes_of(layer_shape, BlockSpec(layer.tail, "device", self.tail))
+            tail_size = self.bytes_of(layer_shape, BlockSpec(layer.tail_form, "device", self.tail))
             table.add_row(_spans(numbers), *cells, f"{self.tail} ({format_bytes(tail_size)})", layer.method)
         total = [f"{format_bytes(self.bytes_in(memory))} in blocks on the {memory}" for memory in MEMORIES]
         if hosted := sum(layer.weights == "host" for layer in self.layers):

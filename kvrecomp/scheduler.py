@@ -71,12 +71,14 @@ class Settings:
     on_device: float | None
     activations: float
     method: Method
-    tail: Form
+    tail_form: Form
     growth: float
 
 
 Candidate = tuple[int, dict[LayerShape, Settings]]
 """A window, and the settings of each layer shape."""
+
+Key = tuple[int, frozenset[tuple[LayerPlan, LayerShape]]]
 
 
 def make_plan(
@@ -176,7 +178,7 @@ class _Search:
         self.windows = [max(own, widest) for own in windows] if window is None else [window]
         most = min(MOST_TAIL_BYTES, self.spare * TAIL_SHARE) / groups
         self.tail = default_tail(shape, workload, self.windows[-1], most) if tail is None else min(tail, workload.new)
-        self._costs: dict[Plan, StepCost] = {}
+        self._costs: dict[Key, StepCost] = {}
         self.least = {}  # each shape in its own smaller form: what fits if anything does
         for layer in self.shapes:
             form = _smaller(layer)
@@ -213,9 +215,10 @@ class _Search:
 
     def costs(self, plans: Sequence[Plan]) -> list[StepCost]:
         """What a step costs under each of the plans."""
-        if new := [plan for plan in dict.fromkeys(plans) if plan not in self._costs]:
-            self._costs.update(zip(new, itertools.starmap(StepCost, zip(*plan_costs(self.profile, new)))))
-        return [self._costs[plan] for plan in plans]
+        if new := {key: plan for plan in plans if (key := _key(plan)) not in self._costs}:
+            costs = plan_costs(self.profile, list(new.values()))
+            self._costs.update(zip(new, itertools.starmap(StepCost, zip(*costs))))
+        return [self._costs[_key(plan)] for plan in plans]
 
     def rivals(self, plan: Plan) -> list[tuple[Plan, StepCost]]:
         """The plans by name that fit, with the tail and window of this one."""
@@ -225,7 +228,8 @@ class _Search:
                 rival = named_plan(name, self.shape, self.workload, tail=plan.tail, window=plan.window)
             except PlanError:  # a token larger than the window
                 continue
-            named.append(self._complete(rival))
+            rival = with_weights(rival, self.weights)
+            named.append(dataclasses.replace(rival, groups=self.groups, order=self.order))
         last = plan.write_outs
         fitting = [rival for rival in named if rival.blocks(last) != plan.blocks(last) and self._excess(rival) == 0]
         return list(zip(fitting, self.costs(fitting)))
@@ -254,16 +258,17 @@ class _Search:
 
         Raises `PlanError` where none fits.
         """
-        plans: dict[Plan, Candidate] = {}
+        made: dict[Key, tuple[Plan, Candidate]] = {}
         for candidate in candidates:
-            plans.setdefault(self._plan(*candidate), candidate)
-        fitting = [plan for plan in plans if self._excess(plan) == 0]
+            plan = self._plan(*candidate)
+            made.setdefault(_key(plan), (plan, candidate))
+        fitting = [own for own in made.values() if self._excess(own[0]) == 0]
         if not fitting:
-            check_within(min(plans, key=self._excess), {place: getattr(self.budget, place) for place in MEMORIES})
-        seconds = {plan: float(cost.seconds) for plan, cost in zip(fitting, self.costs(fitting))}
-        least = min(seconds.values())
-        alike = [plan for plan in fitting if seconds[plan] <= 1.001 * least]
-        return plans[min(alike, key=lambda plan: plan.bytes_in("host"))]
+            closest = min((plan for plan, _ in made.values()), key=self._excess)
+            check_within(closest, {place: getattr(self.budget, place) for place in MEMORIES})
+        seconds = [float(cost.seconds) for cost in self.costs([plan for plan, _ in fitting])]
+        alike = [own for own, each in zip(fitting, seconds) if each <= 1.001 * min(seconds)]
+        return min(alike, key=lambda own: own[0].bytes_in("host"))[1]
 
     def _plan(self, window: int, settings: dict[LayerShape, Settings]) -> Plan:
         """The plan with these settings; layers share the room so that each keeps as many tokens as the others."""
@@ -273,17 +278,20 @@ class _Search:
         window_room = room - max(0, in_flight - self.prefill) / self.groups
         widths = {layer: layer.width(_smaller(layer)) for layer in self.shapes}
         total = sum(widths[layer] for layer in self.shape.layers)
-        own = {}
+        own: dict[tuple[LayerShape, Memory], LayerPlan] = {}
         for layer in self.shapes:
             share = widths[layer] / total
             builder = _Builder(layer, self.shape, self.workload, window, self.tail, room * share, window_room * share)
-            own[layer] = builder.plan(settings[layer])
-        layers = tuple(own[layer] for layer in self.shape.layers)
-        return self._complete(Plan(AUTO, self.shape, self.workload, layers, self.tail, window))
+            made = builder.plan(settings[layer])
+            own |= {(layer, place): dataclasses.replace(made, weights=place) for place in MEMORIES}
+        layers = tuple(own[kind] for kind in zip(self.shape.layers, self.weights))
+        groups, order = self.groups, self.order
+        return Plan(AUTO, self.shape, self.workload, layers, self.tail, window, groups=groups, order=order)
 
-    def _complete(self, plan: Plan) -> Plan:
-        """The plan, of one group with its weights on the device, with weights and groups as they are to be."""
-        return dataclasses.replace(with_weights(plan, self.weights), groups=self.groups, order=self.order)
+
+def _key(plan: Plan) -> Key:
+    """What tells a search's plans apart. Hashing a plan itself takes a hash of every layer."""
+    return plan.window, frozenset(plan.kinds)
 
 
 def _splits(shape: ModelShape, workload: Workload, budget: Budget) -> list[tuple[int, Workload]]:
@@ -333,7 +341,7 @@ class _Builder:
         write_outs = max(0, (self.workload.new - 1) // self.tail)
         smaller = _smaller(self.layer)
         pair, small = self._bytes("keys_values"), self._bytes(smaller)
-        grown = self.tail * self._bytes(settings.tail)  # a tail's bytes, written out or not
+        grown = self.tail * self._bytes(settings.tail_form)  # a tail's bytes, written out or not
         all_fits = prompt * small + (1 + write_outs) * grown <= self.room
         room = max(0.0, (self.room if all_fits else self.window_room) - grown)
         kept = min(write_outs, int(room / grown))
@@ -357,7 +365,7 @@ class _Builder:
         kept = min(write_outs, int((room - pairs * pair - rest * small) / grown))
         stays: list[Memory] = ["device"] * kept
         leaves: list[Memory] = ["host"] if kept < write_outs or behind else ["device"]
-        return LayerPlan(blocks, settings.tail, (*stays, *leaves), settings.method)
+        return LayerPlan(blocks, settings.tail_form, (*stays, *leaves), settings.method)
 
     def _cut(self, form: Form, memory: Memory, tokens: int) -> tuple[BlockSpec, ...]:
         return cut_runs([(form, memory, tokens)], self.layer, self.shape, self.workload, self.window)

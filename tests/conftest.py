@@ -4,6 +4,7 @@ import gc
 import os
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # see below; for programs that tests start too
 
 import jax
 import pytest
@@ -14,7 +15,6 @@ from kvrecomp.hardware import HardwareProfile, Line
 # Most of the suite's time is LLVM's: unoptimised, the programs of a toy model compile twice as fast. The emitters of
 # fusions are another half; jax 0.11 has no choice of them, and XLA stops at flags that it does not know. Many small
 # modules pay off where there are more cores than tests at once.
-jax.config.update("jax_disable_most_optimizations", True)
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_parallel_codegen_split_count=1"
 if jax.__version_info__ < (0, 11):
     os.environ["XLA_FLAGS"] += " --xla_cpu_use_fusion_emitters=false"

@@ -9,7 +9,8 @@ from rich.console import Console
 
 import kvrecomp
 import models
-from experiments import benchmark, report
+from experiments import benchmark
+from experiments.support import report
 from kvrecomp.cost import plan_costs
 from kvrecomp.named import named_plan
 

@@ -12,12 +12,13 @@ FOLDERS = ("kvrecomp", "models", "experiments", "tests")
 BELOW = {
     "kvrecomp": {"kvrecomp"},
     "models": {"kvrecomp", "models"},
-    "experiments": {"kvrecomp", "models", "experiments"},
+    "experiments/support": {"kvrecomp", "models", "experiments/support"},
+    "experiments": {"kvrecomp", "models", "experiments/support", "experiments"},
 }
 # What a file reads beside the code that it imports.
 READS = {
-    "experiments/generate.py": 'glob(["experiments/checkpoints/pydoc/**"])',
-    "experiments/paper.py": '["experiments/paper.json"]',
+    "experiments/support/source.py": 'glob(["experiments/checkpoints/pydoc/**"])',
+    "experiments/support/paper.py": '["experiments/support/paper.json"]',
     "tests/test_build.py": "ALL_SOURCES",
     "tests/test_job.py": 'glob(["experiments/checkpoints/pydoc/**"])',
     "tests/test_notebook.py": '["experiments/decode.ipynb"]',
@@ -128,9 +129,9 @@ def test_target_says_what_the_file_imports(source):
 
 
 def test_imports_go_downwards_only():
-    folder = {name: Path(target["srcs"][0]).parts[0] for name, target in targets().items()}
+    folder = {name: Path(target["srcs"][0]).parent.as_posix() for name, target in targets().items()}
     for name, target in targets().items():
-        upwards = [dep for dep in target["deps"] if folder[dep] not in BELOW.get(folder[name], FOLDERS)]
+        upwards = [dep for dep in target["deps"] if folder[dep] not in BELOW.get(folder[name], folder.values())]
         assert not upwards, f"{name} is in {folder[name]} and imports {', '.join(upwards)}"
 
 

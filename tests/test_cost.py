@@ -347,10 +347,10 @@ BY_HAND = Plan(
     (
         LayerPlan(
             (BlockSpec(acts, "host", 4), BlockSpec(kv, "device", 2), BlockSpec(kv, "host", 5)),
-            tail=kv,
+            tail_form=kv,
             grown=("device", "host"),
         ),
-        LayerPlan((BlockSpec(acts, "device", 5), BlockSpec(acts, "host", 6)), tail=acts, method="recompute"),
+        LayerPlan((BlockSpec(acts, "device", 5), BlockSpec(acts, "host", 6)), tail_form=acts, method="recompute"),
     ),
     tail=3,
     window=10_000,
@@ -423,7 +423,7 @@ def test_absorption_is_prepared_once_a_layer(where):
     """Wherever the activations are; not for keys and values, nor where K and V are recomputed."""
     form, memory, tail = (kv, "device", acts) if where == "tail" else (acts, where, kv)
     for method, times in [("absorb", 1), ("recompute", 0)]:
-        own = LayerPlan((BlockSpec(form, memory, 6), BlockSpec(form, memory, 5)), tail=tail, method=method)
+        own = LayerPlan((BlockSpec(form, memory, 6), BlockSpec(form, memory, 5)), tail_form=tail, method=method)
         plan = Plan("some", replace(SHAPE, layers=(PLAIN,)), WORK, (own,), tail=3)
         assert list(make_tasks(plan).work).count(row(0, "prepare")) == times
     assert row(0, "prepare") not in make_tasks(named_plan(kv, SHAPE, WORK)).work

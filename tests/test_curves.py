@@ -4,7 +4,7 @@ import struct
 
 import pytest
 
-from experiments import curves, plots, predictions
+from experiments.support import curves, plots, predictions
 
 ROW = {"device": "Some GPU", "model": "opt-6.7b", "batch": 32, "new": 32, "room": None}
 TIMES = {  # by plan, of 1024 and 128 cached tokens

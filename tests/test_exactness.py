@@ -43,7 +43,7 @@ def layer_plans(draw, prompt):
     sizes = draw(st.integers(1, 3).flatmap(lambda blocks: cuts(prompt, blocks)))
     return LayerPlan(
         prompt=tuple(BlockSpec(draw(forms), draw(memories), size) for size in sizes),
-        tail=draw(forms),
+        tail_form=draw(forms),
         grown=tuple(draw(st.lists(memories, min_size=1, max_size=WRITE_OUTS))),
         method=draw(st.sampled_from(["recompute", "absorb"])),
     )
@@ -85,12 +85,12 @@ MIXED = (
             BlockSpec("activations", "host", 5),
             BlockSpec("keys_values", "device", 1),
         ),
-        tail="keys_values",
+        tail_form="keys_values",
         grown=("device", "host", "device"),
     ),
     LayerPlan(
         prompt=(BlockSpec("activations", "host", 4), BlockSpec("keys_values", "host", 7)),
-        tail="activations",
+        tail_form="activations",
         grown=("host", "device"),
         method="recompute",
     ),

@@ -9,7 +9,7 @@ import pytest
 import toy
 
 import kvrecomp
-from experiments.job_groups import batches, largest_plan, padded_lengths, plan_document, plan_from
+from experiments.support.job_groups import batches, largest_plan, padded_lengths, plan_document, plan_from
 from kvrecomp.plan import PlanError, Workload
 
 SHAPE = toy.model().shape

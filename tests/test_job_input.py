@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import models
-from experiments import job_input
-from experiments.job_input import Reader, checkpoint_hash, file_hash, survey
+from experiments.support import job_input
+from experiments.support.job_input import Reader, checkpoint_hash, file_hash, survey
 from kvrecomp.plan import MIB
 
 BYTES = models.byte_tokenizer()

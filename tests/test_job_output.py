@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.job_output import Output
+from experiments.support.job_output import Output
 
 DESCRIPTION = {"records": 7, "settings": {"seed": 1}}
 # As batches finish: longer prompts first, whose turn comes later.

@@ -129,6 +129,7 @@ def test_sizes_on_a_gpu_suit_a_t4(monkeypatch):
         return SimpleNamespace(shape=dataclasses.replace(models.preset(name).shape, dtype=dtype))
 
     monkeypatch.setattr(kvrecomp, "profile", lambda: t4)
+    monkeypatch.setattr(kvrecomp, "weight_memories", lambda model: ("device",) * len(model.shape.layers))
     names = {"kvrecomp": kvrecomp, "format_bytes": format_bytes, "ON_GPU": True}
     exec(sources()["model"], names | {"models": SimpleNamespace(create=create)}, names)
     assert names["model"].shape.dtype == "float16"

@@ -8,9 +8,10 @@ import pytest
 from absl import flags
 
 import models
-from experiments import benchmark, huggingface, peers, workloads
-from experiments.peer import Peer, Steps
-from experiments.peers import PEERS
+from experiments import benchmark, peers
+from experiments.support import huggingface, workloads
+from experiments.support.peer import Peer, Steps
+from experiments.support.programs import PEERS
 from kvrecomp.budget import memory_needed
 from kvrecomp.named import named_plan
 from kvrecomp.plan import GIB, Workload

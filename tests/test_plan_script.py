@@ -15,7 +15,7 @@ from absl import flags
 
 import models
 from experiments import plan as script
-from experiments import plots
+from experiments.support import plots
 from kvrecomp import profiler
 from kvrecomp.cost import plan_costs
 from kvrecomp.hardware import HardwareProfile

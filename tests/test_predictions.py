@@ -5,8 +5,8 @@ import struct
 
 import pytest
 
-from experiments import plots, predictions
-from experiments.predictions import Measured
+from experiments.support import plots, predictions
+from experiments.support.predictions import Measured
 
 ROW = Measured("opt-6.7b", 8, 512, 32, "activations", None, 100.0, 104.0, 7)
 OFF = [4.0, -4.5, 11.0, -9.0]  # per cent

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvrecomp
-from kvrecomp import profiler
+from kvrecomp import profile_layers, profile_machine, profiler
 from kvrecomp.hardware import WORKS, HardwareProfile
-from kvrecomp.profiler import fit_line
+from kvrecomp.timing import fit_line, measured_line
 
 
 @pytest.fixture
@@ -34,12 +34,12 @@ def counted(monkeypatch, known_machine):
         calls.append("measured")
         return known_machine
 
-    monkeypatch.setattr(profiler, "_measure_machine", measure)
+    monkeypatch.setattr(profiler, "measure_machine", measure)
     return calls
 
 
 def test_a_machine_is_measured(cache, monkeypatch):
-    monkeypatch.setattr(profiler, "median_seconds", lambda run, repeats=1: profiled(run))
+    monkeypatch.setattr(profile_machine, "median_seconds", lambda run, repeats=1: profiled(run))
     measured = profiler.profile()
     assert {name: getattr(measured, name) for name in profiler.this_machine()} == profiler.this_machine()
     assert 1e8 < measured.matmul_rate < 1e16 and 1e8 < measured.memory_rate < 1e14
@@ -101,9 +101,9 @@ def test_generate_refuses_a_profile_of_another_machine():
 
 
 def test_layers_are_timed_once_a_batch(cache, counted, monkeypatch):
-    monkeypatch.setattr(profiler, "median_seconds", lambda run, repeats=1: profiled(run))
-    monkeypatch.setattr(profiler, "STEPS", 2)
-    monkeypatch.setattr(profiler, "MORE_LAYERS", 3)
+    monkeypatch.setattr(profile_layers, "median_seconds", lambda run, repeats=1: profiled(run))
+    monkeypatch.setattr(profile_layers, "STEPS", 2)
+    monkeypatch.setattr(profile_layers, "MORE_LAYERS", 3)
     model = toy.model("350m")
     first = profiler.profile(model, batch=3)
     assert len(first.layers) == len(set(model.shape.layers))
@@ -140,6 +140,6 @@ def test_a_poor_fit_is_measured_again_and_said(caplog):
         return {1: 1.0, 2: 5.0, 3: 1.0}[size]
 
     with caplog.at_level(logging.INFO, logger="kvrecomp"):
-        profiler._measured_line("copies", (1, 2, 3), measure)
+        measured_line("copies", (1, 2, 3), measure)
     assert asked == [5] * 3 + [15] * 3
     assert "measuring it again" in caplog.text and "predictions may be as far off" in caplog.text

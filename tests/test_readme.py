@@ -8,7 +8,8 @@ import sys
 import pytest
 from absl import flags
 
-from experiments import predictions, readme, tables, timeline
+from experiments import readme
+from experiments.support import predictions, tables, timeline
 
 ROW = {"model": "opt-1.3b", "batch": 2, "prompt": 3, "new": 5, "link_bytes": 7_000_000_000, "link_efficiency": 0.5}
 ROWS = [

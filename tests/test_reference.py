@@ -42,8 +42,8 @@ VARIANTS = {
     "gemma": ("Gemma", LLAMA | {"num_key_value_heads": 1, "head_dim": 14}),
 }
 # Every form and method for each family, each memory too for OPT.
-PLANS = ("activations", "recompute", "split:0.5")
-MORE_PLANS = ("keys_values", "device:0.5")
+PLANS = ("recompute", "split:0.5")
+MORE_PLANS = ("activations", "keys_values", "device:0.5")
 PROMPT, NEW, TAIL, VOCAB = 7, 14, 4, 97
 
 

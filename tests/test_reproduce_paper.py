@@ -10,9 +10,9 @@ from absl import flags
 from rich.console import Console
 
 import models
-from experiments import paper, paper_costs, paper_notes
 from experiments import reproduce_paper as script
-from experiments.paper import Setting
+from experiments.support import paper, paper_costs, paper_notes
+from experiments.support.paper import Setting
 from kvrecomp.hardware import DATASHEETS, HardwareProfile
 from kvrecomp.plan import GIB, MIB
 

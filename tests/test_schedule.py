@@ -14,7 +14,7 @@ import pytest
 
 import kvrecomp
 import models
-from experiments import xplane
+from experiments.support import xplane
 from kvrecomp import runtime
 from kvrecomp.plan import COPIES_AHEAD
 from models import OPTConfig
@@ -34,7 +34,7 @@ dnn_version_info { major: 9 minor: 7 }
 device_description_str: "NVIDIA H200"
 """
 MIB = 2**20
-CONFIG = OPTConfig("guard", layers=8, hidden=1024, heads=8, intermediate=1024, vocab=512, positions=2048)
+CONFIG = OPTConfig("guard", layers=4, hidden=1024, heads=8, intermediate=1024, vocab=512, positions=2048)
 BLOCK = 16 * MIB  # 1024 tokens of 8 rows in bfloat16
 WORK = kvrecomp.Workload(batch=8, prompt=1024, new=512)
 COMPUTE = {"fusion", "custom-call", "dot", "while"}
@@ -126,12 +126,12 @@ def computed_without_a_copy(text: str) -> list[int]:
 @pytest.mark.parametrize(
     ("name", "window", "write_outs", "arrays"),
     [
-        ("activations", 4 * BLOCK, 0, 8),
-        ("activations", 2 * BLOCK, 0, 16),  # two blocks a layer
-        ("activations", 4 * BLOCK, 3, 32),
-        ("keys_values", 4 * BLOCK, 0, 16),
-        ("split:0.5", 4 * BLOCK, 0, 16),
-        ("device:0.5", 4 * BLOCK, 0, 8),
+        ("activations", 4 * BLOCK, 0, 4),
+        ("activations", 2 * BLOCK, 0, 8),  # two blocks a layer
+        ("activations", 4 * BLOCK, 3, 16),
+        ("keys_values", 4 * BLOCK, 0, 8),
+        ("split:0.5", 4 * BLOCK, 0, 8),
+        ("device:0.5", 4 * BLOCK, 0, 4),
     ],
 )
 def test_copies_are_whole_bounded_and_under_compute(name, window, write_outs, arrays):
@@ -168,7 +168,7 @@ def test_a_trace_can_tell_the_layer_of_every_kernel_and_copy():
 
 def test_without_holds_the_check_fails(monkeypatch):
     monkeypatch.setattr(jax.lax, "optimization_barrier", lambda operands: operands)
-    text, temporary = compile_step("activations", 4 * BLOCK)
+    text, temporary = compile_step("activations", 4 * BLOCK, config=dataclasses.replace(CONFIG, layers=8))
     assert temporary > 4 * BLOCK
     with pytest.raises(AssertionError, match="nothing is computed under"):
         check_schedule(text)

@@ -22,11 +22,12 @@ from rich.console import Console
 
 import kvrecomp
 import models
-from experiments import machine, paper, suite, tables, workloads
-from experiments.machine import Machine
-from experiments.peers import PEERS
-from experiments.suite_results import Results
-from experiments.workloads import CASES, Case
+from experiments import suite
+from experiments.support import machine, paper, tables, workloads
+from experiments.support.machine import Machine
+from experiments.support.programs import PEERS
+from experiments.support.suite_results import Results
+from experiments.support.workloads import CASES, Case
 from kvrecomp.named import named_plan
 from kvrecomp.plan import GIB
 
@@ -257,8 +258,8 @@ def test_what_does_not_fit_is_left_out_with_a_reason(tmp_path, plan, room, devic
     ],
 )
 def test_weights_in_host_memory_and_groups_count(tmp_path, given, device, host, message):
-    """Two groups of 32 rows of 1024 tokens, 8 GiB of activations each; weights of 12 GiB and what a step needs count for
-    AUTO as well, but for the device memory that it may use."""
+    """Two groups of 32 rows of 1024 tokens, 8 GiB of activations each. Weights of 12 GiB and what a step needs count
+    for AUTO as well, but for the device memory that it may use."""
     plan = "activations" if given["weights"] == "host" else "auto"
     case = Case("a", "opt-6.7b", 32, 1024, 32, (plan,), groups=2, device_gib=1, **given)
     (task,), results = tasks_of(case), results_at(tmp_path / "a.json")
@@ -292,7 +293,8 @@ def test_this_machine():
 def test_neither_the_suite_nor_a_peer_starts_a_backend_of_jax():
     """Which would keep three quarters of a GPU's memory from the processes that measure."""
     code = """if True:
-        from experiments import peers, suite, workloads
+        from experiments import peers, suite
+        from experiments.support import workloads
         from kvrecomp import memory
         for task in workloads.make_tasks(workloads.CASES, list(peers.PEERS), False, "bfloat16", None):
             workloads.check_fits(task, "bfloat16", {"device": 2.0**40, "host": 2.0**40})
@@ -405,8 +407,9 @@ def test_what_is_measured_is_not_measured_again(benchmark, tmp_path):
 DRIVER = """
 import sys
 from absl import flags
-from experiments import suite, workloads
-from experiments.machine import Machine
+from experiments import suite
+from experiments.support import workloads
+from experiments.support.machine import Machine
 workloads.BENCHMARK, about, *words = sys.argv[1:]
 plenty = {"device": 2.0**40, "host": 2.0**40}
 suite.look = lambda *_: Machine(eval(about), plenty, plenty, {})
@@ -526,7 +529,8 @@ def test_with_the_benchmark_itself(tmp_path, monkeypatch):
     program.write_text(
         f"import runpy, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import models, toy, dataclasses; models.PRESETS['toy'] = dataclasses.replace(toy.OPT, layers=1)\n"
-        "from kvrecomp import profiler; profiler.copy_rate = lambda *_: 5e9  # or gigabytes would be copied\n"
+        "from kvrecomp import profile_machine\n"
+        "profile_machine.copy_rate = lambda *_: 5e9  # or gigabytes would be copied\n"
         f"runpy.run_path({str(suite.ROOT / 'experiments/benchmark.py')!r}, run_name='__main__')\n"
     )
     monkeypatch.setattr(workloads, "BENCHMARK", str(program))

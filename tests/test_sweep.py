@@ -11,18 +11,19 @@ from rich.console import Console
 
 import kvrecomp
 from experiments import sweep
+from experiments.support import one_step
 from kvrecomp.named import named_plan
 from kvrecomp.plan import Budget
 
-WORK = kvrecomp.Workload(batch=3, prompt=16, new=sweep.NEW)
+WORK = kvrecomp.Workload(batch=3, prompt=16, new=one_step.NEW)
 HOST = 2.0**30
 
 
 @pytest.fixture
 def model(monkeypatch):
     """A toy model with enough positions, measured briefly."""
-    monkeypatch.setattr(sweep, "STEPS", 4)
-    config = sweep.with_positions(toy.OPT, WORK.prompt + WORK.new)
+    monkeypatch.setattr(one_step, "STEPS", 4)
+    config = one_step.with_positions(toy.OPT, WORK.prompt + WORK.new)
     return toy.randomised(config.build(dtype="float32", rngs=None))
 
 
@@ -31,14 +32,14 @@ def quiet():
 
 
 def test_position_tables_grow_and_do_not_shrink():
-    assert sweep.with_positions(toy.OPT, 99).positions == 99
-    assert sweep.with_positions(toy.OPT, 5).positions == toy.OPT.positions
+    assert one_step.with_positions(toy.OPT, 99).positions == 99
+    assert one_step.with_positions(toy.OPT, 5).positions == toy.OPT.positions
 
 
 @pytest.mark.parametrize("name", ["split:0.5", "device:0.5"])
 def test_a_filled_cache_is_laid_out_as_the_plan_says(model, name):
     plan = named_plan(name, model.shape, WORK)
-    cache = sweep.filled_cache(plan)
+    cache = one_step.filled_cache(plan)
     assert cache.layout == plan.blocks() and int(toy.get(cache.length)) == WORK.prompt
     kinds = {"host": "pinned_host", "device": "device"}
     for block in [block for own in cache.blocks for block in own]:
@@ -71,7 +72,7 @@ def test_choices_keep_to_the_room(model, known_machine):
 
 def test_a_budget_with_room_is_what_a_plan_on_the_host_needs_and_the_room():
     shape, work = toy.model().shape, kvrecomp.Workload(3, 11, 13)
-    needed = sum(kvrecomp.memory_needed(named_plan("keys_values", shape, work, tail=sweep.NEW))["device"].values())
+    needed = sum(kvrecomp.memory_needed(named_plan("keys_values", shape, work, tail=one_step.NEW))["device"].values())
     assert sweep.budget_with_room(shape, work, 12345, HOST) == Budget(needed + 12345, HOST)
 
 

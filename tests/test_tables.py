@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments import tables
+from experiments.support import tables
 
 FACTS = {
     "device": "Some GPU",

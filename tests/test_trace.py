@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 from jax.profiler import ProfileData
 
 import kvrecomp
-from experiments import plots, predictions, sweep, tables, timeline, trace, xplane
-from experiments.timeline import Timeline
-from experiments.xplane import OUTSIDE, Span
+from experiments import trace
+from experiments.support import one_step, plots, predictions, tables, timeline, xplane
+from experiments.support.timeline import Timeline
+from experiments.support.xplane import OUTSIDE, Span
 from kvrecomp.named import named_plan
 
 # A step of two layers as XLA compiles it for a GPU: a copy a layer, a fusion that has a constant of another layer, a
@@ -262,8 +263,8 @@ def test_what_is_kept_of_a_step():
 
 @pytest.fixture
 def decoder(monkeypatch):
-    monkeypatch.setattr(sweep, "STEPS", 4)
-    return toy.named_decoder("keys_values", batch=2, prompt=5, new=sweep.NEW, tail=sweep.NEW)
+    monkeypatch.setattr(one_step, "STEPS", 4)
+    return toy.named_decoder("keys_values", batch=2, prompt=5, new=one_step.NEW, tail=one_step.NEW)
 
 
 def test_a_step_on_a_cpu_is_recorded_and_refused(decoder):

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 import models
-from experiments import corpus, train_lm
+from experiments import train_lm
+from experiments.support import corpus
 from experiments.train_lm import Config, train
 
 ROOT = Path(__file__).parent.parent

@@ -2,7 +2,7 @@
 
     w1 to w6    models of three families, and of sizes from 6.7 to 30 billion weights
     cached      OPT-6.7B, 32 rows, against cached tokens; with w1
-    batches     OPT-6.7B, 1024 tokens, against rows; with w1 (figure 6 of the paper, see experiments/paper.json)
+    batches     OPT-6.7B, 1024 tokens, against rows; with w1 (figure 6 of the paper, see experiments/support/paper.json)
     kvpr        OPT-6.7B and 13B, 64 rows; with w2 (tables 3 and 4 of the paper)
     weights     with weights in host memory, in groups: OPT-6.7B in both orders, and budgets that weights do not fit in
 
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import models
-from experiments.peers import PEERS
+from experiments.support.programs import PEERS
 from kvrecomp.auto import plan_for
 from kvrecomp.budget import check_within, memory_needed
 from kvrecomp.named import named_plan, named_weights

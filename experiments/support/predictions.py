@@ -13,7 +13,7 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments import plots
+from experiments.support import plots
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -28,12 +28,12 @@ from tokenizers import Tokenizer
 
 import kvrecomp
 import models
-from experiments.job_groups import batches, largest_plan, padded_lengths, plan_document, plan_from
-from experiments.job_input import Line, Reader, file_hash, survey
-from experiments.job_meter import Meter
-from experiments.job_output import Output, Record
-from experiments.prompts import ENDS, PADS, pad_left, special_tokens
-from experiments.source import Source
+from experiments.support.job_groups import batches, largest_plan, padded_lengths, plan_document, plan_from
+from experiments.support.job_input import Line, Reader, file_hash, survey
+from experiments.support.job_meter import Meter
+from experiments.support.job_output import Output, Record
+from experiments.support.prompts import ENDS, PADS, pad_left, special_tokens
+from experiments.support.source import Source
 from kvrecomp.budget import check_memory, limits
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import AUTO, MIB, Plan

@@ -8,10 +8,10 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from experiments.paper import Paper, PaperRow, PaperTable, Setting, records
-from experiments.paper_costs import Found, formula_gain
-from experiments.predictions import between, title
-from experiments.tables import listed
+from experiments.support.paper import Paper, PaperRow, PaperTable, Setting, records
+from experiments.support.paper_costs import Found, formula_gain
+from experiments.support.predictions import between, title
+from experiments.support.tables import listed
 from kvrecomp.cost import kvpr_seconds, kvpr_split
 from kvrecomp.plan import GIB, MIB
 

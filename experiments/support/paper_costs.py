@@ -15,8 +15,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from experiments import predictions, tables
-from experiments.paper import Paper, PaperRow, PaperTable, Setting, read
+from experiments.support import predictions, tables
+from experiments.support.paper import Paper, PaperRow, PaperTable, Setting, read
 from kvrecomp import scheduler
 from kvrecomp.cost import kvpr_seconds, kvpr_split, plan_costs
 from kvrecomp.hardware import HardwareProfile

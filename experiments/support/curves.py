@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments import plots, predictions, tables
-from experiments.tables import Row
+from experiments.support import plots, predictions, tables
+from experiments.support.tables import Row
 
 # Marker and colour of others' programs; ours are in predictions.KINDS. Theirs are dotted, with filled markers, and what
 # keeps the cache on the device is dashed: lines are told apart without colours.

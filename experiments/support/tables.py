@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import predictions
+from experiments.support import predictions
 
 Row = dict[str, Any]  # a row of a results file, with what the file says of all its rows, and `file` and `off`
 Column = tuple[str, Callable[[Row], str]]  # a heading, and a row's cell

@@ -6,8 +6,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.peers import PEERS
-from experiments.report import output, run_info, versions
+from experiments.support.programs import PEERS
+from experiments.support.report import output, run_info, versions
 from kvrecomp.budget import MARGIN, limits
 from kvrecomp.plan import MIB, Budget, Memory
 

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments import plots, predictions
+from experiments.support import plots, predictions
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

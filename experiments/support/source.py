@@ -10,7 +10,7 @@ from tokenizers import Tokenizer
 import kvrecomp
 import models
 
-SHIPPED = Path(__file__).parent / "checkpoints" / "pydoc"
+SHIPPED = Path(__file__).parent.parent / "checkpoints" / "pydoc"
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 import models
-from experiments.peer import Peer, Steps
+from experiments.support.peer import Peer, Steps
 from kvrecomp.budget import prefill_bytes
 from kvrecomp.plan import Memory, ModelShape, Workload
 from models.config import Config
@@ -131,8 +131,8 @@ def configuration(config: Config) -> Any:
     if isinstance(config, models.LlamaConfig) and not (config.qkv_bias or config.head_norms or config.sliding_window):
         return _llama(config)
     raise ValueError(
-        f"{config.name}: there is no configuration of transformers for it in experiments/huggingface.py; expected an "
-        "OPT or a Llama"
+        f"{config.name}: there is no configuration of transformers for it in experiments/support/huggingface.py; "
+        "expected an OPT or a Llama"
     )
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from tokenizers import Tokenizer
 
-from experiments.prompts import encode_one, is_ids
+from experiments.support.prompts import encode_one, is_ids
 from kvrecomp.plan import MIB, ModelShape
 
 NO_IDS = np.zeros(0, np.int32)

@@ -1,0 +1,141 @@
+"""Measures the layers of a model at work, in the program that decoding runs.
+
+That is `runtime.decode_step`, cut to a few layers, with blocks that are on the device already, so that nothing but
+compute is timed.
+"""
+
+import dataclasses
+import itertools
+import types
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from kvrecomp import memory
+from kvrecomp.cache import Block, allocate_tails, describe_blocks, describe_tails, make_cache
+from kvrecomp.hardware import ATTENTION, LayerTimes, Line, Work
+from kvrecomp.plan import (
+    BLOCKS_PER_WINDOW,
+    DEFAULT_WINDOW,
+    BlockSpec,
+    Form,
+    LayerPlan,
+    LayerShape,
+    Method,
+    Plan,
+    Workload,
+)
+from kvrecomp.runtime import Model, decode_step
+from kvrecomp.timing import LEAST_SLOPE, fit_line, median_seconds, random
+
+FEW_LAYERS, MORE_LAYERS = 2, 6
+STEPS = 10  # dispatched without waiting, as decoding does
+
+
+def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
+    """Seconds of the layers of that shape in a step: without cached tokens, with a block of three sizes a form, and
+    with two blocks that together are as long as the longest, which tells what one more block costs."""
+    own_numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
+    numbers = list(itertools.islice(itertools.cycle(own_numbers), MORE_LAYERS))  # again where there are fewer
+    few, more = FEW_LAYERS, MORE_LAYERS
+    sizes: dict[Work, list[int]] = {}
+    for kind in ATTENTION:
+        form: Form = "keys_values" if kind == "keys_values" else "activations"
+        row_bytes = batch * layer.width(form) * model.shape.itemsize
+        most = max(1, min(model.shape.positions - 1, DEFAULT_WINDOW // BLOCKS_PER_WINDOW // row_bytes))
+        sizes[kind] = sorted({max(1, most // part) for part in (8, 2, 1)})
+    bench = _LayerBench(model, batch)
+    halves = {kind: (max(1, own[-1] // 2), max(1, own[-1] - own[-1] // 2)) for kind, own in sizes.items()}
+    runs: set[tuple[int, Work | None, tuple[int, ...]]] = {(few, None, ()), (more, None, ())}
+    for kind in ATTENTION:
+        runs.update((more, kind, (size,)) for size in sizes[kind])
+        runs.add((more, kind, halves[kind]))
+    # One after the other: beside another compilation XLA times kernels wrongly, and chooses slow ones.
+    seconds = {(count, kind, tokens): bench.seconds(numbers[:count], kind, tokens) for count, kind, tokens in runs}
+    without = seconds[more, None, ()]
+    dense = max(0.0, (without - seconds[few, None, ()]) / (more - few))
+    projecting = layer.hidden * layer.head_dim * (layer.heads + 2 * layer.kv_heads) / layer.parameters
+    work: dict[Work, Line] = {
+        "project": Line(projecting * dense, 0.0),
+        "finish": Line((1 - projecting) * dense, 0.0),
+    }
+    for kind in ATTENTION:
+        taken = [seconds[more, kind, (size,)] for size in sizes[kind]]
+        times = [max(LEAST_SLOPE * own, own - without) / more for own in taken]
+        line = fit_line(sizes[kind], times)
+        another = (seconds[more, kind, halves[kind]] - seconds[more, kind, (sizes[kind][-1],)]) / more
+        base = min(max(0.0, another), line.base)
+        if kind == "absorb":
+            work["prepare"] = Line(line.base - base, 0.0)
+        work[kind] = Line(base, line.each)
+    outside = max(0.0, without - more * dense)
+    return LayerTimes(layer, model.shape.dtype, batch, work, outside, model.shape.vocab)
+
+
+class _LayerBench:
+    """Times a step of some of a model's layers, with blocks that are on the device but used as if they were copied."""
+
+    def __init__(self, model: Model, batch: int):
+        self._model, self._batch = model, batch
+        self._graph, state = nnx.split(model)
+        self._weights, self._structure = jax.tree.flatten(state)
+        self._paths = [path for path, _ in nnx.to_flat_state(state)]
+
+    def seconds(self, numbers: Sequence[int], kind: Work | None, tokens: Sequence[int]) -> float:
+        """Of a step of the layers with these numbers, each with blocks of that many tokens used in that way."""
+        plan = self._plan(numbers, kind, tokens or (1,))
+        self._bring(numbers)
+
+        def step(weights, blocks, tails, padding, length, token_ids):
+            model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
+            layers = [model.layers[number] for number in numbers]
+            part: Any = types.SimpleNamespace(embed=model.embed, unembed=model.unembed, layers=layers)
+            cache = make_cache(blocks, tails, padding, length, 0)
+            (tails,), (logits,) = decode_step(part, plan, [cache], [token_ids])
+            return tails, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        kinds = [[] if kind is None else list(own) for own in describe_blocks(plan, 0)]
+        described = [[_as_if_copied(block) for block in own] for own in kinds]
+        padding, length, token_ids = jax.device_put(
+            (np.zeros(self._batch, np.int32), np.int32(plan.workload.prompt), np.zeros(self._batch, np.int32)),
+            memory.sharding("device"),
+        )
+        inputs = (self._weights, described, describe_tails(plan), padding, length, token_ids)
+        program = jax.jit(step, donate_argnames=("tails",)).lower(*inputs).compile()
+        blocks = jax.tree.map(lambda like: random(like.shape, like.dtype), described)
+        tails = allocate_tails(plan)
+
+        def run():
+            nonlocal tails, token_ids
+            for _ in range(STEPS):
+                tails, token_ids = program(self._weights, blocks, tails, padding, length, token_ids)
+            return token_ids
+
+        return median_seconds(run, 3) / STEPS
+
+    def _bring(self, numbers: Sequence[int]) -> None:
+        """Copies what these layers have in host memory to the device: what is timed is compute."""
+        here = memory.sharding("device")
+        for place, path in enumerate(self._paths):
+            if path[0] == "layers" and path[1] in numbers and self._weights[place].sharding != here:
+                self._weights[place] = jax.device_put(self._weights[place], here)
+
+    def _plan(self, numbers: Sequence[int], kind: Work | None, tokens: Sequence[int]) -> Plan:
+        shape = self._model.shape
+        form: Form = "activations" if kind in ("absorb", "recompute") else "keys_values"
+        method: Method = "recompute" if kind == "recompute" else "absorb"
+        layers = tuple(shape.layers[number] for number in numbers)
+        own = LayerPlan(tuple(BlockSpec(form, "host", each) for each in tokens), form, ("host",), method)
+        part = dataclasses.replace(shape, layers=layers)
+        return Plan("bench", part, Workload(self._batch, sum(tokens), 1), (own,) * len(layers), tail=1, window=2**62)
+
+
+def _as_if_copied(block: Block) -> Block:
+    """A host block whose array is described as on the device: copying it there copies nothing."""
+    here = memory.sharding("device")
+    arrays = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here) for array in block.arrays)
+    return dataclasses.replace(block, arrays=arrays)

@@ -1,0 +1,184 @@
+"""Measures this machine: the link, matrix products, device memory."""
+
+import functools
+import pathlib
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvrecomp import memory
+from kvrecomp.hardware import HardwareProfile, Line
+from kvrecomp.plan import GIB, MIB, Copy
+from kvrecomp.timing import LEAST_SLOPE, measured_line, median_seconds, random
+from kvrecomp.window import Window
+
+COPY_PASSES = (2, 8)  # how often each block is copied when the rate of copies is measured
+
+
+def this_machine() -> dict[str, Any]:
+    """What a profile holds for."""
+    device = jax.devices()[0]
+    driver = pathlib.Path("/proc/driver/nvidia/version")
+    if device.platform == "gpu" and driver.exists():
+        version = re.search(r"\d+\.\d+(\.\d+)?", driver.read_text())
+        version = version[0] if version else "unknown"
+    else:
+        version = device.platform
+    return {"device": device.device_kind, "count": len(jax.devices()), "jax": jax.__version__, "driver": version}
+
+
+def measure_machine() -> HardwareProfile:
+    """The profile of this machine, with no layers timed."""
+    device = jax.devices()[0]
+    gpu = device.platform == "gpu"
+    dtype = _rate_dtype()
+    sizes = [2**16, 2**19, 2**22, 2**25, 2**29] if gpu else [2**16, 2**19, 2**22, 2**24]
+    stats = device.memory_stats() or {}
+    to_device = measured_line("copies to the device", sizes, _to_device_seconds)
+    kernel = _kernel_seconds(dtype)
+    return HardwareProfile(
+        **this_machine(),
+        device_bytes=float(stats.get("bytes_limit", memory.total_host_bytes())),
+        host_bytes=float(memory.total_host_bytes()),
+        to_device=to_device,
+        to_host=measured_line("copies to the host", sizes, _to_host_seconds),
+        beside_compute=copy_rate(min(sizes[-1], 256 * MIB), 4, computing=True),
+        handoff_seconds=_handoff_seconds(sizes[0], to_device, kernel),
+        matmul_rate=_matmul_rate(dtype),
+        memory_rate=_memory_rate(min(2 * sizes[-1], GIB)),
+        kernel_seconds=kernel,
+        source=f"measured, {jnp.dtype(dtype).name}",
+    )
+
+
+def _rate_dtype() -> Any:
+    """What models are computed in here: 16 bits on a GPU, as it has them, 32 elsewhere."""
+    device = jax.devices()[0]
+    if device.platform != "gpu":
+        return jnp.float32
+    old = float(getattr(device, "compute_capability", "8.0")) < 8  # bfloat16 began with Ampere
+    return jnp.float16 if old else jnp.bfloat16
+
+
+def copy_rate(block_bytes: int, blocks: int, repeats: int = 5, computing: bool = False) -> float:
+    """Bytes a second from pinned host memory to the device, of copies of whole blocks in one program.
+
+    The copies, of `block_bytes` each, go through the window of a step: the rate is about what a step can reach. It is
+    the slope between a few and many copies, so that what a program costs beside them does not count. `computing`
+    attends to every block when it is there.
+    """
+    arrays = _host_arrays(block_bytes, blocks)
+    few, many = (_held_copies(arrays, passes, repeats, computing) for passes in COPY_PASSES)
+    if many <= few:  # a CPU's copies can cost nothing
+        return COPY_PASSES[1] * blocks * block_bytes / many
+    return (COPY_PASSES[1] - COPY_PASSES[0]) * blocks * block_bytes / (many - few)
+
+
+def _host_arrays(block_bytes: int, blocks: int) -> list[jax.Array]:
+    dtype = jnp.dtype(_rate_dtype())
+    numbers = block_bytes // dtype.itemsize
+    width = min(4096, numbers)
+    return [memory.zeros((numbers // width, 1, width), dtype, "host") for _ in range(blocks)]
+
+
+def _held_copies(arrays: Sequence[jax.Array], passes: int, repeats: int, computing: bool) -> float:
+    """Seconds of a program that copies every array so often, through the window of a step."""
+
+    @jax.jit
+    def copy_all(arrays):
+        own = [(array, Copy(array.size * array.dtype.itemsize)) for array in arrays] * passes
+        window, result = Window([own], 4 * own[0][1].nbytes, "pipelined"), jnp.zeros((), arrays[0].dtype)
+        ends = []
+        for _ in own:
+            before, x = window.take(result)
+            ends.append(before)  # read, or XLA would drop the order with it
+            result = x[0, 0, -1]
+            if computing:
+                queries = jnp.broadcast_to(x[0, 0], (32, x.shape[-1]))
+                scores = jnp.einsum("nh,sbh->nsb", queries, x)
+                result = jnp.einsum("nsb,sbh->nh", scores, x)
+            result = window.used(result)
+        return *ends, result
+
+    program = copy_all.lower(arrays).compile()
+    return median_seconds(lambda: program(arrays), repeats)
+
+
+def _to_device_seconds(size: float, repeats: int) -> float:
+    """Of one copy among many in a program, none of which waits for anything but the link."""
+    arrays = _host_arrays(int(size), int(max(4, min(64, 2**26 // size))))
+
+    def copy_all(arrays):
+        return [jax.device_put(array, jax.memory.Space.Device)[0, 0, -1] for array in arrays]
+
+    seconds = []
+    for own in (arrays[: len(arrays) // 2], arrays):
+        program = jax.jit(copy_all).lower(own).compile()
+        seconds.append(median_seconds(functools.partial(program, own), repeats))
+    return max(LEAST_SLOPE * seconds[1], seconds[1] - seconds[0]) / (len(arrays) - len(arrays) // 2)
+
+
+def _handoff_seconds(size: int, to_device: Line, kernel_seconds: float) -> float:
+    """Between compute and link. Of two copies under way, each waits for the arrival of the one before the last: in the
+    time of two, there is one copy, one kernel and a handoff to and from the link."""
+    arrays = _host_arrays(size, 4)
+    few, many = (_held_copies(arrays, passes, 9, False) / len(arrays) for passes in COPY_PASSES)
+    each = (many - few) / (COPY_PASSES[1] - COPY_PASSES[0])
+    return max(0.0, (2 * each - to_device(size) - kernel_seconds) / 2)
+
+
+def _to_host_seconds(size: float, repeats: int) -> float:
+    """Of one copy among several in a program."""
+    count = int(max(1, min(16, 2**28 // size)))
+    array = memory.zeros((int(size) // 4,), jnp.dtype(jnp.float32), "device")
+
+    def copy_out(array):
+        return [array + number for number in range(count)]
+
+    program = jax.jit(copy_out, out_shardings=memory.sharding("host")).lower(array).compile()
+    return median_seconds(lambda: program(array), repeats) / count
+
+
+def _matmul_rate(dtype: Any) -> float:
+    """Floating-point operations a second of the products that recomputing K and V is made of, tokens by hidden size.
+
+    The size grows until a product takes long enough to be timed.
+    """
+    rate = 0.0
+    for size in (512, 1024, 2048, 4096, 8192):
+        tokens, kernel = random((size, size), dtype), random((size, size), dtype)
+        program = jax.jit(_chain_of_products, static_argnums=2).lower(tokens, kernel, 4).compile()
+        seconds = median_seconds(functools.partial(program, tokens, kernel)) / 4
+        rate = 2 * size**3 / seconds
+        if seconds > 1e-3:
+            break
+    return rate
+
+
+def _chain_of_products(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
+    for _ in range(count):
+        x = x @ kernel
+    return x
+
+
+def _memory_rate(size: int) -> float:
+    """Bytes a second between the device and its own memory: the slope from a quarter of the size to all of it."""
+    seconds = []
+    for part in (4, 1):
+        array = memory.zeros((size // part // 4,), jnp.dtype(jnp.float32), "device")
+        program = jax.jit(lambda array: array + 1).lower(array).compile()
+        seconds.append(median_seconds(functools.partial(program, array), 9))
+    return 2 * 0.75 * size / max(LEAST_SLOPE * seconds[1], seconds[1] - seconds[0])  # read and written
+
+
+def _kernel_seconds(dtype: Any) -> float:
+    """What one more kernel adds to a program: the slope of chains of products too small to take time."""
+    small = memory.zeros((64, 64), jnp.dtype(dtype), "device")
+    seconds = []
+    for count in (32, 160):
+        program = jax.jit(_chain_of_products, static_argnums=2).lower(small, small, count).compile()
+        seconds.append(median_seconds(functools.partial(program, small, small), 9))
+    return max(0.0, (seconds[1] - seconds[0]) / 128)

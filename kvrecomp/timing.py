@@ -1,0 +1,72 @@
+"""Timing programs, and lines through what they took."""
+
+import functools
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from kvrecomp import memory
+from kvrecomp.hardware import Line
+
+LOG = logging.getLogger("kvrecomp")
+POOR_FIT = 0.1  # a line further than this fraction from what it was fitted to is measured again
+LEAST_SLOPE = 0.01  # of a measured time: noise can make a difference of two nothing, or less
+
+
+def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
+    """Median wall-clock seconds of `run`, its arrays awaited, after one call that is not counted."""
+    jax.block_until_ready(run())
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(run())
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> Line:
+    """The line with the least squared relative errors; neither part is negative."""
+    weights = 1 / np.asarray(seconds)
+    columns = np.stack([np.ones(len(sizes)), np.asarray(sizes, float)], axis=1)
+    (base, each), *_ = np.linalg.lstsq(columns * weights[:, None], np.ones(len(sizes)), rcond=None)
+    if base < 0:  # through zero
+        base, each = 0.0, _through_zero(columns[:, 1] * weights)
+    if each < 0:
+        base, each = _through_zero(weights), 0.0
+    return Line(float(base), float(each))
+
+
+def _through_zero(scaled: np.ndarray) -> float:
+    return scaled.sum() / np.square(scaled).sum()
+
+
+def measured_line(what: str, sizes: Sequence[float], measure: Callable[[float, int], float]) -> Line:
+    """A line through `measure(size, repeats)`; measured again, longer, where it is no line."""
+    for repeats in (5, 15):
+        seconds = [measure(size, repeats) for size in sizes]
+        line = fit_line(sizes, seconds)
+        worst = max(abs(line(size) / took - 1) for size, took in zip(sizes, seconds))
+        if worst <= POOR_FIT:
+            break
+        again = "measuring it again" if repeats == 5 else "predictions may be as far off"
+        say = LOG.info if repeats == 5 else LOG.warning
+        say("%s: a line is up to %.0f %% off what was measured; %s", what, 100 * worst, again)
+    return line
+
+
+@functools.cache
+def _random_maker(shape: tuple[int, ...], dtype: Any) -> Callable[[], jax.Array]:
+    def make():
+        return jax.random.normal(jax.random.key(0), shape, dtype) * shape[-1] ** -0.5
+
+    return jax.jit(make, out_shardings=memory.sharding("device"))
+
+
+def random(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Random numbers that stay of order one in a product: a GPU multiplies zeros faster than it does real data."""
+    return _random_maker(shape, dtype)()
