@@ -24,6 +24,8 @@ READS = {
     "tests/test_notebook.py": '["experiments/decode.ipynb"]',
     "tests/test_readme.py": '["README.md"] + glob(["experiments/results/*"])',
 }
+# What it runs in processes of their own.
+RUNS = {"experiments/suite.py": {"experiments/benchmark.py", "experiments/peers.py"}}
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -59,8 +61,8 @@ def source_of(module: str) -> str | None:
 
 
 def imports(source: str) -> set[str]:
-    """The files of ours that a file imports, wherever in it. `from package import module` is the module's file."""
-    found: set[str | None] = set()
+    """The files of ours that a file imports, wherever in it, or runs. `from package import module` is the module's."""
+    found: set[str | None] = set(RUNS.get(source, ()))
     for node in ast.walk(tree(source)):
         if isinstance(node, ast.Import):
             found |= {source_of(alias.name) for alias in node.names}
