@@ -47,15 +47,18 @@ def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
 
 
 def _in_flight(plan: Plan, write_outs: int) -> int:
-    """Most bytes from the host on their way or in use: a layer's, or those copied ahead, a block in use and weights."""
+    """Most bytes from the host on their way or in use: layer by layer all that one needs, of the groups that go through
+    it together; else those copied ahead, a block in use and weights."""
     most = 0
     for layer, layer_shape in plan.kinds:
         blocks = layer.blocks(write_outs, plan.tail)
         sizes = [plan.bytes_of(layer_shape, block) for block in blocks if block.memory == "host"]
         weights = plan.weight_bytes(layer, layer_shape)
-        if weights:
-            sizes += [max(map(max, layer_shape.matrices)) * plan.shape.itemsize]
-        ahead = sum(sizes) if plan.schedule == "layerwise" else (COPIES_AHEAD + 1) * max(sizes, default=0)
+        if plan.schedule == "layerwise":
+            ahead = plan.together * sum(sizes)
+        else:
+            matrix = max(map(max, layer_shape.matrices)) * plan.shape.itemsize if weights else 0
+            ahead = (COPIES_AHEAD + 1) * max([*sizes, matrix])
         most = max(most, ahead + weights)
     total = plan.bytes_in("host", write_outs) + plan.host_weight_bytes
     return most if plan.schedule == "layerwise" else min(plan.whole_window, most, total)
