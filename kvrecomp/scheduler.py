@@ -163,7 +163,7 @@ class _Search:
     ):
         self.shape, self.workload, self.profile, self.budget = shape, workload, profile, budget
         self.weights, self.groups = weights, groups
-        self.order = order or default_order("host" in weights, groups)
+        self.order: Order = order or default_order("host" in weights, groups)
         self.shapes = list(dict.fromkeys(shape.layers))
         sent = [own for own, place in zip(shape.layers, weights) if place == "host"]
         self.sent_layer = max((own.parameters * shape.itemsize for own in sent), default=0)  # bytes
@@ -310,7 +310,12 @@ def _splits(shape: ModelShape, workload: Workload, budget: Budget) -> list[tuple
 
 def _with_fewest_hosted(make: Callable[[tuple[Memory, ...]], _Search], layers: int) -> _Search:
     """The search with weights of as few layers in host memory, evenly spread, as let the rest fit on the device."""
-    hosted = bisect.bisect_left(range(layers), True, key=lambda count: make(spread(count, layers)).fits_on_device)
+
+    def fits(count: int) -> bool:
+        return make(spread(count, layers)).fits_on_device
+
+    # The first to leave needs room for two that are on their way, so all may fit where all but one do not.
+    hosted = 0 if fits(0) else 1 + bisect.bisect_left(range(1, layers), True, key=fits)
     return make(spread(hosted, layers))
 
 

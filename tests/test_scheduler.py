@@ -524,6 +524,16 @@ def test_no_more_weights_leave_the_device_than_have_to(gib):
         assert hosted(plan) == 0
 
 
+def test_no_weights_leave_where_they_just_fit():
+    """A third of a layer is left over. One layer in host memory would not fit: two have room on their way to it."""
+    work, layer = Workload(32, 512, 32), 2 * 12 * 4096**2
+    tail = 16 * 32 * 2 * 4096 * 32  # of 16 tokens, as activations
+    budget = Budget(RESIDENT + scheduler.prefill_bytes(OPT, work) + tail + layer // 3, 1e12)
+    assert hosted(scheduler.make_plan(OPT, work, machine("h200"), budget)) == 0
+    with pytest.raises(PlanError, match="of device memory"):
+        scheduler.make_plan(OPT, work, machine("h200"), budget, weights=scheduler.spread(1, 32))
+
+
 def test_hosting_more_weights_is_no_faster():
     work, budget, profile = Workload(7, 300, 30), Budget.of_gib(9, 1000), machine("h200")
     plan = scheduler.make_plan(OPT, work, profile, budget, groups=3)
