@@ -144,7 +144,7 @@ def run(given: flags.FlagValues) -> list[Timeline]:
     for name in names:
         options = {
             "budget": budget,
-            "machine": machine,
+            "profile": machine,
             "weights": kvrecomp.weight_memories(model),
             "tail": one_step.NEW,
         }

@@ -34,9 +34,9 @@ def plan_for(
         PlanError: there is no such plan, nothing fits, or the profile is of another machine.
     """
     if name != AUTO:
-        plan = named_plan(name, shape, workload, tail=tail, window=window or DEFAULT_WINDOW)
+        plan = named_plan(name, shape, workload, tail=tail, window=DEFAULT_WINDOW if window is None else window)
         plan = plan if weights is None else with_weights(plan, weights)
-        groups = groups or 1
+        groups = 1 if groups is None else groups
         order = order or default_order(plan.host_weight_bytes > 0, groups)
         return dataclasses.replace(plan, groups=groups, order=order)
     if profile is None:

@@ -103,10 +103,15 @@ def make_plan(
     Raises:
         PlanError: nothing fits; the message says what is needed and what would fit. A budget in the wrong unit.
     """
+    if groups is not None and groups < 1:
+        raise PlanError(f"groups is {groups}; it must be greater than zero, or None to split the rows")
     budget = resolve_budget(budget or Budget(), profile)
     found: list[tuple[float, _Search, Plan]] = []
     misfits: list[PlanError] = []
-    for count, work in [(groups, workload)] if groups else _splits(shape, workload, budget):
+    splits = _splits(shape, workload, budget) if groups is None else [(groups, workload)]
+    # Times are measured for one batch: those of another, estimated from the machine's rates, are not to be compared.
+    comparable = profile if len(splits) == 1 else dataclasses.replace(profile, layers=())
+    for count, work in splits:
         make = functools.partial(_Search, shape, work, profile, budget, tail, window, count, order)
         search = _with_fewest_hosted(make, len(shape.layers)) if weights is None else make(tuple(weights))
         try:
@@ -114,7 +119,7 @@ def make_plan(
         except PlanError as misfit:
             misfits.append(misfit)
         else:
-            found.append((float(search.costs([plan])[0].seconds), search, plan))
+            found.append((float(plan_costs(comparable, [plan]).seconds[0]), search, plan))
     if not found:
         raise misfits[0]
     most = ALIKE * min(seconds for seconds, _, _ in found)

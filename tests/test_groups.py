@@ -104,7 +104,7 @@ def test_in_column_order_weights_are_copied_once(known_machine):
     assert cost == pytest.approx((blocks + 2 * MATRICES) / 1e4, rel=0.01)
 
 
-def test_wrong_groups_are_said():
+def test_wrong_groups_are_said(known_machine):
     plan = planned("activations", "column", 0.0)
     model = models.create(OPT, dtype="float32")
     ids, mask = prompts()
@@ -114,6 +114,11 @@ def test_wrong_groups_are_said():
         kvrecomp.Decoder(model, plan).step(None, np.zeros(2, np.int32))
     with pytest.raises(PlanError, match="groups is 0"):
         dataclasses.replace(plan, groups=0)
+    for name in ("activations", "auto"):
+        with pytest.raises(PlanError, match="groups is 0"):
+            kvrecomp.plan_for(name, plan.shape, WORK, groups=0)
+        with pytest.raises(PlanError, match="window is 0"):
+            kvrecomp.plan_for(name, plan.shape, WORK, window=0)
     with pytest.raises(PlanError, match="'diagonal' is not one of row, column"):
         dataclasses.replace(plan, order="diagonal")
 

@@ -577,6 +577,17 @@ def test_rows_are_split_where_their_prefill_is_large():
         assert scheduler.make_plan(OPT, small, profile, budget, groups=None).groups == 1
 
 
+def test_times_measured_for_one_batch_split_no_rows():
+    """Measured, a layer takes twice what is estimated: of 32 rows, but nobody has timed 16."""
+    work, budget, estimated = Workload(32, 1024, 32), Budget.of_gib(35, 1000), machine("h200")
+    times = cost.estimate(estimated, OPT.layers[0], 2, 32)
+    lines = {kind: Line(2 * line.base, 2 * line.each) for kind, line in times.work.items()}
+    measured = estimated.with_times(replace(times, dtype="bfloat16", work=lines))
+    plan, other = (scheduler.make_plan(OPT, work, own, budget, groups=None) for own in (measured, estimated))
+    assert plan.groups == other.groups == 1
+    assert seconds(measured, plan)[0] > 1.5 * seconds(estimated, other)[0]
+
+
 @settings(few, max_examples=12)
 @given(st.data())
 def test_weights_and_groups_keep_to_the_budget(data):
