@@ -140,15 +140,11 @@ def run(given: flags.FlagValues) -> list[Timeline]:
     model = models.create(config, dtype=given.dtype)
     budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
     machine = kvrecomp.profile(model, batch=work.batch) if AUTO in names else None
-    rows = []
+    rows, weights = [], kvrecomp.weight_memories(model)
     for name in names:
-        options = {
-            "budget": budget,
-            "profile": machine,
-            "weights": kvrecomp.weight_memories(model),
-            "tail": one_step.NEW,
-        }
-        plan = kvrecomp.plan_for(name, model.shape, work, **options)
+        plan = kvrecomp.plan_for(
+            name, model.shape, work, budget=budget, profile=machine, weights=weights, tail=one_step.NEW
+        )
         rows.append(measure(model, plan, budget))
         gc.collect()  # a decoder's cache is gone before the next one's is made
     return rows

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import types
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from jax.profiler import ProfileData
 
 import kvrecomp
+import models
 from experiments import trace
 from experiments.support import one_step, plots, predictions, tables, timeline, xplane
 from experiments.support.timeline import Timeline
@@ -294,6 +296,20 @@ def test_a_step_is_timed_and_traced(decoder, monkeypatch):
     assert {layer for _, layer, _, _ in row.spans} >= {0, 1}
 
 
+def test_every_plan_that_is_asked_for_is_traced(monkeypatch, known_machine):
+    """`auto` too, with this machine's profile, and with room in the tail for all steps."""
+    gpu = types.SimpleNamespace(devices=lambda: [types.SimpleNamespace(platform="gpu")])
+    monkeypatch.setattr(trace, "jax", gpu)
+    monkeypatch.setitem(models.PRESETS, "toy", toy.OPT)
+    monkeypatch.setattr(kvrecomp, "profile", lambda model, batch: known_machine)
+    monkeypatch.setattr(trace, "measure", lambda model, plan, budget: plan)
+    plans = trace.run(parsed("--model=toy", "--batch=2", "--prompt=5", "--plans=auto,split:0.5", "--dtype=float32"))
+    assert [plan.name for plan in plans] == ["auto", "split:0.5"]
+    assert {(plan.workload.batch, plan.workload.prompt, plan.tail) for plan in plans} == {(2, 5, one_step.NEW)}
+    with pytest.raises(kvrecomp.PlanError, match="there is no plan 'splits'"):
+        trace.run(parsed("--model=toy", "--plans=splits"))
+
+
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 SPANS = [
@@ -338,12 +354,17 @@ def test_every_span_is_drawn_on_one_time_axis(tmp_path, monkeypatch):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def command(*arguments: str) -> None:
-    """The script in this process."""
+def parsed(*arguments: str) -> flags.FlagValues:
+    """The script's flags."""
     values = flags.FlagValues()
     trace.define_flags(values)
     values(["trace", *arguments])
-    trace.main([], values)
+    return values
+
+
+def command(*arguments: str) -> None:
+    """The script in this process."""
+    trace.main([], parsed(*arguments))
 
 
 def test_a_picture_is_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):
