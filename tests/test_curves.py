@@ -7,6 +7,7 @@ import pytest
 from experiments.support import curves, plots, predictions
 
 ROW = {"device": "Some GPU", "model": "opt-6.7b", "batch": 32, "new": 32, "room": None}
+ROW |= {"weights": None, "groups": None, "order": None}  # as peers' rows have it
 TIMES = {  # by plan, of 1024 and 128 cached tokens
     "device": (9.0, 8.0),
     "activations": (155.0, 20.0),
@@ -24,7 +25,8 @@ def rows():
         for plan, times in TIMES.items()
         for prompt, time in zip((1024, 128), times, strict=True)
     ]
-    return [*found, ROW | {"plan": "auto", "room": 50.0, "prompt": 1024, "median_ms": 78.0}]
+    ours = {"weights": "device", "groups": 1, "order": "row"}
+    return [*found, ROW | ours | {"plan": "auto", "room": 50.0, "prompt": 1024, "median_ms": 78.0}]
 
 
 def test_lines_are_in_the_order_of_their_ends():
@@ -59,6 +61,8 @@ def test_what_is_said():
         ({"batch": 8}, "have batch 32 and 8"),
         ({"device": "Another GPU"}, "have device Another GPU and Some GPU"),
         ({"new": 128}, "have new 128 and 32"),
+        ({"weights": "host", "prompt": 256}, "have weights device and host"),
+        ({"groups": 8, "prompt": 256}, "have groups 1 and 8"),
         ({}, "two rows are of auto, room for 50 % with 1024 cached tokens: leave one out"),
     ],
 )

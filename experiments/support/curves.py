@@ -15,7 +15,8 @@ from experiments.support.tables import Row
 # Marker and colour of others' programs; ours are in predictions.KINDS. Theirs are dotted, with filled markers, and what
 # keeps the cache on the device is dashed: lines are told apart without colours.
 PEERS = {"huggingface": ("X", "#606060"), "huggingface_offloaded": ("P", "#606060")}
-OF_ALL = ("device", "model", "batch", "new")  # the same in all points
+OF_ALL = ("device", "model", "batch", "new", "weights", "groups", "order")  # the same in all points
+USUAL = {"weights": "device", "groups": 1, "order": "row"}  # of peers, and of rows that do not say it
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,9 @@ class Point:
     model: str
     batch: int
     new: int
+    weights: str
+    groups: int
+    order: str
     plan: str
     room: float | None
     cached: int
@@ -41,12 +45,13 @@ def points(rows: Sequence[Row]) -> list[Point]:
     """Points of rows of experiments/suite.py or benchmark.py, by line and cached tokens.
 
     Raises:
-        ValueError: there is no row, they are not all of one machine, model, batch and length, or there are two of one
-            line with the same cached tokens.
+        ValueError: there is no row, they are not all of one machine, model, batch and length, with weights in one
+            place and as many groups, or there are two of one line with the same cached tokens.
     """
     if not rows:
         raise ValueError("there is no row to draw")
-    named = [{name: row[name] for name in (*OF_ALL, "plan", "median_ms")} for row in rows]
+    full = [USUAL | {name: value for name, value in row.items() if value is not None} for row in rows]
+    named = [{name: row[name] for name in (*OF_ALL, "plan", "median_ms")} for row in full]
     found = [Point(**own, room=row.get("room"), cached=row["prompt"]) for own, row in zip(named, rows, strict=True)]
     for name in OF_ALL:
         if len(values := sorted({str(getattr(point, name)) for point in found})) > 1:
