@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.support.job_output import Output
+from experiments.support.job_output import FORMAT, Output
 
 DESCRIPTION = {"records": 7, "settings": {"seed": 1}}
 # As batches finish: longer prompts first, whose turn comes later.
@@ -119,7 +119,7 @@ def test_two_kills(tmp_path):
 
 
 def test_a_kill_before_the_output_is_there_begins_anew(tmp_path):
-    (tmp_path / "out.job.json").write_text('{"format": 1, "of": "another job"}')
+    (tmp_path / "out.job.json").write_text('{"format": 2, "of": "another job"}')
     (tmp_path / "out.waiting.jsonl").write_text('[0, {"id": "another"}]\n[1, {"i')
     with Output(tmp_path / "out") as output:
         assert output.description is None
@@ -127,7 +127,7 @@ def test_a_kill_before_the_output_is_there_begins_anew(tmp_path):
     with Output(tmp_path / "out") as output:
         assert list(write_all(output)) == BATCHES
     assert (tmp_path / "out").read_bytes() == EXPECTED
-    assert json.loads((tmp_path / "out.job.json").read_text()) == {"format": 1, **DESCRIPTION}
+    assert json.loads((tmp_path / "out.job.json").read_text()) == {"format": FORMAT, **DESCRIPTION}
 
 
 def test_opening_what_is_complete_changes_nothing(tmp_path):
@@ -188,7 +188,7 @@ def test_an_output_that_no_job_wrote_is_left_alone(tmp_path, content):
     assert files(tmp_path / "out") == {"out": content}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 99}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 99}'])
 def test_a_description_that_is_none(tmp_path, content):
     (tmp_path / "out").write_bytes(b'{"id": 1}\n{"id"')
     (tmp_path / "out.job.json").write_text(content)

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from kvrecomp.files import write_json
 
-FORMAT = 1  # of the description
+FORMAT = 2  # of the description and the plans in it; 1 had other names in plans
 CHUNK = 2**20  # bytes read at once
 
 Record = dict[str, Any]
