@@ -28,6 +28,7 @@ from experiments.support.machine import Machine
 from experiments.support.programs import PEERS
 from experiments.support.suite_results import Results
 from experiments.support.workloads import CASES, Case
+from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_plan
 from kvrecomp.plan import GIB
 
@@ -140,6 +141,14 @@ def test_every_plan_has_the_positions_that_it_needs():
     for case in CASES:
         for plan in {"device", *case.plans} - {"auto"}:
             named_plan(plan, models.preset(case.model).shape, case.work)
+
+
+def test_weights_do_not_fit_in_the_budgets_that_are_for_that():
+    for case in [case for case in CASES if case.weights == "auto"]:
+        shape, budget = models.preset(case.model).shape, kvrecomp.Budget.of_gib(case.device_gib, 1000)
+        profile = HardwareProfile.from_datasheet("h200")
+        plan = kvrecomp.make_plan(shape, case.work, profile, budget, groups=case.groups)
+        assert 0 < plan.host_weight_bytes < shape.parameters * shape.itemsize / 2
 
 
 def test_workloads_by_name_and_by_set():

@@ -139,7 +139,7 @@ CASES = (
             groups=8,
             device_gib=gib,
         )
-        for size, model, gib in (("6.7b", "opt-6.7b", 16), ("30b", "opt-30b", 40))
+        for size, model, gib in (("6.7b", "opt-6.7b", 12), ("30b", "opt-30b", 40))
     ),
     *(
         Case(
