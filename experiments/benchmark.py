@@ -62,7 +62,10 @@ _COMMIT = flags.DEFINE_string("commit", "", "Recorded as the commit, where git c
 
 @dataclasses.dataclass
 class Row:
-    """One plan measured on one workload; milliseconds are per decode step, bytes are bytes."""
+    """One plan measured on one workload; milliseconds are per decode step, bytes are bytes.
+
+    `device_budget` is the device memory in bytes that the plan was to keep to; None: what was free.
+    """
 
     model: str
     batch: int
@@ -72,6 +75,7 @@ class Row:
     weights: str
     groups: int
     order: str
+    device_budget: float | None
     median_ms: float
     p95_ms: float
     worst_ms: float
@@ -119,6 +123,7 @@ def measure(
         weights={0: "device", 1: "host"}.get(hosted, f"{hosted:g}"),
         groups=plan.groups,
         order=plan.order,
+        device_budget=budget.device,
         median_ms=median * 1e3,
         p95_ms=float(np.percentile(seconds, 95)) * 1e3,
         worst_ms=max(seconds) * 1e3,
@@ -169,6 +174,8 @@ def main(_: list[str]) -> None:
     window = None if _WINDOW.value is None else int(_WINDOW.value * MIB)
     work = kvrecomp.Workload(_BATCH.value, _PROMPT.value, _NEW.value)
     shape = dataclasses.replace(models.preset(_MODEL.value).shape, dtype=_DTYPE.value)
+    if not _PLANS.value:
+        raise ValueError("--plans is empty: give one plan or more")
     if work.new < 2:
         raise ValueError(f"--new is {work.new}: the first token comes with the prompt; give at least 2 to time a step")
     budget = kvrecomp.Budget.of_gib(_DEVICE_GIB.value, _HOST_GIB.value)

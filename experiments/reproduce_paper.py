@@ -70,12 +70,12 @@ def chosen(paper: Paper, names: Sequence[str]) -> tuple[PaperTable, ...]:
 
 def about(path: str, rows: Sequence[tables.Row], found: Sequence[Found]) -> str:
     """How many results of a file are of a setting of these tables; how to measure one, if none is."""
-    settings = [(row.paper.setting, own.table) for own in found for row in own.rows]
+    settings = [(row.paper.setting, own.table, own.profile.device_bytes) for own in found for row in own.rows]
     count = sum(any(paper_costs.is_of(row, *each) for each in settings) for row in rows)
     line = f"{path}: {count} of {len(rows)} rows are of these tables' settings"
     if count:
         return line
-    setting, table = settings[0]
+    setting, table, _ = settings[0]
     sizes = " ".join(f"--{name}={getattr(setting, name)}" for name in ("model", "batch", "prompt", "new"))
     more = f" --weights=host --groups={setting.groups}" if table.weights == "host" else ""
     return (

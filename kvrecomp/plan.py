@@ -363,7 +363,8 @@ class Plan:
             table.add_row(_spans(numbers), *cells, f"{self.tail} ({format_bytes(tail_size)})", layer.method)
         total = [f"{format_bytes(self.bytes_in(memory))} in blocks on the {memory}" for memory in MEMORIES]
         if hosted := sum(layer.weights == "host" for layer in self.layers):
-            total.append(f"weights of {hosted} layers ({format_bytes(self.host_weight_bytes)}) in host memory")
+            own = f"{hosted} layer{'s' if hosted > 1 else ''} ({format_bytes(self.host_weight_bytes)})"
+            total.append(f"weights of {own} in host memory")
         if self.groups > 1:
             total.append(f"{self.groups} groups in {self.order} order")
         caption = f"{', '.join(total)}; window {format_bytes(self.window)}; {self.schedule}"

@@ -227,7 +227,6 @@ class Decoder:
             (np.ascontiguousarray(token_ids.T), padding, np.int32(token_ids.shape[1])), memory.sharding("device")
         )
         blocks, tails, logits = self._program("prefill")(self._weights, token_ids, padding)
-        self._reserve_growth()
         return make_cache(blocks, tails, padding, length, 0), logits
 
     def step(self, cache: Cache, token_ids: Array) -> tuple[Cache, Array]:
@@ -249,6 +248,8 @@ class Decoder:
                 f"plan {self.plan.name} has {self.plan.groups} groups; got {len(caches)} caches and tokens of "
                 f"{len(token_ids)}: give step_groups as many"
             )
+        if caches[0].in_tail == 0:  # it is the first step: the blocks of all groups' prompts are there
+            self._reserve_growth()
         if self.plan.together == 1:
             steps = [self._step([cache], [ids]) for cache, ids in zip(caches, token_ids)]
             return [cache for (cache,), _ in steps], [logits for _, (logits,) in steps]
@@ -285,7 +286,7 @@ class Decoder:
         return make_cache(blocks, cache.tails, cache.padding, cache.length, 0)
 
     def _reserve_growth(self) -> None:
-        """Pins host memory for the blocks to come."""
+        """Pins host memory for the blocks to come, of all groups."""
         last = describe_blocks(self.plan, self.plan.write_outs)
         grown = [block for own, layer in zip(last, self.plan.layers) for block in own[len(layer.prompt) :]]
         arrays = [array for block in grown if block.memory == "host" for array in block.arrays]

@@ -238,7 +238,9 @@ def test_results_of_a_setting_are_shown_and_no_others(rows, columns):
         result(first, "kvpr:0.5", 64.0),
         result(first, "kvpr:0.75", 60.0),
         result(first, "huggingface_offloaded", 160.0, weights=None, groups=None, order=None),
-        result(first, "auto", 8.0),
+        result(first, "auto", 8.0, device_budget=39e9),
+        result(first, "auto", 2.0),  # with all of a larger device
+        result(first, "auto", 3.0, device_budget=141e9),
         result(first, "activations", 1.0, weights="host"),
         result(first, "activations", 1.0, groups=2, order="column"),
         *(result(first, "activations", 1.0, **{name: 1}) for name in ("batch", "prompt", "new")),

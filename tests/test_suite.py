@@ -148,7 +148,9 @@ def test_weights_do_not_fit_in_the_budgets_that_are_for_that():
         shape, budget = models.preset(case.model).shape, kvrecomp.Budget.of_gib(case.device_gib, 1000)
         profile = HardwareProfile.from_datasheet("h200")
         plan = kvrecomp.make_plan(shape, case.work, profile, budget, groups=case.groups)
-        assert 0 < plan.host_weight_bytes < shape.parameters * shape.itemsize / 2
+        # OPT-6.7B's do fit in 16 GiB, with the cache's activations in host memory.
+        least = 0 if case.device_gib == 16 else 1
+        assert least <= plan.host_weight_bytes < shape.parameters * shape.itemsize / 2
 
 
 def test_workloads_by_name_and_by_set():

@@ -94,7 +94,7 @@ def test_memory_is_counted_where_the_weights_are():
     table = 4 * 97 * 28
     plan = planned(OPT, "activations", 0.34)
     assert plan.host_weight_bytes == matrices
-    assert f"weights of 1 layers ({matrices / 1024:.1f} KiB) in host memory" in " ".join(str(plan).split())
+    assert f"weights of 1 layer ({matrices / 1024:.1f} KiB) in host memory" in " ".join(str(plan).split())
     needed = memory_needed(plan)
     assert needed["host"]["weights"] == matrices
     plans = {"host": plan, "device": planned(OPT, "activations", 0.0)}

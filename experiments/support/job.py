@@ -34,7 +34,7 @@ from experiments.support.job_meter import Meter
 from experiments.support.job_output import Output, Record
 from experiments.support.prompts import ENDS, PADS, pad_left, special_tokens
 from experiments.support.source import Source
-from kvrecomp.budget import check_memory, limits
+from kvrecomp.budget import check_within, limits
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import AUTO, MIB, Plan
 from kvrecomp.sampling import Sampling
@@ -175,8 +175,8 @@ def describe(
     prompts = found.lengths.total()
     most = min(settings.batch, prompts)
 
-    budget = kvrecomp.Budget(**limits(budget or kvrecomp.Budget()))  # no weights are there yet
-    options = {"budget": budget, "groups": None, "tail": settings.tail, "window": settings.window}
+    allowed = limits(budget or kvrecomp.Budget())  # no weights are there yet
+    options = {"budget": kvrecomp.Budget(**allowed), "groups": None, "tail": settings.tail, "window": settings.window}
     plans: list[Plan] = []
 
     def make(length: int, batch: int) -> Plan:
@@ -184,7 +184,7 @@ def describe(
         plan = kvrecomp.plan_for(
             settings.plan, shape, kvrecomp.Workload(batch, length, new), weights=weights, **options
         )
-        check_memory(plan, budget)
+        check_within(plan, allowed)
         return plan
 
     shapes = max(1, min(SHAPES, prompts // (BATCHES_PER_SHAPE * max(1, most))))

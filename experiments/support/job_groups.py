@@ -14,6 +14,7 @@ import numpy as np
 from kvrecomp.plan import BlockSpec, LayerPlan, ModelShape, Plan, PlanError, Workload
 
 STEPS = 512  # that lengths are told apart in
+ROWS = 16  # which divide into all the numbers of groups that rows are split into
 
 
 def padded_lengths(lengths: Mapping[int, int], most: int) -> list[int]:
@@ -48,7 +49,8 @@ def padded_lengths(lengths: Mapping[int, int], most: int) -> list[int]:
 def largest_plan(make: Callable[[int], Plan], most: int) -> Plan:
     """The plan for the largest batch, up to `most` rows, for which `make` raises no `PlanError`.
 
-    Raises `PlanError` if that is so of one row.
+    Sizes from ROWS on are multiples of it, which the scheduler can split into groups: the last may be more than `most`,
+    as a batch is filled up with copies. Raises `PlanError` if one row does not fit.
     """
 
     def attempt(batch: int) -> Plan | None:
@@ -59,10 +61,11 @@ def largest_plan(make: Callable[[int], Plan], most: int) -> Plan:
 
     if plan := attempt(most):
         return plan
-    best, fitting, failing = make(1), 1, most
+    sizes = [*range(1, min(ROWS, most)), *range(ROWS, most + ROWS, ROWS)]
+    best, fitting, failing = make(1), 0, len(sizes)
     while failing - fitting > 1:
         middle = (fitting + failing) // 2
-        if plan := attempt(middle):
+        if plan := attempt(sizes[middle]):
             best, fitting = plan, middle
         else:
             failing = middle

@@ -164,7 +164,7 @@ def measured(found: Found, rows: Iterable[tables.Row]) -> Found:
     for row in found.rows:
         times: Times = {}
         for result in rows:
-            if is_of(result, row.paper.setting, found.table):
+            if is_of(result, row.paper.setting, found.table, found.profile.device_bytes):
                 plan = str(result.get("plan"))
                 plan = "kvpr" if plan.startswith("kvpr:") else plan
                 times[plan] = min(times.get(plan, math.inf), result["median_ms"])
@@ -173,11 +173,14 @@ def measured(found: Found, rows: Iterable[tables.Row]) -> Found:
     return dataclasses.replace(found, rows=tuple(own), devices=tuple(dict.fromkeys(devices)))
 
 
-def is_of(result: tables.Row, setting: Setting, table: PaperTable) -> bool:
-    """Whether a result is of that work. What chooses for itself, and peers, may have the weights anywhere."""
+def is_of(result: tables.Row, setting: Setting, table: PaperTable, device_bytes: float) -> bool:
+    """Whether a result is of that work. What chooses for itself, and peers, may have the weights anywhere; but what
+    chooses must have had as much device memory to choose with, within a tenth, as the machine of the table."""
     sizes = all(result.get(name) == getattr(setting, name) for name in ("model", "batch", "prompt", "new"))
     if result.get("plan") in (AUTO, table.peer):
-        return sizes and (result.get("groups") or 1) in (1, setting.groups)
+        given = result.get("device_budget") or 0.0
+        fair = result.get("plan") == table.peer or abs(given / device_bytes - 1) <= 0.1
+        return fair and sizes and (result.get("groups") or 1) in (1, setting.groups)
     groups, order = result.get("groups") or 1, result.get("order") or "row"
     same = groups == setting.groups and (groups == 1 or order == "column")
     return sizes and same and (result.get("weights") or "device") == table.weights

@@ -87,16 +87,16 @@ HOSTED = ("activations", "keys_values", "kvpr:0.75")  # on an H200, three quarte
 PLANS = ("device", *HOSTED)
 BOTH = ("huggingface", "huggingface_offloaded")
 OFFLOADED = ("huggingface_offloaded",)
-HALF = (50.0,)
+HALF, QUARTER = (50.0,), (25.0,)  # where activations are half of the bytes, a quarter of K and V is half of the cache
 
 CASES = (
-    Case("w1", "opt-6.7b", 32, 1024, NEW, PLANS, HALF, BOTH, (*PLANS, AUTO, *BOTH), ("cached", "batches")),
+    Case("w1", "opt-6.7b", 32, 1024, NEW, PLANS, QUARTER, BOTH, (*PLANS, AUTO, *BOTH), ("cached", "batches")),
     Case("w2", "opt-6.7b", 64, 512, NEW, HOSTED, (), OFFLOADED, sets=("kvpr",)),
-    Case("w3", "opt-13b", 32, 1024, NEW, PLANS, HALF, OFFLOADED),
-    Case("w4", "llama-2-7b", 32, 1024, NEW, PLANS, HALF, BOTH),
+    Case("w3", "opt-13b", 32, 1024, NEW, PLANS, QUARTER, OFFLOADED),
+    Case("w4", "llama-2-7b", 32, 1024, NEW, PLANS, QUARTER, BOTH),
     # Activations are twice as many bytes as K and V here: 69 GB, whose pinning alone would take a minute.
     Case("w5", "llama-3-8b", 64, 4096, NEW, ("device", "keys_values"), HALF, BOTH, ("keys_values",)),
-    Case("w6", "opt-30b", 16, 1024, NEW, PLANS, HALF, OFFLOADED),
+    Case("w6", "opt-30b", 16, 1024, NEW, PLANS, QUARTER, OFFLOADED),
     *(
         Case(f"cached-{prompt}", "opt-6.7b", 32, prompt, NEW, PLANS, (), BOTH, quick, ("cached",))
         for prompt, quick in (
@@ -139,7 +139,7 @@ CASES = (
             groups=8,
             device_gib=gib,
         )
-        for size, model, gib in (("6.7b", "opt-6.7b", 12), ("30b", "opt-30b", 40))
+        for size, model, gib in (("6.7b", "opt-6.7b", 16), ("6.7b", "opt-6.7b", 12), ("30b", "opt-30b", 40))
     ),
     *(
         Case(
@@ -169,7 +169,10 @@ def read_cases(path: str | os.PathLike) -> tuple[Case, ...]:
         ValueError: it is no such list, or has a name twice.
     """
     try:
-        cases = tuple(Case(**given) for given in json.loads(Path(path).read_text(encoding="utf-8")))
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(given, list) or not given:
+            raise ValueError(f"it is {'an empty list' if given == [] else type(given).__name__}")
+        cases = tuple(Case(**each) for each in given)
     except (TypeError, ValueError) as error:
         fields = ", ".join(field.name for field in dataclasses.fields(Case))
         raise ValueError(f"{path}: {error}; expected a JSON list of objects with {fields}") from error
