@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import sysconfig
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def installed() -> list[str]:
 
 def test_corpus_of_this_python_is_large_deterministic_and_clean(installed):
     assert sum(len(document.encode()) for document in installed) > 1_000_000
-    assert corpus.fingerprint(corpus.documents()) == corpus.fingerprint(installed)
+    some = Path(sysconfig.get_paths()["stdlib"]) / "email"
+    assert corpus.fingerprint(corpus.documents(some)) == corpus.fingerprint(corpus.documents(some))
+    assert set(corpus.documents(some)) <= set(installed)
     assert len(set(installed)) == len(installed)
     assert min(map(len, installed)) >= corpus.SHORTEST
     assert any("Walk" in document or "Directory tree generator" in document for document in installed)

@@ -21,7 +21,6 @@ WORK = kvrecomp.Workload(batch=3, prompt=17, new=12)
 PLANS = [
     (OPT, "activations", 1.0),
     (OPT, "split:0.4", 0.34),
-    (OPT, "kvpr:0.4", 1.0),
     (OPT, "device:0.6", 0.67),
     (LLAMA, "recompute", 1.0),
     (LLAMA, "keys_values", 0.34),
