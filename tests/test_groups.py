@@ -37,7 +37,6 @@ def prompts():
         ("activations", "column", 1.0),
         ("split:0.4", "column", 0.5),
         ("kvpr:0.4", "column", 1.0),
-        ("device:0.4", "column", 1.0),
         ("keys_values", "column", 0.0),
         ("activations", "row", 1.0),
     ],
