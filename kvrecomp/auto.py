@@ -33,6 +33,7 @@ def plan_for(
     Raises:
         PlanError: there is no such plan, nothing fits, or the profile is of another machine.
     """
+    loaded = None if weights is None else weights_in(shape, weights)  # raises where these are not one a layer
     if name != AUTO:
         plan = named_plan(name, shape, workload, tail=tail, window=DEFAULT_WINDOW if window is None else window)
         plan = plan if weights is None else with_weights(plan, weights)
@@ -43,7 +44,7 @@ def plan_for(
         profile = profiler.profile()
     else:
         profiler.check_profile(profile)
-    own = Budget(**limits(budget or Budget(), None if weights is None else weights_in(shape, weights)))
+    own = Budget(**limits(budget or Budget(), loaded))
     return make_plan(
         shape, workload, profile, own, weights=weights, groups=groups, order=order, tail=tail, window=window
     )

@@ -231,9 +231,9 @@ class Plan:
     """What is cached in which form and memory, for one model shape and workload.
 
     `tail` is in tokens; `window` is how many bytes of blocks from the host may be in flight or in use at once, beside
-    the weights of two layers where those are in host memory. `schedule` is
-    `pipelined`, where copies run ahead across layers as far as the window allows, or `layerwise`, KVPR's own, where a
-    layer's copies start when the layer before is done.
+    the weights of two layers where those are in host memory. `schedule` is `pipelined`, where copies run ahead across
+    layers as far as the window allows, or `layerwise`, KVPR's own, where a layer's copies start when the layer before
+    is done.
 
     There may be several `groups` of the workload's rows, each with blocks of its own like the others'. In `row` order a
     step is done for one group after the other; in `column` order all groups go through a layer before the next layer

@@ -102,6 +102,12 @@ def test_memory_is_counted_where_the_weights_are():
     assert needed["device"]["weights"] == 2 * matrices + table == shape.parameters * 4 - matrices
 
 
+@pytest.mark.parametrize("name", ["auto", "activations"])
+def test_weights_are_said_of_every_layer(name):
+    with pytest.raises(PlanError, match="weights are said to be in 2 memories; opt has 3 layers"):
+        kvrecomp.plan_for(name, OPT.shape, WORK, weights=["device", "host"])
+
+
 def test_wrong_places_are_said():
     plan = planned(OPT, "activations", 1.0)
     model = models.create(OPT, dtype="float32")
