@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,10 +145,15 @@ def to_measure(tasks: Sequence[Task], results: Results, machine: Machine, dtype:
     return left
 
 
+def _process_of(task: Task) -> tuple[Hashable, ...]:
+    """What tasks of one process have in common: a peer has a process of its own."""
+    return task.case, task.settings, task.plan if task.peer else None
+
+
 def measure(
     tasks: Sequence[Task], results: Results, console: Console, lock: int, commit: str = "", timeout: float = TIMEOUT
 ) -> None:
-    """Measures the tasks, those of a workload with the same settings in one process, and says what came of each.
+    """Measures the tasks, plans of a workload with the same settings in one process, and says what came of each.
 
     Where a process fails, the task that it was at has failed, and those after it are tried in a new one. `lock` is what
     `alone` gives.
@@ -157,7 +162,7 @@ def measure(
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with bar:
         shown = bar.add_task("", total=len(tasks))
-        for _, group in itertools.groupby(tasks, lambda task: (task.case, task.settings)):
+        for _, group in itertools.groupby(tasks, _process_of):
             left = list(group)
             while left:
                 bar.update(shown, description=str(left[0]))

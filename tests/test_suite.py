@@ -40,7 +40,7 @@ BENCHMARK = """
 import json, os, pathlib, signal, sys, time
 given = dict(word[2:].partition("=")[::2] for word in sys.argv[1:])
 log, rows = pathlib.Path(__file__).with_suffix(".log"), []
-for plan in given["plans"].split(","):
+for plan in given["plans"].split(",") if "plans" in given else [given["peer"]]:  # one peer, as peers.py has it
     with log.open("a") as file:
         file.write(f"{plan} {os.getpid()}\\n")
     if plan == "split:0.1":
@@ -68,6 +68,7 @@ def benchmark(tmp_path, monkeypatch):
     program.parent.mkdir()
     program.write_text(BENCHMARK)
     monkeypatch.setattr(workloads, "BENCHMARK", str(program))
+    monkeypatch.setattr(workloads, "PEER", str(program))
     return program
 
 
@@ -337,6 +338,13 @@ def test_rows_have_the_names_and_the_commands_of_their_tasks(benchmark, tmp_path
     assert all(row["commit"] == "abc" and row["copy_gbps"] == 50.0 and row["off"] is None for row in rows)
     assert suite.show(tasks, results, out) == [] and "small device: 7.0 ms a step" in out.file.getvalue()
     assert len({line.split()[1] for line in benchmark.with_suffix(".log").read_text().splitlines()}) == 3  # processes
+
+
+def test_each_peer_has_a_process_of_its_own(benchmark, tmp_path):
+    tasks, results = tasks_of(small("device", peers=PEERS), peers=PEERS), results_at(tmp_path / "a.json")
+    measured(tasks, results, console())
+    assert log_of(benchmark) == ["device", *PEERS]
+    assert all(results.row(task) for task in tasks) and json.loads(results.path.read_text())["failed"] == []
 
 
 def test_what_fails_is_not_the_end_of_the_rest(benchmark, tmp_path):
