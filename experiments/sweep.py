@@ -34,6 +34,7 @@ from kvrecomp.files import write_json
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_plan
 from kvrecomp.plan import (
+    BLOCKS_PER_WINDOW,
     DEFAULT_WINDOW,
     GIB,
     Budget,
@@ -82,7 +83,7 @@ def _two_forms(model: Any, work: kvrecomp.Workload, here: Form, there: Form, roo
         token_bytes = work.batch * layer.width(here) * model.shape.itemsize
         kept = min(work.prompt, int(room / len(model.shape.layers) / token_bytes))
         runs: list[tuple[Form, Memory, int]] = [(here, "device", kept), (there, "host", work.prompt - kept)]
-        blocks = cut_runs(runs, layer, model.shape, work, DEFAULT_WINDOW)
+        blocks = cut_runs(runs, layer, model.shape, work, DEFAULT_WINDOW // BLOCKS_PER_WINDOW)
         last: Memory = "host" if kept < work.prompt else "device"
         own.append(LayerPlan(blocks, there if last == "host" else here, (last,)))
     return Plan(f"{here} here, {there} there", model.shape, work, tuple(own), tail=NEW)

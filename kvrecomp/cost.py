@@ -69,8 +69,9 @@ def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
         before = np.array(events_before([layer.copies for layer in own], plan.whole_window), int)
         events = np.concatenate([[-1], *(layer.events + start for layer, start in zip(own, starts))]).astype(int)
         hold[copied] = events[before]
-    else:  # when the layer before is done
-        hold[copied] = np.array(starts)[np.searchsorted(starts, copied, side="right") - 1] - 1
+    else:  # when the layer before is done, or the copy before has arrived
+        layer_before = np.array(starts)[np.searchsorted(starts, copied, side="right") - 1] - 1
+        hold[copied] = np.maximum(layer_before, np.concatenate([[-1], copied[:-1]]))
     return Tasks(work.astype(np.int32), tokens, blocks, copies, copy_bytes, hold.astype(np.int32))
 
 

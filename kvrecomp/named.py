@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from kvrecomp.plan import (
     AUTO,
+    BLOCKS_PER_WINDOW,
     DEFAULT_WINDOW,
     Form,
     LayerPlan,
@@ -54,9 +55,11 @@ def named_plan(
     else:
         runs = [("activations", "host", first), ("keys_values", "host", rest)]
     last_form, last_memory, _ = [run for run in runs if run[2]][-1]
+    # KVPR sends all activations of a layer, then all keys and values: as few blocks as the window allows.
+    largest = window if kind == "kvpr" else window // BLOCKS_PER_WINDOW
     layers = tuple(
         LayerPlan(
-            prompt=cut_runs(runs, layer, shape, workload, window),
+            prompt=cut_runs(runs, layer, shape, workload, largest),
             tail_form=last_form,
             grown=(last_memory,),
             method="recompute" if kind in ("recompute", "kvpr") else "absorb",

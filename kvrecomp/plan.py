@@ -232,8 +232,8 @@ class Plan:
 
     `tail` is in tokens; `window` is how many bytes of blocks from the host may be in flight or in use at once, beside
     the weights of two layers where those are in host memory. `schedule` is `pipelined`, where copies run ahead across
-    layers as far as the window allows, or `layerwise`, KVPR's own, where a layer's copies start when the layer before
-    is done.
+    layers as far as the window allows, or `layerwise`, KVPR's own, where a layer's first copy starts when the
+    layer before is done, and another when the one before it has arrived.
 
     There may be several `groups` of the workload's rows, each with blocks of its own like the others'. In `row` order a
     step is done for one group after the other; in `column` order all groups go through a layer before the next layer
@@ -421,14 +421,14 @@ def events_before(layers: Sequence[Sequence[Copy]], window: int) -> list[int]:
 
 
 def cut_runs(
-    runs: Sequence[tuple[Form, Memory, int]], layer: LayerShape, shape: ModelShape, workload: Workload, window: int
+    runs: Sequence[tuple[Form, Memory, int]], layer: LayerShape, shape: ModelShape, workload: Workload, most_bytes: int
 ) -> tuple[BlockSpec, ...]:
-    """Runs of (form, memory, tokens) as blocks: one on the device; on the host several, equal within one token, of
-    which BLOCKS_PER_WINDOW fit in the window. Runs of no tokens are left out."""
+    """Runs of (form, memory, tokens) as blocks: one on the device; on the host several of at
+    most `most_bytes`, equal within one token. Runs of no tokens are left out."""
     blocks = []
     for form, memory, tokens in runs:
         token_bytes = workload.batch * layer.width(form) * shape.itemsize
-        largest = max(1, window // BLOCKS_PER_WINDOW // token_bytes)
+        largest = max(1, most_bytes // token_bytes)
         count = min(tokens, 1) if memory == "device" else -(-tokens // largest)
         if tokens:
             shorter = BlockSpec(form, memory, max(1, tokens // count))

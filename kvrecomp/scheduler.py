@@ -378,7 +378,8 @@ class _Builder:
         return LayerPlan(blocks, settings.tail_form, (*stays, *leaves), settings.method)
 
     def _cut(self, form: Form, memory: Memory, tokens: int) -> tuple[BlockSpec, ...]:
-        return cut_runs([(form, memory, tokens)], self.layer, self.shape, self.workload, self.window)
+        largest = self.window // BLOCKS_PER_WINDOW
+        return cut_runs([(form, memory, tokens)], self.layer, self.shape, self.workload, largest)
 
     def _bytes(self, form: Form) -> int:
         """Of one token."""

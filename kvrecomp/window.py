@@ -1,6 +1,8 @@
 """The window: copies from host memory to the device within a step, in the order of use, held so that they overlap."""
 
 import collections
+import itertools
+import operator
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -39,8 +41,11 @@ class Window:
             copies = [[copy for _, copy in layer] for layer in layers]
             self._before = collections.deque(events_before(copies, size))
         else:
-            self._before = collections.deque(number for number, layer in enumerate(layers) for _ in layer)
-        self._events = 0  # arrays arrived and arrays used or, layer by layer, layers done
+            # The first of a layer when the layer before is done, another when the one before it has arrived: of two
+            # copies that may start, the link takes either, and K and V would come before what is recomputed from.
+            done = [number for number, layer in enumerate(layers) for _ in layer]
+            self._before = collections.deque(map(operator.add, itertools.count(), done))
+        self._events = 0  # arrays that arrived and, in the pipeline, arrays used or, layer by layer, layers done
         self._copied: collections.deque[Array] = collections.deque()
         self._start(None)
 
@@ -51,12 +56,12 @@ class Window:
         """
         self._until_done = self._lasts.popleft()
         result, array = jax.lax.optimization_barrier((result, self._copied.popleft()))
-        return result, self._event(array, "pipelined")
+        return result, self._event(array)
 
     def fetch(self) -> Array:
         """The next array, on the device; nothing waits for it but what uses it."""
         self._until_done = self._lasts.popleft()
-        return self._event(self._copied.popleft(), "pipelined")
+        return self._event(self._copied.popleft())
 
     def used(self, result: Result) -> Result:
         """Says that the array taken last is not needed once `result` is computed, or that it is kept until the layer is
@@ -70,8 +75,8 @@ class Window:
             hidden = self._event(hidden, "pipelined")
         return self._event(hidden, "layerwise")
 
-    def _event(self, result: Result, schedule: Schedule) -> Result:
-        if self._schedule != schedule:
+    def _event(self, result: Result, only: Schedule | None = None) -> Result:
+        if only not in (None, self._schedule):
             return result
         self._events += 1
         return self._start(result)

@@ -331,7 +331,8 @@ def test_the_uniform_pipeline(layers, blocks, g):
 
 @pytest.mark.parametrize("g", [G, 0.3 * C, 7 * C])
 def test_layer_by_layer(g):
-    """A layer's copies start when the layer before is done; within the layer they are not held."""
+    """A layer's copies start when the layer before is done; within the layer each is held until the one before it has
+    arrived, which is no later than it would start anyway."""
     machine = MACHINE.with_times(times(PLAIN, {kv: (g, 0.0), "project": (0.1 * C, 0.0), "finish": (0.2 * C, 0.0)}))
     layer = C + 4 * max(C, g) + g + 0.2 * C  # the projection is done while the first copy is on its way
     plan = uniform(3, 5, 1, "layerwise")
@@ -387,7 +388,7 @@ def test_tasks_by_hand():
     ]
     np.testing.assert_array_equal(np.stack(make_tasks(BY_HAND), axis=1), expected)
     layerwise = list(zip(*expected))
-    layerwise[5] = (*[-1] * 12, 8, *[-1] * 3)  # after the first layer
+    layerwise[5] = (*[-1] * 6, 4, *[-1] * 5, 8, *[-1] * 3)  # after the first copy, and after the first layer
     np.testing.assert_array_equal(np.stack(make_tasks(replace(BY_HAND, schedule="layerwise"))), layerwise)
 
 

@@ -13,7 +13,6 @@ import kvrecomp
 from kvrecomp import budget
 from kvrecomp.named import named_plan
 from kvrecomp.plan import (
-    BLOCKS_PER_WINDOW,
     GIB,
     MIB,
     BlockSpec,
@@ -216,11 +215,11 @@ def test_a_tail_is_about_as_many_bytes_whatever_the_batch(batch, new, tail):
     st.lists(st.integers(1, 200), min_size=1, max_size=3),
     st.sampled_from(["activations", "keys_values"]),
     st.sampled_from([PLAIN, GROUPED]),
-    st.integers(1, 100_000),
+    st.integers(1, 25_000),
 )
-def test_runs_are_cut_evenly_and_several_blocks_fit_in_the_window(tokens, form, layer, window):
+def test_runs_are_cut_evenly_into_as_few_blocks_as_the_largest_allows(tokens, form, layer, largest):
     runs = [(form, "host", count) for count in tokens]
-    blocks = cut_runs(runs, layer, SHAPE, WORK, window)
+    blocks = cut_runs(runs, layer, SHAPE, WORK, largest)
     token_bytes = WORK.batch * layer.width(form) * 2
     rest = list(blocks)
     for count in tokens:
@@ -228,16 +227,16 @@ def test_runs_are_cut_evenly_and_several_blocks_fit_in_the_window(tokens, form, 
         while sum(own) < count:
             own.append(rest.pop(0).tokens)
         assert sum(own) == count and max(own) - min(own) <= 1
-        assert max(own) == 1 or max(own) * token_bytes <= window / BLOCKS_PER_WINDOW
+        assert max(own) == 1 or max(own) * token_bytes <= largest
         # No more blocks than it takes: with one less, the largest would be too large.
         fewer = len(own) - 1
-        assert not fewer or -(-count // fewer) * token_bytes > window // BLOCKS_PER_WINDOW
+        assert not fewer or -(-count // fewer) * token_bytes > largest
     assert not rest and {(spec.form, spec.memory) for spec in blocks} == {(form, "host")}
 
 
 def test_cutting_by_hand():
-    """One token is 420 bytes; a quarter of the window holds 4 of 11: blocks of 4, 4 and 3."""
-    blocks = cut_runs([("keys_values", "host", 11)], PLAIN, SHAPE, WORK, 4 * 4 * 420)
+    """One token is 420 bytes; the largest block holds 4 of 11: blocks of 4, 4 and 3."""
+    blocks = cut_runs([("keys_values", "host", 11)], PLAIN, SHAPE, WORK, 4 * 420)
     assert [spec.tokens for spec in blocks] == [4, 4, 3]
 
 

@@ -6,6 +6,7 @@ jax are used here only, to compile for a device that is not there.
 """
 
 import dataclasses
+import itertools
 import re
 
 import jax
@@ -139,6 +140,19 @@ def test_copies_are_whole_bounded_and_under_compute(name, window, write_outs, ar
     text, temporary = compile_step(name, window, write_outs)
     assert check_schedule(text) == arrays
     assert temporary <= min(window, 3 * BLOCK) + 24 * MIB
+
+
+def test_kvpr_sends_activations_and_recomputes_from_them_under_the_copy_of_keys_and_values():
+    """One copy at a time, and the link rests between two layers."""
+    copies, compute = check_copies(compile_step("kvpr:0.75", 8 * BLOCK)[0])
+    times = list(copies.values())
+    assert len(times) == 2 * CONFIG.layers
+    assert all(end < start for (_, end), (start, _) in itertools.pairwise(times))
+    for (_, arrived), (start, end) in zip(times[::2], times[1::2], strict=True):
+        assert not any(arrived < at < start for at in compute)
+        assert any(start < at < end for at in compute)
+    for (_, end), (start, _) in zip(times[1::2], times[2::2]):
+        assert any(end < at < start for at in compute)
 
 
 def test_weights_are_copied_once_for_all_groups_and_under_compute():

@@ -9,6 +9,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -39,7 +40,7 @@ HERE = Machine(ABOUT, PLENTY, PLENTY, {})
 BENCHMARK = """
 import json, os, pathlib, signal, sys, time
 given = dict(word[2:].partition("=")[::2] for word in sys.argv[1:])
-log, rows = pathlib.Path(__file__).with_suffix(".log"), []
+log, rows = pathlib.Path(__file__).with_name("benchmark.log"), []
 for plan in given["plans"].split(",") if "plans" in given else [given["peer"]]:  # one peer, as peers.py has it
     with log.open("a") as file:
         file.write(f"{plan} {os.getpid()}\\n")
@@ -68,7 +69,6 @@ def benchmark(tmp_path, monkeypatch):
     program.parent.mkdir()
     program.write_text(BENCHMARK)
     monkeypatch.setattr(workloads, "BENCHMARK", str(program))
-    monkeypatch.setattr(workloads, "PEER", str(program))
     return program
 
 
@@ -340,7 +340,8 @@ def test_rows_have_the_names_and_the_commands_of_their_tasks(benchmark, tmp_path
     assert len({line.split()[1] for line in benchmark.with_suffix(".log").read_text().splitlines()}) == 3  # processes
 
 
-def test_each_peer_has_a_process_of_its_own(benchmark, tmp_path):
+def test_each_peer_has_a_process_of_its_own(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(workloads, "PEER", str(shutil.copy(benchmark, benchmark.with_name("peers.py"))))
     tasks, results = tasks_of(small("device", peers=PEERS), peers=PEERS), results_at(tmp_path / "a.json")
     measured(tasks, results, console())
     assert log_of(benchmark) == ["device", *PEERS]

@@ -1,6 +1,7 @@
 """The workloads that results are quoted on, what each is measured under, and whether that fits a machine.
 
     w1 to w6    models of three families, and of sizes from 6.7 to 30 billion weights
+    gemma       Gemma 7B, as w1
     cached      OPT-6.7B, 32 rows, against cached tokens; with w1
     batches     OPT-6.7B, 1024 tokens, against rows; with w1 (figure 6 of the paper, see experiments/support/paper.json)
     kvpr        OPT-6.7B and 13B, 64 rows; with w2 (tables 3 and 4 of the paper)
@@ -87,7 +88,8 @@ HOSTED = ("activations", "keys_values", "kvpr:0.75")  # on an H200, three quarte
 PLANS = ("device", *HOSTED)
 BOTH = ("huggingface", "huggingface_offloaded")
 OFFLOADED = ("huggingface_offloaded",)
-HALF, QUARTER = (50.0,), (25.0,)  # where activations are half of the bytes, a quarter of K and V is half of the cache
+# Where activations are half of the bytes, a quarter of K and V is half of the cache.
+NONE, HALF, QUARTER = (0.0,), (50.0,), (25.0,)
 
 CASES = (
     Case("w1", "opt-6.7b", 32, 1024, NEW, PLANS, QUARTER, BOTH, (*PLANS, AUTO, *BOTH), ("cached", "batches")),
@@ -97,6 +99,8 @@ CASES = (
     # Activations are twice as many bytes as K and V here: 69 GB, whose pinning alone would take a minute.
     Case("w5", "llama-3-8b", 64, 4096, NEW, ("device", "keys_values"), HALF, BOTH, ("keys_values",)),
     Case("w6", "opt-30b", 16, 1024, NEW, PLANS, QUARTER, OFFLOADED),
+    # Heads wider than their share of the hidden size: activations are three eighths of the bytes of K and V.
+    Case("gemma", "gemma-7b", 32, 1024, NEW, ("device", "activations", "keys_values"), NONE, ()),
     *(
         Case(f"cached-{prompt}", "opt-6.7b", 32, prompt, NEW, PLANS, (), BOTH, quick, ("cached",))
         for prompt, quick in (
@@ -117,7 +121,7 @@ CASES = (
             32,
             prompt,
             plans=("activations", "keys_values") if order == "column" else ("activations",),
-            rooms=(0.0,) if order == "column" else (),
+            rooms=NONE if order == "column" else (),
             quick=("activations", "keys_values") if (prompt, order) == (256, "column") else (),
             sets=("weights",),
             weights="host",
