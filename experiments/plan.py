@@ -34,7 +34,7 @@ from experiments.support import plots
 from experiments.support.report import run_info
 from kvrecomp import cost, scheduler
 from kvrecomp.budget import limits, memory_needed
-from kvrecomp.hardware import DATASHEETS, LARGEST_DEVICE, HardwareProfile
+from kvrecomp.hardware import DATASHEETS, LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 from kvrecomp.named import named_plan, with_weights
 from kvrecomp.plan import (
     AUTO,
@@ -247,7 +247,7 @@ def read_budget(device_gib: float | None, host_gib: float | None) -> Budget:
     for flag, size in (("device_memory_gib", device_gib), ("host_memory_gib", host_gib)):
         if size is not None and not (math.isfinite(size) and size >= 0):
             raise PlanError(f"--{flag} is {size:g}; it must be a size in GiB")
-    if device_gib is not None and not MIB <= device_gib * GIB <= LARGEST_DEVICE:
+    if device_gib is not None and not LEAST_DEVICE <= device_gib * GIB <= LARGEST_DEVICE:
         than = "more" if device_gib > 1 else "less"
         raise PlanError(f"--device_memory_gib is {device_gib:g}, {than} than any device has: it is in GiB")
     return Budget.of_gib(device_gib, host_gib)

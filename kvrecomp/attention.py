@@ -125,12 +125,15 @@ def attend_causal(projections: Projections, x: Array, padding: Array) -> tuple[A
         mixed = attend_chunk(query, slots)
     else:
         chunks = -(-tokens // chunk)
+
+        def attend_next(number: Array, pieces: Array) -> Array:
+            """In place of the queries: XLA would make other room for the results of all layers at the start."""
+            piece = jax.lax.dynamic_slice_in_dim(pieces, number * chunk, chunk)
+            piece = attend_chunk(piece, number * chunk + jnp.arange(chunk)).astype(pieces.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(pieces, piece, number * chunk, axis=0)
+
         padded = jnp.pad(query, [(0, chunks * chunk - tokens)] + [(0, 0)] * 4)
-        mixed = jax.lax.map(
-            lambda piece: attend_chunk(*piece),
-            (padded.reshape(chunks, chunk, *query.shape[1:]), jnp.arange(chunks * chunk).reshape(chunks, chunk)),
-        )
-        mixed = mixed.reshape(chunks * chunk, *query.shape[1:])[:tokens]
+        mixed = jax.lax.fori_loop(0, chunks, attend_next, padded)[:tokens]
     return mixed.reshape(tokens, batch, heads * head_dim), key, value
 
 

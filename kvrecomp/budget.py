@@ -35,15 +35,19 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
 
 
 def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
-    """An estimate of a prompt's intermediate results: the hidden states, Q, K and V, what is mixed, one feed-forward,
-    and the scores of a chunk of queries."""
-    widest = max(
-        2 * layer.hidden
-        + layer.width("keys_values")
-        + max(2 * layer.heads * layer.head_dim + layer.hidden, (1 + layer.gated) * layer.intermediate)
-        for layer in shape.layers
-    )
-    return workload.batch * workload.prompt * widest * shape.itemsize + 3 * SCORE_BYTES
+    """An estimate of a prompt's intermediate results, from above; tests compare it with what XLA needs for an H200.
+
+    Of one layer at a time: K and V, and as many again on their way to the host of this layer and the one before; and
+    the larger of what attention needs, with the scores of a chunk of queries, and the feed-forward.
+    """
+    tokens, most = workload.batch * workload.prompt, 0
+    for layer in dict.fromkeys(shape.layers):
+        pairs = 3 * layer.width("keys_values")
+        attention = 2 * layer.hidden + 2 * layer.heads * layer.head_dim + pairs
+        feed_forward = 5 * layer.hidden + (1 + layer.gated) * layer.intermediate + pairs
+        scores = 2 * min(SCORE_BYTES, 4 * layer.heads * tokens * workload.prompt)
+        most = max(most, tokens * attention * shape.itemsize + scores, tokens * feed_forward * shape.itemsize)
+    return most
 
 
 def _in_flight(plan: Plan, write_outs: int) -> int:

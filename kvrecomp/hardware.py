@@ -194,4 +194,5 @@ DATASHEETS = {
     ),
 }  # fmt: skip
 
-LARGEST_DEVICE = 1024 * GIB  # no device has more; a budget beyond it is in the wrong unit
+# A budget outside of these is in the wrong unit. A toy model needs little more than the least.
+LEAST_DEVICE, LARGEST_DEVICE = 2.0**16, 1024.0 * GIB

@@ -5,7 +5,7 @@ import gc
 import sys
 import threading
 import time
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
@@ -53,11 +53,11 @@ class Programs:
         """Whether compiling it was begun."""
         return name in self._futures
 
-    def start(self, name: Hashable, trace: Callable[[], Any]) -> None:
-        """Compiles in the background, unless that was begun before."""
+    def start(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str] | None = None) -> None:
+        """Compiles in the background, with options of XLA's, unless that was begun before."""
         with self._lock:
             if name not in self._futures:
-                self._futures[name] = _WORKER.submit(self._compile, name, trace)
+                self._futures[name] = _WORKER.submit(self._compile, name, trace, options)
 
     def cancel(self) -> None:
         """Gives up the programs whose compilation was asked for and has not begun."""
@@ -69,10 +69,10 @@ class Programs:
         self.start(name, trace)
         return self._futures[name].result()
 
-    def _compile(self, name: Hashable, trace: Callable[[], Any]) -> Any:
+    def _compile(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str] | None) -> Any:
         start = time.perf_counter()
         with _short_turns():
-            program = trace().lower().compile()
+            program = trace().lower().compile(compiler_options=dict(options) if options else None)
         analysis = program.memory_analysis()
         self.compiled[name] = Compiled(time.perf_counter() - start, getattr(analysis, "temp_size_in_bytes", 0))
         return program

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from kvrecomp.budget import MARGIN, check_within, memory_needed, prefill_bytes, weights_in
 from kvrecomp.cost import StepCost, plan_costs
-from kvrecomp.hardware import LARGEST_DEVICE, HardwareProfile
+from kvrecomp.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 from kvrecomp.named import named_plan, spread, with_weights
 from kvrecomp.plan import (
     AUTO,
@@ -30,7 +30,6 @@ from kvrecomp.plan import (
     FORMS,
     GIB,
     MEMORIES,
-    MIB,
     BlockSpec,
     Budget,
     Form,
@@ -143,10 +142,10 @@ def resolve_budget(budget: Budget, profile: HardwareProfile) -> Budget:
         device = profile.device_bytes * (1 - MARGIN)
     if host is None:
         host = float("inf") if profile.host_bytes is None else profile.host_bytes * (1 - MARGIN)
-    if device > LARGEST_DEVICE or device < MIB:
+    if not LEAST_DEVICE <= device <= LARGEST_DEVICE:
         raise PlanError(
-            f"the budget is {device:.0f} bytes of device memory, {'more' if device > MIB else 'less'} than any device "
-            "has: a Budget is in bytes, Budget.of_gib takes GiB"
+            f"the budget is {device:.0f} bytes of device memory, {'less' if device < LEAST_DEVICE else 'more'} than "
+            "any device has: a Budget is in bytes, Budget.of_gib takes GiB"
         )
     return Budget(device, host)
 

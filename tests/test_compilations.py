@@ -11,9 +11,12 @@ import pytest
 import toy
 
 import kvrecomp
+from experiments.support.one_step import filled_cache
+from kvrecomp import runtime
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import LayerPlan, Plan, Workload
 from kvrecomp.programs import Programs
+from kvrecomp.runtime import Decoder
 from kvrecomp.sampling import Sampling
 
 COMPILED = []  # the seconds that XLA took for each program of this process
@@ -109,6 +112,20 @@ def test_sampling_again_compiles_nothing(used):
     assert len(COMPILED) == before
 
 
+@pytest.mark.parametrize(("least", "expected"), [(1, runtime.NO_GRAPHS), (10**9, None)])
+def test_a_program_that_sends_much_and_is_first_run_while_decoding_has_no_graphs(monkeypatch, least, expected):
+    made = {}
+    monkeypatch.setattr(runtime, "NO_GRAPHS_FROM", least)
+    monkeypatch.setattr(Decoder, "_program", lambda *_: lambda *_: ([(None, None)], [None], [None]))
+    monkeypatch.setattr(Programs, "start", lambda _, name, trace, options=None: made.setdefault(name, options))
+    decoder = toy.named_decoder("activations", batch=BATCH, prompt=PROMPT, new=7, tail=TAIL)
+    decoder.step(filled_cache(decoder.plan), toy.put(np.zeros(BATCH, np.int32)))
+    assert {name: options for name, options in made.items() if name[0] == "step"} == {
+        ("step", 1): expected,
+        ("step", 2): expected,
+    }
+
+
 def test_the_next_program_is_there_before_it_is_needed():
     decoder = toy.named_decoder("activations", batch=BATCH, prompt=PROMPT, new=7, tail=TAIL)
     given = toy.texts(BATCH, PROMPT + 7)
@@ -155,7 +172,7 @@ def test_a_write_out_program_for_each_set_of_memories():
 
 
 class Traced:
-    """Counts compilations, which take until they are let go; traced and lowered at once."""
+    """Counts compilations, which take until they are let go; traced and lowered at once. No options are given."""
 
     def __init__(self):
         self.count = 0
@@ -164,7 +181,8 @@ class Traced:
     def lower(self):
         return self
 
-    def compile(self):
+    def compile(self, compiler_options):
+        assert compiler_options is None
         assert self.go.wait(30)
         self.count += 1
         return jax.jit(lambda x: x + x).lower(jax.ShapeDtypeStruct((), np.float32)).compile()

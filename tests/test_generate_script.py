@@ -203,7 +203,7 @@ def test_program_prints_all_and_json_last(checkpoint):
         (["--max_new_tokens=0"], "new is 0; it must be greater than zero"),
         (["--temperature=0"], "temperature is 0.0; it must be above zero"),
         (["--plan=activations", "--window_mib=0.00005"], "is smaller than a block"),
-        (["--device_memory_gib=0.01"], "of device memory"),
+        (["--prompt=" + "x" * 55, "--plan=device", "--device_memory_gib=0.000062"], "of device memory"),
         (["--dtype=int8"], "dtype is int8; expected one of float32"),
         (["--checkpoint=/nowhere"], "/nowhere is not a directory"),
         (["--checkpoint={untold}"], "has no tokenizer.json"),

@@ -79,7 +79,7 @@ def test_memory_is_counted_for_every_group():
 
 @pytest.mark.parametrize(("order", "together"), [("row", 1), ("column", 29)])
 def test_layer_by_layer_the_blocks_of_all_groups_that_go_together_are_in_flight(order, together):
-    """And the layer's weights: KVPR's schedule starts all copies of a layer at once."""
+    """And the layer's weights: KVPR's schedule does not wait for what was copied to be used."""
     shape, work = dataclasses.replace(OPT.shape, dtype="float32", positions=1200), kvrecomp.Workload(199, 1009, 6)
     plan = kvrecomp.with_host_weights(kvrecomp.named_plan("kvpr:0.4", shape, work, tail=2, window=2**28), 1.0)
     needed = kvrecomp.memory_needed(dataclasses.replace(plan, groups=29, order=order), write_outs=0)

@@ -330,7 +330,7 @@ def test_what_has_become_too_large_is_an_error_and_can_be_gone_on_with(files, mo
         kill_after(patch, 2)
         files.run()
     with pytest.raises(PlanError, match=r"needs .* of device memory"):
-        files.run(budget=kvrecomp.Budget(2**20, GIB))
+        files.run(budget=kvrecomp.Budget(2**17, GIB))
     assert files.run().prompts == 2
 
 
@@ -508,7 +508,7 @@ def test_an_interrupt_says_how_to_go_on(files, checkpoint, monkeypatch):
         (["--input={source}", "--output={target}", "--max_new_tokens=67"], "need 68 positions; opt-tiny has 67"),
         (["--input={source}", "--output={target}", "--temperature=0"], "temperature is 0.0; it must be above zero"),
         (["--input={source}", "--output={target}", "--plan=nonsense"], "there is no plan 'nonsense'"),
-        (["--input={source}", "--output={target}", "--device_memory_gib=0.01"], "not even a batch of 1 fits"),
+        (["--input={source}", "--output={target}", "--device_memory_gib=0.000062"], "not even a batch of 1 fits"),
         (["--input={source}", "--output={target}", "--checkpoint=/nowhere"], "/nowhere is not a directory"),
         (["--input={doubled}", "--output={target}"], 'lines 1 and 2 have the same id, "a"'),
     ],

@@ -8,6 +8,7 @@ jax are used here only, to compile for a device that is not there.
 import dataclasses
 import itertools
 import re
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,8 +18,9 @@ import kvrecomp
 import models
 from experiments.support import xplane
 from kvrecomp import runtime
+from kvrecomp.budget import prefill_bytes
 from kvrecomp.plan import COPIES_AHEAD
-from models import OPTConfig
+from models import LlamaConfig, OPTConfig
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax's CUDA 13 plugin: pip install '.[schedule]'")
 
@@ -52,11 +54,15 @@ def compile_step(
 
 def compile_plan(decoder: runtime.Decoder, write_outs: int = 0) -> tuple[str, int]:
     """The same of a decoder."""
+    return compile_traced(decoder._trace_step(write_outs))
+
+
+def compile_traced(traced: Any) -> tuple[str, int]:
+    """The same of what `jax.jit(...).trace(...)` gives."""
     from jax._src import compiler
     from jax._src.lib import _jax
     from jax.experimental import topologies
 
-    traced = decoder._trace_step(write_outs)
     device = topologies.get_topology_desc("h200", platform="cuda", target_config=H200, topology="1x1x1").devices[0]
     options = compiler.get_compile_options(1, 1, device_assignment=np.zeros((1, 1), int))
     module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
@@ -233,3 +239,22 @@ def test_a_program_for_one_more_block_has_no_new_kernels():
     assert second - first, "a block of another length has new ones"
     assert len(third) > 20
     assert not third - second
+
+
+LLAMA = LlamaConfig("grouped", layers=6, hidden=1024, heads=8, kv_heads=2, intermediate=2816, vocab=512, positions=8192)
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "batch", "prompt"),
+    [
+        (LLAMA, "keys_values", 8, 4096),  # the feed-forward takes most
+        (dataclasses.replace(CONFIG, layers=6, positions=4096), "activations", 2, 2048),  # scores take most
+    ],
+)
+def test_a_prefill_has_the_intermediate_results_of_one_layer_on_the_device(config, name, batch, prompt):
+    """Not of six: what is said is enough, and not much more than that."""
+    plan = kvrecomp.named_plan(name, config.shape, kvrecomp.Workload(batch, prompt, 16))
+    decoder = runtime.Decoder(config.build(dtype="bfloat16", rngs=None), plan)
+    _, temporary = compile_traced(decoder._trace_prefill())
+    estimate = prefill_bytes(plan.shape, plan.workload)
+    assert 0.75 * estimate < temporary <= estimate
