@@ -41,7 +41,7 @@ A step takes <!-- median_ms: a.json plan!=device:* -->2.0 ms<!-- end -->
 or <!-- median_ms: a.json -->2.0 to 4.0 ms<!-- end --> and <!-- new: a.json -->5<!-- end --> words.
 
 <!-- machine: a.json -->
-Some GPU, driver 5.6, jax 0.1. Measured by `a.py` at commit `abc` (`a.json`).
+Some GPU, driver 5.6, jax 0.1. Measured by `a.py` (`a.json` at `abc`).
 <!-- end -->
 """
 PICTURE = "<!-- predictions_plot: a.json -->\n<!-- end -->\n"

@@ -148,13 +148,12 @@ def test_where_rows_come_from(read):
     third = read(ROW, name="c.json", commit="unknown", copy_gbps=52.0)
     assert tables.machine([*first, *second, *third]) == (
         "Some GPU, driver 5.6, jax 0.1. Copies of whole blocks alone ran at 50.0 to 52.0 GB/s. Measured by "
-        "`experiments/benchmark.py` at commit `0123456` (`a.json`, `b.json`) and `unknown` (`c.json`)."
+        "`experiments/benchmark.py` (`a.json` at `0123456`; `b.json` at `0123456`; `c.json` at `unknown`)."
     )
     sweep = read(STEP, copy_gbps=None, command="python experiments/sweep.py", driver="5.7")
     assert tables.machine([*sweep, *second]) == (
         "Some GPU, driver 5.7 and 5.6, jax 0.1. Copies of whole blocks alone ran at 51.0 GB/s. Measured by "
-        "`experiments/sweep.py` at commit `0123456` (`a.json`) and `experiments/benchmark.py` at commit `0123456` "
-        "(`b.json`)."
+        "`experiments/sweep.py` (`a.json` at `0123456`) and `experiments/benchmark.py` (`b.json` at `0123456`)."
     )
     assert "Copies" not in tables.machine(sweep)
 

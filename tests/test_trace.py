@@ -188,6 +188,14 @@ def test_what_began_under_the_step_before_is_cut():
     assert [(s.name, s.start, s.seconds) for s in own] == [("a", 0, 3), ("x", 3, 3)]
 
 
+def test_a_step_has_the_copies_that_it_begins_with_in_whatever_order():
+    first = [("c", "a", 0, 2), ("d", "x", 0, 3), ("c", "b", 2, 2), ("d", "x", 4, 1)]
+    second = [("c", "b", 5, 2), ("d", "x", 6, 3), ("c", "a", 7, 2), ("d", "x", 9, 1)]
+    own, seconds = xplane.last_step(spans(*first, *second), steps=2)
+    assert seconds == 10 - 5
+    assert [(s.name, s.start, s.seconds) for s in own] == [("b", 0, 2), ("x", 1, 3), ("a", 2, 2), ("x", 4, 1)]
+
+
 def test_steps_that_cannot_be_told_apart():
     with pytest.raises(ValueError, match="nothing in the trace ran 2 times"):
         xplane.last_step(spans(("c", "a", 0, 1), ("c", "a", 1, 1), ("c", "a", 2, 1), ("d", "x", 3, 1)), steps=2)

@@ -82,7 +82,9 @@ def amount(field: str, value: float) -> tuple[str, str]:
         return predictions.percent(value)
     if field.endswith("_ms"):
         return (f"{value:.1f}", "ms") if value < 1e4 else (f"{value / 1e3:.1f}", "s")
-    for ending, unit, scale in (("_s", "s", 1), ("_bytes", "GB", 1e9), ("_gbps", "GB/s", 1), ("_second", "", 1)):
+    if field.endswith("_s"):
+        return (f"{value:.2f}" if value < 1 else f"{value:.1f}"), "s"
+    for ending, unit, scale in (("_bytes", "GB", 1e9), ("_gbps", "GB/s", 1), ("_second", "", 1)):
         if field.endswith(ending):
             return f"{value / scale:.1f}", unit
     return f"{value:.3f}" if isinstance(value, float) else str(value), ""
@@ -99,14 +101,14 @@ def machine(rows: Sequence[Row]) -> str:
     text = f"{span('device', rows)}, driver {span('driver', rows)}, jax {span('jax', rows)}."
     if any(row.get("copy_gbps") for row in rows):
         text += f" Copies of whole blocks alone ran at {span('copy_gbps', rows)}."
-    scripts: dict[str, dict[str, dict[str, None]]] = {}  # of each its commits, of each its files
+    scripts: dict[str, dict[str, dict[str, None]]] = {}  # of each its files, of each its commits
     for row in rows:
-        commits = scripts.setdefault(script(row["command"]), {})
-        commits.setdefault(word("commit", row["commit"]), {})[word("file", row["file"])] = None
+        files = scripts.setdefault(script(row["command"]), {})
+        files.setdefault(word("file", row["file"]), {})[word("commit", row["commit"])] = None
     made = []
-    for name, commits in scripts.items():
-        sources = [f"{commit} ({', '.join(files)})" for commit, files in commits.items()]
-        made.append(f"`{name}` at commit {listed(sources)}")
+    for name, files in scripts.items():
+        sources = [f"{file} at {listed(commits)}" for file, commits in files.items()]
+        made.append(f"`{name}` ({'; '.join(sources)})")
     return f"{text} Measured by {listed(made)}."
 
 

@@ -11,7 +11,6 @@ statistic `name` would not do: it has the scope that all operations of a fusion 
 constants, so a quarter of a layer's kernels have no layer there.
 """
 
-import collections
 import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -111,18 +110,24 @@ def read_spans(profile: ProfileData, layers: Mapping[str, int]) -> list[Span]:
 def last_step(spans: Sequence[Span], steps: int) -> tuple[list[Span], float]:
     """The spans of the last of so many equal steps, and its seconds; it begins where the one before ends.
 
-    What runs once a step tells the steps apart. Of what began under the step before, that part is cut off.
+    Of each kind and name it has the last ones, as many as a step has: the copies that a step begins with start in any
+    order. Of what began under the step before, that part is cut off.
 
     Raises:
         ValueError: nothing ran that often.
     """
-    counts = collections.Counter((span.kind, span.name) for span in spans)
-    anchor = next((span for span in spans if counts[span.kind, span.name] == steps), None)
-    if anchor is None:
+    of_a_name: dict[tuple[Kind, str], list[Span]] = {}
+    for span in sorted(spans, key=lambda span: span.start):
+        of_a_name.setdefault((span.kind, span.name), []).append(span)
+    if all(len(named) % steps for named in of_a_name.values()):
         raise ValueError(f"nothing in the trace ran {steps} times, so its {steps} steps cannot be told apart")
-    begun = max(span.start for span in spans if (span.kind, span.name) == (anchor.kind, anchor.name))
-    own = [span for span in spans if span.start >= begun]
-    zero = max((span.end for span in spans if span.start < begun), default=begun)
+    before, own = [], []
+    for named in of_a_name.values():
+        first = len(named) - len(named) // steps
+        before += named[:first]
+        own += named[first:]
+    own.sort(key=lambda span: (span.start, span.end))
+    zero = max(span.end for span in before)
     cut = [
         dataclasses.replace(span, start=max(span.start, zero) - zero, seconds=span.end - max(span.start, zero))
         for span in own
