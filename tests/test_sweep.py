@@ -127,6 +127,21 @@ def test_results_are_read_said_and_drawn_without_measuring(results, tmp_path, mo
     assert all(picture.stat().st_size > 1000 for picture in pictures)
 
 
+def test_what_was_measured_before_a_failure_is_written(tmp_path, monkeypatch):
+    first, second = (sweep.Measured("m", batch, 2, 3, "activations", None, 9.0, 8.0, 0) for batch in (7, 5))
+
+    def run(*_):
+        yield [first]
+        yield [second]
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(sweep, "run", run)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        command(f"--out={tmp_path}/rows.json")
+    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    assert rows == [dataclasses.asdict(first), dataclasses.asdict(second)]
+
+
 def test_refusals(results, tmp_path):
     for arguments, message in (
         ([f"--from={results[0]}", f"--out={tmp_path}/x.json"], "nothing is: give one of them"),
