@@ -4,11 +4,12 @@
     python experiments/suite.py --only=w1,w5 --peers=huggingface_offloaded
     python experiments/suite.py --workloads=mine.json --out=mine_results.json
 
-A workload is measured in a process of its own, by experiments/benchmark.py, and each peer by experiments/peers.py. What
-does not fit the machine is left out, and what fails does not end the rest: the file says why, as `skipped` and
-`failed`, and a failure is the exit status. The file is written after every row: killed, the same command goes on. A row
-is measured anew for another commit, or where its own `command`, which measures it alone, would be another. Rows that
-were not asked for stay in the file, with the commit that they were measured at.
+The plans of a workload are measured in a process of their own, by experiments/benchmark.py, what the scheduler chooses
+within a budget in another, and each peer by experiments/peers.py. What does not fit the machine is left out, and what
+fails does not end the rest: the file says why, as `skipped` and `failed`, and a failure is the exit status. The file is
+written after every row: killed, the same command goes on. A row is measured anew for another commit, or where its own
+`command`, which measures it alone, would be another. Rows that were not asked for stay in the file, with the commit
+that they were measured at.
 
 For a smaller machine write workloads of your own, a JSON list of objects with the fields of `workloads.Case`:
 

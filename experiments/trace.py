@@ -8,9 +8,9 @@ second is drawn. `--compare` draws KVPR's schedule, keys and values, and activat
 what the picture needs (`experiments.support.timeline` says how), so that `--from`, on any machine, and
 experiments/readme.py can draw it again.
 
-While it is traced, XLA launches kernel by kernel what it otherwise launches as CUDA graphs, so a step can take longer;
-its time without tracing is given too. Where kernels are launched as graphs nevertheless, no layer is known of them:
-that is said, and drawn hatched. With XLA_FLAGS=--xla_gpu_enable_command_buffer= in the environment there are no graphs.
+Tracing can make a step take longer; its time without is given too. Of kernels that XLA launches as CUDA graphs no layer
+is known: that is said, and drawn hatched. With XLA_FLAGS=--xla_gpu_enable_command_buffer= in the environment there are
+no graphs.
 
 There is nothing to draw on a CPU: its trace has the operations of threads, where a copy from one memory to the other is
 made by the cores that compute.
@@ -182,8 +182,8 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     for row in rows:
         if row.unknown > 0.05:
             console.print(
-                f"{row.plan}: no layer is known of {row.unknown:.0%} of what ran; if XLA launched it as CUDA graphs, "
-                "XLA_FLAGS=--xla_gpu_enable_command_buffer= shows the layers"
+                f"{row.plan}: no layer is known of {row.unknown:.0%} of the compute; if XLA launched it as CUDA "
+                "graphs, XLA_FLAGS=--xla_gpu_enable_command_buffer= shows the layers"
             )
     if not old:
         print(json.dumps(document))

@@ -120,11 +120,11 @@ def attend_causal(projections: Projections, x: Array, padding: Array) -> tuple[A
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         return jnp.einsum("bkgts,sbkd->tbkgd", weights, value)
 
-    chunk = max(1, min(tokens, SCORE_BYTES // (4 * batch * heads * tokens)))
-    if chunk == tokens:
+    chunk = chunk_of_queries(batch, heads, tokens)
+    chunks = -(-tokens // chunk)
+    if chunks == 1:
         mixed = attend_chunk(query, slots)
     else:
-        chunks = -(-tokens // chunk)
 
         def attend_next(number: Array, pieces: Array) -> Array:
             """In place of the queries: XLA would make other room for the results of all layers at the start."""
@@ -135,6 +135,13 @@ def attend_causal(projections: Projections, x: Array, padding: Array) -> tuple[A
         padded = jnp.pad(query, [(0, chunks * chunk - tokens)] + [(0, 0)] * 4)
         mixed = jax.lax.fori_loop(0, chunks, attend_next, padded)[:tokens]
     return mixed.reshape(tokens, batch, heads * head_dim), key, value
+
+
+def chunk_of_queries(batch: int, heads: int, tokens: int) -> int:
+    """How many queries of a prompt attend to it at once: equal chunks, as few as have SCORE_BYTES of scores at most, or
+    one query each."""
+    chunks = -(-tokens // max(1, SCORE_BYTES // (4 * batch * heads * tokens)))
+    return -(-tokens // chunks)
 
 
 def causal(padding: Array) -> Attend:

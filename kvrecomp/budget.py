@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from kvrecomp import memory
-from kvrecomp.attention import SCORE_BYTES
+from kvrecomp.attention import chunk_of_queries
 from kvrecomp.plan import COPIES_AHEAD, MEMORIES, Budget, Memory, ModelShape, Plan, PlanError, Workload, format_bytes
 
 MARGIN = 0.05  # of what is free: fragmentation, and the programs themselves
@@ -38,14 +38,16 @@ def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
     """An estimate of a prompt's intermediate results, from above; tests compare it with what XLA needs for an H200.
 
     Of one layer at a time: K and V, and as many again on their way to the host of this layer and the one before; and
-    the larger of what attention needs, with the scores of a chunk of queries, and the feed-forward.
+    the larger of what attention needs, with the scores of a chunk of queries, and the feed-forward. Models with a gate
+    had two hidden states more on an H200, whose kernels XLA chooses by timing them.
     """
     tokens, most = workload.batch * workload.prompt, 0
     for layer in dict.fromkeys(shape.layers):
         pairs = 3 * layer.width("keys_values")
         attention = 2 * layer.hidden + 2 * layer.heads * layer.head_dim + pairs
-        feed_forward = 5 * layer.hidden + (1 + layer.gated) * layer.intermediate + pairs
-        scores = 2 * min(SCORE_BYTES, 4 * layer.heads * tokens * workload.prompt)
+        feed_forward = (5 + 2 * layer.gated) * layer.hidden + (1 + layer.gated) * layer.intermediate + pairs
+        chunk = chunk_of_queries(workload.batch, layer.heads, workload.prompt)
+        scores = 2 * 4 * workload.batch * layer.heads * workload.prompt * chunk
         most = max(most, tokens * attention * shape.itemsize + scores, tokens * feed_forward * shape.itemsize)
     return most
 
@@ -127,7 +129,10 @@ def _what_fits(plan: Plan, place: Memory, limit: float) -> str:
     fitting = bisect.bisect_left(range(1, plan.workload.batch), True, key=excess)
     if fitting:
         return f"a batch of {fitting} fits where {plan.workload.batch} were asked for"
-    return "not even a batch of 1 fits; use a smaller model, a shorter prompt or more memory"
+    ways = "use a smaller model, a shorter prompt or more memory"
+    if place == "device" and any(layer.weights == "device" for layer in plan.layers):
+        ways += ", or put weights into host memory, as plan auto does where it may"
+    return f"not even a batch of 1 fits; {ways}"
 
 
 def _pool_hint(place: Memory, total: float) -> str:

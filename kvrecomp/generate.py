@@ -43,7 +43,7 @@ class Generated:
     `sequences` int32[batch, prompt + new] are prompts and continuations, padded where a row ended before others;
     `new_tokens` int32[batch] counts each row's, its end token included. `logits` float32[new, batch, vocab] if asked
     for. `prefill_seconds` includes compiling; `step_seconds` are the times between tokens after the first, and
-    `link_bytes` the bytes of host blocks that each of those steps copied.
+    `link_bytes` the bytes that each of those steps copied from the host, of blocks and of weights.
     """
 
     sequences: np.ndarray

@@ -1,7 +1,7 @@
 """Device and host memory: shardings of each kind, the pinned pool, and how much is free.
 
 Host blocks live in pinned memory, which the GPU's copy engines read at the link's full rate. XLA caps its pinned pool
-at 64 GB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set before the backend starts. Importing this module sets it to the
+at 64 GB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set before the backend starts. Importing kvrecomp sets it to the
 machine's memory when it still can.
 """
 

@@ -42,8 +42,8 @@ def named_plan(
     name: str, shape: ModelShape, workload: Workload, *, tail: int | None = None, window: int = DEFAULT_WINDOW
 ) -> Plan:
     """The plan of that name; `tail` in tokens, `window` in bytes. Raises `PlanError` if there is no such plan."""
-    kind, _, argument = name.partition(":")
-    if kind not in _ACCEPTS or bool(argument) not in _ACCEPTS[kind]:
+    kind, colon, argument = name.partition(":")
+    if kind not in _ACCEPTS or bool(argument) not in _ACCEPTS[kind] or (colon and not argument):
         raise PlanError(f"there is no plan {name!r}; the plans are {', '.join((AUTO, *NAMES))}, with F from 0 to 1")
     first = round(_fraction(name, argument) * workload.prompt) if argument else workload.prompt
     rest = workload.prompt - first
@@ -100,8 +100,10 @@ def spread(hosted: int, layers: int) -> tuple[Memory, ...]:
 
 
 def with_weights(plan: Plan, memories: Sequence[Memory]) -> Plan:
-    """The plan with each layer's weights in that memory."""
-    layers = tuple(dataclasses.replace(own, weights=there) for own, there in zip(plan.layers, memories, strict=True))
+    """The plan with each layer's weights in that memory. Raises `PlanError` if there are not as many as layers."""
+    if len(memories) != len(plan.layers):
+        raise PlanError(f"{len(memories)} memories for weights of {len(plan.layers)} layers: give one a layer")
+    layers = tuple(dataclasses.replace(own, weights=there) for own, there in zip(plan.layers, memories))
     return dataclasses.replace(plan, layers=layers)
 
 

@@ -5,10 +5,12 @@ import gc
 import sys
 import threading
 import time
+import types
 from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+NO_OPTIONS: Mapping[str, str] = types.MappingProxyType({})
 TURN_SECONDS = 0.0005  # Python's own is ten times as long
 _WORKER = ThreadPoolExecutor(1, thread_name_prefix="compile")  # XLA times kernels: one program at a time
 
@@ -49,12 +51,8 @@ class Programs:
         self._futures: dict[Hashable, Future] = {}
         self._lock = threading.Lock()
 
-    def __contains__(self, name: Hashable) -> bool:
-        """Whether compiling it was begun."""
-        return name in self._futures
-
-    def start(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str] | None = None) -> None:
-        """Compiles in the background, with options of XLA's, unless that was begun before."""
+    def start(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str] = NO_OPTIONS) -> None:
+        """Compiles in the background, with these options of XLA's, unless that was begun before."""
         with self._lock:
             if name not in self._futures:
                 self._futures[name] = _WORKER.submit(self._compile, name, trace, options)
@@ -64,15 +62,15 @@ class Programs:
         with self._lock:
             self._futures = {name: future for name, future in self._futures.items() if not future.cancel()}
 
-    def get(self, name: Hashable, trace: Callable[[], Any]) -> Any:
+    def get(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str] = NO_OPTIONS) -> Any:
         """The compiled program; compiles it now, or waits for it, if it is not there yet."""
-        self.start(name, trace)
+        self.start(name, trace, options)
         return self._futures[name].result()
 
-    def _compile(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str] | None) -> Any:
+    def _compile(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str]) -> Any:
         start = time.perf_counter()
         with _short_turns():
-            program = trace().lower().compile(compiler_options=dict(options) if options else None)
+            program = trace().lower().compile(compiler_options=dict(options))
         analysis = program.memory_analysis()
         self.compiled[name] = Compiled(time.perf_counter() - start, getattr(analysis, "temp_size_in_bytes", 0))
         return program

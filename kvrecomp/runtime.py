@@ -170,9 +170,9 @@ def _place(block: Block) -> Block:
 # --- the decoder ------------------------------------------------------------------------------------------------------
 
 PROGRAMS_AHEAD = 2  # steps' programs made while the tail fills: a later one takes longer, it has more blocks
-# XLA makes a program's CUDA graphs when it is first executed, with the device idle: some 40 ms of an H200's machine in
-# the middle of decoding. Launched one by one, kernels take the host a few ms a step, which no step notices that sends
-# so many bytes.
+# XLA makes a program's CUDA graphs when it is first executed, with the device idle: some 40 ms of an H200's machine,
+# which a step after a write-out would wait for in the middle of decoding. Launched one by one, kernels take the host
+# several ms a step; so many bytes take 20 ms on PCIe 5.0 x16.
 NO_GRAPHS, NO_GRAPHS_FROM = {"xla_gpu_enable_command_buffer": ""}, 2**30
 
 
@@ -275,9 +275,8 @@ class Decoder:
         if write_outs < plan.write_outs:
             # After the call: a program's first execution loads its kernels, which takes longer beside a compilation.
             self._prepare("write-out", plan.written_to(write_outs))
-            options = NO_GRAPHS if plan.link_bytes(write_outs) >= NO_GRAPHS_FROM else None
             for ahead in range(1, min(PROGRAMS_AHEAD, plan.write_outs - write_outs) + 1):
-                self._prepare("step", write_outs + ahead, options=options)
+                self._prepare("step", write_outs + ahead)
         after = [
             make_cache(cache.blocks, own, cache.padding, length, cache.in_tail + 1)
             for cache, own, length in zip(caches, tails, lengths, strict=True)
@@ -300,11 +299,16 @@ class Decoder:
     # --- the jit boundary: static are the plan and what names the program, all else is data ---
 
     def _program(self, *name: Any) -> Any:
-        return self._programs.get(name, lambda: self._trace(*name))
+        return self._programs.get(name, functools.partial(self._trace, *name), self._options(*name))
 
-    def _prepare(self, *name: Any, options: Mapping[str, str] | None = None) -> None:
+    def _prepare(self, *name: Any) -> None:
         """Compiles a program in the background."""
-        self._programs.start(name, functools.partial(self._trace, *name), options)
+        self._programs.start(name, functools.partial(self._trace, *name), self._options(*name))
+
+    def _options(self, kind: str, *which: Any) -> Mapping[str, str]:
+        """XLA's, of a program."""
+        later = kind == "step" and which[0] > 0
+        return NO_GRAPHS if later and self.plan.link_bytes(which[0]) >= NO_GRAPHS_FROM else {}
 
     def _trace(self, kind: str, *which: Any) -> Any:
         trace = {"prefill": self._trace_prefill, "step": self._trace_step, "write-out": self._trace_write_out}

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-NAN_TOKEN = -1  # reported in place of a token id where a row's logits are not finite
+NAN_TOKEN = -1  # reported in place of a token id where a row's logits are NaN
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def start_rows(seed: Array, row_ids: Array, length: Array, padding: Array) -> Ro
 
 @functools.partial(jax.jit, static_argnums=0)
 def choose(sampling: Sampling, eos: Array, pad: Array, rows: Rows, logits: Array) -> tuple[Rows, Array, Array]:
-    """logits float32[b, vocab] -> rows, token ids int32[b], and the same with NAN_TOKEN where logits are not finite.
+    """logits float32[b, vocab] -> rows, token ids int32[b], and the same with NAN_TOKEN where logits are NaN.
 
     Rows that have ended get `pad`; a row ends with any token of int32[e] `eos`.
     """

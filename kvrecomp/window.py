@@ -15,7 +15,8 @@ Result = TypeVar("Result")  # arrays in any structure; a hold goes through all o
 
 
 class Window:
-    """Copies host arrays to the device in the order of use, with at most `size` bytes on their way or in use.
+    """Copies host arrays to the device in the order of use, with at most `size` bytes on their way or in use; layer by
+    layer with one on its way, and a layer's own bytes at most.
 
     XLA starts a copy as early as its operands allow, so it is held: an optimization barrier ties it to the array
     that makes room for it, one that has arrived or the result of one that was used. The barrier's other output,

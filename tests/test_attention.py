@@ -245,6 +245,17 @@ def test_causal(name, chunk, monkeypatch):
     np.testing.assert_allclose(key, expected, atol=1e-5)
 
 
+@given(st.integers(1, 600), st.integers(1, 128), st.integers(1, 5000))
+def test_chunks_of_queries_are_equal_and_no_more_than_it_takes(batch, heads, tokens):
+    """Hence next to nothing is padded: work is that of the prompt, and less than one query a chunk."""
+    chunk = attention.chunk_of_queries(batch, heads, tokens)
+    chunks = -(-tokens // chunk)
+    row = 4 * batch * heads * tokens  # bytes of one query's scores
+    assert chunk == 1 or chunk * row <= attention.SCORE_BYTES
+    assert chunks * chunk - tokens < chunks
+    assert chunks == 1 or -(-tokens // (chunks - 1)) * row > attention.SCORE_BYTES
+
+
 def test_a_chunk_of_queries_bounds_memory(monkeypatch):
     """Temporary memory with 8 times the prompt is about 8 times as large, not 64 times."""
     monkeypatch.setattr(attention, "SCORE_BYTES", 2**16)

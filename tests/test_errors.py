@@ -104,7 +104,7 @@ def test_prompt_longer_than_the_positions():
 @pytest.mark.parametrize(
     "name",
     [
-        *("", "activation", "keys", "split", "kvpr", "split:", "activations:0.5", "keys_values:1", "recompute:0"),
+        *("", "activation", "keys", "split", "split:", "device:", "activations:0.5", "keys_values:1", "recompute:0"),
         *("split:1.5", "split:-0.1", "kvpr:x", "split:nan", "device:2"),
     ],
 )

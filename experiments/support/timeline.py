@@ -7,7 +7,7 @@ A row of experiments/trace.py has beside the usual fields
 
     traced_ms    the step that was traced, in ms; profiling slows it down, `median_ms` is without
     link_busy    the part of it in which something crossed the link; gpu_busy: in which a kernel ran
-    unknown      the part of what ran, by time, of which no layer is known
+    unknown      the part of the compute, by time, of which no layer is known
     spans        [kind, layer, start, length] in ms from the start of the step, one for each time that a layer's copies
                  or kernels ran without a gap; kind as xplane.Kind; layer -1 outside of the layers, null if not known
 """

@@ -111,23 +111,25 @@ def last_step(spans: Sequence[Span], steps: int) -> tuple[list[Span], float]:
     """The spans of the last of so many equal steps, and its seconds; it begins where the one before ends.
 
     Of each kind and name it has the last ones, as many as a step has: the copies that a step begins with start in any
-    order. Of what began under the step before, that part is cut off.
+    order. What did not run as often in every step is left out; of what began under the step before, that part is cut.
 
     Raises:
-        ValueError: nothing ran that often.
+        ValueError: nothing ran that often, or the last step does not end last.
     """
     of_a_name: dict[tuple[Kind, str], list[Span]] = {}
     for span in sorted(spans, key=lambda span: span.start):
         of_a_name.setdefault((span.kind, span.name), []).append(span)
-    if all(len(named) % steps for named in of_a_name.values()):
-        raise ValueError(f"nothing in the trace ran {steps} times, so its {steps} steps cannot be told apart")
-    before, own = [], []
+    before: list[Span] = []
+    own: list[Span] = []
     for named in of_a_name.values():
-        first = len(named) - len(named) // steps
-        before += named[:first]
-        own += named[first:]
+        if len(named) % steps == 0:
+            first = len(named) - len(named) // steps
+            before += named[:first]
+            own += named[first:]
     own.sort(key=lambda span: (span.start, span.end))
-    zero = max(span.end for span in before)
+    zero = max((span.end for span in before), default=0.0)
+    if not own or zero >= max(span.end for span in own):
+        raise ValueError(f"nothing in the trace ran {steps} times, so its {steps} steps cannot be told apart")
     cut = [
         dataclasses.replace(span, start=max(span.start, zero) - zero, seconds=span.end - max(span.start, zero))
         for span in own
@@ -149,10 +151,10 @@ def busy_seconds(spans: Iterable[Span], *kinds: Kind) -> float:
 
 
 def unknown_share(spans: Iterable[Span]) -> float:
-    """The part of all spans' seconds of which no layer is known."""
-    spans = list(spans)
-    total = sum(span.seconds for span in spans)
-    return sum(span.seconds for span in spans if span.layer is None) / total if total else 0.0
+    """The part of the seconds of compute of which no layer is known."""
+    computed = [span for span in spans if span.kind == "compute"]
+    total = sum(span.seconds for span in computed)
+    return sum(span.seconds for span in computed if span.layer is None) / total if total else 0.0
 
 
 def merged(spans: Iterable[Span], gap: float) -> list[Span]:
