@@ -65,19 +65,15 @@ def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
     work, tokens, blocks, copies, copy_bytes = columns
     hold = np.full(len(work), -1)
     copied = np.flatnonzero(copies)
-    if plan.schedule == "pipelined":
-        before = np.array(events_before([layer.copies for layer in own], plan.whole_window), int)
-        events = np.concatenate([[-1], *(layer.events + start for layer, start in zip(own, starts))]).astype(int)
-        hold[copied] = events[before]
-    else:  # when the layer before is done, or the copy before has arrived
-        layer_before = np.array(starts)[np.searchsorted(starts, copied, side="right") - 1] - 1
-        hold[copied] = np.maximum(layer_before, np.concatenate([[-1], copied[:-1]]))
+    before = np.array(events_before([layer.copies for layer in own], plan.whole_window, plan.schedule), int)
+    events = np.concatenate([[-1], *(layer.events + start for layer, start in zip(own, starts))]).astype(int)
+    hold[copied] = events[before]
     return Tasks(work.astype(np.int32), tokens, blocks, copies, copy_bytes, hold.astype(np.int32))
 
 
 class _LayerTasks(NamedTuple):
-    """A layer's tasks: float[5, tasks] of work, tokens, blocks, copies and copy_bytes; its copies; and int[2 copies],
-    the task that ends when each copy has arrived, and when it has been used."""
+    """A layer's tasks: float[5, tasks] of work, tokens, blocks, copies and copy_bytes; its copies; and int[events], the
+    task that ends at each event of `plan.events_before`."""
 
     columns: np.ndarray
     copies: list[Copy]
@@ -95,7 +91,7 @@ def _layer_tasks(
         tasks.append((shape_number * len(WORKS) + WORKS.index(work), tokens, blocks, 0, 0))
 
     def await_copy(nbytes: int, kept: bool = False) -> None:
-        events.extend([len(tasks), len(tasks) + (not kept)])  # a block is used by the task that comes next
+        events.extend([len(tasks)] if kept else [len(tasks), len(tasks) + 1])  # used by the task that comes next
         tasks.append((shape_number * len(WORKS), 0, 0, 1, nbytes))
         copies.append(Copy(nbytes, kept))
 
@@ -122,9 +118,7 @@ def _layer_tasks(
         for count in late if group == 0 else ():
             await_copy(count * plan.shape.itemsize, kept=True)
         compute("finish")
-    if early:
-        events[-1] = len(tasks) - 1  # weights are used when their layer is done
-    return _LayerTasks(np.array(tasks, float).T, copies, np.array(events))
+    return _LayerTasks(np.array(tasks, float).T, copies, np.array([*events, len(tasks) - 1]))
 
 
 def stack_tasks(tasks: Sequence[Tasks]) -> Tasks:

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
@@ -392,31 +393,32 @@ class Copy(NamedTuple):
     kept: bool = False
 
 
-def events_before(layers: Sequence[Sequence[Copy]], window: int) -> list[int]:
+def events_before(layers: Sequence[Sequence[Copy]], window: float, schedule: Schedule) -> list[int]:
     """For each copy, layer by layer in the order of use, how many events come before it may start.
 
-    The events are, copy by copy: it has arrived, it has been used. At most COPIES_AHEAD copies are on their way, and
-    at most `window` bytes on their way or in use. What is kept is in use until the last copy of its layer was used.
-    This is the rule that the runtime carries out and that the cost function predicts.
+    The events are, layer by layer: a copy has arrived; it has been used, unless it is kept; and, after those of all its
+    copies, the layer is done, and what it kept no longer in use. In a pipeline at most COPIES_AHEAD copies are on their
+    way, and at most `window` bytes on their way or in use. Layer by layer one copy is on its way, and a layer's first
+    waits for the layer before. This is the rule that the runtime carries out and that the cost function predicts.
     """
+    pipelined = schedule == "pipelined"
+    ahead, most = (COPIES_AHEAD, window) if pipelined else (1, math.inf)
     before: list[int] = []
-    on_the_way: collections.deque[tuple[Copy, bool]] = collections.deque()  # and whether it is its layer's last
-    arrived: tuple[Copy, bool] | None = None
-    kept = in_use = events = 0
+    to_come: collections.deque[tuple[int, int]] = collections.deque()  # of each event: arrivals, bytes no longer in use
+    on_the_way = in_use = events = 0
     for own in layers:
         for number, copy in enumerate(own):
-            while len(on_the_way) == COPIES_AHEAD or (
-                (kept or in_use or on_the_way)
-                and kept + in_use + sum(c.nbytes for c, _ in on_the_way) + copy.nbytes > window
+            while (
+                on_the_way == ahead
+                or (in_use and in_use + copy.nbytes > most)
+                or (to_come and number == 0 and not pipelined)
             ):
-                events += 1
-                if arrived is None:
-                    arrived = on_the_way.popleft()
-                    kept, in_use = (kept + arrived[0].nbytes, 0) if arrived[0].kept else (kept, arrived[0].nbytes)
-                else:
-                    kept, in_use, arrived = 0 if arrived[1] else kept, 0, None
-            on_the_way.append((copy, number == len(own) - 1))
+                arrived, freed = to_come.popleft()
+                on_the_way, in_use, events = on_the_way - arrived, in_use - freed, events + 1
             before.append(events)
+            on_the_way, in_use = on_the_way + 1, in_use + copy.nbytes
+            to_come += [(1, 0)] if copy.kept else [(1, 0), (0, copy.nbytes)]
+        to_come.append((0, sum(copy.nbytes for copy in own if copy.kept)))
     return before
 
 

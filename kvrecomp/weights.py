@@ -151,12 +151,12 @@ class HostWeights:
 
     def bring_early(self, window: Window) -> None:
         """What the layer uses up to its attention."""
-        put(self._layer, {path: window.used(window.fetch()) for path in self._early})
+        put(self._layer, {path: window.fetch() for path in self._early})
 
     def bring_late(self, window: Window) -> None:
         """What it uses after that, once."""
         if not self._whole:
-            put(self._layer, {path: window.used(window.fetch()) for path in self._late})
+            put(self._layer, {path: window.fetch() for path in self._late})
         self._whole = True
 
     def give(self, arrays: Sequence[Array]) -> None:

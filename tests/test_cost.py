@@ -1,6 +1,7 @@
 """The cost function: against an event simulation of the same pipeline, in closed forms, and against the runtime."""
 
 import heapq
+import itertools
 from dataclasses import replace
 from typing import get_args
 from unittest import mock
@@ -503,7 +504,7 @@ def test_copies_are_held_as_the_runtime_holds_them(plan, write_outs):
                 copy = left.pop(0)
                 assert copy.nbytes == size
                 if copy.kept:
-                    window.used(window.fetch())
+                    window.fetch()
                 else:
                     assert window.take(np.zeros(1))[1].nbytes == size
                     taken = True
@@ -521,29 +522,32 @@ def test_copies_are_held_as_the_runtime_holds_them(plan, write_outs):
 @many
 @given(st.lists(st.lists(st.tuples(st.integers(1, 20), st.booleans()), max_size=5), max_size=4), st.integers(1, 50))
 def test_copies_start_as_early_as_the_window_lets_them(layers, more):
-    """What is kept counts until the last copy of its layer is used; a window holds a layer's and one copy more."""
+    """What is kept counts until its layer is done; a window holds a layer's and one copy more."""
     layers = [[Copy(*each) for each in own] for own in layers]
     kept = [sum(copy.nbytes for copy in own if copy.kept) for own in layers]
     window = max(kept, default=0) + 20 * any(kept) + more
-    before = events_before(layers, window)
-    copies = [(copy, at, copy is own[-1]) for at, own in enumerate(layers) for copy in own]
+    before = events_before(layers, window, "pipelined")
+    copies = [copy for own in layers for copy in own]
     assert len(before) == len(copies)
+    numbers = itertools.count()
+    events = []  # what has arrived, and what is free then
+    for own in layers:
+        kept_here = []
+        for copy, number in zip(own, numbers):
+            events += [(number, [])] + ([] if copy.kept else [(None, [number])])
+            kept_here += [number] if copy.kept else []
+        events.append((None, kept_here))
 
-    def in_use(used, arrived):
-        """Bytes of the first copies that have arrived and are in use after so many were used."""
-        done = {at for _, at, last in copies[:used] if last}
-        own = [copy.nbytes for copy, at, _ in copies[:used] if copy.kept and at not in done]
-        return sum(own) + sum(copy.nbytes for copy, _, _ in copies[used:arrived])
+    def allowed(number, happened):
+        """Whether that copy may start after so many events, the copies before it being under way."""
+        arrived = sum(arrival is not None for arrival, _ in events[:happened])
+        free = {freed for _, all_freed in events[:happened] for freed in all_freed}
+        in_use = sum(copy.nbytes for earlier, copy in enumerate(copies[:number]) if earlier not in free)
+        return number - arrived < COPIES_AHEAD and (not in_use or in_use + copies[number].nbytes <= window)
 
-    def allowed(number, events):
-        arrived, used = (events + 1) // 2, events // 2
-        size = in_use(used, arrived) + sum(copy.nbytes for copy, _, _ in copies[arrived : number + 1])
-        alone = size == copies[number][0].nbytes
-        return number - arrived < COPIES_AHEAD and (alone or size <= window)
-
-    for number, events in enumerate(before):
-        assert 0 <= events <= 2 * number and allowed(number, events)
-        assert events == (before[number - 1] if number else 0) or not allowed(number, events - 1)
+    for number, happened in enumerate(before):
+        assert allowed(number, happened) and all(arrival != number for arrival, _ in events[:happened])
+        assert happened == (before[number - 1] if number else 0) or not allowed(number, happened - 1)
 
 
 # --- seconds of compute -----------------------------------------------------------------------------------------------
