@@ -11,18 +11,18 @@ import functools
 import gc
 import json
 import statistics
-import sys
 import time
 from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags
+from absl import flags
 from rich.console import Console
 from rich.table import Table
 
 import kvrecomp
 import models
+from experiments.support import script
 from experiments.support.report import after_warm_up, run_info
 from kvrecomp.cost import median_write_outs, plan_costs
 from kvrecomp.files import write_json
@@ -54,7 +54,9 @@ _TAIL = flags.DEFINE_integer("tail", None, "Tokens in the tail; default: by thei
 _DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Device memory to use, weights included; default: free.")
 _HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
 _COPY_GIB = flags.DEFINE_float("copy_gib", 2, "Pinned memory to measure the copies-only rate with, in GiB.")
-_LAYERS = flags.DEFINE_bool("time_layers", True, "Time the model's layers first (20 s), to predict better.")
+_LAYERS = flags.DEFINE_bool(
+    "time_layers", True, "Time the model's layers first, to predict better: 20 s on an H200, minutes on a CPU."
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of weights and prompts.")
 _OUT = flags.DEFINE_string("out", None, "Also write the JSON document to this file.")
 _COMMIT = flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.")
@@ -204,7 +206,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        app.run(main)
-    except (kvrecomp.PlanError, ValueError) as error:
-        sys.exit(f"error: {error}")
+    script.run(main)

@@ -28,14 +28,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
 
 import kvrecomp
 import models
-from experiments.support import job
+from experiments.support import job, script
 from experiments.support.job import BATCH
 from experiments.support.job_input import checkpoint_hash
 from experiments.support.prompts import ENDS, PADS, PROMPTS, encode, is_ids, read_prompts, special_tokens
@@ -357,4 +357,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    script.run(main)

@@ -9,14 +9,14 @@ with a `peer.Peer` in `programs.PEERS`.
 
 import json
 import statistics
-import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from absl import app, flags
+from absl import flags
 
 import models
+from experiments.support import script
 from experiments.support.peer import Steps
 from experiments.support.programs import PEERS
 from experiments.support.report import after_warm_up, run_info, versions
@@ -87,7 +87,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    try:
-        app.run(main)
-    except (ValueError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    script.run(main)

@@ -2,7 +2,7 @@
 
     python experiments/plan.py --model=opt-6.7b --batch=32 --prompt=1024 --new=32
     python experiments/plan.py --hardware=a100 --device_memory_gib=20 --plot=split.png
-    python experiments/plan.py --hardware=h200 --plot=split.png --measured=experiments/results/h200_w1.json --new=24
+    python experiments/plan.py --hardware=h200 --plot=split.png --measured=experiments/results/h200_suite.json --new=32
 
 Without --hardware the machine at hand is measured; with it, a machine's data sheet is taken and no device is needed.
 Nothing is generated and no weights are made. From a notebook:
@@ -24,13 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import models
-from experiments.support import plots
+from experiments.support import plots, script
 from experiments.support.report import run_info
 from kvrecomp import cost, scheduler
 from kvrecomp.budget import limits, memory_needed
@@ -475,4 +475,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    script.run(main)

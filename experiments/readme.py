@@ -9,7 +9,7 @@ shell, and filters: of the files' rows those are taken whose field is like one o
     <!-- benchmark: h200_w[1-6].json plan=keys_values,split:* -->
     | model | ...
     <!-- end -->
-    The plan takes <!-- median_ms: h200_w1.json plan=device -->9.7 ms<!-- end --> a step, and ...
+    The plan takes <!-- median_ms: h200_suite.json workload=w1 plan=device -->9.7 ms<!-- end --> a step, and ...
 
 benchmark           table of rows of experiments/benchmark.py
 sweep               table of rows of experiments/sweep.py
@@ -38,9 +38,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from absl import app, flags, logging
+from absl import flags, logging
 
-from experiments.support import curves, paper_costs, predictions, tables, timeline
+from experiments.support import curves, paper_costs, predictions, script, tables, timeline
 from experiments.support.tables import Row
 from kvrecomp.files import write_text
 
@@ -226,4 +226,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 if __name__ == "__main__":
     define_flags()
     jax.config.update("jax_platforms", "cpu")  # where predictions are made: no other device is started for them
-    app.run(main)
+    script.run(main)

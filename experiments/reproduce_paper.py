@@ -1,7 +1,7 @@
 """The paper KVPR, recomputed: a table for each of its tables, and where its numbers and its formula disagree.
 
     python experiments/reproduce_paper.py
-    python experiments/reproduce_paper.py --results=experiments/results/h200_w2.json,other.json
+    python experiments/reproduce_paper.py --results=experiments/results/h200_suite.json,other.json
     python experiments/reproduce_paper.py --tables="Table 3,Table 4" --hardware=h200
 
 A row has the paper's numbers, the cost function's for the paper's machine by its data sheet, and those that were
@@ -15,13 +15,13 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from absl import app, flags
+from absl import flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from experiments.plan import read_hardware
-from experiments.support import paper_costs, paper_notes, tables
+from experiments.support import paper_costs, paper_notes, script, tables
 from experiments.support.paper import Paper, PaperTable, Setting, read, records
 from experiments.support.paper_costs import BASELINE, PLACES, Found, Place, Row
 from experiments.support.paper_notes import Note
@@ -278,4 +278,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    script.run(main)

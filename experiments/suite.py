@@ -31,12 +31,12 @@ from collections.abc import Generator, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.support import tables, workloads
+from experiments.support import script, tables, workloads
 from experiments.support.machine import Machine, look
 from experiments.support.programs import PEERS
 from experiments.support.report import command
@@ -253,7 +253,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    try:
-        app.run(main)
-    except (ValueError, OSError) as error:
-        sys.exit(f"error: {error}")
+    script.run(main)

@@ -14,18 +14,17 @@ nothing is measured: results are read, and said and drawn together.
 import dataclasses
 import gc
 import json
-import sys
 from collections.abc import Iterator
 from typing import Any
 
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 import kvrecomp
 import models
-from experiments.support import plots, predictions, tables
+from experiments.support import plots, predictions, script, tables
 from experiments.support.one_step import NEW, step_seconds, with_positions
 from experiments.support.predictions import Measured
 from experiments.support.report import run_info
@@ -99,13 +98,15 @@ def run(
     names: list[str], batches: list[int], cached: list[int], rooms: list[float], host: float, console: Console
 ) -> Iterator[list[Measured]]:
     """Measures a workload after the other; what needs more than `host` bytes of pinned memory is left out, and said."""
+    works = {
+        batch: [kvrecomp.Workload(batch, prompt, NEW) for prompt in sorted(cached, reverse=True)] for batch in batches
+    }
     for name in names:
         config = with_positions(models.preset(name), max(cached) + NEW)
         model = models.create(config)
         for batch in sorted(batches, reverse=True):
             machine = kvrecomp.profile(model, batch=batch)
-            for prompt in sorted(cached, reverse=True):
-                work = kvrecomp.Workload(batch, prompt, NEW)
+            for work in works[batch]:
                 yield measure_workload(model, work, machine, rooms, host, console)
         del model
         gc.collect()
@@ -234,7 +235,4 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    try:
-        app.run(main)
-    except (kvrecomp.PlanError, ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    script.run(main)

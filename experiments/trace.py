@@ -19,7 +19,6 @@ made by the cores that compute.
 import dataclasses
 import gc
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,14 +26,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import app, flags, logging
+from absl import flags, logging
 from jax.profiler import ProfileData, ProfileOptions
 from rich.console import Console
 from rich.table import Table
 
 import kvrecomp
 import models
-from experiments.support import one_step, plots, tables, timeline, xplane
+from experiments.support import one_step, plots, script, tables, timeline, xplane
 from experiments.support.report import run_info
 from experiments.support.timeline import Timeline
 from kvrecomp import memory
@@ -191,7 +190,4 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    try:
-        app.run(main)
-    except (kvrecomp.PlanError, models.CheckpointError, ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    script.run(main)

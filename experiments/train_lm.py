@@ -34,14 +34,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from absl import app, flags, logging
+from absl import flags, logging
 from flax import nnx
 from jax import Array
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import models
-from experiments.support import corpus
+from experiments.support import corpus, script
 from kvrecomp.attention import causal
 from kvrecomp.files import write_json
 from models.checkpoint import is_ours
@@ -494,4 +494,4 @@ def main(_: Sequence[str]) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    app.run(main)
+    script.run(main)

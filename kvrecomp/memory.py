@@ -87,13 +87,18 @@ def total_host_bytes() -> int:
 
 
 def free_host_bytes() -> int:
-    """Host memory that is available now, in bytes."""
-    return _proc_meminfo("MemAvailable")
+    """Host memory that is available now, in bytes; half of it where the device is the CPU, which has the other half."""
+    available = _proc_meminfo("MemAvailable")
+    return available if _device_limits() else available // 2
 
 
 def free_device_bytes() -> int:
-    """Device memory that XLA may still allocate, in bytes; host memory where the device is the CPU."""
-    stats = jax.devices()[0].memory_stats()
-    if not stats or "bytes_limit" not in stats:
-        return free_host_bytes()
-    return stats["bytes_limit"] - stats["bytes_in_use"]
+    """Device memory that XLA may still allocate, in bytes; half of the host's where the device is the CPU."""
+    limits = _device_limits()
+    return limits["bytes_limit"] - limits["bytes_in_use"] if limits else free_host_bytes()
+
+
+def _device_limits() -> dict[str, int]:
+    """What XLA says of device memory; nothing for a CPU."""
+    stats = jax.devices()[0].memory_stats() or {}
+    return stats if "bytes_limit" in stats else {}

@@ -208,6 +208,13 @@ def test_what_is_free_bounds_a_plan_without_a_budget(monkeypatch):
     kvrecomp.Decoder(toy.model(), plan_of(), budget=kvrecomp.Budget(host=10**6))
 
 
+def test_on_a_cpu_both_memories_are_the_same(monkeypatch):
+    monkeypatch.setattr(memory, "_proc_meminfo", lambda field: 1000)
+    assert memory.free_host_bytes() == memory.free_device_bytes() == 500
+    monkeypatch.setattr(memory, "_device_limits", lambda: {"bytes_limit": 70, "bytes_in_use": 11})
+    assert (memory.free_host_bytes(), memory.free_device_bytes()) == (1000, 59)
+
+
 @pytest.mark.parametrize(("device", "host"), [(0, None), (-1.0, 1), (1, -1)])
 def test_budgets(device, host):
     with one_line(PlanError, "Budget", "it must"):

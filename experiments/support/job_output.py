@@ -56,7 +56,7 @@ class Output:
         if os.path.lexists(self.path) and not self.description_path.exists():
             raise ValueError(
                 f"{self.path} is there and {self.description_path.name} is not, so it is not the output of a job: give "
-                "another --output, or remove it"
+                "another --output"
             )
         try:
             self._waiting_file = self.waiting_path.open("a+b", buffering=0)

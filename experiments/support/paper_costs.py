@@ -2,7 +2,7 @@
 
 paper = read()
 found = predict(paper, paper.table("Table 3"))
-found = measured(found, tables.read_file("experiments/results/h200_w2.json"))
+found = measured(found, tables.read_file("experiments/results/h200_suite.json"))
 print(summary([found]))
 
 A prediction is of the step in the middle of the generation, when the prompt and half of the new tokens are cached: what

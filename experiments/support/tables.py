@@ -1,6 +1,6 @@
 """Results as Markdown: tables, sentences and single numbers from the JSON that measurements left.
 
-rows = read_file("experiments/results/h200_w1.json")
+rows = read_file("experiments/results/h200_suite.json")
 print(benchmark(rows))
 print(span("median_ms", rows))    # 9.7 to 309.9 ms
 """

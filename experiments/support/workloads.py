@@ -8,7 +8,8 @@
     weights     with weights in host memory, in groups: OPT-6.7B in both orders, and budgets that weights do not fit in
 
 A `Case` becomes a `Task` for every row that is to be measured: a plan, or a peer, of experiments/peers.py. Its command
-says all that its result depends on beside the machine and the commit.
+says all that its time depends on beside the machine and the commit; what is predicted depends on the layers that were
+timed there before, too.
 """
 
 import dataclasses

@@ -1,0 +1,47 @@
+"""How scripts are started: in processes of their own, as users start them."""
+
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parent.parent
+CODE = """
+import sys, time
+from experiments.support import script
+def main(words):
+    print("begun", flush=True)
+    {body}
+script.run(main)
+"""
+
+
+def start(body: str, *words: str) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", CODE.format(body=body), *words]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(
+    ("body", "words", "status", "said", "told"),
+    [
+        ("pass", [], 0, "begun\n", ""),
+        ("pass", ["opt-13b"], 1, "", "error: 'opt-13b' is no flag: flags begin with --, and --help lists them\n"),
+        ("raise ValueError('it is 3; expected 2')", [], 1, "begun\n", "error: it is 3; expected 2\n"),
+        ("open('/nowhere')", [], 1, "begun\n", "error: [Errno 2] No such file or directory: '/nowhere'\n"),
+        ("sys.exit(7)", [], 7, "begun\n", ""),
+    ],
+)
+def test_a_line_and_a_status(body, words, status, said, told):
+    process = start(body, *words)
+    assert (*process.communicate(timeout=60), process.returncode) == (said, told, status)
+
+
+def test_an_interruption_is_a_line():
+    process = start("time.sleep(60)")
+    assert process.stdout.readline() == "begun\n"
+    process.send_signal(signal.SIGINT)
+    assert (*process.communicate(timeout=60), process.returncode) == ("", "interrupted\n", 130)
