@@ -28,6 +28,7 @@ from experiments.support import plots, predictions, script, tables
 from experiments.support.one_step import NEW, step_seconds, with_positions
 from experiments.support.predictions import Measured
 from experiments.support.report import run_info
+from experiments.support.rooms import device_bytes
 from kvrecomp.cost import plan_costs
 from kvrecomp.files import write_json
 from kvrecomp.hardware import HardwareProfile
@@ -89,9 +90,10 @@ def _two_forms(model: Any, work: kvrecomp.Workload, here: Form, there: Form, roo
     return Plan(f"{here} here, {there} there", model.shape, work, tuple(own), tail=NEW)
 
 
-def budget_with_room(shape: ModelShape, work: kvrecomp.Workload, room: float, host: float | None) -> Budget:
-    """What everything in host memory needs of the device, and `room` bytes more."""
-    return Budget(_on_device(named_plan("keys_values", shape, work, tail=NEW)) + room, host)
+def budget_with_room(shape: ModelShape, work: kvrecomp.Workload, percent: float, host: float | None) -> Budget:
+    """Device memory with room for so many per cent of the workload's keys and values."""
+    hosted, kept = (named_plan(name, shape, work, tail=NEW) for name in ("keys_values", "device"))
+    return Budget(device_bytes(hosted, kept, percent), host)
 
 
 def run(
@@ -119,9 +121,8 @@ def measure_workload(
     wanted: list[tuple[float | None, bool, Plan]] = []  # room, whether chosen, plan
     if not rooms:
         wanted = [(None, False, named_plan(name, model.shape, work, tail=NEW)) for name in PLANS]
-    whole = named_plan("device", model.shape, work).bytes_in("device")
     for percent in rooms:
-        budget = budget_with_room(model.shape, work, percent / 100 * whole, host)
+        budget = budget_with_room(model.shape, work, percent, host)
         weights = kvrecomp.weight_memories(model)
         chosen = kvrecomp.make_plan(model.shape, work, machine, budget, weights=weights, tail=NEW)
         wanted.append((percent, True, chosen))

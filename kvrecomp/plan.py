@@ -425,8 +425,8 @@ def events_before(layers: Sequence[Sequence[Copy]], window: float, schedule: Sch
 def cut_runs(
     runs: Sequence[tuple[Form, Memory, int]], layer: LayerShape, shape: ModelShape, workload: Workload, most_bytes: int
 ) -> tuple[BlockSpec, ...]:
-    """Runs of (form, memory, tokens) as blocks: one on the device; on the host several of at
-    most `most_bytes`, equal within one token. Runs of no tokens are left out."""
+    """Runs of (form, memory, tokens) as blocks: one on the device; on the host several of at most `most_bytes`, equal
+    within one token. Runs of no tokens are left out."""
     blocks = []
     for form, memory, tokens in runs:
         token_bytes = workload.batch * layer.width(form) * shape.itemsize

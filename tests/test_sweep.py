@@ -59,9 +59,7 @@ def test_predictions(model, known_machine):
 
 def test_choices_keep_to_the_room(model, known_machine):
     """Half of the keys and values: each plan holds at most that on the device, and one of them is chosen."""
-    budget = sweep.budget_with_room(
-        model.shape, WORK, named_plan("device", model.shape, WORK).bytes_in("device") / 2, HOST
-    )
+    budget = sweep.budget_with_room(model.shape, WORK, 50, HOST)
     rivals = list(sweep.rivals_within(model, WORK, budget))
     needed = [sum(kvrecomp.memory_needed(plan)["device"].values()) for plan in rivals]
     assert len(rivals) >= 10 and max(needed) <= budget.device < 1.01 * max(needed)
@@ -73,7 +71,8 @@ def test_choices_keep_to_the_room(model, known_machine):
 def test_a_budget_with_room_is_what_a_plan_on_the_host_needs_and_the_room():
     shape, work = toy.model().shape, kvrecomp.Workload(3, 11, 13)
     needed = sum(kvrecomp.memory_needed(named_plan("keys_values", shape, work, tail=one_step.NEW))["device"].values())
-    assert sweep.budget_with_room(shape, work, 12345, HOST) == Budget(needed + 12345, HOST)
+    pairs = sum(4 * 3 * 11 * layer.width("keys_values") for layer in shape.layers)
+    assert sweep.budget_with_room(shape, work, 25, HOST) == Budget(needed + pairs / 4, HOST)
 
 
 def test_what_does_not_fit_is_left_out_and_said(model, known_machine):

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import models
+from experiments.support import rooms
 from experiments.support.programs import PEERS
 from kvrecomp.auto import plan_for
 from kvrecomp.budget import check_within, memory_needed
@@ -269,8 +270,7 @@ def shape_of(case: Case, dtype: str) -> ModelShape:
 
 def device_bytes(case: Case, dtype: str, room: float) -> float:
     """Device memory with room for so many per cent of the workload's keys and values."""
-    least = memory_needed(planned(case, "keys_values", dtype))["device"]
-    return sum(least.values()) + room / 100 * planned(case, "device", dtype).bytes_in("device")
+    return rooms.device_bytes(planned(case, "keys_values", dtype), planned(case, "device", dtype), room)
 
 
 def planned(case: Case, name: str, dtype: str) -> Plan:
