@@ -30,7 +30,7 @@ def start(body: str, *words: str) -> subprocess.Popen:
     [
         ("pass", [], 0, "begun\n", ""),
         ("pass", ["opt-13b"], 1, "", "error: 'opt-13b' is no flag: flags begin with --, and --help lists them\n"),
-        ("raise ValueError('it is 3; expected 2')", [], 1, "begun\n", "error: it is 3; expected 2\n"),
+        ("raise ValueError('it is 3;\\n expected 2')", [], 1, "begun\n", "error: it is 3; expected 2\n"),
         ("open('/nowhere')", [], 1, "begun\n", "error: [Errno 2] No such file or directory: '/nowhere'\n"),
         ("sys.exit(7)", [], 7, "begun\n", ""),
     ],

@@ -5,6 +5,6 @@ from kvrecomp.plan import Plan
 
 
 def device_bytes(hosted: Plan, kept: Plan, percent: float) -> float:
-    """What `hosted` needs of the device, whose cache is in host memory, and so many per cent of the blocks of `kept`,
-    a plan of the same workload that has them on the device."""
+    """Bytes: what `hosted`, whose cache is in host memory, needs of the device, and so many per cent of the blocks of
+    `kept`, a plan of the same workload that has them on the device."""
     return sum(memory_needed(hosted)["device"].values()) + percent / 100 * kept.bytes_in("device")

@@ -19,7 +19,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     try:
         app.run(checked)
     except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+        sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(INTERRUPTED)
