@@ -7,7 +7,7 @@ compute is timed.
 import dataclasses
 import itertools
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +29,7 @@ from kvrecomp.plan import (
     Plan,
     Workload,
 )
+from kvrecomp.programs import side_by_side
 from kvrecomp.runtime import Model, decode_step
 from kvrecomp.timing import LEAST_SLOPE, fit_line, median_seconds, random
 
@@ -48,14 +49,13 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
         row_bytes = batch * layer.width(form) * model.shape.itemsize
         most = max(1, min(model.shape.positions - 1, DEFAULT_WINDOW // BLOCKS_PER_WINDOW // row_bytes))
         sizes[kind] = sorted({max(1, most // part) for part in (8, 2, 1)})
-    bench = _LayerBench(model, batch)
+    bench = _LayerBench(model, numbers, batch)
     halves = {kind: (max(1, own[-1] // 2), max(1, own[-1] - own[-1] // 2)) for kind, own in sizes.items()}
-    runs: set[tuple[int, Work | None, tuple[int, ...]]] = {(few, None, ()), (more, None, ())}
+    runs: list[tuple[int, Work | None, tuple[int, ...]]] = [(few, None, ()), (more, None, ())]
     for kind in ATTENTION:
-        runs.update((more, kind, (size,)) for size in sizes[kind])
-        runs.add((more, kind, halves[kind]))
-    # One after the other: beside another compilation XLA times kernels wrongly, and chooses slow ones.
-    seconds = {(count, kind, tokens): bench.seconds(numbers[:count], kind, tokens) for count, kind, tokens in runs}
+        runs += [*((more, kind, (size,)) for size in sizes[kind]), (more, kind, halves[kind])]
+    timers = side_by_side(lambda run: bench.timer(*run), runs)
+    seconds = {run: timer() for run, timer in zip(runs, timers, strict=True)}
     without = seconds[more, None, ()]
     dense = max(0.0, (without - seconds[few, None, ()]) / (more - few))
     projecting = layer.hidden * layer.head_dim * (layer.heads + 2 * layer.kv_heads) / layer.parameters
@@ -77,18 +77,22 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
 
 
 class _LayerBench:
-    """Times a step of some of a model's layers, with blocks that are on the device but used as if they were copied."""
+    """Times a step of layers of a model, with blocks that are on the device but used as if they were copied."""
 
-    def __init__(self, model: Model, batch: int):
-        self._model, self._batch = model, batch
+    def __init__(self, model: Model, numbers: Sequence[int], batch: int):
+        """`numbers` are those of the layers; what they have in host memory is copied to the device."""
+        self._model, self._numbers, self._batch = model, numbers, batch
         self._graph, state = nnx.split(model)
-        self._weights, self._structure = jax.tree.flatten(state)
-        self._paths = [path for path, _ in nnx.to_flat_state(state)]
+        weights, self._structure = jax.tree.flatten(state)
+        paths, here = [path for path, _ in nnx.to_flat_state(state)], memory.sharding("device")
+        used = [path[0] == "layers" and path[1] in numbers for path in paths]
+        self._weights = [jax.device_put(own, here) if needed else own for own, needed in zip(weights, used)]
 
-    def seconds(self, numbers: Sequence[int], kind: Work | None, tokens: Sequence[int]) -> float:
-        """Of a step of the layers with these numbers, each with blocks of that many tokens used in that way."""
+    def timer(self, count: int, kind: Work | None, tokens: Sequence[int]) -> Callable[[], float]:
+        """Compiles a step of so many layers, each with blocks of that many tokens used in that way; gives what measures
+        its seconds."""
+        numbers = self._numbers[:count]
         plan = self._plan(numbers, kind, tokens or (1,))
-        self._bring(numbers)
 
         def step(weights, blocks, tails, padding, length, token_ids):
             model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
@@ -106,23 +110,20 @@ class _LayerBench:
         )
         inputs = (self._weights, described, describe_tails(plan), padding, length, token_ids)
         program = jax.jit(step, donate_argnames=("tails",)).lower(*inputs).compile()
-        blocks = jax.tree.map(lambda like: random(like.shape, like.dtype), described)
-        tails = allocate_tails(plan)
 
-        def run():
-            nonlocal tails, token_ids
-            for _ in range(STEPS):
-                tails, token_ids = program(self._weights, blocks, tails, padding, length, token_ids)
-            return token_ids
+        def seconds() -> float:
+            blocks = jax.tree.map(lambda like: random(like.shape, like.dtype), described)
+            rest = allocate_tails(plan), token_ids
 
-        return median_seconds(run, 3) / STEPS
+            def run():
+                nonlocal rest
+                for _ in range(STEPS):
+                    rest = program(self._weights, blocks, rest[0], padding, length, rest[1])
+                return rest[1]
 
-    def _bring(self, numbers: Sequence[int]) -> None:
-        """Copies what these layers have in host memory to the device: what is timed is compute."""
-        here = memory.sharding("device")
-        for place, path in enumerate(self._paths):
-            if path[0] == "layers" and path[1] in numbers and self._weights[place].sharding != here:
-                self._weights[place] = jax.device_put(self._weights[place], here)
+            return median_seconds(run, 3) / STEPS
+
+        return seconds
 
     def _plan(self, numbers: Sequence[int], kind: Work | None, tokens: Sequence[int]) -> Plan:
         shape = self._model.shape

@@ -1,23 +1,33 @@
-"""Compiled programs by name: each compiled once, now or in the background."""
+"""Compiled programs by name: each compiled once, now or in the background.
+
+XLA chooses kernels by timing them. While it times one, no other program's kernels are timed or launched, so programs
+are compiled side by side; but what was launched before may still be running, so those that are to be fast are compiled
+before anything runs.
+"""
 
 import contextlib
 import gc
+import os
 import sys
 import threading
 import time
 import types
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 NO_OPTIONS: Mapping[str, str] = types.MappingProxyType({})
+MOST_SIDE_BY_SIDE = 8  # tracing and lowering need the interpreter, some 15 % of the time that a program takes
 TURN_SECONDS = 0.0005  # Python's own is ten times as long
-_WORKER = ThreadPoolExecutor(1, thread_name_prefix="compile")  # XLA times kernels: one program at a time
+_BACKGROUND = ThreadPoolExecutor(1, thread_name_prefix="compile")  # more would keep the interpreter from the steps
 
 
 @contextlib.contextmanager
 def _short_turns() -> Iterator[None]:
-    """A context for the worker in which threads that wait for the interpreter get it sooner.
+    """A context for the background in which threads that wait for the interpreter get it sooner.
 
     A step dispatched beside tracing asks for the interpreter many times. Tracing makes so many objects that Python goes
     through all there are, and every other thread stands still meanwhile; that is left for later.
@@ -31,6 +41,12 @@ def _short_turns() -> Iterator[None]:
         sys.setswitchinterval(interval)
         if collecting:
             gc.enable()
+
+
+def side_by_side(make: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """`make` of each item, which compiles, in as many threads as the machine has processors for."""
+    with ThreadPoolExecutor(min(MOST_SIDE_BY_SIDE, os.cpu_count() or 1)) as pool:
+        return list(pool.map(make, items))
 
 
 class Compiled(NamedTuple):
@@ -55,7 +71,7 @@ class Programs:
         """Compiles in the background, with these options of XLA's, unless that was begun before."""
         with self._lock:
             if name not in self._futures:
-                self._futures[name] = _WORKER.submit(self._compile, name, trace, options)
+                self._futures[name] = _BACKGROUND.submit(self._compile_beside_steps, name, trace, options)
 
     def cancel(self) -> None:
         """Gives up the programs whose compilation was asked for and has not begun."""
@@ -63,14 +79,26 @@ class Programs:
             self._futures = {name: future for name, future in self._futures.items() if not future.cancel()}
 
     def get(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str] = NO_OPTIONS) -> Any:
-        """The compiled program; compiles it now, or waits for it, if it is not there yet."""
-        self.start(name, trace, options)
-        return self._futures[name].result()
+        """The compiled program; compiles it now, in this thread, or waits for it, where that was begun."""
+        with self._lock:
+            mine = name not in self._futures
+            future = self._futures.setdefault(name, Future())
+            if mine:
+                future.set_running_or_notify_cancel()
+        if mine:
+            try:
+                future.set_result(self._compile(name, trace, options))
+            except BaseException as error:
+                future.set_exception(error)
+        return future.result()
+
+    def _compile_beside_steps(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str]) -> Any:
+        with _short_turns():
+            return self._compile(name, trace, options)
 
     def _compile(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str]) -> Any:
         start = time.perf_counter()
-        with _short_turns():
-            program = trace().lower().compile(compiler_options=dict(options))
+        program = trace().lower().compile(compiler_options=dict(options))
         analysis = program.memory_analysis()
         self.compiled[name] = Compiled(time.perf_counter() - start, getattr(analysis, "temp_size_in_bytes", 0))
         return program

@@ -37,7 +37,7 @@ from kvrecomp.cache import (
     make_cache,
 )
 from kvrecomp.plan import Budget, LayerPlan, Memory, Method, ModelShape, Plan, PlanError
-from kvrecomp.programs import Compiled, Programs
+from kvrecomp.programs import Compiled, Programs, side_by_side
 from kvrecomp.prompt import check_prompt, check_step
 from kvrecomp.weights import HostWeights, check_placement, host_weights
 from kvrecomp.window import Window
@@ -206,9 +206,9 @@ class Decoder:
         return self._programs.compiled
 
     def compile(self, *, prefill: bool = True) -> None:
-        """Compiles what decoding starts with; `prefill` and `step` do so themselves."""
-        for name in [("prefill",), ("step", 0)] if prefill else [("step", 0)]:
-            self._program(*name)
+        """Compiles what decoding starts with, side by side; `prefill` and `step` do so themselves."""
+        names = [("prefill",), ("step", 0)] if prefill else [("step", 0)]
+        side_by_side(lambda name: self._program(*name), names)
 
     def text(self, *name: Hashable) -> str:
         """A program as XLA compiled it, by its name in `compiled`: each instruction of a step says the scope that it
