@@ -22,7 +22,7 @@ from rich.table import Table
 
 import kvrecomp
 import models
-from experiments.support import script
+from experiments.support import script, turns
 from experiments.support.report import after_warm_up, run_info
 from kvrecomp.cost import median_write_outs, plan_costs
 from kvrecomp.files import write_json
@@ -107,11 +107,13 @@ def measure(
     hosted = sum(layer.weights == "host" for layer in plan.layers) / len(plan.layers)
     ids = np.random.default_rng(seed).integers(3, plan.shape.vocab, (plan.rows, work.prompt), np.int32)
     decoder = kvrecomp.Decoder(model, plan, budget=budget)
-    jax.block_until_ready(decoder.prefill(ids[: work.batch]))
-    started = time.perf_counter()
-    jax.block_until_ready(decoder.prefill(ids[: work.batch]))
-    prefill_seconds = time.perf_counter() - started
-    result = TokenLoop(decoder, Sampling(), [], 0).run(ids, None, work.new)
+    with turns.preparing():
+        jax.block_until_ready(decoder.prefill(ids[: work.batch]))
+    with turns.measuring():
+        started = time.perf_counter()
+        jax.block_until_ready(decoder.prefill(ids[: work.batch]))
+        prefill_seconds = time.perf_counter() - started
+        result = TokenLoop(decoder, Sampling(), [], 0).run(ids, None, work.new)
     seconds, sent = after_warm_up(result.step_seconds), after_warm_up(result.link_bytes)
     median = statistics.median(seconds)
     stats = jax.devices()[0].memory_stats() or {}
@@ -189,10 +191,12 @@ def main(_: list[str]) -> None:
     else:
         weights = named_weights(_WEIGHTS.value, len(shape.layers))
     named = [plan_for(name, shape, weights=weights) for name in {"device", *_PLANS.value} - {AUTO}]
-    rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)))
     sharding = kvrecomp.placement(named[0])  # the same for all of them
-    model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value, sharding=sharding)
-    machine = kvrecomp.profile(model if _LAYERS.value else None, batch=work.batch)
+    with turns.preparing():
+        model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value, sharding=sharding)
+    with turns.measuring():
+        rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)))
+        machine = kvrecomp.profile(model if _LAYERS.value else None, batch=work.batch)
     rows, about, document = [], run_info(_COMMIT.value), {}
     for name in _PLANS.value:
         plan = plan_for(name, model.shape, weights=weights, profile=machine)

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 import models
-from experiments.support import script
+from experiments.support import script, turns
 from experiments.support.peer import Steps
 from experiments.support.programs import PEERS
 from experiments.support.report import after_warm_up, run_info, versions
@@ -77,7 +77,8 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     peer = PEERS[given.peer]
     if reason := peer.unavailable(False):
         raise ValueError(f"{given.peer}: {reason}")
-    steps = peer.run(config, given.dtype, work, given.seed)
+    with turns.measuring():
+        steps = peer.run(config, given.dtype, work, given.seed)
     about = run_info(given.commit, device=steps.device) | {"versions": versions()}
     document = about | {"rows": [row_of(given.peer, config, work, steps)]}
     if given.out:

@@ -7,13 +7,15 @@
 Caches are filled with random numbers rather than by a prefill, since a step's time does not depend on them. Without
 `--rooms`, every workload is measured under the six plans of PLANS, predicted and measured side by side. With `--rooms`,
 the device may hold so many per cent of the workload's keys and values, and the scheduler's choice is compared with the
-best of the plans by hand that fit. A position table shorter than the cached tokens is made longer. With `--from`,
-nothing is measured: results are read, and said and drawn together.
+best of the plans by hand that fit. A position table shorter than the cached tokens is made longer. `--layers` cuts the
+models: a step has as many layers alike, so that plans compare as in the whole model, and less memory is needed. With
+`--from`, nothing is measured: results are read, and said and drawn together.
 """
 
 import dataclasses
 import gc
 import json
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -24,7 +26,7 @@ from rich.table import Table
 
 import kvrecomp
 import models
-from experiments.support import plots, predictions, script, tables
+from experiments.support import plots, predictions, script, tables, turns
 from experiments.support.one_step import NEW, step_seconds, with_positions
 from experiments.support.predictions import Measured
 from experiments.support.report import run_info
@@ -47,10 +49,11 @@ from kvrecomp.plan import (
     cut_runs,
     format_bytes,
 )
+from kvrecomp.programs import side_by_side
 
 # The most host memory first: pinning it takes long, and what is pinned for one plan serves the next.
 PLANS = ("keys_values", "split:0.5", "kvpr:0.75", "activations", "recompute", "device:0.5")
-COMPARED = (*PLANS, "split:0.25", "split:0.75", "kvpr:0.5", "device")
+COMPARED = (*PLANS, "split:0.25", "split:0.75", "kvpr:0.25", "kvpr:0.5", "kvpr:1", "device")
 # What the device holds as far as there is room, and what the rest is, in host memory.
 SPLITS_OF_ROOM: tuple[tuple[Form, Form], ...] = (
     ("keys_values", "activations"),
@@ -69,7 +72,8 @@ def rivals_within(model: Any, work: kvrecomp.Workload, budget: Budget) -> Iterat
     for here, there in SPLITS_OF_ROOM:
         room = max(0.0, (budget.device or 0) - _on_device(_two_forms(model, work, here, there, 0.0)))
         plans.append(_two_forms(model, work, here, there, room))
-    return (plan for plan in plans if _on_device(plan) <= (budget.device or 0))
+    distinct = {_key(plan): plan for plan in reversed(plans)}  # without room two forms are one
+    return (plan for plan in reversed(distinct.values()) if _on_device(plan) <= (budget.device or 0))
 
 
 def _on_device(plan: Plan) -> int:
@@ -97,7 +101,13 @@ def budget_with_room(shape: ModelShape, work: kvrecomp.Workload, percent: float,
 
 
 def run(
-    names: list[str], batches: list[int], cached: list[int], rooms: list[float], host: float, console: Console
+    names: list[str],
+    batches: list[int],
+    cached: list[int],
+    rooms: list[float],
+    layers: int | None,
+    host: float,
+    console: Console,
 ) -> Iterator[list[Measured]]:
     """Measures a workload after the other; what needs more than `host` bytes of pinned memory is left out, and said."""
     works = {
@@ -105,11 +115,14 @@ def run(
     }
     for name in names:
         config = with_positions(models.preset(name), max(cached) + NEW)
-        model = models.create(config)
+        with turns.preparing():
+            model = models.create(config if layers is None else dataclasses.replace(config, layers=layers))
         for batch in sorted(batches, reverse=True):
-            machine = kvrecomp.profile(model, batch=batch)
+            with turns.measuring():
+                machine = kvrecomp.profile(model, batch=batch)
             for work in works[batch]:
-                yield measure_workload(model, work, machine, rooms, host, console)
+                rows = measure_workload(model, work, machine, rooms, host, console)
+                yield [dataclasses.replace(row, layers=layers) for row in rows]
         del model
         gc.collect()
 
@@ -138,7 +151,14 @@ def measure_workload(
                 decoders[key] = kvrecomp.Decoder(model, plan, budget=Budget(None, host * 1.01))
             except PlanError as error:
                 console.print(f"left out: {plan.name}, {work}: {error}")
-    seconds = {key: step_seconds(decoder) for key, decoder in track(decoders.items(), f"{model.shape.name}, {work}")}
+    started = time.perf_counter()
+    with turns.preparing():
+        side_by_side(lambda decoder: decoder.compile(prefill=False), list(decoders.values()))
+    compiled = time.perf_counter() - started
+    title = f"{model.shape.name}, {work}"
+    seconds = {key: step_seconds(decoder) for key, decoder in track(decoders.items(), title, console=console)}
+    took = time.perf_counter() - started - compiled
+    console.print(f"{title}: {len(seconds)} programs, {compiled:.0f} s compiling and {took:.0f} s measuring")
     plans = [(percent, chosen, plan) for percent, chosen, plan in wanted if _key(plan) in seconds]
     return [
         Measured(
@@ -188,6 +208,7 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_list("batches", ["1", "8", "32"], "Rows decoded together.", flag_values=into)
     flags.DEFINE_list("cached", ["512", "1024", "4096"], "Cached tokens of a row.", flag_values=into)
     flags.DEFINE_list("rooms", [], "Per cent of the keys and values that the device may hold.", flag_values=into)
+    flags.DEFINE_integer("layers", None, "Cut the models to so many layers.", lower_bound=1, flag_values=into)
     flags.DEFINE_float("host_memory_gib", 72, "Most pinned memory of a plan.", flag_values=into)
     flags.DEFINE_list("from", [], "Results of this script, read instead of measuring.", flag_values=into)
     flags.DEFINE_string("plot", None, "Write a PNG: how far predictions are off.", flag_values=into)
@@ -217,7 +238,8 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
         batches, cached = [int(each) for each in given.batches], [int(each) for each in given.cached]
         rooms = [float(each) for each in given.rooms]
         rows = []
-        for own in run(given.models, batches, cached, rooms, given.host_memory_gib * GIB, console):
+        host = given.host_memory_gib * GIB
+        for own in run(given.models, batches, cached, rooms, given.layers, host, console):
             rows += own
             if given.out:  # after every workload: what was measured is not lost with what comes after
                 write_json(given.out, document_of(rows, given.commit))

@@ -34,7 +34,8 @@ ROOMS = (("o", "#000000"), ("s", "#0072b2"), ("^", "#e69f00"), ("D", "#56b4e9"),
 
 @dataclasses.dataclass
 class Measured:
-    """One plan on one workload; `room` is the percentage of its keys and values that the device may hold."""
+    """One plan on one workload; `room` is the percentage of its keys and values that the device may hold, `layers` how
+    many the model was cut to, if it was."""
 
     model: str
     batch: int
@@ -46,6 +47,7 @@ class Measured:
     predicted_ms: float
     link_bytes: int
     chosen: bool = False
+    layers: int | None = None
 
     @property
     def off(self) -> float:
@@ -54,8 +56,8 @@ class Measured:
 
     @property
     def workload(self) -> tuple[Any, ...]:
-        """What choices are made for: model, batch, cached and new tokens, and the room."""
-        return self.model, self.batch, self.prompt, self.new, self.room
+        """What choices are made for: model, its layers, batch, cached and new tokens, and the room."""
+        return self.model, self.layers, self.batch, self.prompt, self.new, self.room
 
 
 @dataclasses.dataclass
@@ -139,7 +141,12 @@ def regret(rows: Sequence[Measured]) -> str:
 
 def described(row: Measured) -> str:
     """The workload in a few words."""
-    return f"{title(row.model)}, batch {row.batch}, {row.prompt} cached"
+    return f"{_model(row)}, batch {row.batch}, {row.prompt} cached"
+
+
+def _model(row: Measured) -> str:
+    """Its title, and how many layers it was cut to."""
+    return title(row.model) + (f" of {row.layers} layers" if row.layers else "")
 
 
 def title(model: str) -> str:
@@ -162,7 +169,7 @@ def draw_predictions(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     said, points = accuracy(rows), distinct(rows)
-    models = ", ".join(dict.fromkeys(title(row.model) for row in points))
+    models = ", ".join(dict.fromkeys(_model(row) for row in points))
     batches = ", ".join(map(str, sorted({row.batch for row in points})))
     figure = plots.figure()
     axes = figure.add_subplot()
