@@ -151,14 +151,17 @@ def measure_workload(
                 decoders[key] = kvrecomp.Decoder(model, plan, budget=Budget(None, host * 1.01))
             except PlanError as error:
                 console.print(f"left out: {plan.name}, {work}: {error}")
-    started = time.perf_counter()
+    title, started = f"{model.shape.name}, {work}", time.perf_counter()
     with turns.preparing():
         side_by_side(lambda decoder: decoder.compile(prefill=False), list(decoders.values()))
-    compiled = time.perf_counter() - started
-    title = f"{model.shape.name}, {work}"
-    seconds = {key: step_seconds(decoder) for key, decoder in track(decoders.items(), title, console=console)}
-    took = time.perf_counter() - started - compiled
-    console.print(f"{title}: {len(seconds)} programs, {compiled:.0f} s compiling and {took:.0f} s measuring")
+    compiled = time.perf_counter()
+    with turns.measuring():
+        began = time.perf_counter()
+        seconds = {key: step_seconds(decoder) for key, decoder in track(decoders.items(), title, console=console)}
+    console.print(
+        f"{title}: {len(seconds)} programs, {compiled - started:.0f} s compiling, {began - compiled:.0f} s waiting, "
+        f"{time.perf_counter() - began:.0f} s measuring"
+    )
     plans = [(percent, chosen, plan) for percent, chosen, plan in wanted if _key(plan) in seconds]
     return [
         Measured(

@@ -33,7 +33,7 @@ from rich.table import Table
 
 import kvrecomp
 import models
-from experiments.support import one_step, plots, script, tables, timeline, xplane
+from experiments.support import one_step, plots, script, tables, timeline, turns, xplane
 from experiments.support.report import run_info
 from experiments.support.timeline import Timeline
 from kvrecomp import memory
@@ -95,8 +95,11 @@ def traced(decoder: kvrecomp.Decoder) -> tuple[list[xplane.Span], float]:
 def measure(model: Any, plan: kvrecomp.Plan, budget: kvrecomp.Budget) -> Timeline:
     """The step of one plan: timed, then traced."""
     decoder = kvrecomp.Decoder(model, plan, budget=budget)
-    median = one_step.step_seconds(decoder)
-    return timeline_of(plan, median, *traced(decoder))
+    with turns.preparing():
+        decoder.compile(prefill=False)
+    with turns.measuring():
+        median = one_step.step_seconds(decoder)
+        return timeline_of(plan, median, *traced(decoder))
 
 
 def timeline_of(plan: kvrecomp.Plan, median: float, spans: Sequence[xplane.Span], seconds: float) -> Timeline:

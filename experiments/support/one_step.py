@@ -10,7 +10,6 @@ import jax
 import numpy as np
 
 import kvrecomp
-from experiments.support import turns
 from kvrecomp import memory
 from kvrecomp.cache import Block, Cache, allocate_tails, describe_blocks, make_cache
 from kvrecomp.plan import Memory, Plan
@@ -45,18 +44,16 @@ def _maker(shape: tuple[int, ...], dtype: Any, place: Memory):
 
 
 def step_seconds(decoder: kvrecomp.Decoder) -> float:
-    """Median seconds of a step, dispatched one ahead as `generate` does."""
-    with turns.preparing():
-        decoder.compile(prefill=False)
-        cache = jax.block_until_ready(filled_cache(decoder.plan))
+    """Median seconds of a step, dispatched one ahead as `generate` does; compiles it first if it is not."""
+    decoder.compile(prefill=False)
+    cache = jax.block_until_ready(filled_cache(decoder.plan))
     tokens = jax.device_put(np.full(decoder.plan.workload.batch, 5, np.int32), memory.sharding("device"))
-    with turns.measuring():
-        times, waiting = [time.perf_counter()], None
-        while len(times) <= STEPS and (len(times) <= LEAST_STEPS or times[-1] - times[0] < MOST_SECONDS):
-            cache, logits = decoder.step(cache, tokens)
-            if waiting is not None:
-                jax.block_until_ready(waiting)
-                times.append(time.perf_counter())
-            waiting = logits
-        jax.block_until_ready(waiting)
+    times, waiting = [time.perf_counter()], None
+    while len(times) <= STEPS and (len(times) <= LEAST_STEPS or times[-1] - times[0] < MOST_SECONDS):
+        cache, logits = decoder.step(cache, tokens)
+        if waiting is not None:
+            jax.block_until_ready(waiting)
+            times.append(time.perf_counter())
+        waiting = logits
+    jax.block_until_ready(waiting)
     return statistics.median(np.diff(times)[WARM_UP:])
