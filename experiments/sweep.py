@@ -108,8 +108,9 @@ def run(
     layers: int | None,
     host: float,
     console: Console,
-) -> Iterator[list[Measured]]:
-    """Measures a workload after the other; what needs more than `host` bytes of pinned memory is left out, and said."""
+) -> Iterator[tuple[HardwareProfile, list[Measured]]]:
+    """Measures a workload after the other, and says by which profile it was predicted; what needs more than `host`
+    bytes of pinned memory is left out, and said."""
     works = {
         batch: [kvrecomp.Workload(batch, prompt, NEW) for prompt in sorted(cached, reverse=True)] for batch in batches
     }
@@ -122,7 +123,7 @@ def run(
                 machine = kvrecomp.profile(model, batch=batch)
             for work in works[batch]:
                 rows = measure_workload(model, work, machine, rooms, host, console)
-                yield [dataclasses.replace(row, layers=layers) for row in rows]
+                yield machine, [dataclasses.replace(row, layers=layers) for row in rows]
         del model
         gc.collect()
 
@@ -220,9 +221,10 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)
 
 
-def document_of(rows: list[Measured], commit: str) -> dict[str, Any]:
-    """What a results file has."""
-    return run_info(commit) | {"rows": [dataclasses.asdict(row) for row in rows]}
+def document_of(rows: list[Measured], machine: HardwareProfile | None, commit: str) -> dict[str, Any]:
+    """What a results file has; the profile says what predictions came of."""
+    profile = None if machine is None else machine.to_json()
+    return run_info(commit) | {"profile": profile, "rows": [dataclasses.asdict(row) for row in rows]}
 
 
 def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
@@ -236,23 +238,24 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
         if path is not None:
             plots.check_path(path)
     if old:
-        rows = [row for path in old for row in tables.predicted(tables.read_file(path))]
+        document, rows = {}, [row for path in old for row in tables.predicted(tables.read_file(path))]
     else:
         batches, cached = [int(each) for each in given.batches], [int(each) for each in given.cached]
         rooms = [float(each) for each in given.rooms]
-        rows = []
+        rows, document = [], document_of([], None, given.commit)
         host = given.host_memory_gib * GIB
-        for own in run(given.models, batches, cached, rooms, given.layers, host, console):
+        for machine, own in run(given.models, batches, cached, rooms, given.layers, host, console):
             rows += own
+            document = document_of(rows, machine, given.commit)
             if given.out:  # after every workload: what was measured is not lost with what comes after
-                write_json(given.out, document_of(rows, given.commit))
+                write_json(given.out, document)
     console.print(summary(rows))
     if rows:
         console.print(predictions.accuracy(rows))
     if predictions.choices(rows):
         console.print(predictions.regret(rows))
     if not old:
-        print(json.dumps(document_of(rows, given.commit)))
+        print(json.dumps(document))
     if given.plot is not None:
         predictions.draw_predictions(rows, given.plot)
     if given.plot_choices is not None:

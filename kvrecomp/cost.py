@@ -204,8 +204,9 @@ def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) 
 def step_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload, plan_arrays: Tasks) -> StepCost:
     """Predicted seconds of a step for each of the plans in `plan_arrays` (`stack_tasks`): float32[plans] each.
 
-    Copies run at the rate measured beside compute, each array after the link's latency. Computed on the CPU; compiled
-    once per number of plans and of tasks.
+    A copy takes its bytes at the rate measured beside compute, or the link's latency where that is longer: while a
+    larger one is on its way, the next is made ready. Computed on the CPU; compiled once per number of plans and of
+    tasks.
     """
     with jax.default_device(_cpu()):
         arrays = Tasks(*(column if column.dtype == np.int32 else column.astype(np.float32) for column in plan_arrays))
@@ -229,7 +230,7 @@ def _step_seconds(table: Array, link: Array, tasks: Tasks) -> StepCost:
 def _pipeline(table: Array, link: Array, tasks: Tasks) -> StepCost:
     """The recurrence over one plan's tasks."""
     computing = table[tasks.work, 0] * tasks.blocks + table[tasks.work, 1] * tasks.tokens
-    copying = link[0] * tasks.copies + link[1] * tasks.copy_bytes
+    copying = jnp.maximum(link[0] * tasks.copies, link[1] * tasks.copy_bytes)
 
     def advance(carry, task):
         copied, computed, ends = carry

@@ -65,10 +65,11 @@ class LayerTimes:
 class HardwareProfile:
     """A machine: rates and latencies, and the layers that were timed on it.
 
-    `to_device` and `to_host` are copies of one array over the link, by bytes; `beside_compute` is the rate of copies
-    to the device while it computes; `handoff_seconds` pass before a copy starts that waited for compute, and before
-    compute starts that waited for a copy. `kernel_seconds` is what one more small kernel adds to a program.
-    `host_bytes` None: as much as is asked for. `source` says where the numbers are from.
+    `to_device` and `to_host` are copies of one array over the link, by bytes, the next being made ready meanwhile, so
+    that their `base` is the least that one takes; `beside_compute` is the rate of copies to the device while it
+    computes; `handoff_seconds` pass before a copy starts that waited for compute, and before compute starts that waited
+    for a copy. `kernel_seconds` is what one more small kernel adds to a program. `host_bytes` None: as much as is asked
+    for. `source` says where the numbers are from.
     """
 
     device: str

@@ -31,7 +31,7 @@ from kvrecomp.plan import (
 )
 from kvrecomp.programs import side_by_side
 from kvrecomp.runtime import Model, decode_step
-from kvrecomp.timing import LEAST_SLOPE, fit_line, median_seconds, random
+from kvrecomp.timing import fit_line, median_seconds, random
 
 FEW_LAYERS, MORE_LAYERS = 2, 6
 STEPS = 10  # dispatched without waiting, as decoding does
@@ -65,8 +65,7 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     }
     for kind in ATTENTION:
         taken = [seconds[more, kind, (size,)] for size in sizes[kind]]
-        times = [max(LEAST_SLOPE * own, own - without) / more for own in taken]
-        line = fit_line(sizes[kind], times)
+        line = fit_line(sizes[kind], [(own - without) / more for own in taken], taken)
         another = (seconds[more, kind, halves[kind]] - seconds[more, kind, (sizes[kind][-1],)]) / more
         base = min(max(0.0, another), line.base)
         if kind == "absorb":

@@ -45,7 +45,7 @@ def measure_machine() -> HardwareProfile:
         host_bytes=float(memory.total_host_bytes()),
         to_device=to_device,
         to_host=measured_line("copies to the host", sizes, _to_host_seconds),
-        beside_compute=copy_rate(min(sizes[-1], 256 * MIB), 4, computing=True),
+        beside_compute=copy_rate(min(sizes[-1], 256 * MIB), 4, repeats=9, computing=True),
         handoff_seconds=_handoff_seconds(sizes[0], to_device, kernel),
         matmul_rate=_matmul_rate(dtype),
         memory_rate=_memory_rate(min(2 * sizes[-1], GIB)),

@@ -53,6 +53,7 @@ TAIL_SHARE = 1 / 8  # of the device memory beside the weights, at most, is tail
 MOST_TAIL_BYTES = 4 * GIB
 SPLITS = (1, 2, 4, 8, 16)  # groups that rows are split into: a program of column order has the attention of each
 ALIKE = 1.03  # times the shortest step, with fewer groups, is as good
+SURE = 1.01  # times the shortest step: predictions that differ by less do not tell which is shorter
 SMALL_PREFILL = 1 / 16  # of the device memory
 RIVALS = ("activations", "recompute", "keys_values", "split:0.5", "device")  # what the choice is compared with
 
@@ -258,9 +259,11 @@ class _Search:
         return self._vary(best, layer, [dataclasses.replace(centre, **{name: own}) for own in near if 0 <= own <= 1])
 
     def _choose(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The candidate with the shortest step; of those alike within a thousandth, the one that sends least.
+        """The candidate with the shortest step; of those alike within a thousandth, the one that sends least; of those
+        within `SURE` that send no more, the one with the fewest activations.
 
-        Raises `PlanError` where none fits.
+        Attention over activations does `hidden / head_dim` times the arithmetic of that over keys and values, in
+        kernels that XLA chooses by timing them, and is predicted less surely. Raises `PlanError` where none fits.
         """
         made: dict[Key, tuple[Plan, Candidate]] = {}
         for candidate in candidates:
@@ -271,8 +274,10 @@ class _Search:
             closest = min((plan for plan, _ in made.values()), key=self._excess)
             check_within(closest, {place: getattr(self.budget, place) for place in MEMORIES})
         seconds = [float(cost.seconds) for cost in self.costs([plan for plan, _ in fitting])]
-        alike = [own for own, each in zip(fitting, seconds) if each <= 1.001 * min(seconds)]
-        return min(alike, key=lambda own: own[0].bytes_in("host"))[1]
+        shortest = min(seconds)
+        sent = min(own[0].bytes_in("host") for own, each in zip(fitting, seconds) if each <= 1.001 * shortest)
+        near = [own for own, each in zip(fitting, seconds) if each <= SURE * shortest]
+        return min((own for own in near if own[0].bytes_in("host") <= sent), key=lambda own: _activations(own[0]))[1]
 
     def _plan(self, window: int, settings: dict[LayerShape, Settings]) -> Plan:
         """The plan with these settings; layers share the room so that each keeps as many tokens as the others."""
@@ -296,6 +301,14 @@ class _Search:
 def _key(plan: Plan) -> Key:
     """What tells a search's plans apart. Hashing a plan itself takes a hash of every layer."""
     return plan.window, frozenset(plan.kinds)
+
+
+def _activations(plan: Plan) -> int:
+    """Tokens of the prompt that are held as activations, over all layers."""
+    return sum(
+        count * sum(block.tokens for block in layer.prompt if block.form == "activations")
+        for (layer, _), count in plan.kinds.items()
+    )
 
 
 def _splits(shape: ModelShape, workload: Workload, budget: Budget) -> list[tuple[int, Workload]]:

@@ -29,20 +29,25 @@ def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> Line:
-    """The line with the least squared relative errors; neither part is negative."""
-    weights = 1 / np.asarray(seconds)
-    columns = np.stack([np.ones(len(sizes)), np.asarray(sizes, float)], axis=1)
-    (base, each), *_ = np.linalg.lstsq(columns * weights[:, None], np.ones(len(sizes)), rcond=None)
+def fit_line(sizes: Sequence[float], seconds: Sequence[float], timed: Sequence[float] | None = None) -> Line:
+    """The line with the least squared errors, each relative to what was timed; neither part is negative.
+
+    That is the seconds themselves or, where these are small parts of it, `timed`: by their own size, one that noise has
+    made nothing would count more than all others.
+    """
+    weights = 1 / np.asarray(seconds if timed is None else timed)
+    columns = np.stack([np.ones(len(sizes)), np.asarray(sizes, float)], axis=1) * weights[:, None]
+    target = np.asarray(seconds) * weights
+    (base, each), *_ = np.linalg.lstsq(columns, target, rcond=None)
     if base < 0:  # through zero
-        base, each = 0.0, _through_zero(columns[:, 1] * weights)
+        base, each = 0.0, _one_part(columns[:, 1], target)
     if each < 0:
-        base, each = _through_zero(weights), 0.0
+        base, each = _one_part(columns[:, 0], target), 0.0
     return Line(float(base), float(each))
 
 
-def _through_zero(scaled: np.ndarray) -> float:
-    return scaled.sum() / np.square(scaled).sum()
+def _one_part(column: np.ndarray, target: np.ndarray) -> float:
+    return max(0.0, column @ target / np.square(column).sum())
 
 
 def measured_line(what: str, sizes: Sequence[float], measure: Callable[[float, int], float]) -> Line:

@@ -49,8 +49,9 @@ PLAIN = LayerShape(hidden=35, heads=5, kv_heads=5, head_dim=7, intermediate=53)
 GROUPED = LayerShape(hidden=35, heads=6, kv_heads=2, head_dim=4, intermediate=59, gated=True, absorbs_keys=False)
 SHAPE = ModelShape("two", (PLAIN, GROUPED), vocab=97, embedding=17, positions=101, dtype="bfloat16")
 WORK = Workload(batch=3, prompt=11, new=8)
+LATENCY = 1e-7  # longer than some of the copies below, shorter than others
 MACHINE = HardwareProfile(
-    "none", GIB, Line(1e-5, 1e-10), Line(1e-5, 1e-10), beside_compute=9e9, matmul_rate=1e14, memory_rate=1e12
+    "none", GIB, Line(LATENCY, 1e-10), Line(1e-5, 1e-10), beside_compute=9e9, matmul_rate=1e14, memory_rate=1e12
 )
 
 kv, acts = "keys_values", "activations"
@@ -152,7 +153,7 @@ def test_as_an_event_simulation(machine, tasks):
             for work, tokens, blocks in zip(plan.work, plan.tokens, plan.blocks)
         ]
         copying = [
-            count * machine.to_device.base + size / machine.beside_compute if count else None
+            max(machine.to_device.base, size / machine.beside_compute) if count else None
             for count, size in zip(plan.copies, plan.copy_bytes)
         ]
         assert predicted.seconds[number] == pytest.approx(
@@ -228,7 +229,7 @@ def test_slower_machines_take_longer(what, factor, sizes):
 @pytest.mark.parametrize("what", RATES)
 def test_every_rate_counts(what):
     """For some plan: the link and its latency for those that send, the others for all."""
-    machine = replace(MACHINE, handoff_seconds=1e-5, kernel_seconds=1e-6)
+    machine = replace(MACHINE, handoff_seconds=1e-5, kernel_seconds=1e-6, to_device=Line(1e-5, 0.0))
     plans = [named_plan(name, SHAPE, replace(WORK, batch=1000)) for name in NAMES]
     before, after = (plan_costs(own, plans).seconds for own in (machine, slower(machine, what, 100)))
     assert (after > 1.1 * before).any()
@@ -267,8 +268,13 @@ def test_an_infinite_device_leaves_the_copies(name):
     """Also where copies are held: a hold by a task that takes no time holds nothing."""
     machine = replace(MACHINE, matmul_rate=1e30, memory_rate=1e30)
     plan = named_plan(name, SHAPE, WORK, tail=3, window=5000)
-    blocks = [spec for own in plan.blocks(1) for spec in own if spec.memory == "host"]
-    expected = len(blocks) * 1e-5 + plan.bytes_in("host", 1) / 9e9
+    sizes = [
+        plan.bytes_of(layer, spec)
+        for layer, own in zip(SHAPE.layers, plan.blocks(1))
+        for spec in own
+        if spec.memory == "host"
+    ]
+    expected = sum(max(LATENCY, size / 9e9) for size in sizes)
     assert plan_costs(machine, [plan], 1).seconds[0] == pytest.approx(expected, rel=1e-5)
 
 
@@ -302,7 +308,7 @@ def uniform(layers, blocks, ahead, schedule="pipelined"):
     return Plan("uniform", shape, work, (own,) * layers, tail=1, window=ahead * 3 * 70 * 2, schedule=schedule)
 
 
-C, G = 1e-5 + 3 * 70 * 2 / 9e9, 5e-5  # seconds of such a copy and of attention to such a block
+C, G = max(LATENCY, 3 * 70 * 2 / 9e9), 5e-5  # seconds of such a copy and of attention to such a block
 
 
 @pytest.mark.parametrize("g", [G, C, 0.3 * C, 7 * C])

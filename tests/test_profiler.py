@@ -126,7 +126,15 @@ def test_a_line_is_found_again(base, each, sizes):
     assert np.allclose([line(size) for size in sizes], seconds, rtol=1e-6, atol=1e-12)
 
 
-@pytest.mark.parametrize("seconds", [(3.0, 2.0, 1.0), (1.0, 4.0, 9.0)])
+def test_a_difference_that_noise_made_nothing_does_not_decide():
+    """One, four and eight more seconds of twenty, each measured a second short or long."""
+    line = fit_line((1, 4, 8), (1e-9, 5.0, 8.0), timed=(20.0, 25.0, 28.0))
+    assert line(8) == pytest.approx(8, abs=1) and line(4) == pytest.approx(4, abs=1)
+    below = fit_line((1, 4, 8), (-1.0, 5.0, 8.0), timed=(20.0, 25.0, 28.0))
+    assert below.base == 0 and below(8) == pytest.approx(8, abs=1)
+
+
+@pytest.mark.parametrize("seconds", [(3.0, 2.0, 1.0), (1.0, 4.0, 9.0), (-3.0, -2.0, -1.0)])
 def test_no_part_of_a_line_is_negative(seconds):
     line = fit_line((1, 2, 3), seconds)
     assert line.base >= 0 and line.each >= 0

@@ -12,6 +12,7 @@ from rich.console import Console
 import kvrecomp
 from experiments import sweep
 from experiments.support import one_step
+from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_plan
 from kvrecomp.plan import Budget
 
@@ -126,18 +127,20 @@ def test_results_are_read_said_and_drawn_without_measuring(results, tmp_path, mo
     assert all(picture.stat().st_size > 1000 for picture in pictures)
 
 
-def test_what_was_measured_before_a_failure_is_written(tmp_path, monkeypatch):
+def test_what_was_measured_before_a_failure_is_written(tmp_path, monkeypatch, known_machine):
     first, second = (sweep.Measured("m", batch, 2, 3, "activations", None, 9.0, 8.0, 0) for batch in (7, 5))
 
     def run(*_):
-        yield [first]
-        yield [second]
+        yield known_machine, [first]
+        yield known_machine, [second]
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(sweep, "run", run)
     with pytest.raises(RuntimeError, match="out of memory"):
         command(f"--out={tmp_path}/rows.json")
-    rows = json.loads((tmp_path / "rows.json").read_text())["rows"]
+    document = json.loads((tmp_path / "rows.json").read_text())
+    assert HardwareProfile.from_json(document["profile"]) == known_machine
+    rows = document["rows"]
     assert rows == [dataclasses.asdict(first), dataclasses.asdict(second)]
 
 

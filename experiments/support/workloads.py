@@ -117,16 +117,17 @@ CASES = (
         Case(f"batch-{batch}", "opt-6.7b", batch, 1024, NEW, HOSTED, (), OFFLOADED, (), ("batches",))
         for batch in (1, 8, 16, 48)
     ),
-    # What the device may hold of the cache is nothing: on an H200 all of it would fit.
+    # What the device may hold of the cache is nothing: on an H200 all of it would fit. There are few of them, since a
+    # program of eight groups takes a minute to compile.
     *(
         Case(
             f"weights-{prompt}-{order}",
             "opt-6.7b",
             32,
             prompt,
-            plans=("keys_values", "activations") if order == "column" else ("activations",),
-            rooms=NONE if order == "column" else (),
-            quick=("activations", "keys_values") if (prompt, order) == (256, "column") else (),
+            plans=("keys_values",) if order == "column" else (),
+            rooms=NONE,
+            quick=(AUTO,) if (prompt, order) == (256, "column") else (),
             sets=("weights",),
             weights="host",
             groups=8,
