@@ -89,8 +89,8 @@ def test_choices_against_the_best_by_hand():
         (1.2, "split:0.5", 1),
     ]
     assert predictions.regret(rows_chosen()) == (
-        "1 of 3 choices take at most 2 % longer than the best plan by hand, 2 at most 5 %; the worst takes 1.20 "
-        "times as long (OPT-6.7B, batch 8, 1024 cached, room for 50 %)"
+        "1 of 3 choices take at most 3 % longer than the best of 1 to 2 plans by hand, 2 at most 5 %; the worst takes "
+        "1.20 times as long (OPT-6.7B, batch 8, 1024 cached, room for 50 %)"
     )
     with pytest.raises(ValueError, match="no plan was chosen"):
         predictions.regret([ROW])

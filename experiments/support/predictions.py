@@ -131,11 +131,13 @@ def regret(rows: Sequence[Measured]) -> str:
     found = choices(rows)
     if not found:
         raise ValueError("no plan was chosen: measure with --rooms")
-    near, good = (sum(choice.ratio <= 1 + margin for choice in found) for margin in (0.02, 0.05))
+    near, good = (sum(choice.ratio <= 1 + margin for choice in found) for margin in (0.03, 0.05))
+    rivals = between(*((str(extreme(choice.rivals for choice in found)), "") for extreme in (min, max)))
     worst = max(found, key=lambda choice: choice.ratio)
+    of_worst = f"{described(worst.chosen)}, room for {worst.chosen.room:g} %"
     return (
-        f"{near} of {len(found)} choices take at most 2 % longer than the best plan by hand, {good} at most 5 %; the "
-        f"worst takes {worst.ratio:.2f} times as long ({described(worst.chosen)}, room for {worst.chosen.room:g} %)"
+        f"{near} of {len(found)} choices take at most 3 % longer than the best of {rivals} plans by hand, {good} at "
+        f"most 5 %; the worst takes {worst.ratio:.2f} times as long ({of_worst})"
     )
 
 
