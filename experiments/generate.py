@@ -335,16 +335,15 @@ def continue_file(given: flags.FlagValues, budget: kvrecomp.Budget) -> job.Summa
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
     logging.set_verbosity(logging.ERROR)  # Orbax warns of what it does not find
+    check_flags(given)
+    budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
+    budget = kvrecomp.Budget(**limits(budget))  # what is free before the weights are there
     try:
-        check_flags(given)
-        budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
-        budget = kvrecomp.Budget(**limits(budget))  # what is free before the weights are there
         done = continue_given(given, budget) if given.input is None else continue_file(given, budget)
-    # PlanError, PromptError and CheckpointError are ValueErrors.
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
     except KeyboardInterrupt:
-        sys.exit("interrupted" + (f"; the same command goes on with {given.output}" if given.output else ""))
+        if given.input is None:
+            raise
+        raise KeyboardInterrupt(f"; the same command goes on with {given.output}") from None
     if isinstance(done, Run):
         show(done)
     else:

@@ -452,23 +452,19 @@ def _short(milliseconds: float) -> str:
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
     logging.set_verbosity(logging.WARNING)  # matplotlib tells of its fonts
-    try:
-        if given.plot is not None:
-            plots.check_path(given.plot)
-        shape = dataclasses.replace(models.preset(given.model).shape, dtype=given.dtype)
-        workload = Workload(given.batch, given.prompt, given.new)
-        budget, window = read_budget(given.device_memory_gib, given.host_memory_gib), read_window(given.window_mib)
-        measured = None if given.measured is None else read_measured(given.measured, shape, workload)
-        profile = read_hardware(given.hardware)
-        if given.hardware == THIS:
-            budget = Budget(**limits(budget))  # what is free, as no weights are there
-        found = what_if(shape, workload, profile, budget, groups=given.groups, window=window)
-        show(found, measured)
-        if given.plot is not None:
-            draw(found, given.plot, measured)
-    # PlanError and CheckpointError are ValueErrors; sizes beyond floating point overflow.
-    except (ValueError, OSError, ImportError, OverflowError) as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+    if given.plot is not None:
+        plots.check_path(given.plot)
+    shape = dataclasses.replace(models.preset(given.model).shape, dtype=given.dtype)
+    workload = Workload(given.batch, given.prompt, given.new)
+    budget, window = read_budget(given.device_memory_gib, given.host_memory_gib), read_window(given.window_mib)
+    measured = None if given.measured is None else read_measured(given.measured, shape, workload)
+    profile = read_hardware(given.hardware)
+    if given.hardware == THIS:
+        budget = Budget(**limits(budget))  # what is free, as no weights are there
+    found = what_if(shape, workload, profile, budget, groups=given.groups, window=window)
+    show(found, measured)
+    if given.plot is not None:
+        draw(found, given.plot, measured)
     if given.json:
         print(json.dumps(document(found, measured)))
 

@@ -201,26 +201,23 @@ def unused(text: str, root: Path = ROOT) -> list[str]:
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
     logging.set_verbosity(logging.WARNING)  # matplotlib tells of its fonts
-    try:
-        old = (ROOT / README).read_text(encoding="utf-8")
-        new = filled(old, ROOT)
-        different, stale = old != new, list(pictures(new, ROOT))
-        for name in (forgotten := unused(new, ROOT)):
-            print(f"{RESULTS}/{name}: {README} neither uses nor names it")
-        if given.check:
-            for line in difflib.unified_diff(old.splitlines(), new.splitlines(), README, RESULTS, lineterm=""):
-                print(line)
-            for picture in stale:
-                print(f"{picture[1].relative_to(ROOT)}: not drawn from these results")
-            sys.exit(1 if different or stale or forgotten else 0)
-        if different:
-            write_text(ROOT / README, new)
-        print(f"{README}: {'written' if different else 'as the results say'}")
-        for kind, path, rows in stale:
-            PICTURES[kind].draw(rows, path)
-            print(f"{path.relative_to(ROOT)}: drawn")
-    except (ValueError, OSError, ImportError) as error:
-        sys.exit(f"error: {error}")
+    old = (ROOT / README).read_text(encoding="utf-8")
+    new = filled(old, ROOT)
+    different, stale = old != new, list(pictures(new, ROOT))
+    for name in (forgotten := unused(new, ROOT)):
+        print(f"{RESULTS}/{name}: {README} neither uses nor names it")
+    if given.check:
+        for line in difflib.unified_diff(old.splitlines(), new.splitlines(), README, RESULTS, lineterm=""):
+            print(line)
+        for picture in stale:
+            print(f"{picture[1].relative_to(ROOT)}: not drawn from these results")
+        sys.exit(1 if different or stale or forgotten else 0)
+    if different:
+        write_text(ROOT / README, new)
+    print(f"{README}: {'written' if different else 'as the results say'}")
+    for kind, path, rows in stale:
+        PICTURES[kind].draw(rows, path)
+        print(f"{path.relative_to(ROOT)}: drawn")
 
 
 if __name__ == "__main__":

@@ -260,14 +260,11 @@ def _record(row: Row) -> dict[str, Any]:
 
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
-    try:
-        paper = read()
-        asked = chosen(paper, given.tables)
-        files = {path: tables.read_file(path) for path in given.results}
-        profile = None if given.hardware is None else read_hardware(given.hardware)
-        found = [paper_costs.predict(paper, own, given.hardware, profile) for own in asked]
-    except (ValueError, OSError) as error:  # PlanError is a ValueError
-        sys.exit("error: " + " ".join(str(error).split()))
+    paper = read()
+    asked = chosen(paper, given.tables)
+    files = {path: tables.read_file(path) for path in given.results}
+    profile = None if given.hardware is None else read_hardware(given.hardware)
+    found = [paper_costs.predict(paper, own, given.hardware, profile) for own in asked]
     lines = [about(path, rows, found) for path, rows in files.items()]
     found = [paper_costs.measured(own, [row for rows in files.values() for row in rows]) for own in found]
     said = paper_notes.notes(paper, found)

@@ -21,7 +21,6 @@ import math
 import os
 import platform
 import shlex
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -484,11 +483,8 @@ def define_flags() -> None:
 def main(_: Sequence[str]) -> None:
     """Unpacks the flags."""
     logging.set_verbosity(logging.WARNING)
-    try:
-        names = [field.name for field in dataclasses.fields(Config)]
-        result = train(Config(**{name: flags.FLAGS[name].value for name in names}))
-    except (ValueError, OSError, FloatingPointError) as error:
-        sys.exit(f"train_lm: {error}")
+    names = [field.name for field in dataclasses.fields(Config)]
+    result = train(Config(**{name: flags.FLAGS[name].value for name in names}))
     print(json.dumps(result.summary))
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from kvrecomp import memory
 from kvrecomp.attention import chunk_of_queries
-from kvrecomp.plan import COPIES_AHEAD, MEMORIES, Budget, Memory, ModelShape, Plan, PlanError, Workload, format_bytes
+from kvrecomp.holds import in_flight_bytes
+from kvrecomp.plan import MEMORIES, Budget, Memory, ModelShape, Plan, PlanError, Workload, format_bytes
 
 MARGIN = 0.05  # of what is free: fragmentation, and the programs themselves
 
@@ -61,13 +62,11 @@ def _in_flight(plan: Plan, write_outs: int) -> int:
         sizes = [plan.bytes_of(layer_shape, block) for block in blocks if block.memory == "host"]
         weights = plan.weight_bytes(layer, layer_shape)
         if plan.schedule == "layerwise":
-            ahead = plan.together * sum(sizes)
+            most = max(most, plan.together * sum(sizes) + weights)
         else:
             matrix = max(map(max, layer_shape.matrices)) * plan.shape.itemsize if weights else 0
-            ahead = (COPIES_AHEAD + 1) * max([*sizes, matrix])
-        most = max(most, ahead + weights)
-    total = plan.bytes_in("host", write_outs) + plan.host_weight_bytes
-    return most if plan.schedule == "layerwise" else min(plan.whole_window, most, total)
+            most = max(most, in_flight_bytes(plan.whole_window, max([*sizes, matrix]), weights))
+    return min(most, plan.bytes_in("host", write_outs) + plan.host_weight_bytes)
 
 
 def weights_in(shape: ModelShape, memories: Sequence[Memory]) -> dict[Memory, int]:

@@ -23,7 +23,8 @@ import numpy as np
 from jax import Array
 
 from kvrecomp.hardware import WORKS, HardwareProfile, LayerTimes, Line, Work
-from kvrecomp.plan import BlockSpec, Copy, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload, events_before
+from kvrecomp.holds import Copy, events_before
+from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
 
 
 class Tasks(NamedTuple):
@@ -73,7 +74,7 @@ def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
 
 class _LayerTasks(NamedTuple):
     """A layer's tasks: float[5, tasks] of work, tokens, blocks, copies and copy_bytes; its copies; and int[events], the
-    task that ends at each event of `plan.events_before`."""
+    task that ends at each event of `holds.events_before`."""
 
     columns: np.ndarray
     copies: list[Copy]

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 
 from kvrecomp import memory
 from kvrecomp.hardware import HardwareProfile, Line
-from kvrecomp.plan import GIB, MIB, Copy
+from kvrecomp.holds import Copy
+from kvrecomp.plan import GIB, MIB
 from kvrecomp.timing import LEAST_SLOPE, measured_line, median_seconds, random
 from kvrecomp.window import Window
 

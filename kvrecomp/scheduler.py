@@ -21,11 +21,11 @@ from dataclasses import dataclass
 from kvrecomp.budget import MARGIN, check_within, memory_needed, prefill_bytes, weights_in
 from kvrecomp.cost import StepCost, plan_costs
 from kvrecomp.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
+from kvrecomp.holds import in_flight_bytes
 from kvrecomp.named import named_plan, spread, with_weights
 from kvrecomp.plan import (
     AUTO,
     BLOCKS_PER_WINDOW,
-    COPIES_AHEAD,
     DEFAULT_WINDOW,
     FORMS,
     GIB,
@@ -282,8 +282,8 @@ class _Search:
     def _plan(self, window: int, settings: dict[LayerShape, Settings]) -> Plan:
         """The plan with these settings; layers share the room so that each keeps as many tokens as the others."""
         room = (self.spare - self.prefill) / self.groups
-        copied = (COPIES_AHEAD + 1) * max(window // BLOCKS_PER_WINDOW, self.sent_matrix) + self.sent_layer
-        in_flight = min(window + 2 * self.sent_layer, copied)
+        largest = max(window // BLOCKS_PER_WINDOW, self.sent_matrix)
+        in_flight = in_flight_bytes(window + 2 * self.sent_layer, largest, self.sent_layer)
         window_room = room - max(0, in_flight - self.prefill) / self.groups
         widths = {layer: layer.width(_smaller(layer)) for layer in self.shapes}
         total = sum(widths[layer] for layer in self.shape.layers)

@@ -21,7 +21,8 @@ from jax.sharding import Sharding
 from kvrecomp import memory
 from kvrecomp.attention import Projections
 from kvrecomp.cache import Block
-from kvrecomp.plan import Copy, LayerPlan, LayerShape, Memory, Plan, PlanError
+from kvrecomp.holds import Copy
+from kvrecomp.plan import LayerPlan, LayerShape, Memory, Plan, PlanError
 from kvrecomp.window import Window
 
 Path = tuple[Any, ...]  # of a parameter in its layer

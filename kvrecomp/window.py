@@ -7,7 +7,8 @@ from typing import TypeVar
 import jax
 from jax import Array
 
-from kvrecomp.plan import Copy, Schedule, events_before
+from kvrecomp.holds import Copy, events_before
+from kvrecomp.plan import Schedule
 
 Result = TypeVar("Result")  # arrays in any structure; a hold goes through all of them
 
@@ -24,7 +25,7 @@ class Window:
     are held too, `COPIES_AHEAD` at a time, because XLA's scheduler puts compute after all copies that could go first,
     and a step of small blocks then takes the sum of copies and compute. Layer by layer, KVPR's own schedule, one copy
     follows the other: of two that may start, the link takes either, and K and V would come before what is recomputed
-    from. `plan.events_before` has the rule.
+    from. `holds.events_before` has the rule.
     """
 
     def __init__(self, layers: Sequence[Sequence[tuple[Array, Copy]]], size: int, schedule: Schedule):

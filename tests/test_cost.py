@@ -28,19 +28,17 @@ from kvrecomp.cost import (
     work_table,
 )
 from kvrecomp.hardware import HardwareProfile, LayerTimes, Line, Work
+from kvrecomp.holds import COPIES_AHEAD, Copy, events_before
 from kvrecomp.named import named_plan, with_host_weights
 from kvrecomp.plan import (
-    COPIES_AHEAD,
     GIB,
     BlockSpec,
-    Copy,
     LayerPlan,
     LayerShape,
     ModelShape,
     Plan,
     PlanError,
     Workload,
-    events_before,
 )
 from kvrecomp.window import Window
 

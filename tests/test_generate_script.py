@@ -15,6 +15,7 @@ from absl import flags
 import kvrecomp
 import models
 from experiments import generate as script
+from experiments.support.script import in_one_line
 
 ROOT = Path(__file__).parent.parent
 CONFIG = models.OPTConfig("opt-tiny", layers=2, hidden=24, heads=3, intermediate=40, vocab=258, positions=67)
@@ -33,7 +34,8 @@ def command(*arguments: str) -> None:
     values = flags.FlagValues()
     script.define_flags(values)
     values(["generate", *arguments])
-    script.main([], values)
+    with in_one_line():
+        script.main([], values)
 
 
 def as_program(*arguments: str) -> subprocess.CompletedProcess:

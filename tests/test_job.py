@@ -27,6 +27,7 @@ import models
 from experiments import generate as script
 from experiments.support import job, job_meter
 from experiments.support.job import Settings
+from experiments.support.script import in_one_line
 from kvrecomp.budget import check_memory
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import GIB, PlanError
@@ -449,7 +450,8 @@ def command(*arguments):
     values = flags.FlagValues()
     script.define_flags(values)
     values(["generate", *arguments])
-    script.main([], values)
+    with in_one_line():
+        script.main([], values)
 
 
 def test_the_command_runs_the_job_and_prints_a_summary(files, checkpoint, capsys):
@@ -486,7 +488,7 @@ def test_an_interrupt_says_how_to_go_on(files, checkpoint, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(job, "run", interrupted)
-    with pytest.raises(SystemExit, match=r"interrupted; the same command goes on with .*out\.jsonl$"):
+    with pytest.raises(KeyboardInterrupt, match=r"^; the same command goes on with .*out\.jsonl$"):
         command(f"--checkpoint={checkpoint}", f"--input={files.source}", f"--output={files.target}")
 
 

@@ -16,6 +16,7 @@ from absl import flags
 import models
 from experiments import plan as script
 from experiments.support import plots
+from experiments.support.script import in_one_line
 from kvrecomp import profiler
 from kvrecomp.cost import plan_costs
 from kvrecomp.hardware import HardwareProfile
@@ -37,7 +38,8 @@ def command(*arguments: str) -> None:
     values = flags.FlagValues()
     script.define_flags(values)
     values(["plan", *arguments])
-    script.main([], values)
+    with in_one_line():
+        script.main([], values)
 
 
 def small(budget: Budget | None = None, machine: str = "a100", **changes) -> script.WhatIf:

@@ -10,6 +10,7 @@ from absl import flags
 
 from experiments import readme
 from experiments.support import predictions, tables, timeline
+from experiments.support.script import in_one_line
 
 ROW = {"model": "opt-1.3b", "batch": 2, "prompt": 3, "new": 5, "link_bytes": 7_000_000_000, "link_efficiency": 0.5}
 ROWS = [
@@ -67,7 +68,8 @@ def command(*arguments: str) -> None:
     values = flags.FlagValues()
     readme.define_flags(values)
     values(["readme", *arguments])
-    readme.main([], values)
+    with in_one_line():
+        readme.main([], values)
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import models
 from experiments import reproduce_paper as script
 from experiments.support import paper, paper_costs, paper_notes
 from experiments.support.paper import Setting
+from experiments.support.script import in_one_line
 from kvrecomp.hardware import DATASHEETS, HardwareProfile
 from kvrecomp.plan import GIB, MIB
 
@@ -63,7 +64,8 @@ def command(monkeypatch, rows, columns):
         values = flags.FlagValues()
         script.define_flags(values)
         values(["reproduce_paper", "--tables=table 3,Table 5", *arguments])
-        script.main([], values)
+        with in_one_line():
+            script.main([], values)
 
     monkeypatch.setattr(paper_costs, "predict", known)
     monkeypatch.setattr(script, "read", lambda: SMALL)

@@ -19,7 +19,7 @@ import models
 from experiments.support import xplane
 from kvrecomp import runtime
 from kvrecomp.budget import prefill_bytes
-from kvrecomp.plan import COPIES_AHEAD
+from kvrecomp.holds import COPIES_AHEAD
 from models import LlamaConfig, OPTConfig
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax's CUDA 13 plugin: pip install '.[schedule]'")

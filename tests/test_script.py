@@ -40,6 +40,12 @@ def test_a_line_and_a_status(body, words, status, said, told):
     assert (*process.communicate(timeout=60), process.returncode) == (said, told, status)
 
 
+def test_an_interruption_may_say_how_to_go_on():
+    process = start("raise KeyboardInterrupt('; the same command goes on')")
+    told = "interrupted; the same command goes on\n"
+    assert (*process.communicate(timeout=60), process.returncode) == ("begun\n", told, 130)
+
+
 def test_an_interruption_is_a_line():
     process = start("time.sleep(60)")
     assert process.stdout.readline() == "begun\n"

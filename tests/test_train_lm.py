@@ -242,5 +242,5 @@ def test_the_command_says_one_clear_line(tmp_path):
         text=True,
     )
     assert done.returncode == 1
-    assert done.stderr.strip() == "train_lm: hidden size 192 does not divide into 5 heads"
+    assert done.stderr.strip() == "error: hidden size 192 does not divide into 5 heads"
     assert not (tmp_path / "out").exists()
