@@ -184,24 +184,19 @@ class Cached(NamedTuple):
 
 @dataclass(frozen=True)
 class Query:
-    """The newest token of each row: x [b, h] in slot int32[] of rows left-padded by int32[b]."""
+    """The newest token of each row, in slot int32[] of rows left-padded by int32[b]; `queries` [b, n, d] are those that
+    the projections give it."""
 
     projections: Projections
-    x: Array
+    queries: Array
     slot: Array
     padding: Array
-
-    @property
-    def positions(self) -> Array:
-        """int32[b]."""
-        return self.slot - self.padding
 
     @functools.cached_property
     def heads(self) -> Array:
         """[b, k, g, d]."""
-        heads = self.projections.queries(self.x, self.positions)
-        kv_heads = self.projections.key.kernel.shape[1]
-        return heads.reshape(heads.shape[0], kv_heads, -1, heads.shape[-1])
+        batch, _, head_dim = self.queries.shape
+        return self.queries.reshape(batch, self.projections.key.kernel.shape[1], -1, head_dim)
 
     @functools.cached_property
     def absorbed(self) -> tuple[Array, Array | None]:
@@ -285,12 +280,12 @@ def join(partials: Sequence[Partial], new: Partial) -> list[Partial]:
 
 
 def merge(query: Query, partials: Sequence[Partial]) -> Array:
-    """Partial results over disjoint tokens, one of a kind -> [b, n * d], in the dtype of x.
+    """Partial results over disjoint tokens, one of a kind -> [b, n * d], in the dtype of the query.
 
     Each counts by its share of the weights, exp(log_total) over the sum of all.
     """
     shares = jax.nn.softmax(jnp.stack([partial.log_total for partial in partials]), axis=0)[..., None]
-    dtype, out = query.x.dtype, jnp.zeros((), jnp.float32)
+    dtype, out = query.queries.dtype, jnp.zeros((), jnp.float32)
     for share, partial in zip(shares, partials, strict=True):
         own = partial.mixed
         if partial.mixes == "activations":
@@ -298,4 +293,4 @@ def merge(query: Query, partials: Sequence[Partial]) -> Array:
             own = jnp.einsum("bkgh,hkd->bkgd", own.astype(dtype), kernel, preferred_element_type=jnp.float32)
             own += 0 if bias is None else bias[:, None]
         out += share * own
-    return out.astype(dtype).reshape(query.x.shape[0], -1)
+    return out.astype(dtype).reshape(query.queries.shape[0], -1)

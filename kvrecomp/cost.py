@@ -31,8 +31,8 @@ class Tasks(NamedTuple):
     """A plan as arrays, [..., tasks]: what a step does, in the order of compute.
 
     `work` int32 is the row of the table of compute times (`work_table`), `tokens` and `blocks` what they are multiplied
-    with; `copies` counts the blocks copied, none or one, of `copy_bytes`; `hold` int32 is the task whose end lets the
-    copy start, -1 for the start of the step.
+    with; work on weights has other groups than the first in place of tokens. `copies` counts the blocks copied, none or
+    one, of `copy_bytes`; `hold` int32 is the task whose end lets the copy start, -1 for the start of the step.
     """
 
     work: np.ndarray
@@ -102,10 +102,11 @@ def _layer_tasks(
     early, late = layer_shape.matrices if layer.weights == "host" else ((), ())
     blocks = layer.blocks(write_outs, plan.tail)
     tail = BlockSpec(layer.tail_form, "device", plan.tail)
-    for group in range(plan.together):
-        for count in early if group == 0 else ():
-            await_copy(count * plan.shape.itemsize, kept=True)
-        compute("project")
+    for count in early:
+        await_copy(count * plan.shape.itemsize, kept=True)
+    others = plan.together - 1  # groups that go through the projections and the feed-forward with the first
+    compute("project", others)
+    for _ in range(plan.together):
         if "absorb" in map(attention, (*blocks, tail)):
             compute("prepare")
         for block in (*blocks, tail):
@@ -116,9 +117,9 @@ def _layer_tasks(
             if block.memory == "host":
                 await_copy(plan.bytes_of(layer_shape, block))
                 compute(attention(block), block.tokens)
-        for count in late if group == 0 else ():
-            await_copy(count * plan.shape.itemsize, kept=True)
-        compute("finish")
+    for count in late:
+        await_copy(count * plan.shape.itemsize, kept=True)
+    compute("finish", others)
     return _LayerTasks(np.array(tasks, float).T, copies, np.array([*events, len(tasks) - 1]))
 
 
@@ -172,10 +173,9 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
         absorb = tokens(over_activations, over_activations)
     else:
         absorb = tokens(project_keys, by_keys, over_activations, count=5)
-    finish = layer.parameters - h * (nd + 2 * kd)
     work: dict[Work, Line] = {
-        "project": weights(h * (nd + 2 * kd), 3),
-        "finish": weights(finish, 5),
+        "project": weights(layer.projecting, 3),
+        "finish": weights(layer.parameters - layer.projecting, 5),
         "prepare": Line((1 + layer.absorbs_keys) * (absorbing + profile.kernel_seconds), 0.0),
         "keys_values": tokens(by_keys, by_values),
         "absorb": absorb,
@@ -185,14 +185,20 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
 
 
 def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) -> np.ndarray:
-    """float32[rows, 2]: base seconds and seconds a token, WORKS of each distinct layer shape, then outside layers."""
+    """float32[rows, 2]: base seconds and seconds a token, WORKS of each distinct layer shape, then outside layers.
+
+    Of `project` and `finish`, which have no tokens, seconds for another group's rows.
+    """
     rows, outside = [], None
     for layer in dict.fromkeys(shape.layers):
         times = profile.times(layer, shape.dtype, workload.batch)
         if times is not None and times.vocab in (None, shape.vocab):
             outside = times.outside
         times = times or estimate(profile, layer, shape.itemsize, workload.batch)
-        rows += [(times.work[work].base, times.work[work].each) for work in WORKS]
+        # Rows of another group read no weights again; they add, at most, their arithmetic at the rate of products.
+        products = {"project": layer.projecting, "finish": layer.parameters - layer.projecting}
+        added = {work: 2 * workload.batch * products.get(work, 0) / profile.matmul_rate for work in WORKS}
+        rows += [(times.work[work].base, times.work[work].each + added[work]) for work in WORKS]
     if outside is None:
         table_bytes = shape.vocab * shape.embedding * shape.itemsize
         outside = table_bytes / profile.memory_rate + 10 * profile.kernel_seconds

@@ -99,6 +99,11 @@ class LayerShape:
         return (key, key, query), (query, *(self.hidden * self.intermediate,) * (3 if self.gated else 2))
 
     @property
+    def projecting(self) -> int:
+        """Weights of the projections that make Q, K and V."""
+        return sum(self.matrices[0])
+
+    @property
     def parameters(self) -> int:
         """Weights of the layer, biases and norms left out."""
         return sum(map(sum, self.matrices))

@@ -58,7 +58,7 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     seconds = {run: timer() for run, timer in zip(runs, timers, strict=True)}
     without = seconds[more, None, ()]
     dense = max(0.0, (without - seconds[few, None, ()]) / (more - few))
-    projecting = layer.hidden * layer.head_dim * (layer.heads + 2 * layer.kv_heads) / layer.parameters
+    projecting = layer.projecting / layer.parameters
     work: dict[Work, Line] = {
         "project": Line(projecting * dense, 0.0),
         "finish": Line((1 - projecting) * dense, 0.0),

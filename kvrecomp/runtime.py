@@ -13,7 +13,7 @@ import functools
 import itertools
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -63,27 +63,53 @@ class Model(Protocol):
 # --- the step ---------------------------------------------------------------------------------------------------------
 
 
+class Place(NamedTuple):
+    """Where a step of one group is: the new token's slot int32[], padding int32[b], and the slots int32[] at which the
+    tails that were written out, and the present one, start."""
+
+    slot: Array
+    padding: Array
+    tail_starts: Sequence[Array]
+
+    @property
+    def positions(self) -> Array:
+        """int32[b], of the new token in each row."""
+        return self.slot - self.padding
+
+
 @dataclass
 class CachedAttention:
-    """The `Attend` of one layer during a step: the new token joins the tail, and attends to blocks and tail."""
+    """The `Attend` of one layer during a step: each group's new token joins its tail, and attends to blocks and tail.
 
-    cache: LayerCache
+    Rows of all groups go through the projections at once, and attend one group after the other, as blocks arrive.
+    """
+
+    caches: list[LayerCache]
+    places: Sequence[Place]
     method: Method
     window: Window
     weights: HostWeights
-    slot: Array
-    tail_starts: Sequence[Array]
-    padding: Array
 
     def __call__(self, x: Array, projections: attention.Projections) -> Array:
-        query = attention.Query(projections, x, self.slot, self.padding)
-        blocks = self.cache.blocks
-        prompt_blocks = blocks[: len(blocks) + 1 - len(self.tail_starts)]
+        """x [rows, h] -> [rows, n * d], group after group."""
+        positions = jnp.concatenate([place.positions for place in self.places])
+        new = x, projections.keys(x, positions), projections.values(x)  # not computed where not appended
+        of_groups = [jnp.split(own, len(self.places)) for own in (*new, projections.queries(x, positions))]
+        mixed = [self._attend(group, projections, *own) for group, own in enumerate(zip(*of_groups))]
+        self.weights.bring_late(self.window)
+        return jnp.concatenate(mixed)
+
+    def _attend(
+        self, group: int, projections: attention.Projections, x: Array, key: Array, value: Array, queries: Array
+    ) -> Array:
+        """One group's new tokens: x [b, h], K and V [b, k, d], queries [b, n, d] -> [b, n * d]."""
+        (slot, padding, tail_starts), blocks = self.places[group], self.caches[group].blocks
+        query = attention.Query(projections, queries, slot, padding)
+        prompt_blocks = blocks[: len(blocks) + 1 - len(tail_starts)]
         prompt_starts = itertools.accumulate((block.tokens for block in prompt_blocks[:-1]), initial=0)
-        starts = [*prompt_starts, *self.tail_starts]
-        key, value = projections.keys(x, query.positions), projections.values(x)  # not computed where not appended
-        tail = append(self.cache.tail, self.slot - starts[-1], x, key, value)
-        self.cache = LayerCache(blocks, tail)
+        starts = [*prompt_starts, *tail_starts]
+        tail = append(self.caches[group].tail, slot - starts[-1], x, key, value)
+        self.caches[group] = LayerCache(blocks, tail)
         # What is on the device is attended to as one, while the first copies are on their way.
         here = [Cached(b.form, b.tensors, at) for b, at in zip((*blocks, tail), starts) if b.memory == "device"]
         partials = attention.attend(query, here, self.method)
@@ -93,9 +119,7 @@ class CachedAttention:
             (partial,) = attention.attend(query, [Cached(block.form, block.tensors, start)], self.method)
             partials = attention.join(partials, partial)
             partials[-1] = self.window.used(partials[-1])
-        mixed = attention.merge(query, partials)
-        self.weights.bring_late(self.window)
-        return mixed
+        return attention.merge(query, partials)
 
 
 def tail_starts(plan: Plan, cache: Cache) -> list[Array]:
@@ -114,24 +138,22 @@ def decode_step(
 ) -> tuple[list[tuple[Block, ...]], list[Array]]:
     """One token of every row, int32[b] a group -> each group's tails with it written, and logits float32[b, vocab].
 
-    Groups take their turns within a layer, so that its weights are copied once.
+    Groups go through the layers together, so that weights are copied, and multiplied with, once for all of them.
     """
     hosted = host_weights(model, plan)
     needed = [own.copies(blocks) for own, *blocks in zip(hosted, *(cache.blocks for cache in caches), strict=True)]
     window = Window(needed, plan.whole_window, plan.schedule)
-    starts = [tail_starts(plan, cache) for cache in caches]
-    hidden = [model.embed(ids, cache.length - cache.padding) for ids, cache in zip(token_ids, caches, strict=True)]
+    places = [Place(cache.length, cache.padding, tail_starts(plan, cache)) for cache in caches]
+    hidden = model.embed(jnp.concatenate(token_ids), jnp.concatenate([place.positions for place in places]))
     tails: list[tuple[Block, ...]] = [() for _ in caches]
     for number, (layer, layer_plan, own) in enumerate(zip(model.layers, plan.layers, hosted, strict=True)):
         with jax.named_scope(f"layer_{number}"):  # metadata only: a trace tells by it which layer a kernel belongs to
             own.bring_early(window)
-            for group, cache in enumerate(caches):
-                place = cache.length, starts[group], cache.padding
-                attend = CachedAttention(cache.layers[number], layer_plan.method, window, own, *place)
-                hidden[group] = layer(hidden[group], attend)
-                tails[group] += (attend.cache.tail,)
-            hidden = window.layer_done(hidden)
-    return tails, [model.unembed(own) for own in hidden]
+            of_layer = [cache.layers[number] for cache in caches]
+            attend = CachedAttention(of_layer, places, layer_plan.method, window, own)
+            hidden = window.layer_done(layer(hidden, attend))
+            tails = [(*done, cache.tail) for done, cache in zip(tails, attend.caches)]
+    return tails, jnp.split(model.unembed(hidden), len(caches))
 
 
 def prefill(model: Model, plan: Plan, token_ids: Array, padding: Array) -> tuple[Any, tuple[Block, ...], Array]:

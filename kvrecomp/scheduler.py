@@ -52,7 +52,7 @@ GRID = 8  # steps of the coarse grid of fractions; the finer one has as many wit
 TAIL_SHARE = 1 / 8  # of the device memory beside the weights, at most, is tail
 MOST_TAIL_BYTES = 4 * GIB
 SPLITS = (1, 2, 4, 8, 16)  # groups that rows are split into: a program of column order has the attention of each
-ALIKE = 1.03  # times the shortest step, with fewer groups, is as good
+ALIKE = 1.03  # times the shortest step, with fewer groups or in row order, whose program is smaller, is as good
 SURE = 1.01  # times the shortest step: predictions that differ by less do not tell which is shorter
 SMALL_PREFILL = 1 / 16  # of the device memory
 RIVALS = ("activations", "recompute", "keys_values", "split:0.5", "device")  # what the choice is compared with
@@ -78,7 +78,7 @@ class Settings:
 Candidate = tuple[int, dict[LayerShape, Settings]]
 """A window, and the settings of each layer shape."""
 
-Key = tuple[int, frozenset[tuple[LayerPlan, LayerShape]]]
+Key = tuple[int, Order, frozenset[tuple[LayerPlan, LayerShape]]]
 
 
 def make_plan(
@@ -128,7 +128,8 @@ def make_plan(
 
 
 def default_order(hosted: bool, groups: int) -> Order:
-    """Column order sends weights in host memory once for all groups; without, row order has the smaller program."""
+    """Column order sends weights in host memory once for all groups; without, row order has the smaller program, and is
+    as fast where the link is the whole cost."""
     return "column" if hosted and groups > 1 else "row"
 
 
@@ -169,6 +170,7 @@ class _Search:
         self.shape, self.workload, self.profile, self.budget = shape, workload, profile, budget
         self.weights, self.groups = weights, groups
         self.order: Order = order or default_order("host" in weights, groups)
+        self.any_order = order is None
         self.shapes = list(dict.fromkeys(shape.layers))
         sent = [own for own, place in zip(shape.layers, weights) if place == "host"]
         self.sent_layer = max((own.parameters * shape.itemsize for own in sent), default=0)  # bytes
@@ -216,6 +218,10 @@ class _Search:
         better = [(rival, own) for rival, own in self.rivals(found) if 1.001 * own.seconds < cost.seconds]
         if better:
             found = dataclasses.replace(min(better, key=lambda item: item[1].seconds)[0], name=AUTO)
+        column = dataclasses.replace(found, order="column")
+        row_cost, column_cost = self.costs([found, column])
+        if self.any_order and ALIKE * column_cost.seconds < row_cost.seconds:
+            self.order, found = "column", column
         return found
 
     def costs(self, plans: Sequence[Plan]) -> list[StepCost]:
@@ -300,7 +306,7 @@ class _Search:
 
 def _key(plan: Plan) -> Key:
     """What tells a search's plans apart. Hashing a plan itself takes a hash of every layer."""
-    return plan.window, frozenset(plan.kinds)
+    return plan.window, plan.order, frozenset(plan.kinds)
 
 
 def _activations(plan: Plan) -> int:

@@ -6,7 +6,6 @@ copied before its blocks, the rest after them.
 """
 
 import functools
-import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -138,27 +137,22 @@ class HostWeights:
         self._layer = layer
         in_host = matrices_in_host(layer, shape, batch) if plan.weights == "host" else InHost((), ())
         self._early, self._late = in_host
-        self._whole = False
         self.arrays = get(layer, [*self._early, *self._late])
 
     def copies(self, groups: Sequence[Sequence[Block]]) -> list[tuple[Array, Copy]]:
-        """What the layer needs from the host for these groups' blocks: weights up to its attention, the first group's
-        blocks, the other weights, the other groups' blocks."""
+        """What the layer needs from the host: weights up to its attention, the groups' blocks, the other weights."""
         kept = [(array, Copy(array.size * array.dtype.itemsize, kept=True)) for array in self.arrays]
-        first, *others = (
-            [(block.arrays[0], Copy(block.nbytes)) for block in blocks if block.memory == "host"] for blocks in groups
-        )
-        return [*kept[: len(self._early)], *first, *kept[len(self._early) :], *itertools.chain(*others)]
+        blocks = [block for own in groups for block in own if block.memory == "host"]
+        sent = [(block.arrays[0], Copy(block.nbytes)) for block in blocks]
+        return [*kept[: len(self._early)], *sent, *kept[len(self._early) :]]
 
     def bring_early(self, window: Window) -> None:
         """What the layer uses up to its attention."""
         put(self._layer, {path: window.fetch() for path in self._early})
 
     def bring_late(self, window: Window) -> None:
-        """What it uses after that, once."""
-        if not self._whole:
-            put(self._layer, {path: window.fetch() for path in self._late})
-        self._whole = True
+        """What it uses after that."""
+        put(self._layer, {path: window.fetch() for path in self._late})
 
     def give(self, arrays: Sequence[Array]) -> None:
         """All of them at once, as a prefill does."""

@@ -128,7 +128,8 @@ def blockwise(case, x, padding, slot, sizes, forms, groups, method):
         projections = case.projections(weights)
         positions = attention.positions_of(jnp.arange(len(x)), padding)
         key, value = projections.keys(x, positions), projections.values(x)
-        query = Query(projections, jax.lax.dynamic_index_in_dim(x, slot, keepdims=False), slot, padding)
+        newest = jax.lax.dynamic_index_in_dim(x, slot, keepdims=False)
+        query = Query(projections, projections.queries(newest, slot - padding), slot, padding)
         cached, start = {}, 0
         for size, form, group in zip(sizes, forms, groups, strict=True):
             whole = [x] if form == "activations" else [key, value]
@@ -199,7 +200,8 @@ def test_absorption_computes_no_keys_or_values():
 
         def run(x, weights, method=method):
             projections = case.projections(weights)
-            query = Query(projections, x[-1], jnp.int32(12), jnp.zeros(BATCH, jnp.int32))
+            slot, padding = jnp.int32(12), jnp.zeros(BATCH, jnp.int32)
+            query = Query(projections, projections.queries(x[-1], slot - padding), slot, padding)
             return merge(query, attend(query, [Cached("activations", [x], 0)], method))
 
         jaxpr = jax.make_jaxpr(run)(*jax.tree.map(toy.put, (activations(), case.weights)))

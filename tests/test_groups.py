@@ -57,6 +57,17 @@ def test_logits_are_those_of_the_forward_pass(name, order, fraction):
     assert result.link_bytes == [GROUPS * one.bytes_in("host", step // 2) + weights for step in range(WORK.new - 1)]
 
 
+@pytest.mark.parametrize(("order", "rows"), [("column", GROUPS * WORK.batch), ("row", WORK.batch)])
+def test_weights_are_multiplied_with_once_in_column_order(order, rows):
+    """The feed-forward's first matrix, 28 by 44: once a layer, with the rows of all groups or of one."""
+    plan = planned("activations", order, 0.0)
+    decoder = kvrecomp.Decoder(models.create(OPT, dtype="float32"), plan)
+    jaxpr = decoder._trace_step(0).jaxpr
+    products = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
+    made = [own.outvars[0].aval.shape for own in products if own.invars[1].aval.shape == (28, 44)]
+    assert made == [(rows, 44)] * OPT.layers
+
+
 def test_rows_are_sampled_as_they_are_in_one_group():
     ids, mask = prompts()
     model = models.create(OPT, dtype="float32")

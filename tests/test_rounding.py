@@ -55,7 +55,8 @@ def attention(x, weights, forms, scale, encode=None, method="absorb"):
         projections = Projections(*[Projection(*pair) for pair in weights], scale, encode, encode)
         key, value = projections.keys(x, positions_of(jnp.arange(TOKENS), padding)), projections.values(x)
         specs = [BlockSpec(form, "device", size) for form, size in zip(forms, (FIRST, TOKENS - FIRST))]
-        query, starts = Query(projections, x[-1], slot, padding), (0, FIRST)
+        queries, starts = projections.queries(x[-1], slot - padding), (0, FIRST)
+        query = Query(projections, queries, slot, padding)
         cached = [Cached(block.form, block.tensors, start) for block, start in zip(cut(specs, x, key, value), starts)]
         partials = [partial for block in cached for partial in attend(query, [block], method)]
         return merge(query, functools.reduce(join, partials, []))

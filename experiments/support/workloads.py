@@ -118,7 +118,7 @@ CASES = (
         for batch in (1, 8, 16, 48)
     ),
     # What the device may hold of the cache is nothing: on an H200 all of it would fit. There are few of them, since a
-    # program of eight groups takes a minute to compile.
+    # program of eight groups takes half a minute to compile.
     *(
         Case(
             f"weights-{prompt}-{order}",
