@@ -12,10 +12,11 @@ import toy
 
 import kvrecomp
 from experiments.support.one_step import filled_cache
+from kvrecomp import programs as programs_module
 from kvrecomp import runtime
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import LayerPlan, Plan, Workload
-from kvrecomp.programs import Programs
+from kvrecomp.programs import Programs, side_by_side
 from kvrecomp.runtime import Decoder
 from kvrecomp.sampling import Sampling
 
@@ -204,14 +205,33 @@ def test_whoever_asks_gets_the_one_program():
     assert set(programs.compiled) == {"sum"} and got[0](toy.put(np.float32(3))) == toy.put(np.float32(6))
 
 
-def test_a_failure_in_the_background_reaches_who_needs_the_program():
+def test_whoever_asks_compiles_side_by_side(monkeypatch):
+    """Neither is traced before the other has begun to be; one in the background has a thread of its own."""
+    monkeypatch.setattr(programs_module.os, "cpu_count", lambda: 2)
+    together, programs = threading.Barrier(3, timeout=30), Programs()
+
+    def trace(name):
+        together.wait()
+        return jax.jit(lambda x: x + len(name)).trace(jax.ShapeDtypeStruct((), np.float32))
+
+    programs.start("four", lambda: trace("four"))
+    names = ["a", "two"]
+    made = side_by_side(lambda name: programs.get(name, lambda: trace(name)), names)
+    made.append(programs.get("four", lambda: trace("four")))
+    assert [float(toy.get(program(toy.put(np.float32(1))))) for program in made] == [2, 4, 5]
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_failure_reaches_who_needs_the_program(begun):
     def fails():
         raise RuntimeError("no such layout")
 
     programs = Programs()
-    programs.start("broken", fails)
-    with pytest.raises(RuntimeError, match="no such layout"):
-        programs.get("broken", fails)
+    if begun:
+        programs.start("broken", fails)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no such layout"):
+            programs.get("broken", fails)
     assert not programs.compiled
 
 
