@@ -72,8 +72,10 @@ def rivals_within(model: Any, work: kvrecomp.Workload, budget: Budget) -> Iterat
     for here, there in SPLITS_OF_ROOM:
         room = max(0.0, (budget.device or 0) - _on_device(_two_forms(model, work, here, there, 0.0)))
         plans.append(_two_forms(model, work, here, there, room))
-    distinct = {_key(plan): plan for plan in reversed(plans)}  # without room two forms are one
-    return (plan for plan in reversed(distinct.values()) if _on_device(plan) <= (budget.device or 0))
+    distinct: dict[Any, Plan] = {}
+    for plan in plans:  # without room two forms are one
+        distinct.setdefault(_key(plan), plan)
+    return (plan for plan in distinct.values() if _on_device(plan) <= (budget.device or 0))
 
 
 def _on_device(plan: Plan) -> int:

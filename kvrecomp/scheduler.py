@@ -218,11 +218,15 @@ class _Search:
         better = [(rival, own) for rival, own in self.rivals(found) if 1.001 * own.seconds < cost.seconds]
         if better:
             found = dataclasses.replace(min(better, key=lambda item: item[1].seconds)[0], name=AUTO)
-        column = dataclasses.replace(found, order="column")
-        row_cost, column_cost = self.costs([found, column])
-        if self.any_order and ALIKE * column_cost.seconds < row_cost.seconds:
-            self.order, found = "column", column
-        return found
+        return self._in_faster_order(found) if self.any_order and self.groups > 1 else found
+
+    def _in_faster_order(self, plan: Plan) -> Plan:
+        """The plan in column order where that is surely faster than its own."""
+        column = dataclasses.replace(plan, order="column")
+        own_cost, column_cost = self.costs([plan, column])
+        if ALIKE * column_cost.seconds < own_cost.seconds:
+            self.order = "column"  # its rivals' too
+        return dataclasses.replace(plan, order=self.order)
 
     def costs(self, plans: Sequence[Plan]) -> list[StepCost]:
         """What a step costs under each of the plans."""
