@@ -2,17 +2,18 @@
 
     python experiments/benchmark.py --model=opt-6.7b --batch=32 --prompt=1024 --new=32 --plans=activations,keys_values
 
-Steps are those of `kvrecomp.generate`: dispatched one ahead, each awaited; the first (`report.WARM_UP`) do not count.
-Link efficiency is the bytes sent over the step's seconds, over the rate of whole-block copies alone in that process.
+Programs of all plans are compiled side by side first. Steps are those of `kvrecomp.generate`: dispatched one ahead,
+each awaited; the first (`report.WARM_UP`) do not count. Link efficiency is the bytes sent over the step's seconds, over
+the rate of whole-block copies alone in that process.
 """
 
+import contextlib
 import dataclasses
 import functools
 import gc
 import json
 import statistics
 import time
-from typing import Any
 
 import jax
 import numpy as np
@@ -31,12 +32,14 @@ from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_weights
 from kvrecomp.plan import AUTO, MIB
 from kvrecomp.profile_machine import copy_rate
+from kvrecomp.programs import side_by_side
 from kvrecomp.sampling import Sampling
 
 _MODEL = flags.DEFINE_string("model", "opt-125m", "Preset whose random weights are decoded with.")
 _BATCH = flags.DEFINE_integer("batch", 8, "Rows decoded together.")
 _PROMPT = flags.DEFINE_integer("prompt", 256, "Tokens in each prompt.")
 _NEW = flags.DEFINE_integer("new", 32, "New tokens per row.")
+_STEPS = flags.DEFINE_integer("steps", None, "Most steps to run of a plan; default: all that --new has.", lower_bound=1)
 _PLANS = flags.DEFINE_list("plans", ["auto", "activations", "keys_values"], "Plans: auto, or as named_plan has them.")
 _WEIGHTS = flags.DEFINE_string(
     "weights", "device", "Where the layers' weights are: device, host, the fraction of layers on the host, or auto."
@@ -66,7 +69,8 @@ _COMMIT = flags.DEFINE_string("commit", "", "Recorded as the commit, where git c
 class Row:
     """One plan measured on one workload; milliseconds are per decode step, bytes are bytes.
 
-    `device_budget` is the device memory in bytes that the plan was to keep to; None: what was free.
+    `device_budget` is the device memory in bytes that the plan was to keep to; None: what was free. `compile_s` are the
+    seconds that the step's program took, beside others; `step_ms` has every step that was run.
     """
 
     model: str
@@ -94,28 +98,35 @@ class Row:
     step_ms: list[float]
 
 
+def compile_first(decoder: kvrecomp.Decoder) -> None:
+    """Compiles what decoding starts with; what fails is said when the plan's turn comes."""
+    with contextlib.suppress(Exception):
+        decoder.compile()
+
+
 def measure(
-    model: Any,
-    plan: kvrecomp.Plan,
+    decoder: kvrecomp.Decoder,
     budget: kvrecomp.Budget,
     machine: HardwareProfile,
     copy_bytes_per_second: float,
     seed: int = 0,
+    steps: int | None = None,
 ) -> Row:
-    """Runs the plan's workload on random prompts; the first group's prefill is timed once it is compiled."""
-    work = plan.workload
+    """Runs the plan's workload on random prompts, or so many steps of it; the first group's prefill is timed once it is
+    compiled."""
+    plan = decoder.plan
+    work, new = plan.workload, min(plan.workload.new, 1 + (steps or plan.workload.new))
     hosted = sum(layer.weights == "host" for layer in plan.layers) / len(plan.layers)
     ids = np.random.default_rng(seed).integers(3, plan.shape.vocab, (plan.rows, work.prompt), np.int32)
-    decoder = kvrecomp.Decoder(model, plan, budget=budget)
     with turns.preparing():
         jax.block_until_ready(decoder.prefill(ids[: work.batch]))
     with turns.measuring():
         started = time.perf_counter()
         jax.block_until_ready(decoder.prefill(ids[: work.batch]))
         prefill_seconds = time.perf_counter() - started
-        result = TokenLoop(decoder, Sampling(), [], 0).run(ids, None, work.new)
+        result = TokenLoop(decoder, Sampling(), [], 0).run(ids, None, new)
     seconds, sent = after_warm_up(result.step_seconds), after_warm_up(result.link_bytes)
-    median = statistics.median(seconds)
+    median, write_outs = statistics.median(seconds), median_write_outs(plan, new)
     stats = jax.devices()[0].memory_stats() or {}
     link_bytes = int(statistics.median(sent))
     return Row(
@@ -131,9 +142,9 @@ def measure(
         median_ms=median * 1e3,
         p95_ms=float(np.percentile(seconds, 95)) * 1e3,
         worst_ms=max(seconds) * 1e3,
-        predicted_ms=float(plan_costs(machine, [plan]).seconds[0]) * 1e3,
+        predicted_ms=float(plan_costs(machine, [plan], write_outs).seconds[0]) * 1e3,
         link_bytes=link_bytes,
-        predicted_bytes=plan.link_bytes(median_write_outs(plan)),
+        predicted_bytes=plan.link_bytes(write_outs),
         link_efficiency=link_bytes / median / copy_bytes_per_second if link_bytes else None,
         tokens_per_second=plan.rows / median,
         peak_device_bytes=stats.get("peak_bytes_in_use"),
@@ -198,9 +209,12 @@ def main(_: list[str]) -> None:
         rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)))
         machine = kvrecomp.profile(model if _LAYERS.value else None, batch=work.batch)
     rows, about, document = [], run_info(_COMMIT.value), {}
-    for name in _PLANS.value:
-        plan = plan_for(name, model.shape, weights=weights, profile=machine)
-        rows.append(measure(model, plan, budget, machine, rate, _SEED.value))
+    plans = [plan_for(name, model.shape, weights=weights, profile=machine) for name in _PLANS.value]
+    decoders = [kvrecomp.Decoder(model, plan, budget=budget) for plan in plans]
+    with turns.preparing():
+        side_by_side(compile_first, decoders)
+    while decoders:
+        rows.append(measure(decoders.pop(0), budget, machine, rate, _SEED.value, _STEPS.value))
         gc.collect()  # a decoder's cache is gone before the next one's is made
         document = about | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}
         if _OUT.value:

@@ -169,9 +169,11 @@ def measure(
                 bar.update(shown, description=str(left[0]))
                 why = "its process ended without the row"
                 try:
+                    began = time.monotonic()
                     with contextlib.closing(run_process(left, commit, timeout, lock)) as documents:
                         for document in documents:
-                            new = results.take(left, document)
+                            new = results.take(left, document, time.monotonic() - began)
+                            began = time.monotonic() if new else began
                             left = [task for task in left if task not in new]
                             bar.update(shown, advance=len(new), description=str(left[0]) if left else "")
                             for task, row in new.items():
@@ -207,6 +209,7 @@ def show(tasks: Sequence[Task], results: Results, console: Console) -> list[str]
     rows = [row for row in map(results.row, tasks) if row is not None]
     if rows:
         console.print(Markdown(tables.benchmark(rows)))
+        console.print(f"{len(rows)} rows took {sum(row['seconds'] for row in rows):.0f} s")
     failed = []
     for task in tasks:
         for kind in ("skipped", "failed"):

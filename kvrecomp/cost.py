@@ -268,9 +268,9 @@ def plan_costs(profile: HardwareProfile, plans: Sequence[Plan], write_outs: int 
     return StepCost(*(seconds[: len(plans)] * steps for seconds in costs))
 
 
-def median_write_outs(plan: Plan) -> int:
-    """How often the tail was written out when half of the new tokens are there."""
-    return min(plan.write_outs, plan.workload.new // 2 // plan.tail)
+def median_write_outs(plan: Plan, new: int | None = None) -> int:
+    """How often the tail was written out when half of the new tokens are there, the plan's or so many."""
+    return min(plan.write_outs, (new or plan.workload.new) // 2 // plan.tail)
 
 
 # --- for comparison ---------------------------------------------------------------------------------------------------

@@ -188,8 +188,8 @@ def test_a_command_measures_one_row():
     needed = sum(kvrecomp.memory_needed(plan)["device"].values())
     assert given == pytest.approx(needed + 2 * 5 * 2 * 768 * 2 * 12 / 2, abs=GIB / 1000)
     assert str(room) == "small auto with room for 50 %" and str(first) == "small activations"
-    (grouped,) = tasks_of(small("auto", weights="auto", groups=3, order="column", device_gib=16))
-    flags = "--weights=auto --groups=3 --order=column --device_memory_gib=16 --notime_layers --plans=auto"
+    (grouped,) = tasks_of(small("auto", weights="auto", groups=3, order="column", tail=7, steps=5, device_gib=16))
+    flags = "--weights=auto --groups=3 --order=column --tail=7 --steps=5 --device_memory_gib=16 --plans=auto"
     assert grouped.command == f"python experiments/benchmark.py {sizes} {flags}"
 
 
@@ -333,6 +333,7 @@ def test_rows_have_the_names_and_the_commands_of_their_tasks(benchmark, tmp_path
         ("other", "activations", None),
     ]
     assert [row["command"] for row in document["rows"]] == [task.command for task in tasks]
+    assert all(row["seconds"] > 0 for row in document["rows"])
     assert document["skipped"] == document["failed"] == []
     rows = tables.read_file(tmp_path / "a.json")  # as the README does
     assert all(row["commit"] == "abc" and row["copy_gbps"] == 50.0 and row["off"] is None for row in rows)

@@ -65,17 +65,20 @@ class Results:
         """Why the task was `skipped`, or how it `failed`, when it was last tried; nothing where it was not."""
         return self._notes[kind].get(_key_of(task), {}).get("reason", "")
 
-    def take(self, tasks: Sequence[Task], document: Mapping[str, Any]) -> dict[Task, dict[str, Any]]:
-        """Keeps and returns the rows that a process has measured of these tasks, from the document that it wrote."""
+    def take(self, tasks: Sequence[Task], document: Mapping[str, Any], seconds: float) -> dict[Task, dict[str, Any]]:
+        """Keeps and returns the rows that a process has measured of these tasks, from the document that it wrote, so
+        many `seconds` after those before them: a row says what it took, the start of a process being the first one's.
+        """
         measured = {row["plan"]: row for row in document["rows"]}
         rate = {name: document[name] for name in ("copy_gbps",) if name in document}  # of this process
+        found = [task for task in tasks if task.plan in measured]
         new = {}
-        for task in tasks:
-            if task.plan in measured:
-                named = {"workload": task.case.name, "room": task.room} | measured[task.plan] | rate
-                new[task] = named | {"commit": self.about["commit"], "command": task.command}
-                self._forget(task)
-                self._rows[_key_of(task)] = new[task]
+        for task in found:
+            named = {"workload": task.case.name, "room": task.room} | measured[task.plan] | rate
+            about = {"seconds": round(seconds / len(found), 1), "commit": self.about["commit"], "command": task.command}
+            new[task] = named | about
+            self._forget(task)
+            self._rows[_key_of(task)] = new[task]
         if new:
             self.write()
         return new

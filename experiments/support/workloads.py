@@ -37,9 +37,9 @@ class Case:
     """A workload and what it is measured under: plans and peers by name, and what the scheduler chooses where the
     device may hold so many per cent of its keys and values (`rooms`), or where it has `device_gib`.
 
-    `weights`, `groups` and `order` are flags of experiments/benchmark.py; the workload is that of one group. `quick`
-    are those plans and peers, AUTO among them, that a short run measures. `sets` are names under which several
-    workloads are asked for, beside the workload's own. Raises ValueError for what there is not.
+    `weights`, `groups`, `order`, `tail` and `steps` are flags of experiments/benchmark.py; the workload is that of one
+    group. `quick` are those plans and peers, AUTO among them, that a short run measures. `sets` are names under which
+    several workloads are asked for, beside the workload's own. Raises ValueError for what there is not.
     """
 
     name: str
@@ -55,6 +55,8 @@ class Case:
     weights: str = "device"
     groups: int = 1
     order: Order | None = None
+    tail: int | None = None
+    steps: int | None = None
     device_gib: float | None = None
 
     def __post_init__(self):
@@ -101,7 +103,7 @@ CASES = (
     Case("w3", "opt-13b", 32, 1024, NEW, PLANS, QUARTER, OFFLOADED),
     Case("w4", "llama-2-7b", 32, 1024, NEW, PLANS, QUARTER, BOTH),
     # Activations are twice as many bytes as K and V here: 69 GB, whose pinning alone would take a minute.
-    Case("w5", "llama-3-8b", 64, 4096, NEW, ("keys_values", "device"), HALF, BOTH, ("keys_values",)),
+    Case("w5", "llama-3-8b", 64, 4096, NEW, ("keys_values", "device"), HALF, BOTH),
     Case("w6", "opt-30b", 16, 1024, NEW, PLANS, QUARTER, OFFLOADED),
     # Heads wider than their share of the hidden size: activations are three eighths of the bytes of K and V.
     Case("gemma", "gemma-7b", 32, 1024, NEW, ("keys_values", "activations", "device"), NONE, ()),
@@ -117,21 +119,23 @@ CASES = (
         Case(f"batch-{batch}", "opt-6.7b", batch, 1024, NEW, HOSTED, (), OFFLOADED, (), ("batches",))
         for batch in (1, 8, 16, 48)
     ),
-    # What the device may hold of the cache is nothing: on an H200 all of it would fit. There are few of them, since a
-    # program of eight groups takes half a minute to compile.
+    # 8 GiB of device memory have room for the tails and little else, so that K and V are sent as well. A step takes
+    # from half a second to three: some of them say how long.
     *(
         Case(
             f"weights-{prompt}-{order}",
             "opt-6.7b",
             32,
             prompt,
-            plans=("keys_values",) if order == "column" else (),
-            rooms=NONE,
+            plans=("keys_values", AUTO) if order == "column" else (AUTO,),
             quick=(AUTO,) if (prompt, order) == (256, "column") else (),
             sets=("weights",),
             weights="host",
             groups=8,
             order=order,
+            tail=NEW,
+            steps=12,
+            device_gib=8,
         )
         for prompt in (256, 512)
         for order in ("column", "row")
@@ -252,13 +256,16 @@ def _tasks_of(case: Case, peers: Sequence[str], dtype: str, host_gib: float | No
     own += [] if case.weights == "device" else [f"--weights={case.weights}"]
     own += [] if case.groups == 1 else [f"--groups={case.groups}"]
     own += [] if case.order is None else [f"--order={case.order}"]
+    own += [] if case.tail is None else [f"--tail={case.tail}"]
+    own += [] if case.steps is None else [f"--steps={case.steps}"]
     own += [] if case.device_gib is None else [f"--device_memory_gib={case.device_gib:g}"]
-    # First, since it times the layers, which is kept, and helps to predict the others.
+    # AUTO times the layers, which is kept, and helps to predict the others: it is first where it has a process.
     for room in case.rooms:
         gib = device_bytes(case, dtype, room) / GIB
         yield Task(case, AUTO, (*own, f"--device_memory_gib={gib:.3f}"), room)
+    own += [] if AUTO in case.plans else ["--notime_layers"]
     for plan in case.plans:
-        yield Task(case, plan, (*own, "--notime_layers"))
+        yield Task(case, plan, tuple(own))
     for peer in case.peers:
         if peer in peers:
             yield Task(case, peer, (PEER, *common))
@@ -278,7 +285,7 @@ def planned(case: Case, name: str, dtype: str) -> Plan:
     """The plan of that name for the workload; where AUTO says where weights are, it has them on the device."""
     shape = shape_of(case, dtype)
     weights = None if case.weights == AUTO else named_weights(case.weights, len(shape.layers))
-    return plan_for(name, shape, case.work, weights=weights, groups=case.groups, order=case.order)
+    return plan_for(name, shape, case.work, weights=weights, groups=case.groups, order=case.order, tail=case.tail)
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------
