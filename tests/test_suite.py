@@ -333,7 +333,7 @@ def test_rows_have_the_names_and_the_commands_of_their_tasks(benchmark, tmp_path
         ("other", "activations", None),
     ]
     assert [row["command"] for row in document["rows"]] == [task.command for task in tasks]
-    assert all(row["seconds"] > 0 for row in document["rows"])
+    assert 0 < sum(row["seconds"] for row in document["rows"]) < 60
     assert document["skipped"] == document["failed"] == []
     rows = tables.read_file(tmp_path / "a.json")  # as the README does
     assert all(row["commit"] == "abc" and row["copy_gbps"] == 50.0 and row["off"] is None for row in rows)
