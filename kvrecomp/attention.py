@@ -213,7 +213,7 @@ def attend(query: Query, cached: Sequence[Cached], method: Method) -> list[Parti
 
     `method` says how activations are used: "absorb" what can be, or "recompute" K and V from them.
     """
-    scored = [_score(query, tokens, method) for tokens in cached]
+    scored = [_score(query, tokens, method, apart=len(cached) > 1) for tokens in cached]
     partials = []
     for mixes in ("values", "activations"):
         own = [(scores, mixable) for scores, mixable, kind in scored if kind == mixes]
@@ -222,8 +222,19 @@ def attend(query: Query, cached: Sequence[Cached], method: Method) -> list[Parti
     return partials
 
 
-def _score(query: Query, cached: Cached, method: Method) -> tuple[Array, Array, Mixes]:
-    """float32[b, k, g, s] scores, and what is to be mixed with their weights: V [s, b, k, d] or x [s, b, h]."""
+def _score(query: Query, cached: Cached, method: Method, apart: bool) -> tuple[Array, Array, Mixes]:
+    """float32[b, k, g, s] scores, and what is to be mixed with their weights: V [s, b, k, d] or x [s, b, h].
+
+    Kept `apart`, the query is an operand that products with other tokens do not share. XLA would make one of two that
+    share one, where one is small, and copy their other operands together for that: with the tail, at every step, all
+    that is cached on the device.
+    """
+
+    def own(query_side: Array) -> Array:
+        if not apart:
+            return query_side
+        return jax.lax.optimization_barrier((query_side, cached.tensors[0]))[0]
+
     projections = query.projections
     if cached.form == "keys_values":
         key, mixable = cached.tensors
@@ -236,10 +247,11 @@ def _score(query: Query, cached: Cached, method: Method) -> tuple[Array, Array, 
         mixable, mixes = (projections.values(x), "values") if recompute else (x, "activations")
     if key is None:
         absorbed, constant = query.absorbed
-        scores = jnp.einsum("bkgh,sbh->bkgs", absorbed, mixable, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bkgh,sbh->bkgs", own(absorbed), mixable, preferred_element_type=jnp.float32)
         scores = scores if constant is None else scores + constant[..., None]
     else:
-        scores = jnp.einsum("bkgd,sbkd->bkgs", query.heads, key, preferred_element_type=jnp.float32)
+        heads = query.heads if query.heads.shape[2] == 1 else own(query.heads)  # of one each, XLA makes no products
+        scores = jnp.einsum("bkgd,sbkd->bkgs", heads, key, preferred_element_type=jnp.float32)
     seen = visible(cached.slots, query.padding, query.slot[None], projections.sliding_window)[0]
     return jnp.where(seen.T[:, None, None], projections.bound(scores), MASKED), mixable, mixes
 

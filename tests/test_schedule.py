@@ -20,6 +20,8 @@ from experiments.support import xplane
 from kvrecomp import runtime
 from kvrecomp.budget import prefill_bytes
 from kvrecomp.holds import COPIES_AHEAD
+from kvrecomp.named import named_plan
+from kvrecomp.plan import BlockSpec, LayerPlan
 from models import LlamaConfig, OPTConfig
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax's CUDA 13 plugin: pip install '.[schedule]'")
@@ -39,6 +41,7 @@ device_description_str: "NVIDIA H200"
 MIB = 2**20
 CONFIG = OPTConfig("guard", layers=4, hidden=1024, heads=8, intermediate=1024, vocab=512, positions=2048)
 BLOCK = 16 * MIB  # 1024 tokens of 8 rows in bfloat16
+LLAMA = LlamaConfig("grouped", layers=6, hidden=1024, heads=8, kv_heads=2, intermediate=2816, vocab=512, positions=8192)
 WORK = kvrecomp.Workload(batch=8, prompt=1024, new=512)
 COMPUTE = {"fusion", "custom-call", "dot", "while"}
 
@@ -48,7 +51,7 @@ def compile_step(
 ) -> tuple[str, int]:
     """The program of a step compiled for an H200, as text, and its temporary device memory in bytes."""
     model = config.build(dtype="bfloat16", rngs=None)
-    plan = kvrecomp.named_plan(name, model.shape, work, window=window, tail=64)
+    plan = named_plan(name, model.shape, work, window=window, tail=64)
     return compile_plan(runtime.Decoder(model, plan), write_outs)
 
 
@@ -164,7 +167,7 @@ def test_kvpr_sends_activations_and_recomputes_from_them_under_the_copy_of_keys_
 def test_weights_are_copied_once_for_all_groups_and_under_compute():
     """Each layer's six matrices, and a block of each of two groups."""
     config = dataclasses.replace(CONFIG, layers=3)
-    plan = kvrecomp.named_plan("activations", config.shape, WORK, window=4 * BLOCK, tail=64)
+    plan = named_plan("activations", config.shape, WORK, window=4 * BLOCK, tail=64)
     plan = dataclasses.replace(kvrecomp.with_host_weights(plan, 1.0), groups=2, order="column")
     model = models.create(config, sharding=kvrecomp.placement(plan))
     text, temporary = compile_plan(runtime.Decoder(model, plan))
@@ -218,6 +221,17 @@ def test_the_link_has_a_copy_to_carry_while_anything_is_computed(hidden, heads, 
     assert not computed_without_a_copy(text)
 
 
+@pytest.mark.parametrize(("config", "form"), [(LLAMA, "keys_values"), (CONFIG, "activations")])
+def test_what_is_on_the_device_is_not_copied(config, form):
+    """Scores of a block and of the tail are products of one query; as one product they would need one operand."""
+    config = dataclasses.replace(config, layers=2)
+    layer = LayerPlan((BlockSpec(form, "device", WORK.prompt),), form, ("device",))
+    plan = dataclasses.replace(named_plan("device", config.shape, WORK, tail=64), layers=(layer,) * 2)
+    _, temporary = compile_plan(runtime.Decoder(config.build(dtype="bfloat16", rngs=None), plan))
+    arrays = 2 if form == "keys_values" else 1
+    assert temporary < WORK.batch * WORK.prompt * config.shape.layers[0].width(form) * 2 / arrays / 4
+
+
 def kernels(text: str) -> set[str]:
     """The computations that become kernels, values in them named by their order."""
     computations = [each for each in text.split("\n\n") if re.match(r"\s*%(fused|gemm_fusion|wrapped)", each)]
@@ -241,9 +255,6 @@ def test_a_program_for_one_more_block_has_no_new_kernels():
     assert not third - second
 
 
-LLAMA = LlamaConfig("grouped", layers=6, hidden=1024, heads=8, kv_heads=2, intermediate=2816, vocab=512, positions=8192)
-
-
 @pytest.mark.parametrize(
     ("config", "name", "batch", "prompt"),
     [
@@ -253,7 +264,7 @@ LLAMA = LlamaConfig("grouped", layers=6, hidden=1024, heads=8, kv_heads=2, inter
 )
 def test_a_prefill_has_the_intermediate_results_of_one_layer_on_the_device(config, name, batch, prompt):
     """Not of six: what is said is enough, and not much more than that."""
-    plan = kvrecomp.named_plan(name, config.shape, kvrecomp.Workload(batch, prompt, 16))
+    plan = named_plan(name, config.shape, kvrecomp.Workload(batch, prompt, 16))
     decoder = runtime.Decoder(config.build(dtype="bfloat16", rngs=None), plan)
     _, temporary = compile_traced(decoder._trace_prefill())
     estimate = prefill_bytes(plan.shape, plan.workload)
