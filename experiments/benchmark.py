@@ -25,12 +25,13 @@ import kvrecomp
 import models
 from experiments.support import script, turns
 from experiments.support.report import after_warm_up, run_info
+from kvrecomp import memory
 from kvrecomp.cost import median_write_outs, plan_costs
 from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_weights
-from kvrecomp.plan import AUTO, MIB
+from kvrecomp.plan import AUTO, GIB, MIB
 from kvrecomp.profile_machine import copy_rate
 from kvrecomp.programs import side_by_side
 from kvrecomp.sampling import Sampling
@@ -201,8 +202,11 @@ def main(_: list[str]) -> None:
         weights = tuple(layer.weights for layer in plan_for(AUTO, shape).layers)
     else:
         weights = named_weights(_WEIGHTS.value, len(shape.layers))
-    named = [plan_for(name, shape, weights=weights) for name in {"device", *_PLANS.value} - {AUTO}]
+    forms = {"keys_values", "activations"} if AUTO in _PLANS.value else set()  # in which AUTO may keep the cache
+    named = [plan_for(name, shape, weights=weights) for name in {"device", *forms, *_PLANS.value} - {AUTO}]
     sharding = kvrecomp.placement(named[0])  # the same for all of them
+    hosted = [sum(kvrecomp.memory_needed(plan)["host"].values()) for plan in named]
+    memory.limit_pinned(max(_COPY_GIB.value * GIB, *hosted))
     with turns.preparing():
         model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value, sharding=sharding)
     with turns.measuring():

@@ -31,6 +31,7 @@ from experiments.support.one_step import NEW, step_seconds, with_positions
 from experiments.support.predictions import Measured
 from experiments.support.report import run_info
 from experiments.support.rooms import device_bytes
+from kvrecomp import memory
 from kvrecomp.cost import plan_costs
 from kvrecomp.files import write_json
 from kvrecomp.hardware import HardwareProfile
@@ -244,8 +245,9 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     else:
         batches, cached = [int(each) for each in given.batches], [int(each) for each in given.cached]
         rooms = [float(each) for each in given.rooms]
-        rows, document = [], document_of([], None, given.commit)
         host = given.host_memory_gib * GIB
+        memory.limit_pinned(host)
+        rows, document = [], document_of([], None, given.commit)
         for machine, own in run(given.models, batches, cached, rooms, given.layers, host, console):
             rows += own
             document = document_of(rows, machine, given.commit)

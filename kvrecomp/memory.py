@@ -1,10 +1,14 @@
 """Device and host memory: shardings of each kind, the pinned pool, and how much is free.
 
 Host blocks live in pinned memory, which the GPU's copy engines read at the link's full rate. XLA caps its pinned pool
-at 64 GB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set before the backend starts. Importing kvrecomp sets it to the
-machine's memory when it still can.
+at 64 GB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set before the backend starts. Importing kvrecomp sets it to what
+is free when it still can.
+
+The pool grows by as much again as it has, up to its cap: 34 GB of blocks pin 64, and 66 pin 128, which a machine may
+not have. Who knows what will be needed says so with `limit_pinned`.
 """
 
+import contextlib
 import functools
 import os
 import pathlib
@@ -15,10 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Sharding, SingleDeviceSharding
 
-from kvrecomp.plan import Memory
+from kvrecomp.plan import GIB, Memory
 
 LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _DEFAULT_LIMIT_GB = 64
+_UNPINNED = 0.05  # of what is free is left to the system
+_WASTE = 4 * GIB  # of the pool: ends of its pieces that are too short for a block
 _KINDS = {"device": "device", "host": "pinned_host"}
 
 
@@ -63,17 +69,19 @@ def one_number(memory: Memory, dtype: str) -> jax.Array:
     return jax.device_put(np.zeros((), jnp.dtype(dtype)), sharding(memory))
 
 
-def _proc_meminfo(field: str) -> int:
-    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/meminfo has no {field}")
-
-
 def raise_pinned_limit() -> None:
-    """Lets the pinned pool grow to the machine's memory, unless the variable is set or the backend has started."""
+    """Lets the pinned pool grow to what is free, unless the variable is set or the backend has started."""
     if LIMIT_VARIABLE not in os.environ and not backend_started():
-        os.environ[LIMIT_VARIABLE] = str(max(_DEFAULT_LIMIT_GB, total_host_bytes() // 10**9))
+        os.environ[LIMIT_VARIABLE] = str(int(_available() * (1 - _UNPINNED) / 10**9))
+
+
+def limit_pinned(needed: float) -> None:
+    """Lets the pinned pool grow to so many bytes and little more, unless it may not anyway or the backend has started.
+
+    What is pinned in excess takes seconds, and memory from others.
+    """
+    if not backend_started():
+        os.environ[LIMIT_VARIABLE] = str(min(pinned_limit(), int(needed + _WASTE)) // 10**9)
 
 
 def pinned_limit() -> int:
@@ -82,14 +90,39 @@ def pinned_limit() -> int:
 
 
 def total_host_bytes() -> int:
-    """Host memory of the machine, in bytes."""
-    return _proc_meminfo("MemTotal")
+    """Host memory of the machine, or of the control group (a container's) that this process is in, in bytes."""
+    return min([_proc_meminfo("MemTotal"), *(limit for limit, _ in _control_groups())])
 
 
 def free_host_bytes() -> int:
     """Host memory that is available now, in bytes; half of it where the device is the CPU, which has the other half."""
-    available = _proc_meminfo("MemAvailable")
-    return available if _device_limits() else available // 2
+    return _available() if _device_limits() else _available() // 2
+
+
+def _available() -> int:
+    return min([_proc_meminfo("MemAvailable"), *(max(0, limit - used) for limit, used in _control_groups())])
+
+
+def _proc_meminfo(field: str) -> int:
+    for line in pathlib.Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/meminfo has no {field}")
+
+
+def _control_groups(root: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> list[tuple[int, int]]:
+    """Limit and use, in bytes, of this container's memory in either version of the kernel's control groups; nothing
+    where there is no limit. Files that can be dropped from the cache do not count as used."""
+    found = []
+    for folder, limit, used, dropped in (
+        (root, "memory.max", "memory.current", "inactive_file"),
+        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        with contextlib.suppress(OSError, ValueError, KeyError):  # ValueError: the limit is "max"
+            most = int((folder / limit).read_text())
+            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+            found.append((most, int((folder / used).read_text()) - int(stat[dropped])))
+    return found
 
 
 def free_device_bytes() -> int:

@@ -210,6 +210,7 @@ def test_what_is_free_bounds_a_plan_without_a_budget(monkeypatch):
 
 def test_on_a_cpu_both_memories_are_the_same(monkeypatch):
     monkeypatch.setattr(memory, "_proc_meminfo", lambda field: 1000)
+    monkeypatch.setattr(memory, "_control_groups", lambda: [])
     assert memory.free_host_bytes() == memory.free_device_bytes() == 500
     monkeypatch.setattr(memory, "_device_limits", lambda: {"bytes_limit": 70, "bytes_in_use": 11})
     assert (memory.free_host_bytes(), memory.free_device_bytes()) == (1000, 59)
@@ -236,22 +237,57 @@ def test_the_pinned_pool_is_named_where_it_is_the_limit(monkeypatch):
 @pytest.mark.parametrize(
     ("before", "given", "expected"),
     [
-        ("", None, str(max(64, memory._proc_meminfo("MemTotal") // 10**9))),
-        ("", "17", "17"),
-        ("import jax; jax.devices()", None, "None"),
+        ("", None, ["95", "7"]),
+        ("", "17", ["17", "7"]),
+        ("", "5", ["5", "5"]),
+        ("import jax; jax.devices()", None, ["None", "None"]),
     ],
-    ids=["raised", "the user's own", "too late"],
+    ids=["what is free", "the user's own", "less than what is needed", "too late"],
 )
-def test_the_pinned_pool_is_raised_on_import(before, given, expected):
-    """Unless it was set, or the backend has started: then it is what XLA took it to be, and plans are held to that."""
-    program = f"{before}\nimport os, kvrecomp\nprint(os.environ.get('{memory.LIMIT_VARIABLE}'), memory.pinned_limit())"
+def test_the_pinned_pool_may_grow_to_what_is_free_and_then_to_what_is_needed(before, given, expected):
+    """Unless the backend has started: then it is what XLA took it to be, and plans are held to that."""
+    program = f"""
+{before}
+import os, pathlib
+read = pathlib.Path.read_text
+mine = "MemTotal: 300000000 kB\\nMemAvailable: {10**8 * 1000 // 1024} kB"
+pathlib.Path.read_text = lambda self, *given: mine if str(self) == "/proc/meminfo" else read(self, *given)
+import kvrecomp
+from kvrecomp import memory
+for step in range(2):
+    limit = os.environ.get(memory.LIMIT_VARIABLE)
+    assert memory.pinned_limit() == int(limit or 64) * 10**9
+    print(limit)
+    memory.limit_pinned(3 * 10**9)  # and 4 GiB
+"""
     environment = {name: value for name, value in os.environ.items() if name != memory.LIMIT_VARIABLE}
     environment |= {"PYTHONPATH": str(Path(kvrecomp.__file__).parent.parent), "JAX_PLATFORMS": "cpu"}
     environment |= {memory.LIMIT_VARIABLE: given} if given else {}
-    program = program.replace("import os, kvrecomp", "import os, kvrecomp; from kvrecomp import memory")
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True)
-    limit = 64 if expected == "None" else int(expected)
-    assert done.stdout.split() == [expected, str(limit * 10**9)]
+    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == expected, done.stderr
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_has_the_memory_of_its_control_group(monkeypatch, tmp_path, version):
+    """Where it has less than the machine. What the system may drop from its cache is not used."""
+    folder = tmp_path / "memory" if version == 1 else tmp_path
+    folder.mkdir(exist_ok=True)
+    names = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
+    for name, size in zip(names, (700, 300)):
+        (folder / f"memory.{name}").write_text(f"{size}\n")
+    dropped = "total_inactive_file" if version == 1 else "inactive_file"
+    (folder / "memory.stat").write_text(f"anon 150\n{dropped} 110\n")
+    found = memory._control_groups(tmp_path)
+    assert found == [(700, 190)]
+    monkeypatch.setattr(memory, "_control_groups", lambda: found)
+    monkeypatch.setattr(memory, "_proc_meminfo", {"MemTotal": 1000, "MemAvailable": 600}.get)
+    monkeypatch.setattr(memory, "_device_limits", lambda: {"bytes_limit": 70, "bytes_in_use": 11})
+    assert (memory.total_host_bytes(), memory.free_host_bytes()) == (700, 510)
+
+
+def test_a_control_group_without_a_limit_is_none(tmp_path):
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory._control_groups(tmp_path) == memory._control_groups(tmp_path / "missing") == []
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------
