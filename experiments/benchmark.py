@@ -13,7 +13,6 @@ import functools
 import gc
 import json
 import statistics
-import time
 
 import jax
 import numpy as np
@@ -41,7 +40,11 @@ _BATCH = flags.DEFINE_integer("batch", 8, "Rows decoded together.")
 _PROMPT = flags.DEFINE_integer("prompt", 256, "Tokens in each prompt.")
 _NEW = flags.DEFINE_integer("new", 32, "New tokens per row.")
 _STEPS = flags.DEFINE_integer("steps", None, "Most steps to run of a plan; default: all that --new has.", lower_bound=1)
-_PLANS = flags.DEFINE_list("plans", ["auto", "activations", "keys_values"], "Plans: auto, or as named_plan has them.")
+_PLANS = flags.DEFINE_list(
+    "plans",
+    ["auto", "activations", "keys_values"],
+    "Plans: auto, auto:F (within F GiB of device memory), or as named_plan has them.",
+)
 _WEIGHTS = flags.DEFINE_string(
     "weights", "device", "Where the layers' weights are: device, host, the fraction of layers on the host, or auto."
 )
@@ -70,14 +73,16 @@ _COMMIT = flags.DEFINE_string("commit", "", "Recorded as the commit, where git c
 class Row:
     """One plan measured on one workload; milliseconds are per decode step, bytes are bytes.
 
-    `device_budget` is the device memory in bytes that the plan was to keep to; None: what was free. `compile_s` are the
-    seconds that the step's program took, beside others; `step_ms` has every step that was run.
+    `asked` is the plan's name as it was given. `device_budget` is the device memory in bytes that the plan was to keep
+    to; None: what was free. `compile_s` are the seconds that the step's program took, beside others, and `prefill_s`
+    those until all rows have their first token. `step_ms` has every step that was run.
     """
 
     model: str
     batch: int
     prompt: int
     new: int
+    asked: str
     plan: str
     weights: str
     groups: int
@@ -99,6 +104,20 @@ class Row:
     step_ms: list[float]
 
 
+def within(asked: str, budget: kvrecomp.Budget) -> tuple[str, kvrecomp.Budget]:
+    """The name of a plan that was asked for, and the budget that it is to keep to.
+
+    Raises ValueError where auto:F has no number.
+    """
+    name, _, gib = asked.partition(":")
+    if name != AUTO or name == asked:
+        return asked, budget
+    try:
+        return name, dataclasses.replace(budget, device=float(gib) * GIB)
+    except ValueError as error:
+        raise ValueError(f"--plans has {asked!r}; expected {AUTO}:F, with F GiB of device memory") from error
+
+
 def compile_first(decoder: kvrecomp.Decoder) -> None:
     """Compiles what decoding starts with; what fails is said when the plan's turn comes."""
     with contextlib.suppress(Exception):
@@ -107,25 +126,24 @@ def compile_first(decoder: kvrecomp.Decoder) -> None:
 
 def measure(
     decoder: kvrecomp.Decoder,
+    asked: str,
     budget: kvrecomp.Budget,
     machine: HardwareProfile,
     copy_bytes_per_second: float,
     seed: int = 0,
     steps: int | None = None,
 ) -> Row:
-    """Runs the plan's workload on random prompts, or so many steps of it; the first group's prefill is timed once it is
-    compiled."""
+    """Runs the plan's workload on random prompts, or so many steps of it, once its programs are compiled and loaded."""
     plan = decoder.plan
     work, new = plan.workload, min(plan.workload.new, 1 + (steps or plan.workload.new))
     hosted = sum(layer.weights == "host" for layer in plan.layers) / len(plan.layers)
     ids = np.random.default_rng(seed).integers(3, plan.shape.vocab, (plan.rows, work.prompt), np.int32)
+    loop = TokenLoop(decoder, Sampling(), [], 0)
     with turns.preparing():
-        jax.block_until_ready(decoder.prefill(ids[: work.batch]))
+        loop.run(ids, None, 1)
+    gc.collect()  # its cache is gone before the next one is made
     with turns.measuring():
-        started = time.perf_counter()
-        jax.block_until_ready(decoder.prefill(ids[: work.batch]))
-        prefill_seconds = time.perf_counter() - started
-        result = TokenLoop(decoder, Sampling(), [], 0).run(ids, None, new)
+        result = loop.run(ids, None, new)
     seconds, sent = after_warm_up(result.step_seconds), after_warm_up(result.link_bytes)
     median, write_outs = statistics.median(seconds), median_write_outs(plan, new)
     stats = jax.devices()[0].memory_stats() or {}
@@ -135,6 +153,7 @@ def measure(
         batch=work.batch,
         prompt=work.prompt,
         new=work.new,
+        asked=asked,
         plan=plan.name,
         weights={0: "device", 1: "host"}.get(hosted, f"{hosted:g}"),
         groups=plan.groups,
@@ -151,7 +170,7 @@ def measure(
         peak_device_bytes=stats.get("peak_bytes_in_use"),
         temp_bytes=decoder.compiled["step", 0].temp_bytes,
         compile_s=decoder.compiled["step", 0].seconds,
-        prefill_s=prefill_seconds,
+        prefill_s=result.prefill_seconds,
         programs=len(decoder.compiled),
         step_ms=[round(1e3 * each, 2) for each in result.step_seconds],
     )
@@ -202,8 +221,10 @@ def main(_: list[str]) -> None:
         weights = tuple(layer.weights for layer in plan_for(AUTO, shape).layers)
     else:
         weights = named_weights(_WEIGHTS.value, len(shape.layers))
-    forms = {"keys_values", "activations"} if AUTO in _PLANS.value else set()  # in which AUTO may keep the cache
-    named = [plan_for(name, shape, weights=weights) for name in {"device", *forms, *_PLANS.value} - {AUTO}]
+    asked = [(each, *within(each, budget)) for each in _PLANS.value]
+    names = {"device", *(name for _, name, _ in asked)}
+    forms = {"keys_values", "activations"} if AUTO in names else set()  # in which AUTO may keep the cache
+    named = [plan_for(name, shape, weights=weights) for name in (names | forms) - {AUTO}]
     sharding = kvrecomp.placement(named[0])  # the same for all of them
     hosted = [sum(kvrecomp.memory_needed(plan)["host"].values()) for plan in named]
     memory.limit_pinned(max(_COPY_GIB.value * GIB, *hosted))
@@ -213,12 +234,14 @@ def main(_: list[str]) -> None:
         rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)))
         machine = kvrecomp.profile(model if _LAYERS.value else None, batch=work.batch)
     rows, about, document = [], run_info(_COMMIT.value), {}
-    plans = [plan_for(name, model.shape, weights=weights, profile=machine) for name in _PLANS.value]
-    decoders = [kvrecomp.Decoder(model, plan, budget=budget) for plan in plans]
+    decoders = []
+    for each, name, own in asked:
+        plan = plan_for(name, model.shape, weights=weights, profile=machine, budget=own)
+        decoders.append((kvrecomp.Decoder(model, plan, budget=own), each, own))
     with turns.preparing():
-        side_by_side(compile_first, decoders)
+        side_by_side(compile_first, [decoder for decoder, *_ in decoders])
     while decoders:
-        rows.append(measure(decoders.pop(0), budget, machine, rate, _SEED.value, _STEPS.value))
+        rows.append(measure(*decoders.pop(0), machine, rate, _SEED.value, _STEPS.value))
         gc.collect()  # a decoder's cache is gone before the next one's is made
         document = about | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}
         if _OUT.value:

@@ -65,6 +65,7 @@ def test_a_row_has_the_fields_of_ours():
         "batch": 3,
         "prompt": 7,
         "new": 11,
+        "asked": "huggingface",
         "plan": "huggingface",
         "median_ms": 250.0,
         "p95_ms": pytest.approx(385.0),

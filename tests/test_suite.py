@@ -55,7 +55,8 @@ for plan in given["plans"].split(",") if "plans" in given else [given["peer"]]: 
         time.sleep(float(given["new"]))
         sys.exit(1)
     sizes = {name: given[name] if name == "model" else int(given[name]) for name in ("model", "batch", "prompt", "new")}
-    rows.append({**sizes, "plan": plan, "median_ms": 7.0, "link_bytes": 0, "link_efficiency": None})
+    name = plan.partition(":")[0] if plan.startswith("auto") else plan
+    rows.append({**sizes, "asked": plan, "plan": name, "median_ms": 7.0, "link_bytes": 0, "link_efficiency": None})
     beside = pathlib.Path(given["out"] + ".partial")
     beside.write_text(json.dumps({"copy_gbps": 50.0, "rows": rows}))
     os.replace(beside, given["out"])
@@ -116,7 +117,7 @@ def test_the_workloads_that_results_are_quoted_on():
         ("w5", "llama-3-8b", 64, 4096, 32),
         ("w6", "opt-30b", 16, 1024, 32),
     ]
-    batches = itertools.product(("opt-6.7b",), (1, 8, 16, 32, 48), (1024,), (32,))
+    batches = itertools.product(("opt-6.7b",), (1, 8, 32, 48), (1024,), (32,))
     assert sizes(workloads.select(CASES, ["batches"])) == set(batches)
     cached = itertools.product(("opt-6.7b",), (32,), (128, 512, 1024, 1984), (32,))
     assert sizes(workloads.select(CASES, ["cached"])) == set(cached)
@@ -173,23 +174,27 @@ def test_a_short_run_measures_some_rows_by_the_same_commands():
 
 
 def test_a_command_measures_one_row():
-    room, first, second, peer = tasks_of(
-        small("activations", "split:0.5", rooms=[50], peers=["huggingface"]), peers=["huggingface"], host_gib=7.5
+    first, second, room, peer = tasks_of(
+        small("activations", "split:0.5", rooms=[50], peers=["huggingface"], steps=2),
+        peers=["huggingface"],
+        host_gib=7.5,
     )
     sizes = "--model=opt-125m --batch=2 --prompt=5 --new=3 --dtype=bfloat16"
-    own = f"python experiments/benchmark.py {sizes} --host_memory_gib=7.5 --notime_layers"
+    own = f"python experiments/benchmark.py {sizes} --steps=2 --host_memory_gib=7.5"
     assert first.command == f"{own} --plans=activations" and second.command == f"{own} --plans=split:0.5"
-    assert workloads.arguments([first, second])[-2:] == ["--notime_layers", "--plans=activations,split:0.5"]
+    assert workloads.arguments([first, second])[-2:] == ["--host_memory_gib=7.5", "--plans=activations,split:0.5"]
     assert peer.command == f"python experiments/peers.py {sizes} --peer=huggingface"
     assert [task.peer for task in (room, first, peer)] == [False, False, True]
+    (alone,) = tasks_of(small("activations"))
+    assert alone.command == f"python experiments/benchmark.py {sizes} --notime_layers --plans=activations"
     # 2 rows of 5 tokens, K and V of 768 numbers of 2 bytes, in 12 layers: half of them beside what else is needed.
-    given = float(room.command.partition("--device_memory_gib=")[2].split()[0]) * GIB
+    given = float(room.command.partition("--plans=auto:")[2]) * GIB
     plan = named_plan("keys_values", models.preset("opt-125m").shape, kvrecomp.Workload(2, 5, 3))
     needed = sum(kvrecomp.memory_needed(plan)["device"].values())
     assert given == pytest.approx(needed + 2 * 5 * 2 * 768 * 2 * 12 / 2, abs=GIB / 1000)
     assert str(room) == "small auto with room for 50 %" and str(first) == "small activations"
     (grouped,) = tasks_of(small("auto", weights="auto", groups=3, order="column", tail=7, steps=5, device_gib=16))
-    flags = "--weights=auto --groups=3 --order=column --tail=7 --steps=5 --device_memory_gib=16 --plans=auto"
+    flags = "--steps=5 --weights=auto --groups=3 --order=column --tail=7 --device_memory_gib=16 --plans=auto"
     assert grouped.command == f"python experiments/benchmark.py {sizes} {flags}"
 
 
@@ -321,15 +326,16 @@ def test_neither_the_suite_nor_a_peer_starts_a_backend_of_jax():
 
 
 def test_rows_have_the_names_and_the_commands_of_their_tasks(benchmark, tmp_path):
-    cases = small("activations", "device", rooms=[25.0]), small("activations", name="other")
+    cases = small("activations", "device", rooms=[25.0, 50.0]), small("activations", name="other")
     tasks, results, out = tasks_of(*cases), results_at(tmp_path / "a.json"), console()
     measured(tasks, results, out)
     document = json.loads((tmp_path / "a.json").read_text())
     assert {name: document[name] for name in ABOUT} == ABOUT and document["copy_gbps"] == 50.0
     assert [(row["workload"], row["plan"], row["room"]) for row in document["rows"]] == [
-        ("small", "auto", 25.0),
         ("small", "activations", None),
         ("small", "device", None),
+        ("small", "auto", 25.0),
+        ("small", "auto", 50.0),
         ("other", "activations", None),
     ]
     assert [row["command"] for row in document["rows"]] == [task.command for task in tasks]
@@ -338,7 +344,7 @@ def test_rows_have_the_names_and_the_commands_of_their_tasks(benchmark, tmp_path
     rows = tables.read_file(tmp_path / "a.json")  # as the README does
     assert all(row["commit"] == "abc" and row["copy_gbps"] == 50.0 and row["off"] is None for row in rows)
     assert suite.show(tasks, results, out) == [] and "small device: 7.0 ms a step" in out.file.getvalue()
-    assert len({line.split()[1] for line in benchmark.with_suffix(".log").read_text().splitlines()}) == 3  # processes
+    assert len({line.split()[1] for line in benchmark.with_suffix(".log").read_text().splitlines()}) == 2  # processes
 
 
 def test_each_peer_has_a_process_of_its_own(benchmark, tmp_path, monkeypatch):

@@ -69,12 +69,12 @@ class Results:
         """Keeps and returns the rows that a process has measured of these tasks, from the document that it wrote, so
         many `seconds` after those before them: a row says what it took, the start of a process being the first one's.
         """
-        measured = {row["plan"]: row for row in document["rows"]}
+        measured = {row["asked"]: row for row in document["rows"]}
         rate = {name: document[name] for name in ("copy_gbps",) if name in document}  # of this process
-        found = [task for task in tasks if task.plan in measured]
+        found = [task for task in tasks if task.asked in measured]
         new = {}
         for task in found:
-            named = {"workload": task.case.name, "room": task.room} | measured[task.plan] | rate
+            named = {"workload": task.case.name, "room": task.room} | measured[task.asked] | rate
             about = {"seconds": round(seconds / len(found), 1), "commit": self.about["commit"], "command": task.command}
             new[task] = named | about
             self._forget(task)

@@ -29,7 +29,7 @@ from kvrecomp.named import named_plan, named_weights
 from kvrecomp.plan import AUTO, GIB, MEMORIES, Memory, ModelShape, Order, Plan, PlanError, Workload, format_bytes
 
 BENCHMARK, PEER = "experiments/benchmark.py", "experiments/peers.py"
-NEW = 32
+NEW, SOME = 32, 16  # tokens, and steps
 
 
 @dataclass(frozen=True)
@@ -97,18 +97,19 @@ OFFLOADED = ("huggingface_offloaded",)
 # Where activations are half of the bytes, a quarter of K and V is half of the cache.
 NONE, HALF, QUARTER = (0.0,), (50.0,), (25.0,)
 
+# Half of the steps say what one takes, of ours; others' first ones are slow. All of it should take less than an hour.
 CASES = (
     Case("w1", "opt-6.7b", 32, 1024, NEW, PLANS, QUARTER, BOTH, (*PLANS, AUTO, *BOTH), ("cached", "batches")),
-    Case("w2", "opt-6.7b", 64, 512, NEW, HOSTED, (), OFFLOADED, sets=("kvpr",)),
-    Case("w3", "opt-13b", 32, 1024, NEW, PLANS, QUARTER, OFFLOADED),
-    Case("w4", "llama-2-7b", 32, 1024, NEW, PLANS, QUARTER, BOTH),
+    Case("w2", "opt-6.7b", 64, 512, NEW, HOSTED, (), OFFLOADED, sets=("kvpr",), steps=SOME),
+    Case("w3", "opt-13b", 32, 1024, NEW, PLANS, QUARTER, OFFLOADED, steps=SOME),
+    Case("w4", "llama-2-7b", 32, 1024, NEW, PLANS, QUARTER, BOTH, steps=SOME),
     # Activations are twice as many bytes as K and V here: 69 GB, whose pinning alone would take a minute.
-    Case("w5", "llama-3-8b", 64, 4096, NEW, ("keys_values", "device"), HALF, BOTH),
-    Case("w6", "opt-30b", 16, 1024, NEW, PLANS, QUARTER, OFFLOADED),
+    Case("w5", "llama-3-8b", 64, 4096, NEW, ("keys_values", "device"), HALF, OFFLOADED, steps=SOME),
+    Case("w6", "opt-30b", 16, 1024, NEW, PLANS, QUARTER, OFFLOADED, steps=SOME),
     # Heads wider than their share of the hidden size: activations are three eighths of the bytes of K and V.
-    Case("gemma", "gemma-7b", 32, 1024, NEW, ("keys_values", "activations", "device"), NONE, ()),
+    Case("gemma", "gemma-7b", 32, 1024, NEW, ("keys_values", "activations", "device"), NONE, steps=SOME),
     *(
-        Case(f"cached-{prompt}", "opt-6.7b", 32, prompt, NEW, PLANS, (), BOTH, quick, ("cached",))
+        Case(f"cached-{prompt}", "opt-6.7b", 32, prompt, NEW, PLANS, (), BOTH, quick, ("cached",), steps=SOME)
         for prompt, quick in (
             (128, ("activations", "keys_values", *OFFLOADED)),
             (512, ()),
@@ -116,11 +117,10 @@ CASES = (
         )
     ),
     *(
-        Case(f"batch-{batch}", "opt-6.7b", batch, 1024, NEW, HOSTED, (), OFFLOADED, (), ("batches",))
-        for batch in (1, 8, 16, 48)
+        Case(f"batch-{batch}", "opt-6.7b", batch, 1024, NEW, HOSTED, sets=("batches",), steps=SOME)
+        for batch in (1, 8, 48)
     ),
-    # 8 GiB of device memory have room for the tails and little else, so that K and V are sent as well. A step takes
-    # from half a second to three: some of them say how long.
+    # 8 GiB of device memory have room for the tails of K and V, and for little else.
     *(
         Case(
             f"weights-{prompt}-{order}",
@@ -134,7 +134,7 @@ CASES = (
             groups=8,
             order=order,
             tail=NEW,
-            steps=12,
+            steps=SOME,
             device_gib=8,
         )
         for prompt in (256, 512)
@@ -152,7 +152,7 @@ CASES = (
             groups=8,
             device_gib=gib,
         )
-        for size, model, gib in (("6.7b", "opt-6.7b", 16), ("6.7b", "opt-6.7b", 12), ("30b", "opt-30b", 40))
+        for size, model, gib in (("6.7b", "opt-6.7b", 16), ("30b", "opt-30b", 40))
     ),
     *(
         Case(
@@ -165,6 +165,7 @@ CASES = (
             # The paper gains most after 128 tokens, with 128 new ones, which take a peer minutes after more.
             peers=OFFLOADED if prompt == 128 or new == 32 else (),
             sets=("kvpr",),
+            steps=new // 2,
         )
         for new in (32, 128)
         for size in ("6.7b", "13b")
@@ -212,10 +213,12 @@ def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
 
 @dataclass(frozen=True)
 class Task:
-    """A row to measure: `plan` is a plan's name or a peer's, `settings` are its script and flags without that one."""
+    """A row to measure: `plan` is a plan's name or a peer's, `asked` what its script is given for it, `settings` that
+    script and its other flags."""
 
     case: Case
     plan: str
+    asked: str
     settings: tuple[str, ...]
     room: float | None = None
 
@@ -237,7 +240,7 @@ class Task:
 def arguments(tasks: Sequence[Task]) -> list[str]:
     """Script and flags of a process that measures tasks with the same settings."""
     script, *rest = tasks[0].settings
-    plans = ",".join(task.plan for task in tasks)
+    plans = ",".join(task.asked for task in tasks)
     return [script, *rest, f"--peer={plans}" if tasks[0].peer else f"--plans={plans}"]
 
 
@@ -252,23 +255,21 @@ def make_tasks(
 def _tasks_of(case: Case, peers: Sequence[str], dtype: str, host_gib: float | None) -> Iterator[Task]:
     sizes = [f"--model={case.model}", f"--batch={case.batch}", f"--prompt={case.prompt}", f"--new={case.new}"]
     common = [*sizes, f"--dtype={dtype}"]
-    own = [BENCHMARK, *common, *([] if host_gib is None else [f"--host_memory_gib={host_gib:g}"])]
+    own = [BENCHMARK, *common, *([] if case.steps is None else [f"--steps={case.steps}"])]
+    own += [] if host_gib is None else [f"--host_memory_gib={host_gib:g}"]
     own += [] if case.weights == "device" else [f"--weights={case.weights}"]
     own += [] if case.groups == 1 else [f"--groups={case.groups}"]
     own += [] if case.order is None else [f"--order={case.order}"]
     own += [] if case.tail is None else [f"--tail={case.tail}"]
-    own += [] if case.steps is None else [f"--steps={case.steps}"]
     own += [] if case.device_gib is None else [f"--device_memory_gib={case.device_gib:g}"]
-    # AUTO times the layers, which is kept, and helps to predict the others: it is first where it has a process.
-    for room in case.rooms:
-        gib = device_bytes(case, dtype, room) / GIB
-        yield Task(case, AUTO, (*own, f"--device_memory_gib={gib:.3f}"), room)
-    own += [] if AUTO in case.plans else ["--notime_layers"]
+    own += [] if case.rooms or AUTO in case.plans else ["--notime_layers"]  # timed, they help to predict others too
     for plan in case.plans:
-        yield Task(case, plan, tuple(own))
+        yield Task(case, plan, plan, tuple(own))
+    for room in case.rooms:
+        yield Task(case, AUTO, f"{AUTO}:{device_bytes(case, dtype, room) / GIB:.3f}", tuple(own), room)
     for peer in case.peers:
         if peer in peers:
-            yield Task(case, peer, (PEER, *common))
+            yield Task(case, peer, peer, (PEER, *common))
 
 
 def shape_of(case: Case, dtype: str) -> ModelShape:
