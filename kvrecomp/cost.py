@@ -273,6 +273,23 @@ def median_write_outs(plan: Plan, new: int | None = None) -> int:
     return min(plan.write_outs, (new or plan.workload.new) // 2 // plan.tail)
 
 
+# Of compiling a step's program on an H200's machine, a layer, and for each further group that goes through it with the
+# others: h200_suite.json has 8 s for 32 layers of one group, and 36 to 48 s for those of eight.
+COMPILE_SECONDS, COMPILE_GROUP_SECONDS = 0.2, 0.15
+
+
+def decode_seconds(plan: Plan, step: float) -> float:
+    """Seconds of all of the workload's steps at `step` seconds each, and of waiting for programs.
+
+    A write-out needs a program with one more block. It is compiled while the tail fills, and waited for where that
+    takes longer.
+    """
+    steps = plan.workload.new - 1
+    waited_for = max(0, steps - 1) // plan.tail
+    compiling = len(plan.layers) * (COMPILE_SECONDS + COMPILE_GROUP_SECONDS * (plan.together - 1))
+    return steps * step + waited_for * max(0.0, compiling - plan.tail * step)
+
+
 # --- for comparison ---------------------------------------------------------------------------------------------------
 
 

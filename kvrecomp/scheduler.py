@@ -17,9 +17,10 @@ import functools
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvrecomp.budget import MARGIN, check_within, memory_needed, prefill_bytes, weights_in
-from kvrecomp.cost import StepCost, plan_costs
+from kvrecomp.cost import StepCost, decode_seconds, plan_costs
 from kvrecomp.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 from kvrecomp.holds import in_flight_bytes
 from kvrecomp.named import named_plan, spread, with_weights
@@ -97,8 +98,9 @@ def make_plan(
 
     What the budget leaves open is the profile's: its device memory and its host memory, less a margin. Chosen where
     they are not given: the memory of each layer's `weights`, the `order` of the groups, the `tail`, in tokens, by its
-    bytes, and the `window`, in bytes. There are `groups` of the workload's rows each; None splits its rows into as few
-    groups as are fastest, and the plan's workload is one of them.
+    bytes, or longer where steps would wait for programs, and the `window`, in bytes. There are `groups` of the
+    workload's rows each; None splits its rows into as few groups as are fastest, and the plan's workload is one of
+    them.
 
     Raises:
         PlanError: nothing fits; the message says what is needed and what would fit. A budget in the wrong unit.
@@ -106,25 +108,55 @@ def make_plan(
     if groups is not None and groups < 1:
         raise PlanError(f"groups is {groups}; it must be greater than zero, or None to split the rows")
     budget = resolve_budget(budget or Budget(), profile)
-    found: list[tuple[float, _Search, Plan]] = []
-    misfits: list[PlanError] = []
     splits = _splits(shape, workload, budget) if groups is None else [(groups, workload)]
     # Times are measured for one batch: those of another, estimated from the machine's rates, are not to be compared.
     comparable = profile if len(splits) == 1 else dataclasses.replace(profile, layers=())
-    for count, work in splits:
+
+    def search(count: int, work: Workload, tail: int | None) -> _Found:
         make = functools.partial(_Search, shape, work, profile, budget, tail, window, count, order)
-        search = _with_fewest_hosted(make, len(shape.layers)) if weights is None else make(tuple(weights))
+        own = _with_fewest_hosted(make, len(shape.layers)) if weights is None else make(tuple(weights))
+        plan = own.best()
+        return _Found(decode_seconds(plan, float(plan_costs(comparable, [plan]).seconds[0])), own, plan)
+
+    found: list[_Found] = []
+    misfits: list[PlanError] = []
+    for count, work in splits:
         try:
-            plan = search.best()
+            found.append(search(count, work, tail))
         except PlanError as misfit:
             misfits.append(misfit)
         else:
-            found.append((float(plan_costs(comparable, [plan]).seconds[0]), search, plan))
+            if tail is None:
+                found[-1] = _with_longer_tail(found[-1], functools.partial(search, count, work))
     if not found:
         raise misfits[0]
-    most = ALIKE * min(seconds for seconds, _, _ in found)
-    _, search, plan = next(own for own in found if own[0] <= most)
-    return dataclasses.replace(plan, reason=_reason(plan, search))
+    most = ALIKE * min(own.seconds for own in found)
+    _, chosen, plan = next(own for own in found if own.seconds <= most)
+    return dataclasses.replace(plan, reason=_reason(plan, chosen))
+
+
+class _Found(NamedTuple):
+    """A plan, the seconds of its whole workload, and the search that it is the best of."""
+
+    seconds: float
+    search: "_Search"
+    plan: Plan
+
+
+def _with_longer_tail(found: _Found, search: Callable[[int], _Found]) -> _Found:
+    """What a longer tail gives, as long as that takes less for the whole workload. A tail has to hold the tokens of the
+    time that the next program takes to compile, and takes room from blocks."""
+    plan = found.plan
+    longest = default_tail(plan.shape, plan.workload, plan.window, LARGEST_DEVICE)
+    while found.plan.write_outs and found.plan.tail < longest:
+        try:
+            longer = search(min(longest, 2 * found.plan.tail))
+        except PlanError:
+            break
+        if longer.seconds >= found.seconds:
+            break
+        found = longer
+    return found
 
 
 def default_order(hosted: bool, groups: int) -> Order:
@@ -223,8 +255,9 @@ class _Search:
     def _in_faster_order(self, plan: Plan) -> Plan:
         """The plan in column order where that is surely faster than its own."""
         column = dataclasses.replace(plan, order="column")
-        own_cost, column_cost = self.costs([plan, column])
-        if ALIKE * column_cost.seconds < own_cost.seconds:
+        costs = self.costs([plan, column])
+        own, other = (decode_seconds(each, float(cost.seconds)) for each, cost in zip((plan, column), costs))
+        if ALIKE * other < own:
             self.order = "column"  # its rivals' too
         return dataclasses.replace(plan, order=self.order)
 

@@ -188,6 +188,23 @@ def test_filling_up_changes_nothing(machine, tasks, more):
         assert not other[2:].any()
 
 
+@pytest.mark.parametrize("step", [0.01, 0.1, 0.5])
+@pytest.mark.parametrize(("tail", "together"), [(3, 1), (7, 1), (7, 3), (31, 3)])
+def test_a_workload_by_events(step, tail, together):
+    """A thread compiles the programs of the next two write-outs, one after the other, as soon as the one before ran."""
+    plan = replace(named_plan("activations", SHAPE, replace(WORK, new=29), tail=tail), groups=together, order="column")
+    compiling = 2 * (cost.COMPILE_SECONDS + cost.COMPILE_GROUP_SECONDS * (together - 1))
+    ready, now, asked = [0.0], 0.0, 0
+    for token in range(plan.workload.new - 1):
+        write_outs = token // tail
+        now = max(now, ready[write_outs])
+        for _ in range(asked, min(write_outs + 2, plan.write_outs)):
+            ready.append(max(ready[-1], now) + compiling)
+            asked += 1
+        now += step
+    assert cost.decode_seconds(plan, step) == pytest.approx(now)
+
+
 # --- monotone ---------------------------------------------------------------------------------------------------------
 
 NAMES = ["activations", "recompute", "keys_values", "split:0.5", "kvpr:0.7", "device:0.3", "device"]

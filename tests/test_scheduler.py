@@ -1,6 +1,7 @@
 """The scheduler: against brute force, within every budget, and the choices that one would make by hand."""
 
 import collections
+import functools
 import math
 import re
 from dataclasses import replace
@@ -508,13 +509,33 @@ def hosted(plan):
     return sum(layer.weights == "host" for layer in plan.layers)
 
 
+@pytest.mark.parametrize(
+    ("name", "groups", "new", "gib"),
+    [("opt-30b", 8, 32, 40), ("opt-30b", 8, 128, 40), ("opt-6.7b", 1, 128, 20.6), ("opt-6.7b", 1, 600, 60)],
+)
+def test_tails_hold_the_tokens_of_the_time_that_a_program_takes_to_compile(name, groups, new, gib):
+    """The whole workload takes no longer than with any tail that is a power of two; and much less than with 16."""
+    shape, work, budget = models.preset(name).shape, Workload(32, 256, new), Budget.of_gib(gib, 1000)
+    machine_plan = functools.partial(scheduler.make_plan, shape, work, machine("h200"), budget, groups=groups)
+
+    def whole(plan):
+        (step,) = plan_costs(machine("h200"), [plan]).seconds
+        return cost.decode_seconds(plan, float(step))
+
+    tails = [tail for tail in (16, 32, 64, 128, 256, 512) if tail <= new]
+    taken = {tail: whole(machine_plan(tail=tail)) for tail in tails}
+    chosen = whole(machine_plan())
+    assert chosen <= 1.01 * min(taken.values())
+    assert chosen < 0.8 * taken[16]
+
+
 @pytest.mark.parametrize("gib", [4, 6, 9, 13, 16, 40])
 def test_no_more_weights_leave_the_device_than_have_to(gib):
     """By hand: a layer takes 24 h^2 bytes, and a prefill has two that are on their way."""
     work, budget, layer = Workload(32, 512, 32), Budget.of_gib(gib, 1000), 2 * 12 * 4096**2
     plan = scheduler.make_plan(OPT, work, machine("h200"), budget)
     assert fits(plan, budget) and plan.tail >= 16
-    tail = 16 * 32 * 2 * 4096 * 32  # of 16 tokens, as activations
+    tail = plan.tail * 32 * 2 * 4096 * 32  # as activations
     needed = scheduler.prefill_bytes(OPT, work) + tail
     fewest = max(0, math.ceil((RESIDENT + 2 * layer + needed - budget.device) / layer))
     assert hosted(plan) == (0 if RESIDENT + needed <= budget.device else min(fewest, 32))
