@@ -10,8 +10,9 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parent.parent
 CODE = """
-import sys, time
+import signal, sys, time
 from experiments.support import script
+signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell has ignored in the background
 def main(words):
     print("begun", flush=True)
     {body}
