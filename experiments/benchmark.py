@@ -13,6 +13,8 @@ import functools
 import gc
 import json
 import statistics
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -28,9 +30,9 @@ from kvrecomp import memory
 from kvrecomp.cost import median_write_outs, plan_costs
 from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
-from kvrecomp.hardware import HardwareProfile
+from kvrecomp.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 from kvrecomp.named import named_weights
-from kvrecomp.plan import AUTO, GIB, MIB
+from kvrecomp.plan import AUTO, GIB, MIB, PlanError
 from kvrecomp.profile_machine import copy_rate
 from kvrecomp.programs import side_by_side
 from kvrecomp.sampling import Sampling
@@ -75,7 +77,8 @@ class Row:
 
     `asked` is the plan's name as it was given. `device_budget` is the device memory in bytes that the plan was to keep
     to; None: what was free. `compile_s` are the seconds that the step's program took, beside others, and `prefill_s`
-    those until all rows have their first token. `step_ms` has every step that was run.
+    those until all rows have their first token. `peak_device_bytes` is the most that the process has used by then, by
+    other plans before it too. `step_ms` has every step that was run.
     """
 
     model: str
@@ -107,40 +110,54 @@ class Row:
 def within(asked: str, budget: kvrecomp.Budget) -> tuple[str, kvrecomp.Budget]:
     """The name of a plan that was asked for, and the budget that it is to keep to.
 
-    Raises ValueError where auto:F has no number.
+    Raises ValueError where F of auto:F is no number of GiB that a device may have.
     """
     name, _, gib = asked.partition(":")
     if name != AUTO or name == asked:
         return asked, budget
     try:
-        return name, dataclasses.replace(budget, device=float(gib) * GIB)
-    except ValueError as error:
-        raise ValueError(f"--plans has {asked!r}; expected {AUTO}:F, with F GiB of device memory") from error
+        device = float(gib) * GIB
+    except ValueError:
+        device = 0.0
+    if not LEAST_DEVICE <= device <= LARGEST_DEVICE:
+        raise ValueError(f"--plans has {asked!r}; expected {AUTO}:F, with F GiB of device memory")
+    return name, dataclasses.replace(budget, device=device)
 
 
-def compile_first(decoder: kvrecomp.Decoder) -> None:
+def make_decoder(
+    model: Any, budget: kvrecomp.Budget, plan_of: Callable[[], kvrecomp.Plan]
+) -> kvrecomp.Decoder | PlanError:
+    """The decoder of a plan, or why there is none, which is said when its turn comes: others may have theirs before."""
+    try:
+        return kvrecomp.Decoder(model, plan_of(), budget=budget)
+    except PlanError as error:
+        return error
+
+
+def compile_first(decoder: kvrecomp.Decoder | PlanError) -> None:
     """Compiles what decoding starts with; what fails is said when the plan's turn comes."""
-    with contextlib.suppress(Exception):
-        decoder.compile()
+    if isinstance(decoder, kvrecomp.Decoder):
+        with contextlib.suppress(Exception):
+            decoder.compile()
 
 
 def measure(
     decoder: kvrecomp.Decoder,
     asked: str,
-    budget: kvrecomp.Budget,
+    device_budget: float | None,
     machine: HardwareProfile,
     copy_bytes_per_second: float,
     seed: int = 0,
     steps: int | None = None,
 ) -> Row:
-    """Runs the plan's workload on random prompts, or so many steps of it, once its programs are compiled and loaded."""
+    """Runs the plan's workload on random prompts, or as many `steps` of it, when a prefill and a step were run once."""
     plan = decoder.plan
     work, new = plan.workload, min(plan.workload.new, 1 + (steps or plan.workload.new))
     hosted = sum(layer.weights == "host" for layer in plan.layers) / len(plan.layers)
     ids = np.random.default_rng(seed).integers(3, plan.shape.vocab, (plan.rows, work.prompt), np.int32)
     loop = TokenLoop(decoder, Sampling(), [], 0)
     with turns.preparing():
-        loop.run(ids, None, 1)
+        loop.run(ids, None, 2)
     gc.collect()  # its cache is gone before the next one is made
     with turns.measuring():
         result = loop.run(ids, None, new)
@@ -158,7 +175,7 @@ def measure(
         weights={0: "device", 1: "host"}.get(hosted, f"{hosted:g}"),
         groups=plan.groups,
         order=plan.order,
-        device_budget=budget.device,
+        device_budget=device_budget,
         median_ms=median * 1e3,
         p95_ms=float(np.percentile(seconds, 95)) * 1e3,
         worst_ms=max(seconds) * 1e3,
@@ -216,18 +233,20 @@ def main(_: list[str]) -> None:
     budget = kvrecomp.Budget.of_gib(_DEVICE_GIB.value, _HOST_GIB.value)
     options = {"groups": _GROUPS.value, "order": _ORDER.value, "tail": _TAIL.value, "window": window, "budget": budget}
     plan_for = functools.partial(kvrecomp.plan_for, workload=work, **options)
-    # Mistakes are said before the weights are made.
-    if _WEIGHTS.value == AUTO:
-        weights = tuple(layer.weights for layer in plan_for(AUTO, shape).layers)
-    else:
-        weights = named_weights(_WEIGHTS.value, len(shape.layers))
+    # Mistakes are said before the weights are made, and what is pinned is limited before there is a backend.
     asked = [(each, *within(each, budget)) for each in _PLANS.value]
     names = {"device", *(name for _, name, _ in asked)}
     forms = {"keys_values", "activations"} if AUTO in names else set()  # in which AUTO may keep the cache
+    chosen = _WEIGHTS.value == AUTO
+    if chosen and any(each != name for each, name, _ in asked):
+        raise ValueError(f"--weights={AUTO} goes by --device_memory_gib: leave the GiB of {AUTO}:F out")
+    weights = named_weights("host" if chosen else _WEIGHTS.value, len(shape.layers))
     named = [plan_for(name, shape, weights=weights) for name in (names | forms) - {AUTO}]
-    sharding = kvrecomp.placement(named[0])  # the same for all of them
     hosted = [sum(kvrecomp.memory_needed(plan)["host"].values()) for plan in named]
     memory.limit_pinned(max(_COPY_GIB.value * GIB, *hosted))
+    if chosen:
+        weights = tuple(layer.weights for layer in plan_for(AUTO, shape).layers)
+    sharding = kvrecomp.placement(plan_for("device", shape, weights=weights))  # the same for all plans
     with turns.preparing():
         model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value, sharding=sharding)
     with turns.measuring():
@@ -236,12 +255,16 @@ def main(_: list[str]) -> None:
     rows, about, document = [], run_info(_COMMIT.value), {}
     decoders = []
     for each, name, own in asked:
-        plan = plan_for(name, model.shape, weights=weights, profile=machine, budget=own)
-        decoders.append((kvrecomp.Decoder(model, plan, budget=own), each, own))
+        plan_of = functools.partial(plan_for, name, model.shape, weights=weights, profile=machine, budget=own)
+        decoders.append((make_decoder(model, own, plan_of), each, own.device))
     with turns.preparing():
         side_by_side(compile_first, [decoder for decoder, *_ in decoders])
     while decoders:
-        rows.append(measure(*decoders.pop(0), machine, rate, _SEED.value, _STEPS.value))
+        decoder, each, device_budget = decoders.pop(0)
+        if isinstance(decoder, PlanError):
+            raise decoder
+        rows.append(measure(decoder, each, device_budget, machine, rate, _SEED.value, _STEPS.value))
+        del decoder
         gc.collect()  # a decoder's cache is gone before the next one's is made
         document = about | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}
         if _OUT.value:

@@ -4,12 +4,11 @@
     python experiments/suite.py --only=w1,w5 --peers=huggingface_offloaded
     python experiments/suite.py --workloads=mine.json --out=mine_results.json
 
-The plans of a workload are measured in a process of their own, by experiments/benchmark.py, what the scheduler chooses
-within a budget in another, and each peer by experiments/peers.py. What does not fit the machine is left out, and what
-fails does not end the rest: the file says why, as `skipped` and `failed`, and a failure is the exit status. The file is
-written after every row: killed, the same command goes on. A row is measured anew for another commit, or where its own
-`command`, which measures it alone, would be another. Rows that were not asked for stay in the file, with the commit
-that they were measured at.
+The plans of a workload are measured in a process of their own, by experiments/benchmark.py, and each peer in another,
+by experiments/peers.py. What does not fit the machine is left out, and what fails does not end the rest: the file says
+why, as `skipped` and `failed`, and a failure is the exit status. The file is written after every row: killed, the same
+command goes on. A row is measured anew for another commit, or where its own `command`, which measures it alone, would
+be another. Rows that were not asked for stay in the file, with the commit that they were measured at.
 
 For a smaller machine write workloads of your own, a JSON list of objects with the fields of `workloads.Case`:
 
@@ -42,6 +41,7 @@ from experiments.support.programs import PEERS
 from experiments.support.report import command
 from experiments.support.suite_results import Results
 from experiments.support.workloads import CASES, Task
+from kvrecomp import memory
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -209,7 +209,8 @@ def show(tasks: Sequence[Task], results: Results, console: Console) -> list[str]
     rows = [row for row in map(results.row, tasks) if row is not None]
     if rows:
         console.print(Markdown(tables.benchmark(rows)))
-        console.print(f"{len(rows)} rows took {sum(row['seconds'] for row in rows):.0f} s")
+        seconds = [row["seconds"] for row in rows if "seconds" in row]
+        console.print(f"{len(seconds)} rows took {sum(seconds):.0f} s")
     failed = []
     for task in tasks:
         for kind in ("skipped", "failed"):
@@ -230,6 +231,8 @@ def default_name(device: str) -> str:
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
     logging.set_verbosity(logging.WARNING)
+    if memory.GIVEN_LIMIT is None:  # each process finds out itself what is free when it starts
+        os.environ.pop(memory.LIMIT_VARIABLE, None)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that a process is not left behind
     console = Console(width=None if sys.stdout.isatty() else 150)
     if unknown := [name for name in given.peers if name not in PEERS]:

@@ -14,7 +14,7 @@ or, step by step,
 
 from kvrecomp import memory as _memory
 
-_memory.raise_pinned_limit()  # before anything below starts the backend
+_memory.limit_pinned_to_free()  # before anything below starts the backend
 
 from kvrecomp.auto import plan_for  # noqa: E402
 from kvrecomp.budget import memory_needed  # noqa: E402

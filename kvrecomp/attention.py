@@ -250,7 +250,9 @@ def _score(query: Query, cached: Cached, method: Method, apart: bool) -> tuple[A
         scores = jnp.einsum("bkgh,sbh->bkgs", own(absorbed), mixable, preferred_element_type=jnp.float32)
         scores = scores if constant is None else scores + constant[..., None]
     else:
-        heads = query.heads if query.heads.shape[2] == 1 else own(query.heads)  # of one each, XLA makes no products
+        heads = (
+            query.heads if query.heads.shape[2] == 1 else own(query.heads)
+        )  # of one query a head no products are made
         scores = jnp.einsum("bkgd,sbkd->bkgs", heads, key, preferred_element_type=jnp.float32)
     seen = visible(cached.slots, query.padding, query.slot[None], projections.sliding_window)[0]
     return jnp.where(seen.T[:, None, None], projections.bound(scores), MASKED), mixable, mixes

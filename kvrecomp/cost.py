@@ -270,19 +270,20 @@ def plan_costs(profile: HardwareProfile, plans: Sequence[Plan], write_outs: int 
 
 def median_write_outs(plan: Plan, new: int | None = None) -> int:
     """How often the tail was written out when half of the new tokens are there, the plan's or so many."""
-    return min(plan.write_outs, (new or plan.workload.new) // 2 // plan.tail)
+    return min(plan.write_outs, (plan.workload.new if new is None else new) // 2 // plan.tail)
 
 
-# Of compiling a step's program on an H200's machine, a layer, and for each further group that goes through it with the
-# others: h200_suite.json has 8 s for 32 layers of one group, and 36 to 48 s for those of eight.
-COMPILE_SECONDS, COMPILE_GROUP_SECONDS = 0.2, 0.15
+# Of compiling a step's program on the machines of an H100 and an H200, a layer, and for each further group that goes
+# through it with the others: h100_suite.json and h200_suite.json have 11 to 16 s for 32 layers of one group, with
+# weights in host memory or several groups in row order, and 36 to 48 s for those of eight together.
+COMPILE_SECONDS, COMPILE_GROUP_SECONDS = 0.4, 0.13
 
 
 def decode_seconds(plan: Plan, step: float) -> float:
     """Seconds of all of the workload's steps at `step` seconds each, and of waiting for programs.
 
     A write-out needs a program with one more block. It is compiled while the tail fills, and waited for where that
-    takes longer.
+    takes longer. A workload of one new token has no step, and takes nothing.
     """
     steps = plan.workload.new - 1
     waited_for = max(0, steps - 1) // plan.tail

@@ -22,9 +22,11 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from kvrecomp.plan import GIB, Memory
 
 LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
+GIVEN_LIMIT = os.environ.get(LIMIT_VARIABLE)  # what a user set
 _DEFAULT_LIMIT_GB = 64
 _UNPINNED = 0.05  # of what is free is left to the system
-_WASTE = 4 * GIB  # of the pool: ends of its pieces that are too short for a block
+_WASTE = 4 * GIB  # of the pool: ends of its ten or so large pieces that are too short for a block of 256 MiB
+_NO_LIMIT = 2**62  # what the first version of control groups has where there is none
 _KINDS = {"device": "device", "host": "pinned_host"}
 
 
@@ -69,10 +71,10 @@ def one_number(memory: Memory, dtype: str) -> jax.Array:
     return jax.device_put(np.zeros((), jnp.dtype(dtype)), sharding(memory))
 
 
-def raise_pinned_limit() -> None:
+def limit_pinned_to_free() -> None:
     """Lets the pinned pool grow to what is free, unless the variable is set or the backend has started."""
     if LIMIT_VARIABLE not in os.environ and not backend_started():
-        os.environ[LIMIT_VARIABLE] = str(int(_available() * (1 - _UNPINNED) / 10**9))
+        os.environ[LIMIT_VARIABLE] = str(max(1, int(_available() * (1 - _UNPINNED) / 10**9)))
 
 
 def limit_pinned(needed: float) -> None:
@@ -81,7 +83,7 @@ def limit_pinned(needed: float) -> None:
     What is pinned in excess takes seconds, and memory from others.
     """
     if not backend_started():
-        os.environ[LIMIT_VARIABLE] = str(min(pinned_limit(), int(needed + _WASTE)) // 10**9)
+        os.environ[LIMIT_VARIABLE] = str(int(min(pinned_limit(), needed + _WASTE) / 10**9))
 
 
 def pinned_limit() -> int:
@@ -110,19 +112,33 @@ def _proc_meminfo(field: str) -> int:
     raise OSError(f"/proc/meminfo has no {field}")
 
 
-def _control_groups(root: pathlib.Path = pathlib.Path("/sys/fs/cgroup")) -> list[tuple[int, int]]:
-    """Limit and use, in bytes, of this container's memory in either version of the kernel's control groups; nothing
-    where there is no limit. Files that can be dropped from the cache do not count as used."""
+def _control_groups(
+    root: pathlib.Path = pathlib.Path("/sys/fs/cgroup"), own: pathlib.Path = pathlib.Path("/proc/self/cgroup")
+) -> list[tuple[int, int]]:
+    """Limit and use, in bytes, of the memory of this process's control groups and of those that these are in.
+
+    Either version of them is read. Groups without a limit are left out, and files that can be dropped from the cache do
+    not count as used.
+    """
     found = []
-    for folder, limit, used, dropped in (
-        (root, "memory.max", "memory.current", "inactive_file"),
-        (root / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        with contextlib.suppress(OSError, ValueError, KeyError):  # ValueError: the limit is "max"
-            most = int((folder / limit).read_text())
-            stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
-            found.append((most, int((folder / used).read_text()) - int(stat[dropped])))
-    return found
+    with contextlib.suppress(OSError):
+        for line in own.read_text().splitlines():
+            _, controllers, path = line.split(":", 2)
+            if controllers == "":
+                base, limit, used, dropped = root, "memory.max", "memory.current", "inactive_file"
+            elif "memory" in controllers.split(","):
+                base, dropped = root / "memory", "total_inactive_file"
+                limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
+            else:
+                continue
+            group = base / path.lstrip("/")  # which a container does not see: its own is at the base
+            for folder in (group, *group.parents):
+                if folder == base or base in folder.parents:
+                    with contextlib.suppress(OSError, ValueError, KeyError):  # ValueError: the limit is "max"
+                        most = int((folder / limit).read_text())
+                        stat = dict(own.split() for own in (folder / "memory.stat").read_text().splitlines())
+                        found.append((most, int((folder / used).read_text()) - int(stat[dropped])))
+    return [(most, taken) for most, taken in found if most < _NO_LIMIT]
 
 
 def free_device_bytes() -> int:

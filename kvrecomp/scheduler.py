@@ -1,5 +1,7 @@
 """Chooses the plan: of many candidates that fit the budget, the one whose predicted step is shortest.
 
+Tails, orders and numbers of groups are compared by the whole workload, in which steps may have to wait for programs.
+
 A candidate is made from a few numbers for all layers of one shape (`Settings`): how much of the device memory that is
 left over holds keys and values (the rest holds what is smaller), which fraction of the prompt behind the link are
 activations, how activations are used, the form of the tail and of the blocks it becomes, and how many of these blocks
@@ -8,7 +10,7 @@ coarse grid and then on finer ones around the best. Layers of different shapes g
 after the other. The plans of RIVALS, with the same tail and window, are candidates too.
 
 Weights that do not fit go to host memory: a byte of them saves as much of the link on the device as a byte of the cache
-does, and more where groups follow each other, so no more of them leave than have to.
+does, and more where groups follow each other, so no more of them leave than have to beside the tail.
 """
 
 import bisect
@@ -53,7 +55,7 @@ GRID = 8  # steps of the coarse grid of fractions; the finer one has as many wit
 TAIL_SHARE = 1 / 8  # of the device memory beside the weights, at most, is tail
 MOST_TAIL_BYTES = 4 * GIB
 SPLITS = (1, 2, 4, 8, 16)  # groups that rows are split into: a program of column order has the attention of each
-ALIKE = 1.03  # times the shortest step, with fewer groups or in row order, whose program is smaller, is as good
+ALIKE = 1.03  # times the shortest workload, with fewer groups or in row order, whose program is smaller, is as good
 SURE = 1.01  # times the shortest step: predictions that differ by less do not tell which is shorter
 SMALL_PREFILL = 1 / 16  # of the device memory
 RIVALS = ("activations", "recompute", "keys_values", "split:0.5", "device")  # what the choice is compared with
@@ -94,7 +96,7 @@ def make_plan(
     tail: int | None = None,
     window: int | None = None,
 ) -> Plan:
-    """The plan with the shortest predicted step that fits in the budget.
+    """The plan with the shortest predicted step that fits in the budget; with the shortest workload, where steps wait.
 
     What the budget leaves open is the profile's: its device memory and its host memory, less a margin. Chosen where
     they are not given: the memory of each layer's `weights`, the `order` of the groups, the `tail`, in tokens, by its
@@ -144,8 +146,11 @@ class _Found(NamedTuple):
 
 
 def _with_longer_tail(found: _Found, search: Callable[[int], _Found]) -> _Found:
-    """What a longer tail gives, as long as that takes less for the whole workload. A tail has to hold the tokens of the
-    time that the next program takes to compile, and takes room from blocks."""
+    """What a tail twice as long gives, again and again while the whole workload takes less with it.
+
+    A tail has to hold the tokens of the time that the next program takes to compile, and takes room from blocks. Where
+    one does not fit, the shorter one is kept.
+    """
     plan = found.plan
     longest = default_tail(plan.shape, plan.workload, plan.window, LARGEST_DEVICE)
     while found.plan.write_outs and found.plan.tail < longest:

@@ -13,7 +13,7 @@ from experiments import benchmark
 from experiments.support import report
 from kvrecomp.cost import plan_costs
 from kvrecomp.named import named_plan
-from kvrecomp.plan import GIB
+from kvrecomp.plan import GIB, PlanError
 
 WORK = kvrecomp.Workload(batch=3, prompt=11, new=13)
 
@@ -22,7 +22,7 @@ WORK = kvrecomp.Workload(batch=3, prompt=11, new=13)
 def test_a_row(name, known_machine):
     model = toy.model()
     plan = named_plan(name, model.shape, WORK, tail=4)
-    row = benchmark.measure(kvrecomp.Decoder(model, plan), "asked", kvrecomp.Budget(), known_machine, 2e9)
+    row = benchmark.measure(kvrecomp.Decoder(model, plan), "asked", None, known_machine, 2e9)
     assert (row.model, row.batch, row.prompt, row.new, row.asked, row.plan) == ("toy", 3, 11, 13, "asked", name)
     assert len(row.step_ms) == WORK.new - 1
     assert 5 <= row.programs <= 6  # prefill, write-out, three layouts' steps; the next may be there already
@@ -45,7 +45,7 @@ def test_some_of_the_steps(known_machine):
     the first write-out of a tail of 4."""
     model = toy.model()
     plan = named_plan("activations", model.shape, WORK, tail=4)
-    row = benchmark.measure(kvrecomp.Decoder(model, plan), plan.name, kvrecomp.Budget(), known_machine, 2e9, steps=6)
+    row = benchmark.measure(kvrecomp.Decoder(model, plan), plan.name, None, known_machine, 2e9, steps=6)
     assert (row.new, len(row.step_ms)) == (13, 6)
     assert row.predicted_bytes == 11 * 3 * 21 * 4 * 2
     assert row.predicted_ms == pytest.approx(1e3 * float(plan_costs(known_machine, [plan], 0).seconds[0]))
@@ -56,8 +56,19 @@ def test_auto_within_so_much_memory():
     assert benchmark.within("auto:2.5", budget) == ("auto", kvrecomp.Budget(2.5 * GIB, 5.0))
     assert benchmark.within("auto", budget) == ("auto", budget)
     assert benchmark.within("split:0.5", budget) == ("split:0.5", budget)
-    with pytest.raises(ValueError, match=r"--plans has 'auto:half'; expected auto:F, with F GiB of device memory"):
-        benchmark.within("auto:half", budget)
+    for wrong in ("half", "", "0", "-1", "nan", "inf", "1e9"):
+        with pytest.raises(
+            ValueError, match=rf"--plans has 'auto:{wrong}'; expected auto:F, with F GiB of device memory"
+        ):
+            benchmark.within(f"auto:{wrong}", budget)
+
+
+def test_what_does_not_fit_is_said_when_its_turn_comes():
+    model = toy.model()
+    decoder = benchmark.make_decoder(model, kvrecomp.Budget(), lambda: named_plan("activations", model.shape, WORK))
+    small = benchmark.make_decoder(model, kvrecomp.Budget(host=100), lambda: decoder.plan)
+    assert decoder.plan.name == "activations" and isinstance(small, PlanError)
+    benchmark.compile_first(small)
 
 
 def test_what_cannot_be_compiled_is_said_when_its_turn_comes(known_machine, monkeypatch):
@@ -66,12 +77,12 @@ def test_what_cannot_be_compiled_is_said_when_its_turn_comes(known_machine, monk
     monkeypatch.setattr(decoder, "_trace", lambda *_: 1 / 0)
     benchmark.compile_first(decoder)
     with pytest.raises(ZeroDivisionError):
-        benchmark.measure(decoder, plan.name, kvrecomp.Budget(), known_machine, 2e9)
+        benchmark.measure(decoder, plan.name, None, known_machine, 2e9)
 
 
 def test_the_table_has_every_plan(known_machine):
     plan = named_plan("activations", toy.model().shape, kvrecomp.Workload(2, 5, 3))
-    row = benchmark.measure(kvrecomp.Decoder(toy.model(), plan), plan.name, kvrecomp.Budget(), known_machine, 1e9)
+    row = benchmark.measure(kvrecomp.Decoder(toy.model(), plan), plan.name, None, known_machine, 1e9)
     out = io.StringIO()
     Console(file=out, width=200).print(benchmark.table([row], 12.5))
     assert "copies alone reach 12.5 GB/s" in out.getvalue() and "activations" in out.getvalue()
@@ -82,6 +93,6 @@ def test_rows_count_weights_in_host_memory(known_machine):
     plan = kvrecomp.with_host_weights(named_plan("activations", shape, kvrecomp.Workload(2, 5, 7)), 0.5)
     assert [layer.weights for layer in plan.layers] == ["device", "host"]
     model = models.create(toy.model().config, dtype="float32", sharding=kvrecomp.placement(plan))
-    row = benchmark.measure(kvrecomp.Decoder(model, plan), plan.name, kvrecomp.Budget(), known_machine, 1e9)
+    row = benchmark.measure(kvrecomp.Decoder(model, plan), plan.name, None, known_machine, 1e9)
     assert row.weights == "0.5"
     assert row.link_bytes == row.predicted_bytes == 5 * 2 * 21 * 4 * 2 + 4 * shape.layers[1].parameters

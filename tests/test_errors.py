@@ -238,20 +238,23 @@ def test_the_pinned_pool_is_named_where_it_is_the_limit(monkeypatch):
     ("before", "given", "expected"),
     [
         ("", None, ["95", "7"]),
+        ("tiny", None, ["1", "1"]),
         ("", "17", ["17", "7"]),
         ("", "5", ["5", "5"]),
         ("import jax; jax.devices()", None, ["None", "None"]),
     ],
-    ids=["what is free", "the user's own", "less than what is needed", "too late"],
+    ids=["what is free", "hardly anything is", "the user's own", "less than what is needed", "too late"],
 )
 def test_the_pinned_pool_may_grow_to_what_is_free_and_then_to_what_is_needed(before, given, expected):
     """Unless the backend has started: then it is what XLA took it to be, and plans are held to that."""
+    available = 10**6 if before == "tiny" else 10**11
     program = f"""
-{before}
+{before.replace("tiny", "")}
 import os, pathlib
 read = pathlib.Path.read_text
-mine = "MemTotal: 300000000 kB\\nMemAvailable: {10**8 * 1000 // 1024} kB"
-pathlib.Path.read_text = lambda self, *given: mine if str(self) == "/proc/meminfo" else read(self, *given)
+mine = "MemTotal: 300000000 kB\\nMemAvailable: {available // 1024} kB"
+files = {{"/proc/meminfo": mine, "/proc/self/cgroup": ""}}
+pathlib.Path.read_text = lambda self, *given: files[str(self)] if str(self) in files else read(self, *given)
 import kvrecomp
 from kvrecomp import memory
 for step in range(2):
@@ -267,27 +270,43 @@ for step in range(2):
     assert done.stdout.split() == expected, done.stderr
 
 
+def control_group(folder: Path, version: int, limit: object, used: int, dropped: int) -> None:
+    """Files as the kernel has them."""
+    folder.mkdir(exist_ok=True, parents=True)
+    names = (
+        ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
+        if version == 1
+        else ("max", "current", "inactive_file")
+    )
+    (folder / f"memory.{names[0]}").write_text(f"{limit}\n")
+    (folder / f"memory.{names[1]}").write_text(f"{used}\n")
+    (folder / "memory.stat").write_text(f"anon 150\n{names[2]} {dropped}\n")
+
+
 @pytest.mark.parametrize("version", [1, 2])
-def test_a_container_has_the_memory_of_its_control_group(monkeypatch, tmp_path, version):
-    """Where it has less than the machine. What the system may drop from its cache is not used."""
-    folder = tmp_path / "memory" if version == 1 else tmp_path
-    folder.mkdir(exist_ok=True)
-    names = ("limit_in_bytes", "usage_in_bytes") if version == 1 else ("max", "current")
-    for name, size in zip(names, (700, 300)):
-        (folder / f"memory.{name}").write_text(f"{size}\n")
-    dropped = "total_inactive_file" if version == 1 else "inactive_file"
-    (folder / "memory.stat").write_text(f"anon 150\n{dropped} 110\n")
-    found = memory._control_groups(tmp_path)
-    assert found == [(700, 190)]
+@pytest.mark.parametrize("seen", [True, False], ids=["of the machine", "of a container"])
+def test_a_process_has_the_memory_of_its_control_groups(monkeypatch, tmp_path, version, seen):
+    """Where it has less than the machine; a container sees its own group as the root. What the system may drop from its
+    cache is not used."""
+    own = tmp_path / "own"
+    own.write_text("5:cpu:/\n" + ("4:memory,blkio:/a/b\n" if version == 1 else "0::/a/b\n"))
+    base = tmp_path / "memory" if version == 1 else tmp_path
+    if seen:
+        control_group(base / "a", version, 700, 300, 110)
+        control_group(base / "a" / "b", version, 900, 290, 0)
+        control_group(base, version, 2**63 - 4096 if version == 1 else "max", 5000, 0)
+    else:
+        control_group(base, version, 700, 300, 110)
+    found = memory._control_groups(tmp_path, own)
+    assert sorted(found) == [(700, 190), (900, 290)][: 1 + seen]
     monkeypatch.setattr(memory, "_control_groups", lambda: found)
     monkeypatch.setattr(memory, "_proc_meminfo", {"MemTotal": 1000, "MemAvailable": 600}.get)
     monkeypatch.setattr(memory, "_device_limits", lambda: {"bytes_limit": 70, "bytes_in_use": 11})
     assert (memory.total_host_bytes(), memory.free_host_bytes()) == (700, 510)
 
 
-def test_a_control_group_without_a_limit_is_none(tmp_path):
-    (tmp_path / "memory.max").write_text("max\n")
-    assert memory._control_groups(tmp_path) == memory._control_groups(tmp_path / "missing") == []
+def test_a_machine_without_control_groups(tmp_path):
+    assert memory._control_groups(tmp_path, tmp_path / "missing") == []
 
 
 # --- numbers ----------------------------------------------------------------------------------------------------------

@@ -214,6 +214,8 @@ def test_workloads_of_ones_own(tmp_path):
         ({"new": 1}, "new is 1"),
         ({"batch": 0}, "batch is 0"),
         ({"weights": "gpu"}, "weights 'gpu': expected device, host"),
+        ({"steps": 0}, "a: steps is 0; expected 1 or more"),
+        ({"tail": -1}, "a: tail is -1; expected 1 or more"),
         ({"groups": 0}, "a: 0 groups in None order; expected 1 or more, row or column"),
         ({"groups": 2, "peers": ["huggingface"]}, "a: peers have one group, and their weights on the device"),
         ({"plan": []}, "unexpected keyword argument 'plan'.*objects with name, model, batch"),
@@ -339,12 +341,18 @@ def test_rows_have_the_names_and_the_commands_of_their_tasks(benchmark, tmp_path
         ("other", "activations", None),
     ]
     assert [row["command"] for row in document["rows"]] == [task.command for task in tasks]
-    assert 0 < sum(row["seconds"] for row in document["rows"]) < 60
+    assert len({task.asked for task in tasks}) == 4 and 0 < sum(row["seconds"] for row in document["rows"]) < 60
     assert document["skipped"] == document["failed"] == []
     rows = tables.read_file(tmp_path / "a.json")  # as the README does
     assert all(row["commit"] == "abc" and row["copy_gbps"] == 50.0 and row["off"] is None for row in rows)
     assert suite.show(tasks, results, out) == [] and "small device: 7.0 ms a step" in out.file.getvalue()
     assert len({line.split()[1] for line in benchmark.with_suffix(".log").read_text().splitlines()}) == 2  # processes
+
+
+def test_rows_that_come_together_share_what_they_took(tmp_path):
+    tasks, results = tasks_of(small("activations", "device", "split:0.5")), results_at(tmp_path / "a.json")
+    rows = [{"asked": plan, "plan": plan} for plan in ("activations", "device")]
+    assert [row["seconds"] for row in results.take(tasks, {"rows": rows}, 7.0).values()] == [3.5, 3.5]
 
 
 def test_each_peer_has_a_process_of_its_own(benchmark, tmp_path, monkeypatch):
@@ -557,7 +565,11 @@ def test_with_the_benchmark_itself(tmp_path, monkeypatch):
         f"import runpy, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
         "import models, toy, dataclasses; models.PRESETS['toy'] = dataclasses.replace(toy.OPT, layers=1)\n"
         "from kvrecomp import profile_machine\n"
-        "profile_machine.copy_rate = lambda *_: 5e9  # or gigabytes would be copied\n"
+        "profile_machine.copy_rate = lambda *_, **__: 5e9  # or gigabytes would be copied\n"
+        "from kvrecomp import memory\n"
+        "def limit(needed):\n"
+        f"    open({str(tmp_path / 'limit')!r}, 'w').write(f'{{needed}} {{memory.backend_started()}}')\n"
+        "memory.limit_pinned = limit\n"
         f"runpy.run_path({str(suite.ROOT / 'experiments/benchmark.py')!r}, run_name='__main__')\n"
     )
     monkeypatch.setattr(workloads, "BENCHMARK", str(program))
@@ -569,4 +581,5 @@ def test_with_the_benchmark_itself(tmp_path, monkeypatch):
     assert suite.show(tasks, results, out) == []
     (row,) = tables.read_file(tmp_path / "a.json")
     assert (row["plan"], row["link_bytes"], row["copy_gbps"]) == ("keys_values", 11 * 3 * 42 * 4, 5.0)
+    assert (tmp_path / "limit").read_text() == f"{2.0 * GIB} False"  # for the rate of copies; what is cached is less
     assert len(row["step_ms"]) == 6 and row["off"] is not None

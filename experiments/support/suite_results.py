@@ -66,8 +66,9 @@ class Results:
         return self._notes[kind].get(_key_of(task), {}).get("reason", "")
 
     def take(self, tasks: Sequence[Task], document: Mapping[str, Any], seconds: float) -> dict[Task, dict[str, Any]]:
-        """Keeps and returns the rows that a process has measured of these tasks, from the document that it wrote, so
-        many `seconds` after those before them: a row says what it took, the start of a process being the first one's.
+        """Keeps and returns the rows that a process has measured of these tasks, from the document that it wrote.
+
+        They took so many `seconds` since the rows before them, or since the process started; each has an equal share.
         """
         measured = {row["asked"]: row for row in document["rows"]}
         rate = {name: document[name] for name in ("copy_gbps",) if name in document}  # of this process

@@ -1,7 +1,7 @@
 """Processes that measure on one machine, each on a GPU of its own, take turns.
 
 Their GPUs share the host's memory and processors: beside a process that compiled, the worst twentieth of steps took a
-fifth longer than the median (Gemma 7B, `keys_values`, in experiments/results/h100_suite.json). So they prepare side by
+fifth longer than the median (Gemma 7B, `keys_values`, on an H100 at d69516a). So they prepare side by
 side, and while one measures, the others wait.
 """
 

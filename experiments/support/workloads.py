@@ -74,6 +74,9 @@ class Case:
             raise ValueError(
                 f"{self.name}: {self.groups} groups in {self.order} order; expected 1 or more, row or column"
             )
+        for field in ("tail", "steps"):
+            if (value := getattr(self, field)) is not None and value < 1:
+                raise ValueError(f"{self.name}: {field} is {value}; expected 1 or more")
         if self.peers and (self.groups, self.weights) != (1, "device"):
             raise ValueError(f"{self.name}: peers have one group, and their weights on the device: leave them out")
         if unknown := [peer for peer in self.peers if peer not in PEERS]:
@@ -97,7 +100,7 @@ OFFLOADED = ("huggingface_offloaded",)
 # Where activations are half of the bytes, a quarter of K and V is half of the cache.
 NONE, HALF, QUARTER = (0.0,), (50.0,), (25.0,)
 
-# Half of the steps say what one takes, of ours; others' first ones are slow. All of it should take less than an hour.
+# Half of a plan's steps say what one takes, but not of a peer, whose first ones are slow.
 CASES = (
     Case("w1", "opt-6.7b", 32, 1024, NEW, PLANS, QUARTER, BOTH, (*PLANS, AUTO, *BOTH), ("cached", "batches")),
     Case("w2", "opt-6.7b", 64, 512, NEW, HOSTED, (), OFFLOADED, sets=("kvpr",), steps=SOME),
@@ -214,7 +217,8 @@ def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
 @dataclass(frozen=True)
 class Task:
     """A row to measure: `plan` is a plan's name or a peer's, `asked` what its script is given for it, `settings` that
-    script and its other flags."""
+    script and its other flags.
+    """
 
     case: Case
     plan: str
@@ -266,7 +270,7 @@ def _tasks_of(case: Case, peers: Sequence[str], dtype: str, host_gib: float | No
     for plan in case.plans:
         yield Task(case, plan, plan, tuple(own))
     for room in case.rooms:
-        yield Task(case, AUTO, f"{AUTO}:{device_bytes(case, dtype, room) / GIB:.3f}", tuple(own), room)
+        yield Task(case, AUTO, f"{AUTO}:{device_bytes(case, dtype, room) / GIB:.6f}", tuple(own), room)
     for peer in case.peers:
         if peer in peers:
             yield Task(case, peer, peer, (PEER, *common))
