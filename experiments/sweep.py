@@ -89,10 +89,11 @@ def _two_forms(model: Any, work: kvrecomp.Workload, here: Form, there: Form, roo
     own = []
     for layer in model.shape.layers:
         token_bytes = work.batch * layer.width(here) * model.shape.itemsize
-        kept = min(work.prompt, int(room / len(model.shape.layers) / token_bytes))
-        runs: list[tuple[Form, Memory, int]] = [(here, "device", kept), (there, "host", work.prompt - kept)]
+        tokens = layer.cached(work.prompt)
+        kept = min(tokens, int(room / len(model.shape.layers) / token_bytes))
+        runs: list[tuple[Form, Memory, int]] = [(here, "device", kept), (there, "host", tokens - kept)]
         blocks = cut_runs(runs, layer, model.shape, work, DEFAULT_WINDOW // BLOCKS_PER_WINDOW)
-        last: Memory = "host" if kept < work.prompt else "device"
+        last: Memory = "host" if kept < tokens else "device"
         own.append(LayerPlan(blocks, there if last == "host" else here, (last,)))
     return Plan(f"{here} here, {there} there", model.shape, work, tuple(own), tail=NEW)
 

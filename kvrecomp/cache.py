@@ -115,8 +115,8 @@ def make_block(form: Form, place: Memory, tensors: Sequence[Array]) -> Block:
 
 
 def cut(specs: Sequence[BlockSpec], x: Array, key: Array, value: Array) -> tuple[Block, ...]:
-    """One layer's prompt, x [s, b, h] and K and V [s, b, k, d], as the blocks that the plan lists."""
-    blocks, start = [], 0
+    """The newest tokens of a layer's prompt, x [s, b, h] and K and V [s, b, k, d], as the blocks that a plan lists."""
+    blocks, start = [], len(x) - sum(spec.tokens for spec in specs)
     for spec in specs:
         own = slice(start, start + spec.tokens)
         tensors = [tensor[own] for tensor in kept(spec.form, x, key, value)]

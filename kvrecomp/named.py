@@ -18,6 +18,7 @@ from kvrecomp.plan import (
     DEFAULT_WINDOW,
     Form,
     LayerPlan,
+    LayerShape,
     Memory,
     ModelShape,
     Plan,
@@ -45,27 +46,24 @@ def named_plan(
     kind, colon, argument = name.partition(":")
     if kind not in _ACCEPTS or bool(argument) not in _ACCEPTS[kind] or (colon and not argument):
         raise PlanError(f"there is no plan {name!r}; the plans are {', '.join((AUTO, *NAMES))}, with F from 0 to 1")
-    first = round(_fraction(name, argument) * workload.prompt) if argument else workload.prompt
-    rest = workload.prompt - first
-    runs: list[tuple[Form, Memory, int]]
-    if kind == "keys_values":
-        runs = [("keys_values", "host", workload.prompt)]
-    elif kind == "device":
-        runs = [("keys_values", "device", first), ("activations", "host", rest)]
-    else:
-        runs = [("activations", "host", first), ("keys_values", "host", rest)]
-    last_form, last_memory, _ = [run for run in runs if run[2]][-1]
-    # KVPR sends all activations of a layer, then all keys and values: as few blocks as the window allows.
-    largest = window if kind == "kvpr" else window // BLOCKS_PER_WINDOW
-    layers = tuple(
-        LayerPlan(
-            prompt=cut_runs(runs, layer, shape, workload, largest),
-            tail_form=last_form,
-            grown=(last_memory,),
-            method="recompute" if kind in ("recompute", "kvpr") else "absorb",
-        )
-        for layer in shape.layers
-    )
+    fraction = _fraction(name, argument) if argument else 1.0
+
+    def planned(layer: LayerShape) -> LayerPlan:
+        tokens = layer.cached(workload.prompt)
+        first = round(fraction * tokens)
+        runs: list[tuple[Form, Memory, int]]
+        if kind == "keys_values":
+            runs = [("keys_values", "host", tokens)]
+        elif kind == "device":
+            runs = [("keys_values", "device", first), ("activations", "host", tokens - first)]
+        else:
+            runs = [("activations", "host", first), ("keys_values", "host", tokens - first)]
+        last_form, last_memory, _ = [run for run in runs if run[2]][-1]
+        # KVPR sends all activations of a layer, then all keys and values: as few blocks as the window allows.
+        blocks = cut_runs(runs, layer, shape, workload, window if kind == "kvpr" else window // BLOCKS_PER_WINDOW)
+        return LayerPlan(blocks, last_form, (last_memory,), "recompute" if kind in ("recompute", "kvpr") else "absorb")
+
+    layers = tuple(map(planned, shape.layers))
     schedule = "layerwise" if kind == "kvpr" else "pipelined"
     tail = default_tail(shape, workload, window) if tail is None else min(tail, workload.new)
     return Plan(name, shape, workload, layers, tail=tail, window=window, schedule=schedule)

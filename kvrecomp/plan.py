@@ -72,7 +72,7 @@ class LayerShape:
 
     `gated` feed-forwards have three matrices (gate, up, down) where others have two. `absorbs_keys` says that K is a
     plain projection of the activations, so that it can be absorbed into the query; a rotation or a normalisation of K
-    forbids it.
+    forbids it. `sliding_window` is how many tokens, itself included, a token sees; None: all.
     """
 
     hidden: int
@@ -82,15 +82,22 @@ class LayerShape:
     intermediate: int
     gated: bool = False
     absorbs_keys: bool = True
+    sliding_window: int | None = None
 
     def __post_init__(self):
         _check_positive(self, **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)[:5]})
+        if self.sliding_window is not None:
+            _check_positive(self, sliding_window=self.sliding_window)
         if self.heads % self.kv_heads:
             raise PlanError(f"LayerShape: {self.heads} heads do not divide into {self.kv_heads} key-value heads")
 
     def width(self, form: Form) -> int:
         """Numbers cached for one token of one row."""
         return self.hidden if form == "activations" else 2 * self.kv_heads * self.head_dim
+
+    def cached(self, prompt: int) -> int:
+        """How many of a prompt's tokens are cached, at least one: the newest, which the next token sees."""
+        return prompt if self.sliding_window is None else max(1, min(prompt, self.sliding_window - 1))
 
     @property
     def matrices(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -270,8 +277,8 @@ class Plan:
         for layer, layer_shape in self.kinds:
             number = next(i for i, own in enumerate(zip(self.layers, self.shape.layers)) if own == (layer, layer_shape))
             tokens = sum(block.tokens for block in layer.prompt)
-            if tokens != self.workload.prompt:
-                raise PlanError(f"layer {number}: its blocks hold {tokens} tokens, the prompt {self.workload.prompt}")
+            if tokens != (cached := layer_shape.cached(self.workload.prompt)):
+                raise PlanError(f"layer {number}: its blocks hold {tokens} tokens; of the prompt {cached} are cached")
             for block in layer.blocks(self.write_outs, self.tail):
                 size = self.bytes_of(layer_shape, block)
                 if block.memory == "host" and size > self.window:

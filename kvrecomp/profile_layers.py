@@ -128,7 +128,8 @@ class _LayerBench:
         shape = self._model.shape
         form: Form = "activations" if kind in ("absorb", "recompute") else "keys_values"
         method: Method = "recompute" if kind == "recompute" else "absorb"
-        layers = tuple(shape.layers[number] for number in numbers)
+        # A window may be shorter than the blocks that are to be timed.
+        layers = tuple(dataclasses.replace(shape.layers[number], sliding_window=None) for number in numbers)
         own = LayerPlan(tuple(BlockSpec(form, "host", each) for each in tokens), form, ("host",), method)
         part = dataclasses.replace(shape, layers=layers)
         return Plan("bench", part, Workload(self._batch, sum(tokens), 1), (own,) * len(layers), tail=1, window=2**62)

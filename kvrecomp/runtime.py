@@ -64,11 +64,12 @@ class Model(Protocol):
 
 
 class Place(NamedTuple):
-    """Where a step of one group is: the new token's slot int32[], padding int32[b], and the slots int32[] at which the
-    tails that were written out, and the present one, start."""
+    """Where a step of one group is: the new token's slot int32[], padding int32[b], the slots of the prompt, and those,
+    int32[], at which the tails that were written out, and the present one, start."""
 
     slot: Array
     padding: Array
+    prompt: int
     tail_starts: Sequence[Array]
 
     @property
@@ -103,10 +104,11 @@ class CachedAttention:
         self, group: int, projections: attention.Projections, x: Array, key: Array, value: Array, queries: Array
     ) -> Array:
         """One group's new tokens: x [b, h], K and V [b, k, d], queries [b, n, d] -> [b, n * d]."""
-        (slot, padding, tail_starts), blocks = self.places[group], self.caches[group].blocks
+        (slot, padding, prompt, tail_starts), blocks = self.places[group], self.caches[group].blocks
         query = attention.Query(projections, queries, slot, padding)
         prompt_blocks = blocks[: len(blocks) + 1 - len(tail_starts)]
-        prompt_starts = itertools.accumulate((block.tokens for block in prompt_blocks[:-1]), initial=0)
+        first = prompt - sum(block.tokens for block in prompt_blocks)  # older tokens are out of the layer's sight
+        prompt_starts = itertools.accumulate((block.tokens for block in prompt_blocks[:-1]), initial=first)
         starts = [*prompt_starts, *tail_starts]
         tail = append(self.caches[group].tail, slot - starts[-1], x, key, value)
         self.caches[group] = LayerCache(blocks, tail)
@@ -143,7 +145,8 @@ def decode_step(
     hosted = host_weights(model, plan)
     needed = [own.copies(blocks) for own, *blocks in zip(hosted, *(cache.blocks for cache in caches), strict=True)]
     window = Window(needed, plan.whole_window, plan.schedule)
-    places = [Place(cache.length, cache.padding, tail_starts(plan, cache)) for cache in caches]
+    prompt = plan.workload.prompt
+    places = [Place(cache.length, cache.padding, prompt, tail_starts(plan, cache)) for cache in caches]
     hidden = model.embed(jnp.concatenate(token_ids), jnp.concatenate([place.positions for place in places]))
     tails: list[tuple[Block, ...]] = [() for _ in caches]
     for number, (layer, layer_plan, own) in enumerate(zip(model.layers, plan.layers, hosted, strict=True)):

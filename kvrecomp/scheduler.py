@@ -407,7 +407,7 @@ class _Builder:
 
     def plan(self, settings: Settings) -> LayerPlan:
         """The plan with these settings, which may be over the budget where even the tail is."""
-        prompt = self.workload.prompt
+        prompt = self.layer.cached(self.workload.prompt)
         write_outs = max(0, (self.workload.new - 1) // self.tail)
         smaller = _smaller(self.layer)
         pair, small = self._bytes("keys_values"), self._bytes(smaller)

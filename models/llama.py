@@ -95,7 +95,9 @@ class LlamaConfig:
         )
         return ModelShape(
             name=self.name,
-            layers=(layer,) * self.layers,
+            layers=tuple(
+                dataclasses.replace(layer, sliding_window=self.window(number)) for number in range(self.layers)
+            ),
             vocab=self.vocab,
             embedding=self.hidden,
             positions=self.positions,

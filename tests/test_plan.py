@@ -78,6 +78,23 @@ def test_bytes_by_hand():
     assert PLAN.bytes_in("host", 2) == 4 * 210 + 11 * 96 + 2 * 3 * 210 + 3 * 420
 
 
+def test_a_layer_with_a_sliding_window_caches_what_the_next_token_sees():
+    """Itself, and as many before it as are left of the window."""
+    sliding = replace(GROUPED, sliding_window=5)
+    assert [sliding.cached(prompt) for prompt in (1, 3, 4, 5, 11)] == [1, 3, 4, 4, 4]
+    assert replace(GROUPED, sliding_window=1).cached(11) == 1 and GROUPED.cached(11) == 11
+    shape = replace(SHAPE, layers=(PLAIN, sliding))
+    for name, tokens in (("keys_values", [11, 4]), ("split:0.5", [11, 4]), ("device:0.5", [11, 4])):
+        plan = kvrecomp.named_plan(name, shape, WORK)
+        assert [sum(own.tokens for own in layer.prompt) for layer in plan.layers] == tokens
+    sent = kvrecomp.named_plan("keys_values", shape, WORK).bytes_in("host")
+    assert sent == 3 * 2 * (11 * PLAIN.width("keys_values") + 4 * sliding.width("keys_values"))
+    with pytest.raises(PlanError, match="layer 1: its blocks hold 11 tokens; of the prompt 4 are cached"):
+        replace(PLAN, shape=shape)
+    with pytest.raises(PlanError, match="sliding_window is 0; it must be greater than zero"):
+        replace(GROUPED, sliding_window=0)
+
+
 def test_blocks_by_hand():
     assert PLAN.blocks() == (PLAN.layers[0].prompt, PLAN.layers[1].prompt)
     grown = block("kv", "device", 3), block("kv", "host", 3), block("kv", "host", 3)
@@ -300,7 +317,10 @@ def test_plans_are_plain_data_without_jax():
         (lambda: replace(PLAN, tail=0), "tail is 0"),
         (lambda: replace(PLAN, window=-1), "window is -1"),
         (lambda: replace(PLAN, layers=PLAN.layers[:1]), "1 layer plans for a model of 2 layers"),
-        (lambda: replace(PLAN, workload=replace(WORK, prompt=12)), "layer 0: its blocks hold 11 tokens, the prompt 12"),
+        (
+            lambda: replace(PLAN, workload=replace(WORK, prompt=12)),
+            "layer 0: its blocks hold 11 tokens; of the prompt 12 are cached",
+        ),
         (lambda: replace(PLAN, workload=replace(WORK, new=91)), "need 102 positions; two has 101: shorten"),
         (lambda: replace(PLAN, window=839), "layer 0: the window of 839 B is smaller than a block of 4 tokens, 840 B"),
     ],

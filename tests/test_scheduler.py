@@ -413,6 +413,14 @@ def test_a_wider_layer_gets_settings_of_its_own(order):
         assert max(nothing.bytes_of(layer, block) for block in own.prompt) <= nothing.window / BLOCKS_PER_WINDOW
 
 
+def test_what_a_sliding_window_hides_is_not_sent():
+    """Mistral sees 4096 tokens: of 16384 a quarter is in host memory, but for the one that the next token takes."""
+    shape, work = models.preset("mistral-7b").shape, Workload(4, 16384, 32)
+    plan = make_plan(shape, work, machine("h200"), Budget(least(shape, work)))
+    assert {sum(block.tokens for block in layer.prompt) for layer in plan.layers} == {4095}
+    assert plan.bytes_in("host") <= 4095 * 4 * 2 * 8 * 128 * 2 * 32
+
+
 def test_a_layer_twice_as_wide_keeps_as_many_tokens():
     """The same kind of layer in two widths: of room for half, the wider takes two thirds."""
     wide = replace(LEARNED, hidden=8192, heads=64, kv_heads=64)

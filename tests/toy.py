@@ -89,7 +89,7 @@ class Grouped(CausalLM):
     """Two layers of different shapes: one rotated and sliding, one with capped scores that can absorb its keys."""
 
     def __init__(self):
-        rotated = LayerShape(23, heads=6, kv_heads=2, head_dim=4, intermediate=19, absorbs_keys=False)
+        rotated = LayerShape(23, heads=6, kv_heads=2, head_dim=4, intermediate=19, absorbs_keys=False, sliding_window=7)
         capped = LayerShape(23, heads=3, kv_heads=1, head_dim=5, intermediate=29)
         self.sizes = ModelShape("grouped", (rotated, capped), VOCAB, embedding=23, positions=POSITIONS, dtype="float32")
         self.tokens = Embedding(VOCAB, 23, dtype="float32", rngs=None)
