@@ -120,7 +120,7 @@ def within(asked: str, budget: kvrecomp.Budget) -> tuple[str, kvrecomp.Budget]:
     except ValueError:
         device = 0.0
     if not LEAST_DEVICE <= device <= LARGEST_DEVICE:
-        raise ValueError(f"--plans has {asked!r}; expected {AUTO}:F, with F GiB of device memory")
+        raise ValueError(f"--plans has {asked!r}; expected {AUTO}:F, with F GiB of device memory, more than 0")
     return name, dataclasses.replace(budget, device=device)
 
 

@@ -31,6 +31,8 @@ Markdown such a line is HTML. Tables and pictures need lines of their own; there
 import difflib
 import fnmatch
 import re
+import shutil
+import subprocess
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -189,9 +191,11 @@ def pictures(text: str, root: Path = ROOT) -> Iterator[tuple[str, Path, list[Any
 
 
 def unused(text: str, root: Path = ROOT) -> list[str]:
-    """Results files that no marker takes and the text does not name."""
+    """Results files that no marker takes and the text does not name; not a user's own, which git does not have."""
     taken = {path for _, arguments, _ in MARKER.findall(text) for path in files_of(arguments, root)}
-    every = sorted((root / RESULTS).glob("*.json"))
+    git = ("git", "-C", str(root), "ls-files", "--others", "-z", RESULTS)
+    others = subprocess.run(git, capture_output=True, text=True).stdout.split("\0") if shutil.which("git") else []
+    every = sorted(set((root / RESULTS).glob("*.json")) - {root / name for name in others})
     return [path.name for path in every if path not in taken and path.name not in text]
 
 

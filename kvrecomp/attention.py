@@ -250,9 +250,8 @@ def _score(query: Query, cached: Cached, method: Method, apart: bool) -> tuple[A
         scores = jnp.einsum("bkgh,sbh->bkgs", own(absorbed), mixable, preferred_element_type=jnp.float32)
         scores = scores if constant is None else scores + constant[..., None]
     else:
-        heads = (
-            query.heads if query.heads.shape[2] == 1 else own(query.heads)
-        )  # of one query a head no products are made
+        # Of one query a head XLA makes no product, and there is nothing to keep apart.
+        heads = own(query.heads) if query.heads.shape[2] > 1 else query.heads
         scores = jnp.einsum("bkgd,sbkd->bkgs", heads, key, preferred_element_type=jnp.float32)
     seen = visible(cached.slots, query.padding, query.slot[None], projections.sliding_window)[0]
     return jnp.where(seen.T[:, None, None], projections.bound(scores), MASKED), mixable, mixes

@@ -13,6 +13,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +27,6 @@ GIVEN_LIMIT = os.environ.get(LIMIT_VARIABLE)  # what a user set
 _DEFAULT_LIMIT_GB = 64
 _UNPINNED = 0.05  # of what is free is left to the system
 _WASTE = 4 * GIB  # of the pool: ends of its ten or so large pieces that are too short for a block of 256 MiB
-_NO_LIMIT = 2**62  # what the first version of control groups has where there is none
 _KINDS = {"device": "device", "host": "pinned_host"}
 
 
@@ -124,21 +124,35 @@ def _control_groups(
     with contextlib.suppress(OSError):
         for line in own.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers == "":
-                base, limit, used, dropped = root, "memory.max", "memory.current", "inactive_file"
-            elif "memory" in controllers.split(","):
-                base, dropped = root / "memory", "total_inactive_file"
-                limit, used = "memory.limit_in_bytes", "memory.usage_in_bytes"
-            else:
-                continue
-            group = base / path.lstrip("/")  # which a container does not see: its own is at the base
-            for folder in (group, *group.parents):
-                if folder == base or base in folder.parents:
-                    with contextlib.suppress(OSError, ValueError, KeyError):  # ValueError: the limit is "max"
-                        most = int((folder / limit).read_text())
-                        stat = dict(own.split() for own in (folder / "memory.stat").read_text().splitlines())
-                        found.append((most, int((folder / used).read_text()) - int(stat[dropped])))
-    return [(most, taken) for most, taken in found if most < _NO_LIMIT]
+            if controllers == "" or "memory" in controllers.split(","):
+                version = _SECOND if controllers == "" else _FIRST
+                group = root / version.folder / path.lstrip("/")  # a container does not see it: its own is at the root
+                found += [_group_memory(folder, version) for folder in (group, *group.parents)]
+    return [each for each in found if each is not None and each[0] < _NO_LIMIT]
+
+
+class _Version(NamedTuple):
+    """What files and fields are called in a version of control groups."""
+
+    folder: str
+    limit: str
+    used: str
+    dropped: str
+
+
+_FIRST = _Version("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+_SECOND = _Version("", "memory.max", "memory.current", "inactive_file")
+_NO_LIMIT = 2**62  # what the first version has where there is none
+
+
+def _group_memory(folder: pathlib.Path, version: _Version) -> tuple[int, int] | None:
+    """Limit and use of one group; None where it has no limit, or the folder is none."""
+    try:
+        limit, used = (int((folder / name).read_text()) for name in (version.limit, version.used))
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return limit, used - int(stat[version.dropped])
+    except (OSError, ValueError, KeyError):  # ValueError: the limit is "max"
+        return None
 
 
 def free_device_bytes() -> int:

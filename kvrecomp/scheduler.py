@@ -109,6 +109,9 @@ def make_plan(
     """
     if groups is not None and groups < 1:
         raise PlanError(f"groups is {groups}; it must be greater than zero, or None to split the rows")
+    for name, given in (("tail", tail), ("window", window)):
+        if given is not None and given < 1:
+            raise PlanError(f"{name} is {given}; it must be greater than zero, or None to be chosen")
     budget = resolve_budget(budget or Budget(), profile)
     splits = _splits(shape, workload, budget) if groups is None else [(groups, workload)]
     # Times are measured for one batch: those of another, estimated from the machine's rates, are not to be compared.

@@ -82,6 +82,16 @@ def test_readme_says_what_the_results_say():
     assert readme.unused(text) == [], "README.md should use these files, or say why they are there"
 
 
+def test_results_that_git_does_not_have_are_a_users_own(root):
+    write_results(root, "known.json", ROWS)
+    assert "known.json" in readme.unused("", root)  # outside of a repository
+    git = ["git", "-C", str(root), "-c", "user.name=a", "-c", "user.email=a"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "add", "."], check=True)
+    write_results(root, "mine.json", ROWS)
+    assert "known.json" in readme.unused("", root) and "mine.json" not in readme.unused("", root)
+
+
 # --- markers ----------------------------------------------------------------------------------------------------------
 
 

@@ -421,6 +421,13 @@ def test_what_a_sliding_window_hides_is_not_sent():
     assert plan.bytes_in("host") <= 4095 * 4 * 2 * 8 * 128 * 2 * 32
 
 
+@pytest.mark.parametrize("given", [{"tail": 0}, {"window": -1}])
+def test_sizes_that_are_none(given):
+    ((name, size),) = given.items()
+    with pytest.raises(PlanError, match=f"{name} is {size}; it must be greater than zero, or None to be chosen"):
+        make_plan(model(LEARNED), WORK, machine("h200"), **given)
+
+
 def test_a_layer_twice_as_wide_keeps_as_many_tokens():
     """The same kind of layer in two widths: of room for half, the wider takes two thirds."""
     wide = replace(LEARNED, hidden=8192, heads=64, kv_heads=64)

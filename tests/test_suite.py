@@ -215,6 +215,7 @@ def test_workloads_of_ones_own(tmp_path):
         ({"batch": 0}, "batch is 0"),
         ({"weights": "gpu"}, "weights 'gpu': expected device, host"),
         ({"steps": 0}, "a: steps is 0; expected 1 or more"),
+        ({"rooms": [-5]}, "a: there is no room for -5 %; expected 0 or more"),
         ({"tail": -1}, "a: tail is -1; expected 1 or more"),
         ({"groups": 0}, "a: 0 groups in None order; expected 1 or more, row or column"),
         ({"groups": 2, "peers": ["huggingface"]}, "a: peers have one group, and their weights on the device"),

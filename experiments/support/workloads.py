@@ -74,6 +74,8 @@ class Case:
             raise ValueError(
                 f"{self.name}: {self.groups} groups in {self.order} order; expected 1 or more, row or column"
             )
+        if wrong := [room for room in self.rooms if room < 0]:
+            raise ValueError(f"{self.name}: there is no room for {wrong[0]:g} %; expected 0 or more")
         for field in ("tail", "steps"):
             if (value := getattr(self, field)) is not None and value < 1:
                 raise ValueError(f"{self.name}: {field} is {value}; expected 1 or more")
