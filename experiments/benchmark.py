@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import gc
 import json
+import math
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -243,7 +244,7 @@ def main(_: list[str]) -> None:
     weights = named_weights("host" if chosen else _WEIGHTS.value, len(shape.layers))
     named = [plan_for(name, shape, weights=weights) for name in (names | forms) - {AUTO}]
     hosted = [sum(kvrecomp.memory_needed(plan)["host"].values()) for plan in named]
-    memory.limit_pinned(max(_COPY_GIB.value * GIB, *hosted))
+    memory.limit_pinned(max(_COPY_GIB.value * GIB, min(max(hosted), budget.host or math.inf)))
     if chosen:
         weights = tuple(layer.weights for layer in plan_for(AUTO, shape).layers)
     sharding = kvrecomp.placement(plan_for("device", shape, weights=weights))  # the same for all plans

@@ -237,7 +237,7 @@ def test_the_pinned_pool_is_named_where_it_is_the_limit(monkeypatch):
 @pytest.mark.parametrize(
     ("before", "given", "expected"),
     [
-        ("", None, ["95", "7"]),
+        ("", None, ["85", "7"]),
         ("tiny", None, ["1", "1"]),
         ("", "17", ["17", "7"]),
         ("", "5", ["5", "5"]),
