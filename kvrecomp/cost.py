@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvrecomp.hardware import WORKS, HardwareProfile, LayerTimes, Line, Work
+from kvrecomp.hardware import ATTENTION, WORKS, HardwareProfile, LayerTimes, Line, Work, attention_work
 from kvrecomp.holds import Copy, events_before
 from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
 
@@ -97,7 +97,7 @@ def _layer_tasks(
         copies.append(Copy(nbytes, kept))
 
     def attention(block: BlockSpec) -> Work:
-        return "keys_values" if block.form == "keys_values" else layer.method
+        return attention_work("keys_values" if block.form == "keys_values" else layer.method, block.memory)
 
     early, late = layer_shape.matrices if layer.weights == "host" else ((), ())
     blocks = layer.blocks(write_outs, plan.tail)
@@ -107,12 +107,12 @@ def _layer_tasks(
     others = plan.together - 1  # groups that go through the projections and the feed-forward with the first
     compute("project", others)
     for _ in range(plan.together):
-        if "absorb" in map(attention, (*blocks, tail)):
+        if {"absorb", "device_absorb"} & {*map(attention, (*blocks, tail))}:
             compute("prepare")
-        for block in (*blocks, tail):
-            # What is on the device is attended to as one, the tail with it, whose own work is in the time of `project`.
+        for block in blocks:
             if block.memory == "device":
-                compute(attention(block), block.tokens, blocks=0)
+                compute(attention(block), block.tokens)
+        compute(attention(tail), tail.tokens, blocks=0)  # but for its tokens it is in the time of `project`
         for block in blocks:
             if block.memory == "host":
                 await_copy(plan.bytes_of(layer_shape, block))
@@ -181,6 +181,7 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
         "absorb": absorb,
         "recompute": tokens(project_keys, project_keys, by_keys, by_values, count=6),
     }
+    work |= {attention_work(kind, "device"): work[kind] for kind in ATTENTION}
     return LayerTimes(layer, "", batch, work)
 
 

@@ -8,15 +8,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from kvrecomp.plan import GIB, LayerShape, PlanError
+from kvrecomp.plan import GIB, LayerShape, Memory, PlanError
 
-Work = Literal["project", "finish", "prepare", "keys_values", "absorb", "recompute"]
+Attention = Literal["keys_values", "absorb", "recompute"]
+"""Attention over cached tokens: over keys and values, or over activations by one of the methods."""
+
+Work = Literal["project", "finish", "prepare", Attention, "device_keys_values", "device_absorb", "device_recompute"]
 """What a layer does in a step: `project` makes Q, and K and V of the new token; `finish` is the output projection and
 the feed-forward; `prepare` absorbs the projections of K and V, once where activations are attended to; the others are
-attention over cached tokens, by form and method."""
+attention over cached tokens. Those of a block from the host have a partial result of their own, and K and V are cut out
+of it; those on the device (`device_`) are attended to as one, the tail with them."""
 
+ATTENTION: tuple[Attention, ...] = get_args(Attention)
 WORKS: tuple[Work, ...] = get_args(Work)
-ATTENTION: tuple[Work, ...] = ("keys_values", "absorb", "recompute")
+
+
+def attention_work(kind: Attention, memory: Memory) -> Work:
+    """The work of attending to tokens in that memory."""
+    works: dict[Attention, Work] = {
+        "keys_values": "device_keys_values",
+        "absorb": "device_absorb",
+        "recompute": "device_recompute",
+    }
+    return kind if memory == "host" else works[kind]
 
 
 def _check_number(of: str, name: str, value: Any, above: bool = False) -> None:

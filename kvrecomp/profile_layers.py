@@ -17,14 +17,16 @@ from flax import nnx
 
 from kvrecomp import memory
 from kvrecomp.cache import Block, allocate_tails, describe_blocks, describe_tails, make_cache
-from kvrecomp.hardware import ATTENTION, LayerTimes, Line, Work
+from kvrecomp.hardware import ATTENTION, Attention, LayerTimes, Line, Work, attention_work
 from kvrecomp.plan import (
     BLOCKS_PER_WINDOW,
     DEFAULT_WINDOW,
+    MEMORIES,
     BlockSpec,
     Form,
     LayerPlan,
     LayerShape,
+    Memory,
     Method,
     Plan,
     Workload,
@@ -34,16 +36,17 @@ from kvrecomp.runtime import Model, decode_step
 from kvrecomp.timing import fit_line, median_seconds, random
 
 FEW_LAYERS, MORE_LAYERS = 2, 6
-STEPS = 10  # dispatched without waiting, as decoding does
+STEPS = 10  # dispatched without waiting, as decoding does; fewer where they take longer together than
+ENOUGH_SECONDS = 0.1
 
 
 def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
-    """Seconds of the layers of that shape in a step: without cached tokens, with a block of three sizes a form, and
-    with two blocks that together are as long as the longest, which tells what one more block costs."""
+    """Seconds of the layers of that shape in a step: without cached tokens; with a block of three sizes in each form
+    and memory; and with two from the host that together are as long as the longest, which tells what one more costs."""
     own_numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
     numbers = list(itertools.islice(itertools.cycle(own_numbers), MORE_LAYERS))  # again where there are fewer
     few, more = FEW_LAYERS, MORE_LAYERS
-    sizes: dict[Work, list[int]] = {}
+    sizes: dict[Attention, list[int]] = {}
     for kind in ATTENTION:
         form: Form = "keys_values" if kind == "keys_values" else "activations"
         row_bytes = batch * layer.width(form) * model.shape.itemsize
@@ -51,32 +54,41 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
         sizes[kind] = sorted({max(1, most // part) for part in (8, 2, 1)})
     bench = _LayerBench(model, numbers, batch)
     halves = {kind: (max(1, own[-1] // 2), max(1, own[-1] - own[-1] // 2)) for kind, own in sizes.items()}
-    runs: list[tuple[int, Work | None, tuple[int, ...]]] = [(few, None, ()), (more, None, ())]
-    for kind in ATTENTION:
-        runs += [*((more, kind, (size,)) for size in sizes[kind]), (more, kind, halves[kind])]
+    runs: list[tuple[int, Attention | None, Memory, tuple[int, ...]]] = [
+        (few, None, "host", ()),
+        (more, None, "host", ()),
+        *((more, kind, place, (size,)) for kind in ATTENTION for place in MEMORIES for size in sizes[kind]),
+        *((more, kind, "host", halves[kind]) for kind in ATTENTION),
+    ]
     timers = side_by_side(lambda run: bench.timer(*run), runs)
     seconds = {run: timer() for run, timer in zip(runs, timers, strict=True)}
-    without = seconds[more, None, ()]
-    dense = max(0.0, (without - seconds[few, None, ()]) / (more - few))
+    without = seconds[more, None, "host", ()]
+    dense = max(0.0, (without - seconds[few, None, "host", ()]) / (more - few))
     projecting = layer.projecting / layer.parameters
     work: dict[Work, Line] = {
         "project": Line(projecting * dense, 0.0),
         "finish": Line((1 - projecting) * dense, 0.0),
     }
+
+    def line_of(kind: Attention, place: Memory) -> Line:
+        taken = [seconds[more, kind, place, (size,)] for size in sizes[kind]]
+        return fit_line(sizes[kind], [(own - without) / more for own in taken], taken)
+
     for kind in ATTENTION:
-        taken = [seconds[more, kind, (size,)] for size in sizes[kind]]
-        line = fit_line(sizes[kind], [(own - without) / more for own in taken], taken)
-        another = (seconds[more, kind, halves[kind]] - seconds[more, kind, (sizes[kind][-1],)]) / more
-        base = min(max(0.0, another), line.base)
+        line, here = line_of(kind, "host"), line_of(kind, "device")
+        longest = seconds[more, kind, "host", (sizes[kind][-1],)]
+        base = min(max(0.0, (seconds[more, kind, "host", halves[kind]] - longest) / more), line.base)
         if kind == "absorb":
             work["prepare"] = Line(line.base - base, 0.0)
-        work[kind] = Line(base, line.each)
+            here = Line(max(0.0, here.base - work["prepare"].base), here.each)
+        work[attention_work(kind, "host")] = Line(base, line.each)
+        work[attention_work(kind, "device")] = here
     outside = max(0.0, without - more * dense)
     return LayerTimes(layer, model.shape.dtype, batch, work, outside, model.shape.vocab)
 
 
 class _LayerBench:
-    """Times a step of layers of a model, with blocks that are on the device but used as if they were copied."""
+    """Times a step of layers of a model; blocks from the host are on the device, but used as if they were copied."""
 
     def __init__(self, model: Model, numbers: Sequence[int], batch: int):
         """`numbers` are those of the layers; what they have in host memory is copied to the device."""
@@ -87,11 +99,11 @@ class _LayerBench:
         used = [path[0] == "layers" and path[1] in numbers for path in paths]
         self._weights = [jax.device_put(own, here) if needed else own for own, needed in zip(weights, used)]
 
-    def timer(self, count: int, kind: Work | None, tokens: Sequence[int]) -> Callable[[], float]:
+    def timer(self, count: int, kind: Attention | None, place: Memory, tokens: Sequence[int]) -> Callable[[], float]:
         """Compiles a step of so many layers, each with blocks of that many tokens used in that way; gives what measures
         its seconds."""
         numbers = self._numbers[:count]
-        plan = self._plan(numbers, kind, tokens or (1,))
+        plan = self._plan(numbers, kind, place, tokens or (1,))
 
         def step(weights, blocks, tails, padding, length, token_ids):
             model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
@@ -114,29 +126,31 @@ class _LayerBench:
             blocks = jax.tree.map(lambda like: random(like.shape, like.dtype), described)
             rest = allocate_tails(plan), token_ids
 
-            def run():
+            def run(steps: int):
                 nonlocal rest
-                for _ in range(STEPS):
+                for _ in range(steps):
                     rest = program(self._weights, blocks, rest[0], padding, length, rest[1])
                 return rest[1]
 
-            return median_seconds(run, 3) / STEPS
+            alone = median_seconds(lambda: run(1), 1)
+            steps = max(1, min(STEPS, int(ENOUGH_SECONDS / alone)))
+            return median_seconds(lambda: run(steps), 3) / steps
 
         return seconds
 
-    def _plan(self, numbers: Sequence[int], kind: Work | None, tokens: Sequence[int]) -> Plan:
+    def _plan(self, numbers: Sequence[int], kind: Attention | None, place: Memory, tokens: Sequence[int]) -> Plan:
         shape = self._model.shape
         form: Form = "activations" if kind in ("absorb", "recompute") else "keys_values"
         method: Method = "recompute" if kind == "recompute" else "absorb"
         # A window may be shorter than the blocks that are to be timed.
         layers = tuple(dataclasses.replace(shape.layers[number], sliding_window=None) for number in numbers)
-        own = LayerPlan(tuple(BlockSpec(form, "host", each) for each in tokens), form, ("host",), method)
+        own = LayerPlan(tuple(BlockSpec(form, place, each) for each in tokens), form, (place,), method)
         part = dataclasses.replace(shape, layers=layers)
         return Plan("bench", part, Workload(self._batch, sum(tokens), 1), (own,) * len(layers), tail=1, window=2**62)
 
 
 def _as_if_copied(block: Block) -> Block:
-    """A host block whose array is described as on the device: copying it there copies nothing."""
+    """The block with its arrays described as on the device: copying one from the host there copies nothing."""
     here = memory.sharding("device")
     arrays = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here) for array in block.arrays)
     return dataclasses.replace(block, arrays=arrays)

@@ -27,7 +27,7 @@ from kvrecomp.cost import (
     sum_seconds,
     work_table,
 )
-from kvrecomp.hardware import HardwareProfile, LayerTimes, Line, Work
+from kvrecomp.hardware import ATTENTION, HardwareProfile, LayerTimes, Line, Work, attention_work
 from kvrecomp.holds import COPIES_AHEAD, Copy, events_before
 from kvrecomp.named import named_plan, with_host_weights
 from kvrecomp.plan import (
@@ -397,16 +397,16 @@ def test_tasks_by_hand():
     expected = [  # work, tokens, blocks, copies, bytes, hold
         (row(0, "project"), 0, 1, 0, 0, -1),
         (row(0, "prepare"), 0, 1, 0, 0, -1),
-        (row(0, kv), 2, 0, 0, 0, -1),
-        (row(0, kv), 3, 0, 0, 0, -1),
+        (row(0, "device_keys_values"), 2, 1, 0, 0, -1),
+        (row(0, "device_keys_values"), 3, 0, 0, 0, -1),  # the tail
         (row(0, "project"), 0, 0, 1, 840, -1),  # a copy is awaited, which is no work
         (row(0, "absorb"), 4, 1, 0, 0, -1),
         (row(0, "project"), 0, 0, 1, 2100, -1),
         (row(0, kv), 5, 1, 0, 0, -1),
         (row(0, "finish"), 0, 1, 0, 0, -1),
         (row(1, "project"), 0, 1, 0, 0, -1),
-        (row(1, "recompute"), 5, 0, 0, 0, -1),
-        (row(1, "recompute"), 3, 0, 0, 0, -1),
+        (row(1, "device_recompute"), 5, 1, 0, 0, -1),
+        (row(1, "device_recompute"), 3, 0, 0, 0, -1),
         (row(1, "project"), 0, 0, 1, 1260, 4),  # two copies on their way: when the first block has arrived
         (row(1, "recompute"), 6, 1, 0, 0, -1),
         (row(1, "finish"), 0, 1, 0, 0, -1),
@@ -423,14 +423,14 @@ def test_tasks_after_write_outs_by_hand():
     tasks = make_tasks(BY_HAND, 2)
     rows = [tuple(task) for task in np.stack(tasks, axis=1)]
     assert [task for task in rows if task[0] % len(WORKS) > 2] == [
-        (row(0, kv), 2, 0, 0, 0, -1),
-        (row(0, kv), 3, 0, 0, 0, -1),
-        (row(0, kv), 3, 0, 0, 0, -1),
+        (row(0, "device_keys_values"), 2, 1, 0, 0, -1),
+        (row(0, "device_keys_values"), 3, 1, 0, 0, -1),
+        (row(0, "device_keys_values"), 3, 0, 0, 0, -1),
         (row(0, "absorb"), 4, 1, 0, 0, -1),
         (row(0, kv), 5, 1, 0, 0, -1),
         (row(0, kv), 3, 1, 0, 0, -1),
-        (row(1, "recompute"), 5, 0, 0, 0, -1),
-        (row(1, "recompute"), 3, 0, 0, 0, -1),
+        (row(1, "device_recompute"), 5, 1, 0, 0, -1),
+        (row(1, "device_recompute"), 3, 0, 0, 0, -1),
         (row(1, "recompute"), 6, 1, 0, 0, -1),
         (row(1, "recompute"), 3, 1, 0, 0, -1),
         (row(1, "recompute"), 3, 1, 0, 0, -1),
@@ -621,6 +621,8 @@ def test_an_estimate_by_hand():
     # Absorbed, but for the rotated keys: one projection, the keys, and a mix of activations.
     assert own.work["absorb"].each == pytest.approx(project + pairs, rel=1e-6, abs=0)
     assert own.work["prepare"].base == pytest.approx(2 * 4096**2 / 1e12 + 1e-6, rel=1e-6, abs=0)  # V's projection, once
+    for kind in ATTENTION:
+        assert own.work[attention_work(kind, "device")] == own.work[kind]
 
 
 def test_absorbing_keys_spares_their_projection():
@@ -717,4 +719,9 @@ def test_the_papers_schedule_has_its_optimum_there(name, hidden, split):
 
 def test_works_are_all_there_are():
     """The rows of the table, in this order: what is counted above relies on it."""
-    assert get_args(Work) == WORKS == ("project", "finish", "prepare", kv, "absorb", "recompute")
+    first = ("project", "finish", "prepare", kv, "absorb", "recompute")
+    assert get_args(Work) == WORKS == (*first, "device_keys_values", "device_absorb", "device_recompute")
+    assert [[attention_work(kind, place) for kind in ATTENTION] for place in ("host", "device")] == [
+        [kv, "absorb", "recompute"],
+        ["device_keys_values", "device_absorb", "device_recompute"],
+    ]

@@ -20,6 +20,9 @@ WORK = {
     "keys_values": Line(3e-6, 1e-9),
     "absorb": Line(4e-6, 2e-9),
     "recompute": Line(5e-6, 7e-9),
+    "device_keys_values": Line(2e-6, 1e-10),
+    "device_absorb": Line(3e-6, 2e-10),
+    "device_recompute": Line(4e-6, 7e-10),
 }
 TIMES = LayerTimes(LAYER, "bfloat16", 3, WORK, outside=1e-4)
 PROFILE = HardwareProfile(

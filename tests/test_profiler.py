@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import time
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +15,8 @@ from hypothesis import strategies as st
 
 import kvrecomp
 from kvrecomp import profile_layers, profile_machine, profiler
-from kvrecomp.hardware import WORKS, HardwareProfile
+from kvrecomp.hardware import ATTENTION, WORKS, HardwareProfile, Line, attention_work
+from kvrecomp.plan import MEMORIES
 from kvrecomp.timing import fit_line, measured_line
 
 
@@ -113,6 +115,38 @@ def test_layers_are_timed_once_a_batch(cache, counted, monkeypatch):
         assert first.times(layer, "float32", 2) is None
     assert profiler.profile(model, batch=3) == first
     assert profiler.profile() == first  # kept with the machine
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_a_layer_is_found_again(monkeypatch, number):
+    """Steps that take what the cost function adds up: what was measured of them is what they were made of."""
+    rng = np.random.default_rng(number)
+    attending: dict[Any, Line] = {
+        (kind, place): Line(*rng.uniform(1e-6, 9e-6, 1), *rng.uniform(1e-8, 9e-8, 1))
+        for kind in ATTENTION
+        for place in MEMORIES
+    }
+    dense, outside, prepare = rng.uniform(1e-4, 9e-4, 3)
+
+    class Steps:
+        def __init__(self, *_):
+            pass
+
+        def timer(self, count, kind, place, tokens):
+            of_blocks = sum(attending[kind, place](own) for own in tokens)
+            return lambda: outside + count * (dense + (kind == "absorb") * prepare + of_blocks)
+
+    monkeypatch.setattr(profile_layers, "_LayerBench", Steps)
+    model = toy.model("350m")
+    times = profile_layers.measure_layer(model, model.shape.layers[0], batch=3)
+    found = {
+        "prepare": Line(prepare, 0.0),
+        **{attention_work(kind, place): line for (kind, place), line in attending.items()},
+    }
+    for work, line in found.items():
+        assert (times.work[work].base, times.work[work].each) == pytest.approx((line.base, line.each), rel=1e-6), work
+    assert times.work["project"].base + times.work["finish"].base == pytest.approx(dense, rel=1e-9)
+    assert times.outside == pytest.approx(outside, rel=1e-6)
 
 
 @given(

@@ -14,7 +14,7 @@ import models
 from kvrecomp import cost, scheduler
 from kvrecomp.budget import memory_needed
 from kvrecomp.cost import plan_costs
-from kvrecomp.hardware import LEAST_DEVICE, WORKS, HardwareProfile, LayerTimes, Line
+from kvrecomp.hardware import LEAST_DEVICE, WORKS, HardwareProfile, LayerTimes, Line, attention_work
 from kvrecomp.named import named_plan
 from kvrecomp.plan import (
     BLOCKS_PER_WINDOW,
@@ -636,8 +636,9 @@ def test_times_measured_for_one_batch_split_no_rows():
 def test_where_all_fits_activations_are_kept_only_if_that_is_surely_faster(faster, form):
     """Layers that do nothing but attend, in so many times the seconds where they absorb."""
     shape, work, free = model(*[LEARNED] * 3), Workload(8, 1000, 16), Line(0.0, 0.0)
-    lines = dict.fromkeys(WORKS, free) | {kv: Line(0.0, 1e-6), "recompute": Line(0.0, 1e-5)}
-    lines["absorb"] = Line(0.0, faster * 1e-6)
+    attending = {kv: Line(0.0, 1e-6), "absorb": Line(0.0, faster * 1e-6), "recompute": Line(0.0, 1e-5)}
+    here = {attention_work(kind, "device"): line for kind, line in attending.items()}
+    lines = dict.fromkeys(WORKS, free) | attending | here
     profile = machine("h200").with_times(LayerTimes(LEARNED, shape.dtype, work.batch, lines))
     plan = make_plan(shape, work, profile)
     assert all(tokens(layer) == {(form, "device"): 1000} for layer in plan.layers)
