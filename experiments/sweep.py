@@ -8,15 +8,18 @@ Caches are filled with random numbers rather than by a prefill, since a step's t
 `--rooms`, every workload is measured under the six plans of PLANS, predicted and measured side by side. With `--rooms`,
 the device may hold so many per cent of the workload's keys and values, and the scheduler's choice is compared with the
 best of the plans by hand that fit. A position table shorter than the cached tokens is made longer. `--layers` cuts the
-models: a step has as many layers alike, so that plans compare as in the whole model, and less memory is needed. With
-`--from`, nothing is measured: results are read, and said and drawn together.
+models: a step has as many layers alike, so that plans compare as in the whole model, and less memory is needed. The
+results are written after every workload: killed, the same command goes on, and another one at the same commit adds to
+them. With `--from`, nothing is measured: results are read, and said and drawn together.
 """
 
 import dataclasses
 import gc
+import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from absl import flags, logging
@@ -112,24 +115,50 @@ def run(
     layers: int | None,
     host: float,
     console: Console,
+    before: Sequence[Measured] = (),
 ) -> Iterator[tuple[HardwareProfile, list[Measured]]]:
-    """Measures a workload after the other, and says by which profile it was predicted; what needs more than `host`
-    bytes of pinned memory is left out, and said."""
-    works = {
-        batch: [kvrecomp.Workload(batch, prompt, NEW) for prompt in sorted(cached, reverse=True)] for batch in batches
-    }
+    """Measures a workload after the other, but for what was measured `before`, and says by which profile it was
+    predicted; what needs more than `host` bytes of pinned memory is left out, and said."""
     for name in names:
         config = with_positions(models.preset(name), max(cached) + NEW)
+        config = config if layers is None else dataclasses.replace(config, layers=layers)
+        left: dict[int, dict[kvrecomp.Workload, list[float]]] = {}  # by batch: workloads and their rooms
+        for batch, prompt in itertools.product(sorted(batches, reverse=True), sorted(cached, reverse=True)):
+            of = (config.shape.name, layers, batch, prompt)
+            there = {row.room for row in before if (row.model, row.layers, row.batch, row.prompt) == of}
+            if {*(rooms or [None])} - there:
+                work = kvrecomp.Workload(batch, prompt, NEW)
+                left.setdefault(batch, {})[work] = [room for room in rooms if room not in there]
+        if not left:
+            continue
         with turns.preparing():
-            model = models.create(config if layers is None else dataclasses.replace(config, layers=layers))
-        for batch in sorted(batches, reverse=True):
+            model = models.create(config)
+        for batch, works in left.items():
             with turns.measuring():
                 machine = kvrecomp.profile(model, batch=batch)
-            for work in works[batch]:
-                rows = measure_workload(model, work, machine, rooms, host, console)
+            for work, own in works.items():
+                rows = measure_workload(model, work, machine, own, host, console)
                 yield machine, [dataclasses.replace(row, layers=layers) for row in rows]
         del model
         gc.collect()
+
+
+def measured_before(path: str | None, about: dict[str, Any]) -> list[Measured]:
+    """What the file has already, which is to be added to.
+
+    Raises:
+        ValueError: it is no results file, or of another machine, version of jax or commit.
+    """
+    if path is None or not Path(path).exists():
+        return []
+    rows = tables.read_file(path)
+    for name in ("device", "driver", "jax", "commit"):
+        if others := {row.get(name) for row in rows} - {about[name]}:
+            raise ValueError(
+                f"--out: {path} was measured with {name} {others.pop()}, and this is {about[name]}: "
+                "give another file, or remove that one"
+            )
+    return tables.predicted(rows)
 
 
 def measure_workload(
@@ -248,8 +277,9 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
         rooms = [float(each) for each in given.rooms]
         host = given.host_memory_gib * GIB
         memory.limit_pinned(host)
-        rows, document = [], document_of([], None, given.commit)
-        for machine, own in run(given.models, batches, cached, rooms, given.layers, host, console):
+        rows = measured_before(given.out, run_info(given.commit))
+        document = document_of(rows, None, given.commit)
+        for machine, own in run(given.models, batches, cached, rooms, given.layers, host, console, list(rows)):
             rows += own
             document = document_of(rows, machine, given.commit)
             if given.out:  # after every workload: what was measured is not lost with what comes after

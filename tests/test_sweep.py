@@ -144,6 +144,41 @@ def test_what_was_measured_before_a_failure_is_written(tmp_path, monkeypatch, kn
     assert rows == [dataclasses.asdict(first), dataclasses.asdict(second)]
 
 
+def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch, known_machine):
+    """What is in the file is not measured again, nor is a model made for nothing; another commit's is left alone."""
+    made, asked = [], []
+
+    def measure(model, work, _, rooms, *__):
+        asked.append((model, work.batch, work.prompt, rooms))
+        if len(asked) == 3:
+            raise RuntimeError("killed")
+        own = sweep.Measured(model, work.batch, work.prompt, work.new, "activations", None, 9.0, 8.0, 0)
+        return [dataclasses.replace(own, room=room) for room in rooms or [None]]
+
+    monkeypatch.setattr(sweep.models, "preset", lambda name: dataclasses.replace(toy.OPT, name=name))
+    monkeypatch.setattr(sweep.models, "create", lambda config: made.append(config.name) or config.name)
+    monkeypatch.setattr(sweep.kvrecomp, "profile", lambda *_, **__: known_machine)
+    monkeypatch.setattr(sweep.memory, "limit_pinned", lambda _: None)
+    monkeypatch.setattr(sweep, "measure_workload", measure)
+    flags_given = ["--models=a,b", "--batches=3", "--cached=5,7", f"--out={tmp_path}/rows.json", "--commit=1234567"]
+    with pytest.raises(RuntimeError, match="killed"):
+        command(*flags_given)
+    command(*flags_given)
+    command(*flags_given)
+    assert made == ["a", "b", "b"]
+    assert asked == [("a", 3, 7, []), ("a", 3, 5, []), ("b", 3, 7, []), ("b", 3, 7, []), ("b", 3, 5, [])]
+    command(*flags_given, "--rooms=0,50", "--models=b", "--cached=5")
+    command(*flags_given, "--rooms=25,50", "--models=b", "--cached=5")
+    assert asked[5:] == [("b", 3, 5, [0.0, 50.0]), ("b", 3, 5, [25.0])]
+    path = tmp_path / "rows.json"
+    rows = [(row["model"], row["prompt"], row["room"]) for row in json.loads(path.read_text())["rows"]]
+    assert rows == [*((m, p, None) for m in "ab" for p in (7, 5)), *(("b", 5, room) for room in (0.0, 50.0, 25.0))]
+    written = path.read_text()
+    with pytest.raises(ValueError, match="was measured with commit 1234567, and this is 7654321: give another"):
+        command(*flags_given, "--commit=7654321")
+    assert path.read_text() == written
+
+
 def test_refusals(results, tmp_path):
     for arguments, message in (
         ([f"--from={results[0]}", f"--out={tmp_path}/x.json"], "nothing is: give one of them"),
