@@ -25,7 +25,7 @@ from rich.table import Table
 
 import kvrecomp
 import models
-from experiments.support import script, turns
+from experiments.support import script, tables, turns
 from experiments.support.report import after_warm_up, run_info
 from kvrecomp import memory
 from kvrecomp.cost import median_write_outs, plan_costs
@@ -227,6 +227,7 @@ def main(_: list[str]) -> None:
     window = None if _WINDOW.value is None else int(_WINDOW.value * MIB)
     work = kvrecomp.Workload(_BATCH.value, _PROMPT.value, _NEW.value)
     shape = dataclasses.replace(models.preset(_MODEL.value).shape, dtype=_DTYPE.value)
+    tables.check_out(_OUT.value)
     if not _PLANS.value:
         raise ValueError("--plans is empty: give one plan or more")
     if work.new < 2:

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 
 import models
-from experiments.support import script, turns
+from experiments.support import script, tables, turns
 from experiments.support.peer import Steps
 from experiments.support.programs import PEERS
 from experiments.support.report import after_warm_up, run_info, versions
@@ -75,6 +75,7 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     config, work = models.preset(given.model), Workload(given.batch, given.prompt, given.new)
     if work.new < 2:
         raise ValueError(f"--new is {work.new}: the first token comes with the prompt; give at least 2 to time a step")
+    tables.check_out(given.out)
     peer = PEERS[given.peer]
     if reason := peer.unavailable(False):
         raise ValueError(f"{given.peer}: {reason}")

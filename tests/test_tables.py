@@ -172,3 +172,19 @@ def test_what_is_no_results_file_is_said(tmp_path, text):
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(ValueError, match=r"a\.json is not a results file"):
         tables.read_file(tmp_path / "a.json")
+
+
+def test_results_replace_results_only(tmp_path, read):
+    path = tmp_path / "a.json"
+    tables.check_out(None)
+    tables.check_out(path)
+    read(ROW)
+    tables.check_out(path)
+    path.write_text("# notes\n")
+    for wrong, message in (
+        (path, r"--out: .*a\.json is not a results file .*lost; give another"),
+        (tmp_path, "folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tables.check_out(wrong)
+    assert path.read_text() == "# notes\n"

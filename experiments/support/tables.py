@@ -52,6 +52,18 @@ def read_file(path: str | os.PathLike) -> list[Row]:
     return rows
 
 
+def check_out(path: str | os.PathLike | None) -> None:
+    """Raises ValueError where results would replace something else: before they are measured, and it is lost."""
+    if path is None or not Path(path).exists():
+        return
+    if Path(path).is_dir():
+        raise ValueError(f"--out: {path} is a folder; give the name of a file in it")
+    try:
+        read_file(path)
+    except ValueError as error:
+        raise ValueError(f"--out: {error}, and would be lost; give another file") from error
+
+
 # --- words and numbers ------------------------------------------------------------------------------------------------
 
 
