@@ -173,7 +173,7 @@ def measure(
         new=work.new,
         asked=asked,
         plan=plan.name,
-        weights={0: "device", 1: "host"}.get(hosted, f"{hosted:g}"),
+        weights={0: "device", 1: "host"}.get(hosted, f"{hosted:.3g}"),
         groups=plan.groups,
         order=plan.order,
         device_budget=device_budget,

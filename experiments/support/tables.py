@@ -216,7 +216,7 @@ def _unusual(rows: Sequence[Row]) -> list[Column]:
 
 
 def _plain(value: Any) -> str:
-    return "-" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def table(rows: Sequence[Row], *columns: Column) -> str:
