@@ -1,8 +1,8 @@
 """Device and host memory: shardings of each kind, the pinned pool, and how much is free.
 
 Host blocks live in pinned memory, which the GPU's copy engines read at the link's full rate. XLA caps its pinned pool
-at 64 GB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set before the backend starts. Importing kvrecomp sets it to what
-is free when it still can.
+at 64 GB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set before the backend starts. Importing kvrecomp sets it to most
+of what is free when it still can.
 
 The pool grows by as much again as it has, up to its cap: 34 GB of blocks pin 64, and 66 pin 128, which a machine may
 not have. Who knows what will be needed says so with `limit_pinned`.
@@ -72,7 +72,7 @@ def one_number(memory: Memory, dtype: str) -> jax.Array:
 
 
 def limit_pinned_to_free() -> None:
-    """Lets the pinned pool grow to what is free, unless the variable is set or the backend has started."""
+    """Lets the pinned pool grow to most of what is free, unless the variable is set or the backend has started."""
     if LIMIT_VARIABLE not in os.environ and not backend_started():
         os.environ[LIMIT_VARIABLE] = str(max(1, int(_available() * (1 - _UNPINNED) / 10**9)))
 

@@ -36,8 +36,8 @@ from kvrecomp.runtime import Model, decode_step
 from kvrecomp.timing import fit_line, median_seconds, random
 
 FEW_LAYERS, MORE_LAYERS = 2, 6
-STEPS = 10  # dispatched without waiting, as decoding does; fewer where they take longer together than
-ENOUGH_SECONDS = 0.1
+STEPS = 10  # at most, dispatched without waiting, as decoding does
+ENOUGH_SECONDS = 0.1  # for a run: slow steps, as a CPU's, are fewer
 
 
 def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
@@ -100,8 +100,8 @@ class _LayerBench:
         self._weights = [jax.device_put(own, here) if needed else own for own, needed in zip(weights, used)]
 
     def timer(self, count: int, kind: Attention | None, place: Memory, tokens: Sequence[int]) -> Callable[[], float]:
-        """Compiles a step of so many layers, each with blocks of that many tokens used in that way; gives what measures
-        its seconds."""
+        """Compiles a step of so many layers, each with blocks of that many tokens in that memory, used in that way;
+        gives what measures its seconds."""
         numbers = self._numbers[:count]
         plan = self._plan(numbers, kind, place, tokens or (1,))
 
