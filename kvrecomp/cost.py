@@ -22,7 +22,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvrecomp.hardware import ATTENTION, WORKS, HardwareProfile, LayerTimes, Line, Work, attention_work
+from kvrecomp.hardware import (
+    ATTENTION,
+    WORKS,
+    Attention,
+    Curve,
+    HardwareProfile,
+    LayerTimes,
+    Work,
+    attention_work,
+    project_work,
+)
 from kvrecomp.holds import Copy, events_before
 from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
 
@@ -30,9 +40,10 @@ from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, Pl
 class Tasks(NamedTuple):
     """A plan as arrays, [..., tasks]: what a step does, in the order of compute.
 
-    `work` int32 is the row of the table of compute times (`work_table`), `tokens` and `blocks` what they are multiplied
-    with; work on weights has other groups than the first in place of tokens. `copies` counts the blocks copied, none or
-    one, of `copy_bytes`; `hold` int32 is the task whose end lets the copy start, -1 for the start of the step.
+    `work` int32 is the row of the table of compute times (`work_table`) and `tokens` the size there; work on weights
+    has other groups than the first in place of tokens. `blocks` 0: without what no tokens take. `copies` counts the
+    blocks copied, none or one, of `copy_bytes`; `hold` int32 is the task whose end lets the copy start, -1 for the
+    start of the step.
     """
 
     work: np.ndarray
@@ -96,8 +107,11 @@ def _layer_tasks(
         tasks.append((shape_number * len(WORKS), 0, 0, 1, nbytes))
         copies.append(Copy(nbytes, kept))
 
-    def attention(block: BlockSpec) -> Work:
-        return attention_work("keys_values" if block.form == "keys_values" else layer.method, block.memory)
+    def kind(block: BlockSpec) -> Attention:
+        return "keys_values" if block.form == "keys_values" else layer.method
+
+    def attend(block: BlockSpec, blocks: int = 1) -> None:
+        compute(attention_work(kind(block), block.memory), block.tokens, blocks)
 
     early, late = layer_shape.matrices if layer.weights == "host" else ((), ())
     blocks = layer.blocks(write_outs, plan.tail)
@@ -105,18 +119,18 @@ def _layer_tasks(
     for count in early:
         await_copy(count * plan.shape.itemsize, kept=True)
     others = plan.together - 1  # groups that go through the projections and the feed-forward with the first
-    compute("project", others)
+    compute(project_work(kind(tail)), others)
     for _ in range(plan.together):
-        if {"absorb", "device_absorb"} & {*map(attention, (*blocks, tail))}:
+        if "absorb" in map(kind, (*blocks, tail)):
             compute("prepare")
         for block in blocks:
             if block.memory == "device":
-                compute(attention(block), block.tokens)
-        compute(attention(tail), tail.tokens, blocks=0)  # but for its tokens it is in the time of `project`
+                attend(block)
+        attend(tail, blocks=0)  # but for its tokens it is in the time of `project`
         for block in blocks:
             if block.memory == "host":
                 await_copy(plan.bytes_of(layer_shape, block))
-                compute(attention(block), block.tokens)
+                attend(block)
     for count in late:
         await_copy(count * plan.shape.itemsize, kept=True)
     compute("finish", others)
@@ -158,12 +172,12 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
     def kernel(operations: float, numbers: float) -> float:
         return max(operations / profile.matmul_rate, numbers * p / profile.memory_rate)
 
-    def weights(count: float, kernels: int) -> Line:
-        return Line(kernel(2 * b * count, count) + kernels * profile.kernel_seconds, 0.0)
+    def weights(count: float, kernels: int) -> Curve:
+        return Curve.line(kernel(2 * b * count, count) + kernels * profile.kernel_seconds)
 
-    def tokens(*kernels: tuple[float, float], count: int = 4) -> Line:
+    def tokens(*kernels: tuple[float, float], count: int = 4) -> Curve:
         scores = 12 * b * layer.heads / profile.memory_rate  # float32, written, read for the softmax and for mixing
-        return Line(count * profile.kernel_seconds, sum(kernel(b * o, b * n) for o, n in kernels) + scores)
+        return Curve.line(count * profile.kernel_seconds, sum(kernel(b * o, b * n) for o, n in kernels) + scores)
 
     by_keys, by_values = (2 * nd, kd), (2 * nd, kd)  # scores against K, weights times V
     over_activations = (2 * layer.heads * h, h)  # the same against x
@@ -173,10 +187,12 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
         absorb = tokens(over_activations, over_activations)
     else:
         absorb = tokens(project_keys, by_keys, over_activations, count=5)
-    work: dict[Work, Line] = {
+    work: dict[Work, Curve] = {
         "project": weights(layer.projecting, 3),
+        "project_absorb": weights(layer.projecting - (1 + layer.absorbs_keys) * h * kd, 2 - layer.absorbs_keys),
+        "project_recompute": weights(layer.projecting, 3),
         "finish": weights(layer.parameters - layer.projecting, 5),
-        "prepare": Line((1 + layer.absorbs_keys) * (absorbing + profile.kernel_seconds), 0.0),
+        "prepare": Curve.line((1 + layer.absorbs_keys) * (absorbing + profile.kernel_seconds)),
         "keys_values": tokens(by_keys, by_values),
         "absorb": absorb,
         "recompute": tokens(project_keys, project_keys, by_keys, by_values, count=6),
@@ -186,9 +202,9 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
 
 
 def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) -> np.ndarray:
-    """float32[rows, 2]: base seconds and seconds a token, WORKS of each distinct layer shape, then outside layers.
+    """float32[rows, 2, KNOTS], the knots of curves: WORKS of each distinct layer shape, then outside layers.
 
-    Of `project` and `finish`, which have no tokens, seconds for another group's rows.
+    Sizes are cached tokens; of `project` and `finish`, which have none, other groups.
     """
     rows, outside = [], None
     for layer in dict.fromkeys(shape.layers):
@@ -197,13 +213,17 @@ def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) 
             outside = times.outside
         times = times or estimate(profile, layer, shape.itemsize, workload.batch)
         # Rows of another group read no weights again; they add, at most, their arithmetic at the rate of products.
-        products = {"project": layer.projecting, "finish": layer.parameters - layer.projecting}
-        added = {work: 2 * workload.batch * products.get(work, 0) / profile.matmul_rate for work in WORKS}
-        rows += [(times.work[work].base, times.work[work].each + added[work]) for work in WORKS]
+        products = {project_work(kind): layer.projecting for kind in ATTENTION}
+        products["finish"] = layer.parameters - layer.projecting
+        for work in WORKS:
+            curve = times.work[work]
+            if work in products:
+                curve = Curve.line(curve(0), 2 * workload.batch * products[work] / profile.matmul_rate)
+            rows.append(curve.knots)
     if outside is None:
         table_bytes = shape.vocab * shape.embedding * shape.itemsize
         outside = table_bytes / profile.memory_rate + 10 * profile.kernel_seconds
-    return np.array([*rows, (outside, 0.0)], np.float32)
+    return np.array([*rows, Curve.line(outside).knots], np.float32)
 
 
 # --- seconds of a step ------------------------------------------------------------------------------------------------
@@ -237,7 +257,9 @@ def _step_seconds(table: Array, link: Array, tasks: Tasks) -> StepCost:
 
 def _pipeline(table: Array, link: Array, tasks: Tasks) -> StepCost:
     """The recurrence over one plan's tasks."""
-    computing = table[tasks.work, 0] * tasks.blocks + table[tasks.work, 1] * tasks.tokens
+    sizes, seconds = table[tasks.work, 0], table[tasks.work, 1]
+    at = jax.vmap(functools.partial(jnp.interp, right="extrapolate"))(tasks.tokens, sizes, seconds)
+    computing = jnp.maximum(jnp.maximum(at, 0.0) - (1 - tasks.blocks) * seconds[:, 0], 0.0)
     copying = jnp.maximum(link[0] * tasks.copies, link[1] * tasks.copy_bytes)
 
     def advance(carry, task):

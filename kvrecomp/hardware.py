@@ -1,24 +1,34 @@
 """What is known of a machine: plain data, measured by `kvrecomp.profiler` or taken from data sheets.
 
-Times are seconds, sizes bytes, rates per second. A `Line` is a time that grows with a size.
+Times are seconds, sizes bytes, rates per second. A `Line` is a time that grows with a size, a `Curve` one by pieces.
 """
 
+import bisect
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
+
+import numpy as np
 
 from kvrecomp.plan import GIB, LayerShape, Memory, PlanError
 
 Attention = Literal["keys_values", "absorb", "recompute"]
 """Attention over cached tokens: over keys and values, or over activations by one of the methods."""
 
-Work = Literal["project", "finish", "prepare", Attention, "device_keys_values", "device_absorb", "device_recompute"]
-"""What a layer does in a step: `project` makes Q, and K and V of the new token; `finish` is the output projection and
-the feed-forward; `prepare` absorbs the projections of K and V, once where activations are attended to; the others are
-attention over cached tokens. Those of a block from the host have a partial result of their own, and K and V are cut out
-of it; those on the device (`device_`) are attended to as one, the tail with them."""
+Work = Literal[
+    "project", "project_absorb", "project_recompute",
+    "finish", "prepare",
+    Attention, "device_keys_values", "device_absorb", "device_recompute",
+]  # fmt: skip
+"""What a layer does in a step. `project` makes Q, and K and V of the new token; where the tail has activations, these
+are not made (`project_absorb`), or with those of the tail (`project_recompute`). `finish` is the output projection and
+the feed-forward; `prepare` absorbs the projections of K and V, once where activations are attended to so. The others
+are attention over cached tokens. Those of a block from the host have a partial result of their own, and K and V are cut
+out of it; those on the device (`device_`) are attended to as one, the tail with them."""
 
+KNOTS = 6  # of a curve, at most
 ATTENTION: tuple[Attention, ...] = get_args(Attention)
 WORKS: tuple[Work, ...] = get_args(Work)
 
@@ -31,6 +41,16 @@ def attention_work(kind: Attention, memory: Memory) -> Work:
         "recompute": "device_recompute",
     }
     return kind if memory == "host" else works[kind]
+
+
+def project_work(kind: Attention) -> Work:
+    """The work before attention in a layer that attends to its tail so."""
+    works: dict[Attention, Work] = {
+        "keys_values": "project",
+        "absorb": "project_absorb",
+        "recompute": "project_recompute",
+    }
+    return works[kind]
 
 
 def _check_number(of: str, name: str, value: Any, above: bool = False) -> None:
@@ -54,6 +74,50 @@ class Line:
         """Seconds at that size."""
         return self.base + self.each * size
 
+    def overlapped(self, size: float) -> float:
+        """Seconds at that size of one of many, whose bases pass beside the others' sizes."""
+        return max(self.base, self.each * size)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Seconds at two to KNOTS sizes that grow from zero: straight between them, and on as between the last two.
+
+    Kernels are others for other sizes, so that no one line is near all of them.
+    """
+
+    sizes: tuple[float, ...]
+    seconds: tuple[float, ...]
+
+    def __post_init__(self):
+        rising = self.sizes[:1] == (0,) and all(a < b for a, b in itertools.pairwise(self.sizes))
+        if not (rising and 2 <= len(self.sizes) == len(self.seconds) <= KNOTS):
+            raise PlanError(
+                f"Curve: sizes {self.sizes} and seconds {self.seconds}; expected as many of both, 2 to {KNOTS}, and "
+                "sizes that grow from zero"
+            )
+        for value in self.seconds:
+            _check_number("Curve", "seconds", value)
+
+    @classmethod
+    def line(cls, base: float, each: float = 0.0) -> "Curve":
+        """`base + each * size` seconds."""
+        return cls((0.0, 1.0), (base, base + each))
+
+    @property
+    def knots(self) -> np.ndarray:
+        """float64[2, KNOTS]: sizes and seconds, filled up with points further on."""
+        sizes, seconds = self.sizes, self.seconds
+        further = np.arange(1, KNOTS + 1 - len(sizes))
+        last = [values[-1] + further * (values[-1] - values[-2]) for values in (sizes, seconds)]
+        return np.array([[*sizes, *last[0]], [*seconds, *last[1]]])
+
+    def __call__(self, size: float) -> float:
+        """Seconds at that size; not less than none where a falling end would lead there."""
+        end = max(1, min(len(self.sizes) - 1, bisect.bisect_left(self.sizes, size)))
+        (before, after), (first, second) = self.sizes[end - 1 : end + 1], self.seconds[end - 1 : end + 1]
+        return max(0.0, first + (size - before) * (second - first) / (after - before))
+
 
 @dataclass(frozen=True)
 class LayerTimes:
@@ -65,7 +129,7 @@ class LayerTimes:
     layer: LayerShape
     dtype: str
     batch: int
-    work: Mapping[Work, Line]
+    work: Mapping[Work, Curve]
     outside: float = 0.0
     vocab: int | None = None
 
@@ -79,11 +143,11 @@ class LayerTimes:
 class HardwareProfile:
     """A machine: rates and latencies, and the layers that were timed on it.
 
-    `to_device` and `to_host` are copies of one array over the link, by bytes, the next being made ready meanwhile, so
-    that their `base` is the least that one takes; `beside_compute` is the rate of copies to the device while it
-    computes; `handoff_seconds` pass before a copy starts that waited for compute, and before compute starts that waited
-    for a copy. `kernel_seconds` is what one more small kernel adds to a program. `host_bytes` None: as much as is asked
-    for. `source` says where the numbers are from.
+    `to_device` and `to_host` are copies of one array over the link, by bytes. Those to the device are `overlapped`: the
+    next is made ready meanwhile, so that their `base` is the least that one takes. `beside_compute` is their rate while
+    the device computes; `handoff_seconds` pass before a copy starts that waited for compute, and before compute starts
+    that waited for a copy. `kernel_seconds` is what one more small kernel adds to a program. `host_bytes` None: as much
+    as is asked for. `source` says where the numbers are from.
     """
 
     device: str
@@ -132,7 +196,7 @@ class HardwareProfile:
                 LayerShape(**own["layer"]),
                 own["dtype"],
                 own["batch"],
-                {work: Line(**own["work"][work]) for work in WORKS},
+                {work: Curve(*(tuple(own["work"][work][name]) for name in ("sizes", "seconds"))) for work in WORKS},
                 own["outside"],
                 own["vocab"],
             )

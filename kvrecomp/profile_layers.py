@@ -6,9 +6,10 @@ compute is timed.
 
 import dataclasses
 import itertools
+import statistics
 import types
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from flax import nnx
 
 from kvrecomp import memory
 from kvrecomp.cache import Block, allocate_tails, describe_blocks, describe_tails, make_cache
-from kvrecomp.hardware import ATTENTION, Attention, LayerTimes, Line, Work, attention_work
+from kvrecomp.hardware import ATTENTION, Attention, Curve, LayerTimes, Work, attention_work, project_work
 from kvrecomp.plan import (
     BLOCKS_PER_WINDOW,
     DEFAULT_WINDOW,
@@ -28,63 +29,94 @@ from kvrecomp.plan import (
     LayerShape,
     Memory,
     Method,
+    ModelShape,
     Plan,
     Workload,
 )
 from kvrecomp.programs import side_by_side
 from kvrecomp.runtime import Model, decode_step
-from kvrecomp.timing import fit_line, median_seconds, random
+from kvrecomp.timing import median_seconds, random
 
 FEW_LAYERS, MORE_LAYERS = 2, 6
-STEPS = 10  # at most, dispatched without waiting, as decoding does
-ENOUGH_SECONDS = 0.1  # for a run: slow steps, as a CPU's, are fewer
+ATTENDING_LAYERS = 4  # fewer are compiled sooner
+SIZES, RATIO = 4, 4  # of blocks, each so many times as long as the one before
+TAIL = 32  # tokens: XLA fuses the scores of very few with others', and computes them many times
+STEPS = 20  # at most, dispatched without waiting, as decoding does
+ENOUGH_SECONDS = 0.03  # for a run: slow steps, as a CPU's, are fewer
+REPEATS, ROUNDS = 3, 3  # of a run, and of all of them: a machine is at times slow for longer than a run
+
+
+class _Run(NamedTuple):
+    """What is timed: so many layers, their tails attended to as `tail` says, and blocks, or none, as `kind` does."""
+
+    layers: int
+    tail: Attention
+    kind: Attention | None = None
+    place: Memory = "host"
+    tokens: int = 0
 
 
 def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
-    """Seconds of the layers of that shape in a step: without cached tokens; with a block of three sizes in each form
-    and memory; and with two from the host that together are as long as the longest, which tells what one more costs."""
+    """Seconds of the layers of that shape in a step: without cached tokens, for each kind of tail; with a block of four
+    sizes in each form and memory; and with activations that are absorbed beside a tail of keys and values."""
     own_numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
     numbers = list(itertools.islice(itertools.cycle(own_numbers), MORE_LAYERS))  # again where there are fewer
-    few, more = FEW_LAYERS, MORE_LAYERS
-    sizes: dict[Attention, list[int]] = {}
-    for kind in ATTENTION:
-        form: Form = "keys_values" if kind == "keys_values" else "activations"
-        row_bytes = batch * layer.width(form) * model.shape.itemsize
-        most = max(1, min(model.shape.positions - 1, DEFAULT_WINDOW // BLOCKS_PER_WINDOW // row_bytes))
-        sizes[kind] = sorted({max(1, most // part) for part in (8, 2, 1)})
-    bench = _LayerBench(model, numbers, batch)
-    halves = {kind: (max(1, own[-1] // 2), max(1, own[-1] - own[-1] // 2)) for kind, own in sizes.items()}
-    runs: list[tuple[int, Attention | None, Memory, tuple[int, ...]]] = [
-        (few, None, "host", ()),
-        (more, None, "host", ()),
-        *((more, kind, place, (size,)) for kind in ATTENTION for place in MEMORIES for size in sizes[kind]),
-        *((more, kind, "host", halves[kind]) for kind in ATTENTION),
-    ]
-    timers = side_by_side(lambda run: bench.timer(*run), runs)
-    seconds = {run: timer() for run, timer in zip(runs, timers, strict=True)}
-    without = seconds[more, None, "host", ()]
-    dense = max(0.0, (without - seconds[few, None, "host", ()]) / (more - few))
-    projecting = layer.projecting / layer.parameters
-    work: dict[Work, Line] = {
-        "project": Line(projecting * dense, 0.0),
-        "finish": Line((1 - projecting) * dense, 0.0),
+    sizes: dict[Attention, list[int]] = {kind: block_sizes(kind, model.shape, layer, batch) for kind in ATTENTION}
+    few, more = _Run(FEW_LAYERS, "keys_values"), _Run(MORE_LAYERS, "keys_values")
+    count = ATTENDING_LAYERS
+    bare: dict[Attention, _Run] = {kind: _Run(count, kind) for kind in ATTENTION}
+    alone: dict[tuple[Attention, Memory], list[_Run]] = {
+        (kind, place): [_Run(count, kind, kind, place, size) for size in sizes[kind]]
+        for kind in ATTENTION
+        for place in MEMORIES
     }
+    beside = _Run(count, "keys_values", "absorb", "host", sizes["absorb"][-1])
+    bench = _LayerBench(model, numbers, batch)
+    runs = [few, more, *bare.values(), *itertools.chain(*alone.values()), beside]
+    timers = side_by_side(bench.timer, runs)
+    rounds = [[timer() for timer in timers] for _ in range(ROUNDS)]
+    seconds = dict(zip(runs, map(statistics.median, zip(*rounds)), strict=True))
 
-    def line_of(kind: Attention, place: Memory) -> Line:
-        taken = [seconds[more, kind, place, (size,)] for size in sizes[kind]]
-        return fit_line(sizes[kind], [(own - without) / more for own in taken], taken)
+    def added(run: _Run, to: _Run) -> float:
+        """Seconds a layer."""
+        return (seconds[run] - seconds[to]) / count
 
-    for kind in ATTENTION:
-        line, here = line_of(kind, "host"), line_of(kind, "device")
-        longest = seconds[more, kind, "host", (sizes[kind][-1],)]
-        base = min(max(0.0, (seconds[more, kind, "host", halves[kind]] - longest) / more), line.base)
-        if kind == "absorb":
-            work["prepare"] = Line(line.base - base, 0.0)
-            here = Line(max(0.0, here.base - work["prepare"].base), here.each)
-        work[attention_work(kind, "host")] = Line(base, line.each)
-        work[attention_work(kind, "device")] = here
-    outside = max(0.0, without - more * dense)
+    dense = max(0.0, (seconds[more] - seconds[few]) / (MORE_LAYERS - FEW_LAYERS))
+    projecting = layer.projecting / layer.parameters
+    attending: dict[Work, Curve] = {
+        attention_work(kind, place): curve_through(sizes[kind], [added(run, bare[kind]) for run in own])
+        for (kind, place), own in alone.items()
+    }
+    # Absorbing is part of what a tail takes that is absorbed.
+    prepare = max(0.0, added(beside, bare["keys_values"]) - attending["absorb"](beside.tokens))
+    work = dict(attending)
+    for kind, run in bare.items():
+        tail = attending[attention_work(kind, "device")]
+        own = projecting * dense + added(run, bare["keys_values"]) - (tail(TAIL) - tail(0))
+        work[project_work(kind)] = Curve.line(max(0.0, own - (prepare if kind == "absorb" else 0)))
+    work |= {"prepare": Curve.line(prepare), "finish": Curve.line((1 - projecting) * dense)}
+    outside = max(0.0, seconds[bare["keys_values"]] - count * dense)
     return LayerTimes(layer, model.shape.dtype, batch, work, outside, model.shape.vocab)
+
+
+def block_sizes(kind: Attention, shape: ModelShape, layer: LayerShape, batch: int) -> list[int]:
+    """Tokens of the blocks that are timed, powers of two; the longest has no more than the positions and a
+    quarter of the window."""
+    row_bytes = batch * layer.width("keys_values" if kind == "keys_values" else "activations") * shape.itemsize
+    most = max(1, min(shape.positions, DEFAULT_WINDOW // BLOCKS_PER_WINDOW // row_bytes)).bit_length() - 1
+    return sorted({max(1, 2**most // RATIO**part) for part in range(SIZES)})
+
+
+def curve_through(sizes: Sequence[int], seconds: Sequence[float]) -> Curve:
+    """The curve through what was measured; where it is not negative, that of no tokens is on the line of the first two.
+
+    Noise can make a small difference of two times negative: that is nothing.
+    """
+    own = [max(0.0, each) for each in seconds]
+    base = own[0]
+    if len(own) > 1:
+        base = min(max(0.0, own[0] - (own[1] - own[0]) * sizes[0] / (sizes[1] - sizes[0])), own[0])
+    return Curve((0, *sizes), (base, *own))
 
 
 class _LayerBench:
@@ -99,11 +131,10 @@ class _LayerBench:
         used = [path[0] == "layers" and path[1] in numbers for path in paths]
         self._weights = [jax.device_put(own, here) if needed else own for own, needed in zip(weights, used)]
 
-    def timer(self, count: int, kind: Attention | None, place: Memory, tokens: Sequence[int]) -> Callable[[], float]:
-        """Compiles a step of so many layers, each with blocks of that many tokens in that memory, used in that way;
-        gives what measures its seconds."""
-        numbers = self._numbers[:count]
-        plan = self._plan(numbers, kind, place, tokens or (1,))
+    def timer(self, run: _Run) -> Callable[[], float]:
+        """Compiles such a step; gives what measures its seconds."""
+        numbers = self._numbers[: run.layers]
+        plan = self._plan(run, numbers)
 
         def step(weights, blocks, tails, padding, length, token_ids):
             model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
@@ -113,8 +144,7 @@ class _LayerBench:
             (tails,), (logits,) = decode_step(part, plan, [cache], [token_ids])
             return tails, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-        kinds = [[] if kind is None else list(own) for own in describe_blocks(plan, 0)]
-        described = [[_as_if_copied(block) for block in own] for own in kinds]
+        described = [[_as_if_copied(block) for block in own if run.kind] for own in describe_blocks(plan, 0)]
         padding, length, token_ids = jax.device_put(
             (np.zeros(self._batch, np.int32), np.int32(plan.workload.prompt), np.zeros(self._batch, np.int32)),
             memory.sharding("device"),
@@ -126,27 +156,32 @@ class _LayerBench:
             blocks = jax.tree.map(lambda like: random(like.shape, like.dtype), described)
             rest = allocate_tails(plan), token_ids
 
-            def run(steps: int):
+            def take(steps: int):
                 nonlocal rest
                 for _ in range(steps):
                     rest = program(self._weights, blocks, rest[0], padding, length, rest[1])
                 return rest[1]
 
-            alone = median_seconds(lambda: run(1), 1)
+            alone = median_seconds(lambda: take(1), 1)
             steps = max(1, min(STEPS, int(ENOUGH_SECONDS / alone)))
-            return median_seconds(lambda: run(steps), 3) / steps
+            return median_seconds(lambda: take(steps), REPEATS) / steps
 
         return seconds
 
-    def _plan(self, numbers: Sequence[int], kind: Attention | None, place: Memory, tokens: Sequence[int]) -> Plan:
+    def _plan(self, run: _Run, numbers: Sequence[int]) -> Plan:
         shape = self._model.shape
-        form: Form = "activations" if kind in ("absorb", "recompute") else "keys_values"
-        method: Method = "recompute" if kind == "recompute" else "absorb"
-        # A window may be shorter than the blocks that are to be timed.
+        tail_form, form = _form_of(run.tail), _form_of(run.kind or run.tail)
+        method: Method = "recompute" if "recompute" in (run.tail, run.kind) else "absorb"
+        # A window may be shorter than the blocks that are to be timed; positions do not matter to the time of a step.
         layers = tuple(dataclasses.replace(shape.layers[number], sliding_window=None) for number in numbers)
-        own = LayerPlan(tuple(BlockSpec(form, place, each) for each in tokens), form, (place,), method)
-        part = dataclasses.replace(shape, layers=layers)
-        return Plan("bench", part, Workload(self._batch, sum(tokens), 1), (own,) * len(layers), tail=1, window=2**62)
+        own = LayerPlan((BlockSpec(form, run.place, max(1, run.tokens)),), tail_form, (run.place,), method)
+        work = Workload(self._batch, max(1, run.tokens), TAIL)
+        part = dataclasses.replace(shape, layers=layers, positions=work.prompt + work.new)
+        return Plan("bench", part, work, (own,) * len(layers), tail=TAIL, window=2**62)
+
+
+def _form_of(kind: Attention) -> Form:
+    return "keys_values" if kind == "keys_values" else "activations"
 
 
 def _as_if_copied(block: Block) -> Block:

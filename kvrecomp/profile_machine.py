@@ -38,7 +38,7 @@ def measure_machine() -> HardwareProfile:
     dtype = _rate_dtype()
     sizes = [2**16, 2**19, 2**22, 2**25, 2**29] if gpu else [2**16, 2**19, 2**22, 2**24]
     stats = device.memory_stats() or {}
-    to_device = measured_line("copies to the device", sizes, _to_device_seconds)
+    to_device = measured_line("copies to the device", sizes, _to_device_seconds, overlapped=True)
     kernel = _kernel_seconds(dtype)
     return HardwareProfile(
         **this_machine(),
@@ -128,7 +128,7 @@ def _handoff_seconds(size: int, to_device: Line, kernel_seconds: float) -> float
     arrays = _host_arrays(size, 4)
     few, many = (_held_copies(arrays, passes, 9, False) / len(arrays) for passes in COPY_PASSES)
     each = (many - few) / (COPY_PASSES[1] - COPY_PASSES[0])
-    return max(0.0, (2 * each - to_device(size) - kernel_seconds) / 2)
+    return max(0.0, (2 * each - to_device.overlapped(size) - kernel_seconds) / 2)
 
 
 def _to_host_seconds(size: float, repeats: int) -> float:

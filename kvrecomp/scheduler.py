@@ -355,11 +355,12 @@ def _key(plan: Plan) -> Key:
 
 
 def _activations(plan: Plan) -> int:
-    """Tokens of the prompt that are held as activations, over all layers."""
-    return sum(
-        count * sum(block.tokens for block in layer.prompt if block.form == "activations")
-        for (layer, _), count in plan.kinds.items()
-    )
+    """Tokens that are held as activations when the tail is full, over all layers."""
+    total = 0
+    for (layer, _), count in plan.kinds.items():
+        tail = BlockSpec(layer.tail_form, "device", plan.tail)
+        total += count * sum(block.tokens for block in (*layer.prompt, tail) if block.form == "activations")
+    return total
 
 
 def _splits(shape: ModelShape, workload: Workload, budget: Budget) -> list[tuple[int, Workload]]:

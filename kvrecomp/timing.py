@@ -29,13 +29,9 @@ def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def fit_line(sizes: Sequence[float], seconds: Sequence[float], timed: Sequence[float] | None = None) -> Line:
-    """The line with the least squared errors, each relative to what was timed; neither part is negative.
-
-    That is the seconds themselves or, where these are small parts of it, `timed`: by their own size, one that noise has
-    made nothing would count more than all others.
-    """
-    weights = 1 / np.asarray(seconds if timed is None else timed)
+def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> Line:
+    """The line with the least squared errors, each relative to what was measured; neither part is negative."""
+    weights = 1 / np.asarray(seconds)
     columns = np.stack([np.ones(len(sizes)), np.asarray(sizes, float)], axis=1) * weights[:, None]
     target = np.asarray(seconds) * weights
     (base, each), *_ = np.linalg.lstsq(columns, target, rcond=None)
@@ -50,12 +46,20 @@ def _one_part(column: np.ndarray, target: np.ndarray) -> float:
     return max(0.0, column @ target / np.square(column).sum())
 
 
-def measured_line(what: str, sizes: Sequence[float], measure: Callable[[float, int], float]) -> Line:
+def ends_line(sizes: Sequence[float], seconds: Sequence[float]) -> Line:
+    """The line of overlapped times: its base is that of the first size, its slope that of the last."""
+    return Line(seconds[0], seconds[-1] / sizes[-1])
+
+
+def measured_line(
+    what: str, sizes: Sequence[float], measure: Callable[[float, int], float], overlapped: bool = False
+) -> Line:
     """A line through `measure(size, repeats)`; measured again, longer, where it is no line."""
     for repeats in (5, 15):
         seconds = [measure(size, repeats) for size in sizes]
-        line = fit_line(sizes, seconds)
-        worst = max(abs(line(size) / took - 1) for size, took in zip(sizes, seconds))
+        line = (ends_line if overlapped else fit_line)(sizes, seconds)
+        predicted = map(line.overlapped if overlapped else line, sizes)
+        worst = max(abs(own / took - 1) for own, took in zip(predicted, seconds))
         if worst <= POOR_FIT:
             break
         again = "measuring it again" if repeats == 5 else "predictions may be as far off"

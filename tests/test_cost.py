@@ -27,7 +27,17 @@ from kvrecomp.cost import (
     sum_seconds,
     work_table,
 )
-from kvrecomp.hardware import ATTENTION, HardwareProfile, LayerTimes, Line, Work, attention_work
+from kvrecomp.hardware import (
+    ATTENTION,
+    KNOTS,
+    Curve,
+    HardwareProfile,
+    LayerTimes,
+    Line,
+    Work,
+    attention_work,
+    project_work,
+)
 from kvrecomp.holds import COPIES_AHEAD, Copy, events_before
 from kvrecomp.named import named_plan, with_host_weights
 from kvrecomp.plan import (
@@ -56,9 +66,9 @@ kv, acts = "keys_values", "activations"
 many = settings(max_examples=100, deadline=None, derandomize=True)
 
 
-def times(layer, lines=(), dtype="bfloat16", batch=3, outside=0.0):
-    """Times of a layer that takes none but for the lines given, (base, each) by work."""
-    work = {name: Line(*dict(lines).get(name, (0.0, 0.0))) for name in WORKS}
+def times(layer, curves=(), dtype="bfloat16", batch=3, outside=0.0):
+    """Times of a layer that takes none but for the curves given, by work."""
+    work = {name: dict(curves).get(name, Curve.line(0.0)) for name in WORKS}
     return LayerTimes(layer, dtype, batch, work, outside)
 
 
@@ -130,13 +140,27 @@ ONE = replace(SHAPE, layers=(PLAIN,))
 
 
 @st.composite
-def machines(draw):
+def curves(draw, rising=False):
+    """Of any shape, `rising` or not, but at its end."""
+    sizes = sorted(draw(st.sets(st.integers(1, 900), min_size=1, max_size=KNOTS - 1)))
+    seconds = [draw(seconds_of) for _ in sizes]
+    seconds = sorted(seconds) if rising else seconds
+    return Curve((0, *sizes), (*seconds, seconds[-1] + draw(seconds_of)))
+
+
+@st.composite
+def machines(draw, rising=False):
     """A machine on which `PLAIN` was timed."""
-    lines = {work: (draw(seconds_of), draw(seconds_of) / 1000) for work in WORKS}
-    own = times(PLAIN, lines, outside=draw(seconds_of))
+    own = times(PLAIN, {work: draw(curves(rising)) for work in WORKS}, outside=draw(seconds_of))
     rate, latency = draw(st.floats(1e8, 1e12)), draw(seconds_of)
     link = {"to_device": Line(latency, 1 / rate), "beside_compute": rate, "handoff_seconds": draw(seconds_of)}
     return replace(MACHINE, **link).with_times(own)
+
+
+def seconds_at(curve, size):
+    """Between the nearest measured sizes, or on from the last two, by NumPy."""
+    (*_, a, b), (*_, c, d) = curve.sizes, curve.seconds
+    return np.interp(size, curve.sizes, curve.seconds) if size <= b else d + (size - b) * (d - c) / (b - a)
 
 
 @many
@@ -144,14 +168,15 @@ def machines(draw):
 def test_as_an_event_simulation(machine, tasks):
     predicted = step_seconds(machine, ONE, WORK, stack_tasks(tasks))
     own = machine.layers[0]
-    lines = [*(own.work[work] for work in WORKS), Line(own.outside, 0.0)]
+    curves = [*(own.work[work] for work in WORKS), Curve.line(own.outside)]
     # Three rows of another group, through Q, K and V, and through the output projection and the feed-forward.
-    for work, weights in (("project", 3 * 35 * 35), ("finish", 35 * 35 + 2 * 35 * 53)):
+    qkv, others = 3 * 35 * 35, 35 * 35 + 2 * 35 * 53
+    for work, weights in [*((project_work(kind), qkv) for kind in ATTENTION), ("finish", others)]:
         number = WORKS.index(work)
-        lines[number] = replace(lines[number], each=lines[number].each + 2 * 3 * weights / machine.matmul_rate)
+        curves[number] = Curve.line(curves[number](0), 2 * 3 * weights / machine.matmul_rate)
     for number, plan in enumerate(tasks):
         computing = [
-            lines[work].base * blocks + lines[work].each * tokens
+            max(0.0, seconds_at(curves[work], tokens) + (blocks - 1) * curves[work].seconds[0])
             for work, tokens, blocks in zip(plan.work, plan.tokens, plan.blocks)
         ]
         copying = [
@@ -159,10 +184,10 @@ def test_as_an_event_simulation(machine, tasks):
             for count, size in zip(plan.copies, plan.copy_bytes)
         ]
         assert predicted.seconds[number] == pytest.approx(
-            simulate(computing, copying, plan.hold, machine.handoff_seconds), rel=1e-5
+            simulate(computing, copying, plan.hold, machine.handoff_seconds), rel=1e-5, abs=1e-8
         )
-        assert predicted.computing[number] == pytest.approx(sum(computing), rel=1e-5)
-        assert predicted.copying[number] == pytest.approx(sum(each for each in copying if each), rel=1e-5)
+        assert predicted.computing[number] == pytest.approx(sum(computing), rel=1e-5, abs=1e-8)
+        assert predicted.copying[number] == pytest.approx(sum(each for each in copying if each), rel=1e-5, abs=1e-8)
 
 
 def test_the_event_simulation_by_hand():
@@ -257,7 +282,7 @@ def test_every_rate_counts(what):
 
 
 @many
-@given(machines(), task_lists(), st.data())
+@given(machines(rising=True), task_lists(), st.data())
 def test_more_work_takes_longer(machine, tasks, data):
     what = data.draw(st.sampled_from(["tokens", "blocks", "copy_bytes"]))
     number = data.draw(st.integers(0, len(tasks.work) - 1))
@@ -276,9 +301,9 @@ def test_more_work_takes_longer(machine, tasks, data):
 def test_an_infinite_link_leaves_the_compute(name):
     machine = replace(MACHINE, beside_compute=1e30, to_device=Line(0.0, 0.0))
     (plan,) = [named_plan(name, SHAPE, WORK, tail=3)]
-    rows = work_table(machine, SHAPE, WORK)
-    tasks = make_tasks(plan, 1)
-    expected = (rows[tasks.work, 0] * tasks.blocks + rows[tasks.work, 1] * tasks.tokens).sum()
+    sizes, seconds = work_table(machine, SHAPE, WORK)[(tasks := make_tasks(plan, 1)).work].swapaxes(0, 1)
+    slopes = (seconds[:, 1] - seconds[:, 0]) / (sizes[:, 1] - sizes[:, 0])  # estimates are lines
+    expected = (seconds[:, 0] * tasks.blocks + slopes * tasks.tokens).sum()
     assert plan_costs(machine, [plan], 1).seconds[0] == pytest.approx(expected, rel=1e-5)
 
 
@@ -339,7 +364,7 @@ def test_the_uniform_pipeline(layers, blocks, g):
     the last g. With g > c task k ends at c + (k + 1) g, since its copy arrived at c + (k - 1) g + c <= c + k g.
     """
     n = layers * blocks
-    machine = MACHINE.with_times(times(PLAIN, {kv: (g, 0.0)}))
+    machine = MACHINE.with_times(times(PLAIN, {kv: Curve.line(g)}))
     two = uniform(layers, blocks, 2)
     assert COPIES_AHEAD == 2
     assert plan_costs(machine, [two]).seconds[0] == pytest.approx(C + (n - 1) * max(C, g) + g, rel=1e-5)
@@ -359,7 +384,8 @@ def test_the_uniform_pipeline(layers, blocks, g):
 def test_layer_by_layer(g):
     """A layer's copies start when the layer before is done; within the layer each is held until the one before it has
     arrived, which is no later than it would start anyway."""
-    machine = MACHINE.with_times(times(PLAIN, {kv: (g, 0.0), "project": (0.1 * C, 0.0), "finish": (0.2 * C, 0.0)}))
+    taken = {kv: g, "project": 0.1 * C, "finish": 0.2 * C}
+    machine = MACHINE.with_times(times(PLAIN, {work: Curve.line(own) for work, own in taken.items()}))
     layer = C + 4 * max(C, g) + g + 0.2 * C  # the projection is done while the first copy is on its way
     plan = uniform(3, 5, 1, "layerwise")
     assert plan_costs(machine, [plan]).seconds[0] == pytest.approx(3 * layer, rel=1e-5)
@@ -404,7 +430,7 @@ def test_tasks_by_hand():
         (row(0, "project"), 0, 0, 1, 2100, -1),
         (row(0, kv), 5, 1, 0, 0, -1),
         (row(0, "finish"), 0, 1, 0, 0, -1),
-        (row(1, "project"), 0, 1, 0, 0, -1),
+        (row(1, "project_recompute"), 0, 1, 0, 0, -1),
         (row(1, "device_recompute"), 5, 1, 0, 0, -1),
         (row(1, "device_recompute"), 3, 0, 0, 0, -1),
         (row(1, "project"), 0, 0, 1, 1260, 4),  # two copies on their way: when the first block has arrived
@@ -422,7 +448,8 @@ def test_tasks_after_write_outs_by_hand():
     """The first layer's tail became a block on the device, then one on the host; the second's are on the host."""
     tasks = make_tasks(BY_HAND, 2)
     rows = [tuple(task) for task in np.stack(tasks, axis=1)]
-    assert [task for task in rows if task[0] % len(WORKS) > 2] == [
+    attending = {WORKS.index(attention_work(kind, place)) for kind in ATTENTION for place in ("host", "device")}
+    assert [task for task in rows if task[0] % len(WORKS) in attending and task[0] < 2 * len(WORKS)] == [
         (row(0, "device_keys_values"), 2, 1, 0, 0, -1),
         (row(0, "device_keys_values"), 3, 1, 0, 0, -1),
         (row(0, "device_keys_values"), 3, 0, 0, 0, -1),
@@ -465,7 +492,8 @@ def test_every_token_and_byte_is_there(name, write_outs):
     hosted = make_tasks(with_host_weights(plan, 0.5), write_outs)
     assert hosted.copy_bytes.sum() == tasks.copy_bytes.sum() + 2 * GROUPED.parameters
     assert tasks.tokens.sum() == 2 * (11 + 3 * write_outs + 3)
-    own = [row(layer, work) for layer in (0, 1) for work in ("project", "finish")]
+    kinds = [kv if own.tail_form == kv else own.method for own in plan.layers]
+    own = [row(layer, work) for layer, kind in enumerate(kinds) for work in (project_work(kind), "finish")]
     done = list(tasks.work[tasks.blocks > 0])  # not what awaits a copy
     assert [done.count(number) for number in (*own, 2 * len(WORKS))] == [1] * 5
 
@@ -578,15 +606,22 @@ def test_copies_start_as_early_as_the_window_lets_them(layers, more):
 
 def test_measured_times_count_where_they_were_measured():
     """For their layer, dtype and batch only; the others are estimated."""
-    measured = times(GROUPED, {work: (number, 0.25) for number, work in enumerate(WORKS)}, outside=7.0)
+    curves = [Curve((0, 3, 8), (number, 5.0, 9.0)) for number in range(len(WORKS))]
+    measured = times(GROUPED, dict(zip(WORKS, curves)), outside=7.0)
     machine = MACHINE.with_times(measured)
     estimated = work_table(MACHINE, SHAPE, WORK)
     table = work_table(machine, SHAPE, WORK)
     first, second, outside = slice(0, len(WORKS)), slice(len(WORKS), -1), -1
     np.testing.assert_array_equal(table[first], estimated[first])
-    np.testing.assert_array_equal(table[second], [(number, 0.25) for number in range(len(WORKS))])
-    np.testing.assert_array_equal(table[outside], (7.0, 0.0))
-    assert estimated[second].max() < 1e-3 and 0 < estimated[outside, 0] < 1e-3
+    for number, work in enumerate(WORKS):
+        sizes, seconds = table[second][number]
+        if work.startswith(("project", "finish")):  # of another group: next to nothing
+            assert seconds == pytest.approx(number, abs=1e-6)
+        else:
+            np.testing.assert_array_equal(sizes, [0, 3, 8, 13, 18, 23])
+            np.testing.assert_array_equal(seconds, [number, 5, 9, 13, 17, 21])
+    np.testing.assert_array_equal(table[outside, 1], [7.0] * KNOTS)
+    assert estimated[second, 1].max() < 1e-3 and 0 < estimated[outside, 1].max() < 1e-3
     for shape, work in [(SHAPE, replace(WORK, batch=5)), (replace(SHAPE, dtype="float16"), WORK)]:
         np.testing.assert_array_equal(work_table(machine, shape, work), work_table(MACHINE, shape, work))
 
@@ -599,6 +634,14 @@ def test_later_times_replace_earlier_ones():
     assert machine.times(PLAIN, "float32", 3) is None and machine.times(GROUPED, "bfloat16", 3) is None
 
 
+def base(times, work):
+    return times.work[work](0)
+
+
+def each(times, work):
+    return times.work[work](1) - times.work[work](0)
+
+
 def test_an_estimate_by_hand():
     """Llama-2-7B's layer in bfloat16, batch 2, at 1e14 operations and 1e12 bytes a second, 1e-6 s a kernel.
 
@@ -606,21 +649,23 @@ def test_an_estimate_by_hand():
     """
     layer = LayerShape(4096, 32, 32, 128, 11008, gated=True, absorbs_keys=False)
     own = estimate(replace(MACHINE, kernel_seconds=1e-6), layer, 2, 2)
-    assert own.work["project"].each == own.work["finish"].each == 0
-    assert own.work["project"].base == pytest.approx(2 * 3 * 4096**2 / 1e12 + 3e-6, rel=1e-6, abs=0)
-    assert own.work["finish"].base == pytest.approx(2 * (4096**2 + 3 * 4096 * 11008) / 1e12 + 5e-6, rel=1e-6, abs=0)
+    for work, kernels, matrices in (("project", 3, 3), ("project_recompute", 3, 3), ("project_absorb", 2, 2)):
+        expected = 2 * matrices * 4096**2 / 1e12 + kernels * 1e-6  # Q, K, V; absorbed: Q, and K, as it is rotated
+        assert each(own, work) == 0 and base(own, work) == pytest.approx(expected, rel=1e-6, abs=0)
+    others = 2 * (4096**2 + 3 * 4096 * 11008) / 1e12 + 5e-6
+    assert each(own, "finish") == 0 and base(own, "finish") == pytest.approx(others, rel=1e-6, abs=0)
     # Keys and values: both are read, 2 * 4096 numbers of each of 2 rows, and scores of 32 heads three times, float32.
     scores = 2 * 32 * 4 * 3 / 1e12
     pairs = 2 * 2 * 4096 * 2 / 1e12 + scores
-    assert own.work[kv].each == pytest.approx(pairs, rel=1e-6, abs=0)
-    assert own.work[kv].base == pytest.approx(4e-6, rel=1e-6, abs=0)
+    assert each(own, kv) == pytest.approx(pairs, rel=1e-6, abs=0)
+    assert base(own, kv) == pytest.approx(4e-6, rel=1e-6, abs=0)
     # Recomputed: two projections of 2 * 4096^2 operations for each of 2 rows, and then attention as over pairs.
     project = 2 * 2 * 4096**2 / 1e14
     assert project > 2 * (4096 + 4096) * 2 / 1e12
-    assert own.work["recompute"].each == pytest.approx(2 * project + pairs, rel=1e-6, abs=0)
+    assert each(own, "recompute") == pytest.approx(2 * project + pairs, rel=1e-6, abs=0)
     # Absorbed, but for the rotated keys: one projection, the keys, and a mix of activations.
-    assert own.work["absorb"].each == pytest.approx(project + pairs, rel=1e-6, abs=0)
-    assert own.work["prepare"].base == pytest.approx(2 * 4096**2 / 1e12 + 1e-6, rel=1e-6, abs=0)  # V's projection, once
+    assert each(own, "absorb") == pytest.approx(project + pairs, rel=1e-6, abs=0)
+    assert base(own, "prepare") == pytest.approx(2 * 4096**2 / 1e12 + 1e-6, rel=1e-6, abs=0)  # V's projection, once
     for kind in ATTENTION:
         assert own.work[attention_work(kind, "device")] == own.work[kind]
 
@@ -628,7 +673,7 @@ def test_an_estimate_by_hand():
 def test_absorbing_keys_spares_their_projection():
     layer = LayerShape(4096, 32, 32, 128, 16384)
     free, rotated = (estimate(MACHINE, replace(layer, absorbs_keys=own), 2, 2) for own in (True, False))
-    assert free.work["absorb"].each < 0.2 * rotated.work["absorb"].each < 0.2 * rotated.work["recompute"].each
+    assert each(free, "absorb") < 0.2 * each(rotated, "absorb") < 0.2 * each(rotated, "recompute")
     assert [free.work[work] for work in (kv, "recompute", "project", "finish")] == [
         rotated.work[work] for work in (kv, "recompute", "project", "finish")
     ]
@@ -637,7 +682,7 @@ def test_absorbing_keys_spares_their_projection():
 def test_scores_are_float32_whatever_the_dtype():
     """Between two dtypes only the bytes of weights and of cached numbers differ, not those of scores."""
     heads = LayerShape(64, 64, 1, 1, 64)  # many scores, few numbers
-    half, full = (estimate(MACHINE, heads, itemsize, 1).work[kv].each for itemsize in (2, 4))
+    half, full = (each(estimate(MACHINE, heads, itemsize, 1), kv) for itemsize in (2, 4))
     assert full - half == pytest.approx(2 * 2 / 1e12, rel=1e-6, abs=0)  # one number of K, one of V
 
 
@@ -719,8 +764,15 @@ def test_the_papers_schedule_has_its_optimum_there(name, hidden, split):
 
 def test_works_are_all_there_are():
     """The rows of the table, in this order: what is counted above relies on it."""
-    first = ("project", "finish", "prepare", kv, "absorb", "recompute")
-    assert get_args(Work) == WORKS == (*first, "device_keys_values", "device_absorb", "device_recompute")
+    assert (
+        get_args(Work)
+        == WORKS
+        == (
+            *("project", "project_absorb", "project_recompute", "finish", "prepare", kv, "absorb", "recompute"),
+            *("device_keys_values", "device_absorb", "device_recompute"),
+        )
+    )
+    assert [project_work(kind) for kind in ATTENTION] == ["project", "project_absorb", "project_recompute"]
     assert [[attention_work(kind, place) for kind in ATTENTION] for place in ("host", "device")] == [
         [kv, "absorb", "recompute"],
         ["device_keys_values", "device_absorb", "device_recompute"],

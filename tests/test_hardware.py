@@ -9,20 +9,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvrecomp
-from kvrecomp.hardware import DATASHEETS, LARGEST_DEVICE, HardwareProfile, LayerTimes, Line
+from kvrecomp.hardware import DATASHEETS, KNOTS, LARGEST_DEVICE, Curve, HardwareProfile, LayerTimes, Line
 from kvrecomp.plan import LayerShape, PlanError
 
 LAYER = LayerShape(hidden=35, heads=6, kv_heads=2, head_dim=4, intermediate=59, gated=True, absorbs_keys=False)
 WORK = {
-    "project": Line(1e-6, 0.0),
-    "finish": Line(2e-6, 0.0),
-    "prepare": Line(7e-6, 0.0),
-    "keys_values": Line(3e-6, 1e-9),
-    "absorb": Line(4e-6, 2e-9),
-    "recompute": Line(5e-6, 7e-9),
-    "device_keys_values": Line(2e-6, 1e-10),
-    "device_absorb": Line(3e-6, 2e-10),
-    "device_recompute": Line(4e-6, 7e-10),
+    "project": Curve.line(1e-6),
+    "project_absorb": Curve.line(3e-7),
+    "project_recompute": Curve.line(8e-7),
+    "finish": Curve.line(2e-6),
+    "prepare": Curve.line(7e-6),
+    "keys_values": Curve((0, 7, 53), (3e-6, 9e-6, 5e-5)),
+    "absorb": Curve.line(4e-6, 2e-9),
+    "recompute": Curve.line(5e-6, 7e-9),
+    "device_keys_values": Curve((0, 11, 29, 31), (2e-6, 1e-6, 3e-6, 8e-6)),
+    "device_absorb": Curve.line(3e-6, 2e-10),
+    "device_recompute": Curve.line(4e-6, 7e-10),
 }
 TIMES = LayerTimes(LAYER, "bfloat16", 3, WORK, outside=1e-4)
 PROFILE = HardwareProfile(
@@ -46,6 +48,10 @@ PROFILE = HardwareProfile(
 many = settings(max_examples=100, deadline=None, derandomize=True)
 positive = st.floats(1e-12, 1e18)
 lines = st.builds(Line, st.floats(0, 1e3), st.floats(0, 1e3))
+curves = st.builds(
+    lambda pairs: Curve((0.0, *sorted(pairs)), (0.5, *pairs.values())),
+    st.dictionaries(st.floats(1e-3, 1e6), st.floats(0, 1e3), min_size=1, max_size=KNOTS - 1),
+)
 
 
 # --- kept as JSON -----------------------------------------------------------------------------------------------------
@@ -78,7 +84,7 @@ def test_a_profile_survives_json():
                 layer=st.builds(LayerShape, *[st.integers(1, 99)] * 2, st.just(1), *[st.integers(1, 99)] * 2),
                 dtype=st.sampled_from(["bfloat16", "float32"]),
                 batch=st.integers(1, 999),
-                work=st.fixed_dictionaries({work: lines for work in WORK}),
+                work=st.fixed_dictionaries({work: curves for work in WORK}),
                 outside=st.floats(0, 1),
             ),
             max_size=2,
@@ -132,7 +138,11 @@ NUMBERS = ["device_bytes", "beside_compute", "matmul_rate", "memory_rate"]
         changed("layers", 0, "layer", "hidden", to=0),
         changed("layers", 0, "work", to=[1, 2]),
         changed("layers", 0, "work", "project", to=KeyError),
-        changed("layers", 1, "work", "absorb", "each", to=-1e-9),
+        changed("layers", 1, "work", "absorb", "seconds", 1, to=-1e-9),
+        changed("layers", 1, "work", "absorb", "sizes", to=[0, 0]),
+        changed("layers", 1, "work", "keys_values", "sizes", to=[0, 9]),
+        changed("layers", 1, "work", "keys_values", "sizes", 0, to=1),
+        changed("layers", 1, "work", "prepare", "seconds", to=KeyError),
         changed("layers", 1, "outside", to=KeyError),
         changed("layers", 1, "outside", to=float("nan")),
     ],
@@ -150,11 +160,31 @@ def test_what_is_wrong_is_said(name, bad):
 
 def test_lines_are_finite_and_not_negative():
     assert Line(2.0, 3.0)(5) == 17.0
+    assert [Line(2.0, 3.0).overlapped(size) for size in (0.5, 5)] == [2.0, 15.0]
     for base, each in [(-1e-9, 0.0), (0.0, -1e-9), (float("inf"), 0.0), (0.0, float("nan"))]:
         with pytest.raises(PlanError, match="it must be a finite number, not negative"):
             Line(base, each)
-    with pytest.raises(PlanError, match="project; expected project, finish"):
-        replace(TIMES, work={"project": Line(0.0, 0.0)})
+    with pytest.raises(PlanError, match="project; expected project, project_absorb"):
+        replace(TIMES, work={"project": Curve.line(0.0)})
+
+
+def test_a_curve_by_hand():
+    """Straight between its points, and on from the last two, but never less than nothing."""
+    curve = Curve((0, 4, 6), (3.0, 5.0, 1.0))
+    assert [curve(size) for size in (0, 1, 4, 5, 6, 6.25, 7)] == [3.0, 3.5, 5.0, 3.0, 1.0, 0.5, 0.0]
+    assert curve.knots.tolist() == [[0, 4, 6, 8, 10, 12], [3, 5, 1, -3, -7, -11]]
+    assert [Curve.line(2.0, 3.0)(size) for size in (0, 5)] == [2.0, 17.0] and Curve.line(2.0)(7) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "seconds"),
+    [((0,), (1.0,)), ((1, 2), (1.0, 2.0)), ((0, 2, 2), (1.0,) * 3), ((0, 2), (1.0,) * 3), (range(7), (1.0,) * 7)],
+)
+def test_what_is_no_curve_is_refused(sizes, seconds):
+    with pytest.raises(PlanError, match="expected as many of both, 2 to 6, and sizes that grow from zero"):
+        Curve(tuple(sizes), seconds)
+    with pytest.raises(PlanError, match="Curve: seconds is nan; it must be a finite number, not negative"):
+        Curve((0, 1), (1.0, float("nan")))
 
 
 # --- data sheets ------------------------------------------------------------------------------------------------------

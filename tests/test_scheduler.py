@@ -14,7 +14,7 @@ import models
 from kvrecomp import cost, scheduler
 from kvrecomp.budget import memory_needed
 from kvrecomp.cost import plan_costs
-from kvrecomp.hardware import LEAST_DEVICE, WORKS, HardwareProfile, LayerTimes, Line, attention_work
+from kvrecomp.hardware import LEAST_DEVICE, WORKS, Curve, HardwareProfile, LayerTimes, Line, attention_work
 from kvrecomp.named import named_plan
 from kvrecomp.plan import (
     BLOCKS_PER_WINDOW,
@@ -625,8 +625,8 @@ def test_times_measured_for_one_batch_split_no_rows():
     """Measured, a layer takes twice what is estimated: of 32 rows, but nobody has timed 16."""
     work, budget, estimated = Workload(32, 1024, 32), Budget.of_gib(35, 1000), machine("h200")
     times = cost.estimate(estimated, OPT.layers[0], 2, 32)
-    lines = {kind: Line(2 * line.base, 2 * line.each) for kind, line in times.work.items()}
-    measured = estimated.with_times(replace(times, dtype="bfloat16", work=lines))
+    curves = {kind: Curve.line(2 * own(0), 2 * (own(1) - own(0))) for kind, own in times.work.items()}
+    measured = estimated.with_times(replace(times, dtype="bfloat16", work=curves))
     plan, other = (scheduler.make_plan(OPT, work, own, budget, groups=None) for own in (measured, estimated))
     assert plan.groups == other.groups == 1
     assert seconds(measured, plan)[0] > 1.5 * seconds(estimated, other)[0]
@@ -635,11 +635,12 @@ def test_times_measured_for_one_batch_split_no_rows():
 @pytest.mark.parametrize(("faster", "form"), [(0.995, kv), (0.8, acts)])
 def test_where_all_fits_activations_are_kept_only_if_that_is_surely_faster(faster, form):
     """Layers that do nothing but attend, in so many times the seconds where they absorb."""
-    shape, work, free = model(*[LEARNED] * 3), Workload(8, 1000, 16), Line(0.0, 0.0)
-    attending = {kv: Line(0.0, 1e-6), "absorb": Line(0.0, faster * 1e-6), "recompute": Line(0.0, 1e-5)}
-    here = {attention_work(kind, "device"): line for kind, line in attending.items()}
-    lines = dict.fromkeys(WORKS, free) | attending | here
-    profile = machine("h200").with_times(LayerTimes(LEARNED, shape.dtype, work.batch, lines))
+    shape, work, free = model(*[LEARNED] * 3), Workload(8, 1000, 16), Curve.line(0.0)
+    attending = {kv: 1e-6, "absorb": faster * 1e-6, "recompute": 1e-5}
+    attending = {kind: Curve.line(0.0, each) for kind, each in attending.items()}
+    here = {attention_work(kind, "device"): curve for kind, curve in attending.items()}
+    curves = dict.fromkeys(WORKS, free) | attending | here
+    profile = machine("h200").with_times(LayerTimes(LEARNED, shape.dtype, work.batch, curves))
     plan = make_plan(shape, work, profile)
     assert all(tokens(layer) == {(form, "device"): 1000} for layer in plan.layers)
 

@@ -15,7 +15,7 @@ from kvrecomp.cache import Block, Cache, allocate_tails, describe_blocks, make_c
 from kvrecomp.plan import Memory, Plan
 
 NEW = 32  # tokens of tail: no step of a measurement writes it out
-WARM_UP, LEAST_STEPS, STEPS, MOST_SECONDS = 2, 5, 12, 3.0
+WARM_UP, LEAST_STEPS, STEPS, MOST_SECONDS = 2, 5, NEW - 1, 1.5  # short steps vary more
 
 
 def with_positions(config: Any, positions: int) -> Any:
