@@ -40,10 +40,9 @@ from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, Pl
 class Tasks(NamedTuple):
     """A plan as arrays, [..., tasks]: what a step does, in the order of compute.
 
-    `work` int32 is the row of the table of compute times (`work_table`) and `tokens` the size there; work on weights
-    has other groups than the first in place of tokens. `blocks` 0: without what no tokens take. `copies` counts the
-    blocks copied, none or one, of `copy_bytes`; `hold` int32 is the task whose end lets the copy start, -1 for the
-    start of the step.
+    `work` int32 is the row of the `WorkTable`, `tokens` the size there and `blocks` what its base is multiplied with;
+    work on weights has other groups than the first in place of tokens. `copies` counts the blocks copied, none or one,
+    of `copy_bytes`; `hold` int32 is the task whose end lets the copy start, -1 for the start of the step.
     """
 
     work: np.ndarray
@@ -52,6 +51,18 @@ class Tasks(NamedTuple):
     copies: np.ndarray
     copy_bytes: np.ndarray
     hold: np.ndarray
+
+
+class WorkTable(NamedTuple):
+    """Seconds of compute: WORKS of each distinct layer shape, then outside layers.
+
+    `base` float32[rows] is what no tokens take; `sizes` and `added` float32[rows, KNOTS] are the knots of what tokens
+    add, of work on weights other groups.
+    """
+
+    base: np.ndarray
+    sizes: np.ndarray
+    added: np.ndarray
 
 
 class StepCost(NamedTuple):
@@ -201,12 +212,10 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
     return LayerTimes(layer, "", batch, work)
 
 
-def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) -> np.ndarray:
-    """float32[rows, 2, KNOTS], the knots of curves: WORKS of each distinct layer shape, then outside layers.
-
-    Sizes are cached tokens; of `project` and `finish`, which have none, other groups.
-    """
-    rows, outside = [], None
+def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) -> WorkTable:
+    """The table of that model and workload; layers that were not timed are estimated."""
+    curves: list[Curve] = []
+    outside = None
     for layer in dict.fromkeys(shape.layers):
         times = profile.times(layer, shape.dtype, workload.batch)
         if times is not None and times.vocab in (None, shape.vocab):
@@ -219,11 +228,13 @@ def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) 
             curve = times.work[work]
             if work in products:
                 curve = Curve.line(curve(0), 2 * workload.batch * products[work] / profile.matmul_rate)
-            rows.append(curve.knots)
+            curves.append(curve)
     if outside is None:
         table_bytes = shape.vocab * shape.embedding * shape.itemsize
         outside = table_bytes / profile.memory_rate + 10 * profile.kernel_seconds
-    return np.array([*rows, Curve.line(outside).knots], np.float32)
+    sizes, seconds = np.array([curve.knots for curve in (*curves, Curve.line(outside))]).swapaxes(0, 1)
+    base = seconds[:, :1]
+    return WorkTable(*(column.astype(np.float32) for column in (base[:, 0], sizes, seconds - base)))
 
 
 # --- seconds of a step ------------------------------------------------------------------------------------------------
@@ -251,15 +262,15 @@ def _cpu() -> Any:
 
 
 @jax.jit
-def _step_seconds(table: Array, link: Array, tasks: Tasks) -> StepCost:
+def _step_seconds(table: WorkTable, link: Array, tasks: Tasks) -> StepCost:
     return jax.vmap(functools.partial(_pipeline, table, link))(tasks)
 
 
-def _pipeline(table: Array, link: Array, tasks: Tasks) -> StepCost:
+def _pipeline(table: WorkTable, link: Array, tasks: Tasks) -> StepCost:
     """The recurrence over one plan's tasks."""
-    sizes, seconds = table[tasks.work, 0], table[tasks.work, 1]
-    at = jax.vmap(functools.partial(jnp.interp, right="extrapolate"))(tasks.tokens, sizes, seconds)
-    computing = jnp.maximum(jnp.maximum(at, 0.0) - (1 - tasks.blocks) * seconds[:, 0], 0.0)
+    interpolate = jax.vmap(functools.partial(jnp.interp, right="extrapolate"))
+    added = interpolate(tasks.tokens, table.sizes[tasks.work], table.added[tasks.work])
+    computing = jnp.maximum(0.0, table.base[tasks.work] * tasks.blocks + added)
     copying = jnp.maximum(link[0] * tasks.copies, link[1] * tasks.copy_bytes)
 
     def advance(carry, task):

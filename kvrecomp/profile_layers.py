@@ -47,55 +47,62 @@ REPEATS, ROUNDS = 3, 3  # of a run, and of all of them: a machine is at times sl
 
 
 class _Run(NamedTuple):
-    """What is timed: so many layers, their tails attended to as `tail` says, and blocks, or none, as `kind` does."""
+    """What is timed: so many layers, their tails attended to as `tail` says, and `blocks` of so many `tokens` each as
+    `kind` does."""
 
     layers: int
     tail: Attention
-    kind: Attention | None = None
+    kind: Attention
+    tokens: int
     place: Memory = "host"
-    tokens: int = 0
+    blocks: int = 1
 
 
 def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
-    """Seconds of the layers of that shape in a step: without cached tokens, for each kind of tail; with a block of four
-    sizes in each form and memory; and with activations that are absorbed beside a tail of keys and values."""
+    """Seconds of the layers of that shape in a step: with a block of four sizes in each form and memory; with two from
+    the host; and with activations that are absorbed beside a tail of keys and values.
+
+    What layers take without a block is twice what they take with one, less that with two. Timed themselves, they would
+    be of other kernels: XLA fuses more there.
+    """
     own_numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
     numbers = list(itertools.islice(itertools.cycle(own_numbers), MORE_LAYERS))  # again where there are fewer
-    sizes: dict[Attention, list[int]] = {kind: block_sizes(kind, model.shape, layer, batch) for kind in ATTENTION}
-    few, more = _Run(FEW_LAYERS, "keys_values"), _Run(MORE_LAYERS, "keys_values")
-    count = ATTENDING_LAYERS
-    bare: dict[Attention, _Run] = {kind: _Run(count, kind) for kind in ATTENTION}
+    sizes = {kind: block_sizes(kind, model.shape, layer, batch) for kind in ATTENTION}
+    inner = {kind: own[1:-1] or own for kind, own in sizes.items()}
+    count, kv = ATTENDING_LAYERS, "keys_values"
+    few, more = (_Run(layers, kv, kv, inner[kv][0]) for layers in (FEW_LAYERS, MORE_LAYERS))
     alone: dict[tuple[Attention, Memory], list[_Run]] = {
-        (kind, place): [_Run(count, kind, kind, place, size) for size in sizes[kind]]
+        (kind, place): [_Run(count, kind, kind, size, place) for size in sizes[kind]]
         for kind in ATTENTION
         for place in MEMORIES
     }
-    beside = _Run(count, "keys_values", "absorb", "host", sizes["absorb"][-1])
+    twice = {kind: [_Run(count, kind, kind, size, blocks=2) for size in inner[kind]] for kind in ATTENTION}
+    beside = [_Run(count, kv, "absorb", size) for size in inner["absorb"]]
     bench = _LayerBench(model, numbers, batch)
-    runs = [few, more, *bare.values(), *itertools.chain(*alone.values()), beside]
+    runs = [few, more, *itertools.chain(*alone.values(), *twice.values()), *beside]
     timers = side_by_side(bench.timer, runs)
     rounds = [[timer() for timer in timers] for _ in range(ROUNDS)]
     seconds = dict(zip(runs, map(statistics.median, zip(*rounds)), strict=True))
 
-    def added(run: _Run, to: _Run) -> float:
-        """Seconds a layer."""
-        return (seconds[run] - seconds[to]) / count
-
-    dense = max(0.0, (seconds[more] - seconds[few]) / (MORE_LAYERS - FEW_LAYERS))
-    projecting = layer.projecting / layer.parameters
-    attending: dict[Work, Curve] = {
-        attention_work(kind, place): curve_through(sizes[kind], [added(run, bare[kind]) for run in own])
+    bare = {
+        kind: statistics.mean(2 * seconds[run._replace(blocks=1)] - seconds[run] for run in own)
+        for kind, own in twice.items()
+    }
+    work: dict[Work, Curve] = {
+        attention_work(kind, place): curve_through(sizes[kind], [(seconds[run] - bare[kind]) / count for run in own])
         for (kind, place), own in alone.items()
     }
+    dense = max(0.0, (seconds[more] - seconds[few]) / (MORE_LAYERS - FEW_LAYERS) - work[kv](more.tokens))
     # Absorbing is part of what a tail takes that is absorbed.
-    prepare = max(0.0, added(beside, bare["keys_values"]) - attending["absorb"](beside.tokens))
-    work = dict(attending)
-    for kind, run in bare.items():
-        tail = attending[attention_work(kind, "device")]
-        own = projecting * dense + added(run, bare["keys_values"]) - (tail(TAIL) - tail(0))
+    absorbing = [(seconds[run] - bare[kv]) / count - work["absorb"](run.tokens) for run in beside]
+    prepare = max(0.0, statistics.mean(absorbing))
+    projecting = layer.projecting / layer.parameters
+    for kind in ATTENTION:
+        tail = work[attention_work(kind, "device")]
+        own = projecting * dense + (bare[kind] - bare[kv]) / count - (tail(TAIL) - tail(0))
         work[project_work(kind)] = Curve.line(max(0.0, own - (prepare if kind == "absorb" else 0)))
     work |= {"prepare": Curve.line(prepare), "finish": Curve.line((1 - projecting) * dense)}
-    outside = max(0.0, seconds[bare["keys_values"]] - count * dense)
+    outside = max(0.0, bare[kv] - count * dense)
     return LayerTimes(layer, model.shape.dtype, batch, work, outside, model.shape.vocab)
 
 
@@ -144,7 +151,7 @@ class _LayerBench:
             (tails,), (logits,) = decode_step(part, plan, [cache], [token_ids])
             return tails, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-        described = [[_as_if_copied(block) for block in own if run.kind] for own in describe_blocks(plan, 0)]
+        described = [[_as_if_copied(block) for block in own] for own in describe_blocks(plan, 0)]
         padding, length, token_ids = jax.device_put(
             (np.zeros(self._batch, np.int32), np.int32(plan.workload.prompt), np.zeros(self._batch, np.int32)),
             memory.sharding("device"),
@@ -170,12 +177,12 @@ class _LayerBench:
 
     def _plan(self, run: _Run, numbers: Sequence[int]) -> Plan:
         shape = self._model.shape
-        tail_form, form = _form_of(run.tail), _form_of(run.kind or run.tail)
+        block = BlockSpec(_form_of(run.kind), run.place, run.tokens)
         method: Method = "recompute" if "recompute" in (run.tail, run.kind) else "absorb"
         # A window may be shorter than the blocks that are to be timed; positions do not matter to the time of a step.
         layers = tuple(dataclasses.replace(shape.layers[number], sliding_window=None) for number in numbers)
-        own = LayerPlan((BlockSpec(form, run.place, max(1, run.tokens)),), tail_form, (run.place,), method)
-        work = Workload(self._batch, max(1, run.tokens), TAIL)
+        own = LayerPlan((block,) * run.blocks, _form_of(run.tail), (run.place,), method)
+        work = Workload(self._batch, run.blocks * run.tokens, TAIL)
         part = dataclasses.replace(shape, layers=layers, positions=work.prompt + work.new)
         return Plan("bench", part, work, (own,) * len(layers), tail=TAIL, window=2**62)
 

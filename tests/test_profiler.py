@@ -146,7 +146,7 @@ def test_a_layer_is_found_again(monkeypatch, number):
             seconds = dense + tails[run.tail] + ("absorb" in (run.tail, run.kind)) * prepare
             tail = attending[run.tail, "device"]
             seconds += tail(profile_layers.TAIL) - tail(0) if run.tail != "keys_values" else 0
-            seconds += attending[run.kind, run.place](run.tokens) if run.kind else 0
+            seconds += run.blocks * attending[run.kind, run.place](run.tokens)
             slow = iter((1, 9, 1))
             return lambda: next(slow) * (outside + run.layers * seconds)
 
