@@ -1,12 +1,13 @@
 """The cost of a step: seconds predicted from a profile, by the recurrence of the pipeline that the runtime executes.
 
-A step is a list of tasks in the order of compute. Task i may wait for a copy of its own; copies are carried out one
-after the other, each held until an earlier task is done (`hold`). With c the seconds of a copy and g those of compute,
+A step is a list of tasks in the order of compute, each of which computes or awaits a copy. Copies are carried out one
+after the other, each held until an earlier task has ended (`hold`). With c seconds of a copy and g of compute,
 
-    copied_i   = max(copied_{i-1}, computed_{hold_i} + d) + c_i
-    computed_i = max(computed_{i-1}, copied_i + d) + g_i
+    awaiting:   copied_i = max(copied_{i-1}, ended_{hold_i} + d) + c_i
+                ended_i = max(computed_{i-1}, copied_i)       computed_i = max(computed_{i-1}, copied_i + d)
+    computing:  ended_i = computed_i = computed_{i-1} + g_i
 
-where d is the time of a handoff between compute and link. A task without a copy waits for no link. Seconds of compute
+where d is the time of a handoff: from link or compute to the link, and from the link to compute. Seconds of compute
 come from times measured on the machine for the layer, dtype and batch at hand or, where there are none, from
 `estimate`. `kvpr_seconds` is KVPR's own formula and `sum_seconds` the plain sum, for comparison.
 """
@@ -278,8 +279,9 @@ def _pipeline(table: WorkTable, link: Array, tasks: Tasks) -> StepCost:
         number, compute, copy, hold, has_copy = task
         held = jnp.where(hold < 0, 0.0, ends[hold] + link[2])
         copied = jnp.where(has_copy, jnp.maximum(copied, held) + copy, copied)
-        computed = jnp.where(has_copy, jnp.maximum(computed, copied + link[2]), computed) + compute
-        return (copied, computed, ends.at[number].set(computed)), None
+        ended = jnp.where(has_copy, jnp.maximum(computed, copied), computed + compute)
+        computed = jnp.where(has_copy, jnp.maximum(computed, copied + link[2]), ended)
+        return (copied, computed, ends.at[number].set(ended)), None
 
     count = tasks.work.shape[0]
     xs = (jnp.arange(count), computing, copying, tasks.hold, tasks.copies > 0)

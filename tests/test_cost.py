@@ -76,13 +76,14 @@ def times(layer, curves=(), dtype="bfloat16", batch=3, outside=0.0):
 
 
 def simulate(computing, copying, hold, handoff=0.0):
-    """Seconds of a step by events. `copying` is None where a task has no copy of its own.
+    """Seconds of a step by events. `copying` is None for a task that computes; the others await a copy of their own.
 
     Two units: the link takes copies in order, each once the task that holds it has ended; the device takes tasks in
-    order, each once its own copy has arrived. Either learns of the other's end a handoff later.
+    order, and goes on from one that awaits a copy when it has arrived. Either learns of the other's end, and the link
+    of its own, a handoff later. A task that awaits a copy has ended when that is there and the tasks before are done.
     """
     copies = [task for task, seconds in enumerate(copying) if seconds is not None]
-    arrived, ended = set(), {-1}  # what the other unit knows of
+    copied, arrived, done, told, ended = set(), set(), {-1}, set(), {-1}  # `ended` is what the link knows of
     waiting = {"link": copies, "device": list(range(len(computing)))}
     events, now, last = [], 0.0, 0.0  # (time, what happens, task)
     busy = set()
@@ -96,17 +97,22 @@ def simulate(computing, copying, hold, handoff=0.0):
             if copying[task] is None or task in arrived:
                 waiting["device"].pop(0)
                 busy.add("device")
-                heapq.heappush(events, (now + computing[task], "computed", task))
+                heapq.heappush(events, (now + (computing[task] if copying[task] is None else 0.0), "computed", task))
+        for task in range(len(computing)):
+            if task not in told and task - 1 in done and task in (done if copying[task] is None else copied):
+                told.add(task)
+                heapq.heappush(events, (now + handoff, "ended", task))
         if not events:
             return last
         now, what, task = heapq.heappop(events)
         if what == "copied":
             busy.remove("link")
+            copied.add(task)
             heapq.heappush(events, (now + handoff, "arrived", task))
         elif what == "computed":
             busy.remove("device")
+            done.add(task)
             last = now
-            heapq.heappush(events, (now + handoff, "ended", task))
         else:
             (arrived if what == "arrived" else ended).add(task)
 
@@ -116,7 +122,7 @@ seconds_of = st.sampled_from([0.0, 1e-5, 3e-4, 7e-3]) | st.floats(1e-6, 1e-2)
 
 @st.composite
 def task_lists(draw):
-    """Any tasks: without copies, with several, held by whichever task before."""
+    """Any tasks: that compute, or that await copies held by whichever task before."""
     count = draw(st.integers(1, 15))
     rows = []
     for number in range(count):
@@ -124,8 +130,8 @@ def task_lists(draw):
         rows.append(
             (
                 draw(st.integers(0, len(WORKS))),  # of one layer shape, and outside
-                draw(st.integers(0, 1000)),
-                draw(st.integers(0, 2)),
+                0 if copies else draw(st.integers(0, 1000)),
+                0 if copies else draw(st.integers(0, 2)),
                 copies,
                 draw(st.integers(1, 10**8)) if copies else 0,
                 draw(st.integers(-1, number - 1)),
@@ -191,43 +197,15 @@ def test_as_an_event_simulation(machine, tasks):
 
 
 def test_the_event_simulation_by_hand():
-    """The second copy waits for the first task, the second task for its copy."""
-    assert simulate([2.0, 3.0], [5.0, 7.0], [-1, 0]) == 5 + 2 + 7 + 3
-    assert simulate([2.0, 3.0], [5.0, 7.0], [-1, -1]) == 5 + 7 + 3
-    assert simulate([2.0, 3.0], [None, 7.0], [-1, -1]) == 7 + 3
-    assert simulate([9.0, 3.0], [None, 7.0], [-1, -1]) == 9 + 3
-    # A handoff of a half: before either task, and before the second copy, which waited.
-    assert simulate([2.0, 3.0], [5.0, 7.0], [-1, 0], 0.5) == 5 + 0.5 + 2 + 0.5 + 7 + 0.5 + 3
-    assert simulate([2.0, 3.0], [5.0, 7.0], [-1, -1], 0.5) == 5 + 7 + 0.5 + 3
-
-
-@many
-@given(machines(), task_lists(), st.integers(1, 3))
-def test_filling_up_changes_nothing(machine, tasks, more):
-    """The same tasks alone, and beside longer ones."""
-    longer = Tasks(*(np.concatenate([column] * (1 + more)) for column in tasks))
-    alone = step_seconds(machine, ONE, WORK, Tasks(*(column[None] for column in tasks)))
-    beside = step_seconds(machine, ONE, WORK, stack_tasks([longer, tasks]))
-    for one, other in zip(alone, beside):
-        assert one[0] == pytest.approx(other[1], rel=1e-6)
-        assert not other[2:].any()
-
-
-@pytest.mark.parametrize("step", [0.01, 0.1, 0.5])
-@pytest.mark.parametrize(("tail", "together"), [(3, 1), (7, 1), (7, 3), (31, 3)])
-def test_a_workload_by_events(step, tail, together):
-    """A thread compiles the programs of the next two write-outs, one after the other, as soon as the one before ran."""
-    plan = replace(named_plan("activations", SHAPE, replace(WORK, new=29), tail=tail), groups=together, order="column")
-    compiling = 2 * (cost.COMPILE_SECONDS + cost.COMPILE_GROUP_SECONDS * (together - 1))
-    ready, now, asked = [0.0], 0.0, 0
-    for token in range(plan.workload.new - 1):
-        write_outs = token // tail
-        now = max(now, ready[write_outs])
-        for _ in range(asked, min(write_outs + 2, plan.write_outs)):
-            ready.append(max(ready[-1], now) + compiling)
-            asked += 1
-        now += step
-    assert cost.decode_seconds(plan, step) == pytest.approx(now)
+    """Two copies, each with a task that uses it; the second is held by that of the first, or by its arrival."""
+    computing, copying = [0, 2.0, 0, 3.0], [5.0, None, 7.0, None]
+    assert simulate(computing, copying, [-1, -1, 1, -1]) == 5 + 2 + 7 + 3
+    assert simulate(computing, copying, [-1, -1, 0, -1]) == simulate(computing, copying, [-1] * 4) == 5 + 7 + 3
+    assert simulate([9.0, *computing[2:]], [None, *copying[2:]], [-1] * 3) == 9 + 3
+    # With a handoff of a half: before either task, and before the second copy, unless it waited for nothing.
+    assert simulate(computing, copying, [-1, -1, 1, -1], 0.5) == 5 + 0.5 + 2 + 0.5 + 7 + 0.5 + 3
+    assert simulate(computing, copying, [-1, -1, 0, -1], 0.5) == 5 + 0.5 + 7 + 0.5 + 3
+    assert simulate(computing, copying, [-1, -1, -1, -1], 0.5) == 5 + 7 + 0.5 + 3
 
 
 # --- monotone ---------------------------------------------------------------------------------------------------------
