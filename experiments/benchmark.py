@@ -227,7 +227,7 @@ def main(_: list[str]) -> None:
     window = None if _WINDOW.value is None else int(_WINDOW.value * MIB)
     work = kvrecomp.Workload(_BATCH.value, _PROMPT.value, _NEW.value)
     shape = dataclasses.replace(models.preset(_MODEL.value).shape, dtype=_DTYPE.value)
-    tables.check_out(_OUT.value)
+    tables.check_out(_OUT.value, "link_efficiency")
     if not _PLANS.value:
         raise ValueError("--plans is empty: give one plan or more")
     if work.new < 2:

@@ -151,7 +151,7 @@ def measured_before(path: str | None, about: dict[str, Any]) -> list[Measured]:
     """
     if path is None or not Path(path).exists():
         return []
-    tables.check_out(path)
+    tables.check_out(path, "chosen")
     rows = tables.read_file(path)
     for name in ("device", "driver", "jax", "commit"):
         if others := {row.get(name) for row in rows} - {about[name]}:

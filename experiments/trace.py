@@ -175,7 +175,7 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     if old and given.out:
         raise ValueError("--out is for what is traced, and with --from nothing is: give one of them")
     plots.check_path(given.plot)
-    tables.check_out(given.out)
+    tables.check_out(given.out, "spans")
     rows = timeline.timelines(tables.read_file(old)) if old else run(given)
     document = {} if old else run_info(given.commit) | {"rows": [dataclasses.asdict(row) for row in rows]}
     if given.out:

@@ -107,17 +107,16 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
 
 
 def block_sizes(kind: Attention, shape: ModelShape, layer: LayerShape, batch: int) -> list[int]:
-    """Tokens of the blocks that are timed, powers of two; the longest has no more than the positions and a
-    quarter of the window."""
+    """Tokens of the blocks that are timed, powers of two, as kernels for odd ones take longer; the longest has no more
+    than the positions and a quarter of the window."""
     row_bytes = batch * layer.width("keys_values" if kind == "keys_values" else "activations") * shape.itemsize
     most = max(1, min(shape.positions, DEFAULT_WINDOW // BLOCKS_PER_WINDOW // row_bytes)).bit_length() - 1
     return sorted({max(1, 2**most // RATIO**part) for part in range(SIZES)})
 
 
 def curve_through(sizes: Sequence[int], seconds: Sequence[float]) -> Curve:
-    """The curve through what was measured; where it is not negative, that of no tokens is on the line of the first two.
-
-    Noise can make a small difference of two times negative: that is nothing.
+    """The curve through what was measured. No tokens take what the line through the first two sizes says, from nothing
+    to what the first takes. Noise can make a small difference of two times negative: that is nothing.
     """
     own = [max(0.0, each) for each in seconds]
     base = own[0]

@@ -203,6 +203,19 @@ def test_no_part_of_a_line_is_negative(seconds):
     assert line.base >= 0 and line.each >= 0
 
 
+def test_a_handoff_is_found_again(monkeypatch):
+    """Of copies of 2 MiB at 5 GB/s that wait for each other, with a kernel of 3 us and handoffs of 7 us between them."""
+    nbytes = profile_machine.HANDOFF_BYTES
+
+    def seconds(arrays, passes, repeats, computing, room):
+        assert room == 1 and sum(array.nbytes for array in arrays) == len(arrays) * nbytes
+        return 1e-3 + passes * len(arrays) * (nbytes / 5e9 + 3e-6 + 2 * 7e-6)
+
+    monkeypatch.setattr(profile_machine, "_held_copies", seconds)
+    assert profile_machine._handoff_seconds(5e9, 3e-6) == pytest.approx(7e-6)
+    assert profile_machine._handoff_seconds(1e9, 3e-6) == 0  # slower than they were copied: noise is nothing
+
+
 def test_a_line_of_overlapped_times_goes_through_its_ends(caplog):
     """The least that a copy takes, and a rate, neither of which is hidden by the other."""
     with caplog.at_level(logging.INFO, logger="kvrecomp"):

@@ -180,6 +180,9 @@ def test_results_replace_results_only(tmp_path, read):
     tables.check_out(path)
     read(ROW)
     tables.check_out(path)
+    tables.check_out(path, "plan")
+    with pytest.raises(ValueError, match=r"--out: .*a\.json has other results, without spans, that would be lost"):
+        tables.check_out(path, "spans")
     path.write_text("# notes\n")
     for wrong, message in (
         (path, r"--out: .*a\.json is not a results file .*lost; give another"),

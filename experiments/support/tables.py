@@ -52,16 +52,21 @@ def read_file(path: str | os.PathLike) -> list[Row]:
     return rows
 
 
-def check_out(path: str | os.PathLike | None) -> None:
-    """Raises ValueError where results would replace something else: before they are measured, and it is lost."""
+def check_out(path: str | os.PathLike | None, field: str = "median_ms") -> None:
+    """Raises ValueError where results would replace something else: before they are measured, and it is lost.
+
+    What is alike has the `field` in its rows; those of other scripts do not.
+    """
     if path is None or not Path(path).exists():
         return
     if Path(path).is_dir():
         raise ValueError(f"--out: {path} is a folder; give the name of a file in it")
     try:
-        read_file(path)
+        rows = read_file(path)
     except ValueError as error:
         raise ValueError(f"--out: {error}, and would be lost; give another file") from error
+    if any(field not in row for row in rows):
+        raise ValueError(f"--out: {path} has other results, without {field}, that would be lost; give another file")
 
 
 # --- words and numbers ------------------------------------------------------------------------------------------------
