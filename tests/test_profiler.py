@@ -204,7 +204,7 @@ def test_no_part_of_a_line_is_negative(seconds):
 
 
 def test_a_handoff_is_found_again(monkeypatch):
-    """Of copies of 2 MiB at 5 GB/s that wait for each other, with a kernel of 3 us and handoffs of 7 us between them."""
+    """Of copies of 2 MiB at 5 GB/s that wait for each other, a kernel of 3 us and two handoffs of 7 us between them."""
     nbytes = profile_machine.HANDOFF_BYTES
 
     def seconds(arrays, passes, repeats, computing, room):
