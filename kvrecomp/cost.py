@@ -42,8 +42,9 @@ class Tasks(NamedTuple):
     """A plan as arrays, [..., tasks]: what a step does, in the order of compute.
 
     `work` int32 is the row of the `WorkTable`, `tokens` the size there and `blocks` what its base is multiplied with;
-    work on weights has other groups than the first in place of tokens. `copies` counts the blocks copied, none or one,
-    of `copy_bytes`; `hold` int32 is the task whose end lets the copy start, -1 for the start of the step.
+    work on weights has other groups than the first in place of tokens. `copies` counts the blocks awaited, none or one,
+    of `copy_bytes`, by a task without tokens or blocks of its own; `hold` int32 is the task whose end lets the copy
+    start, -1 for the start of the step.
     """
 
     work: np.ndarray

@@ -145,9 +145,9 @@ class HardwareProfile:
 
     `to_device` and `to_host` are copies of one array over the link, by bytes. Those to the device are `overlapped`: the
     next is made ready meanwhile, so that their `base` is the least that one takes. `beside_compute` is their rate while
-    the device computes; `handoff_seconds` pass before a copy starts that waited for compute, and before compute starts
-    that waited for a copy. `kernel_seconds` is what one more small kernel adds to a program. `host_bytes` None: as much
-    as is asked for. `source` says where the numbers are from.
+    the device computes; `handoff_seconds` pass before a copy starts that waited for compute or another copy, and before
+    compute starts that waited for a copy. `kernel_seconds` is what one more small kernel adds to a program.
+    `host_bytes` None: as much as is asked for. `source` says where the numbers are from.
     """
 
     device: str

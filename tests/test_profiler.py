@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import kvrecomp
 import models
 from kvrecomp import profile_layers, profile_machine, profiler
-from kvrecomp.hardware import ATTENTION, WORKS, Curve, HardwareProfile, attention_work, project_work
+from kvrecomp.hardware import ATTENTION, WORKS, Curve, HardwareProfile, Line, attention_work, project_work
 from kvrecomp.plan import MEMORIES
 from kvrecomp.timing import fit_line, measured_line
 
@@ -201,6 +201,16 @@ def test_a_curve_has_no_negative_parts():
 def test_no_part_of_a_line_is_negative(seconds):
     line = fit_line((1, 2, 3), seconds)
     assert line.base >= 0 and line.each >= 0
+
+
+def test_the_rate_beside_compute_is_the_best_of_three(monkeypatch):
+    """What else a machine does slows its copies."""
+    for name in ("_kernel_seconds", "_handoff_seconds", "_matmul_rate", "_memory_rate"):
+        monkeypatch.setattr(profile_machine, name, lambda *_: 1.0)
+    monkeypatch.setattr(profile_machine, "measured_line", lambda *_, **__: Line(1.0, 1.0))
+    rates = iter((3e9, 7e9, 5e9))
+    monkeypatch.setattr(profile_machine, "copy_rate", lambda *_, **__: next(rates))
+    assert profile_machine.measure_machine().beside_compute == 7e9
 
 
 def test_a_handoff_is_found_again(monkeypatch):
