@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import Array
 
 from kvrecomp import memory
-from kvrecomp.cache import Block, allocate_tails, describe_blocks, describe_tails, make_cache
+from kvrecomp.cache import allocate_tails, describe_blocks, describe_tails, make_cache
 from kvrecomp.hardware import ATTENTION, Attention, Curve, LayerTimes, Work, attention_work, project_work
 from kvrecomp.plan import (
     BLOCKS_PER_WINDOW,
@@ -35,15 +36,16 @@ from kvrecomp.plan import (
 )
 from kvrecomp.programs import side_by_side
 from kvrecomp.runtime import Model, decode_step
-from kvrecomp.timing import median_seconds, random
+from kvrecomp.timing import least_seconds, median_seconds, random
 
 FEW_LAYERS, MORE_LAYERS = 2, 6
 ATTENDING_LAYERS = 4  # fewer are compiled sooner
 SIZES, RATIO = 4, 4  # of blocks, each so many times as long as the one before
 TAIL = 32  # tokens: XLA fuses the scores of very few with others', and computes them many times
-STEPS = 20  # at most, dispatched without waiting, as decoding does
+STEPS = 8  # in a program, on a GPU: launching one takes longer than a step of few layers
+CALLS = 8  # of a program, at most, dispatched without waiting, as decoding does
 ENOUGH_SECONDS = 0.03  # for a run: slow steps, as a CPU's, are fewer
-REPEATS, ROUNDS = 3, 3  # of a run, and of all of them: a machine is at times slow for longer than a run
+REPEATS = 3  # of a run
 
 
 class _Run(NamedTuple):
@@ -81,8 +83,7 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     bench = _LayerBench(model, numbers, batch)
     runs = [few, more, *itertools.chain(*alone.values(), *twice.values()), *beside]
     timers = side_by_side(bench.timer, runs)
-    rounds = [[timer() for timer in timers] for _ in range(ROUNDS)]
-    seconds = dict(zip(runs, map(statistics.median, zip(*rounds)), strict=True))
+    seconds = dict(zip(runs, least_seconds(timers), strict=True))
 
     bare = {
         kind: statistics.mean(2 * seconds[run._replace(blocks=1)] - seconds[run] for run in own)
@@ -129,53 +130,71 @@ class _LayerBench:
     """Times a step of layers of a model; blocks from the host are on the device, but used as if they were copied."""
 
     def __init__(self, model: Model, numbers: Sequence[int], batch: int):
-        """`numbers` are those of the layers; what they have in host memory is copied to the device."""
+        """`numbers` are those of the layers; what they have in host memory is copied to the device.
+
+        A program has `steps`, one where there is nothing to launch.
+        """
         self._model, self._numbers, self._batch = model, numbers, batch
+        self.steps = STEPS if jax.default_backend() == "gpu" else 1
         self._graph, state = nnx.split(model)
         weights, self._structure = jax.tree.flatten(state)
         paths, here = [path for path, _ in nnx.to_flat_state(state)], memory.sharding("device")
-        used = [path[0] == "layers" and path[1] in numbers for path in paths]
-        self._weights = [jax.device_put(own, here) if needed else own for own, needed in zip(weights, used)]
+        self._needed = [path[0] != "layers" or path[1] in numbers for path in paths]
+        self._weights = [jax.device_put(own, here) for own, needed in zip(weights, self._needed) if needed]
 
     def timer(self, run: _Run) -> Callable[[], float]:
-        """Compiles such a step; gives what measures its seconds."""
-        numbers = self._numbers[: run.layers]
-        plan = self._plan(run, numbers)
-
-        def step(weights, blocks, tails, padding, length, token_ids):
-            model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
-            layers = [model.layers[number] for number in numbers]
-            part: Any = types.SimpleNamespace(embed=model.embed, unembed=model.unembed, layers=layers)
-            cache = make_cache(blocks, tails, padding, length, 0)
-            (tails,), (logits,) = decode_step(part, plan, [cache], [token_ids])
-            return tails, jnp.argmax(logits, axis=-1).astype(jnp.int32)
-
-        described = [[_as_if_copied(block) for block in own] for own in describe_blocks(plan, 0)]
-        padding, length, token_ids = jax.device_put(
-            (np.zeros(self._batch, np.int32), np.int32(plan.workload.prompt), np.zeros(self._batch, np.int32)),
-            memory.sharding("device"),
-        )
-        inputs = (self._weights, described, describe_tails(plan), padding, length, token_ids)
-        program = jax.jit(step, donate_argnames=("tails",)).lower(*inputs).compile()
+        """Compiles a program of such steps; gives what measures the seconds of one."""
+        plan = self.plan(run)
+        program = self.trace(plan).lower().compile()
+        zeros, here = np.zeros(self._batch, np.int32), memory.sharding("device")
 
         def seconds() -> float:
-            blocks = jax.tree.map(lambda like: random(like.shape, like.dtype), described)
-            rest = allocate_tails(plan), token_ids
+            blocks = jax.tree.map(lambda like: random(like.shape, like.dtype), describe_blocks(plan, 0))
+            held = self._weights, blocks, *jax.device_put((zeros, np.int32(plan.workload.prompt)), here)
+            carried = allocate_tails(plan), jax.device_put(zeros, here)
 
-            def take(steps: int):
-                nonlocal rest
-                for _ in range(steps):
-                    rest = program(self._weights, blocks, rest[0], padding, length, rest[1])
-                return rest[1]
+            def call(times: int):
+                nonlocal carried
+                for _ in range(times):
+                    carried = program(held, carried)
+                return carried[1]
 
-            alone = median_seconds(lambda: take(1), 1)
-            steps = max(1, min(STEPS, int(ENOUGH_SECONDS / alone)))
-            return median_seconds(lambda: take(steps), REPEATS) / steps
+            alone = median_seconds(lambda: call(1), 1)
+            calls = max(1, min(CALLS, int(ENOUGH_SECONDS / alone)))
+            return median_seconds(lambda: call(calls), REPEATS) / calls / self.steps
 
         return seconds
 
-    def _plan(self, run: _Run, numbers: Sequence[int]) -> Plan:
-        shape = self._model.shape
+    def trace(self, plan: Plan) -> Any:
+        """As `jax.jit(...).trace(...)` gives it: steps under the plan, one after the other in a loop of XLA's, which
+        the host launches once."""
+
+        def step(held: Any, carried: Any) -> Any:
+            # Behind a barrier, so that XLA cannot do once, before the loop, what is the same in all steps.
+            (weights, blocks, padding, length), (tails, token_ids) = jax.lax.optimization_barrier((held, carried))
+            cache = make_cache(blocks, tails, padding, length, 0)
+            (tails,), (logits,) = decode_step(self._part(weights, plan), plan, [cache], [token_ids])
+            return tails, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        def take_steps(held: Any, carried: Any) -> Any:
+            return jax.lax.fori_loop(0, self.steps, lambda _, carried: step(held, carried), carried)
+
+        ids = jax.ShapeDtypeStruct((self._batch,), np.int32, sharding=memory.sharding("device"))
+        length = jax.ShapeDtypeStruct((), np.int32, sharding=memory.sharding("device"))
+        held = self._weights, _described(plan), ids, length
+        return jax.jit(take_steps, donate_argnames=("carried",)).trace(held, (describe_tails(plan), ids))
+
+    def _part(self, weights: Sequence[Array], plan: Plan) -> Any:
+        """The model with as many layers as the plan has."""
+        own = iter(weights)
+        leaves = [next(own) if needed else None for needed in self._needed]
+        model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
+        layers = [model.layers[number] for number in self._numbers[: len(plan.layers)]]
+        return types.SimpleNamespace(embed=model.embed, unembed=model.unembed, layers=layers)
+
+    def plan(self, run: _Run) -> Plan:
+        """What such a step is decoded under."""
+        shape, numbers = self._model.shape, self._numbers[: run.layers]
         block = BlockSpec(_form_of(run.kind), run.place, run.tokens)
         method: Method = "recompute" if "recompute" in (run.tail, run.kind) else "absorb"
         # A window may be shorter than the blocks that are to be timed; positions do not matter to the time of a step.
@@ -190,8 +209,10 @@ def _form_of(kind: Attention) -> Form:
     return "keys_values" if kind == "keys_values" else "activations"
 
 
-def _as_if_copied(block: Block) -> Block:
-    """The block with its arrays described as on the device: copying one from the host there copies nothing."""
-    here = memory.sharding("device")
-    arrays = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here) for array in block.arrays)
-    return dataclasses.replace(block, arrays=arrays)
+def _described(plan: Plan) -> Any:
+    """The plan's blocks, their arrays described as on the device: copying one from the host there copies nothing."""
+
+    def on_device(array: Any) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=memory.sharding("device"))
+
+    return jax.tree.map(on_device, describe_blocks(plan, 0))

@@ -3,7 +3,7 @@
 import functools
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from kvrecomp import memory
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.holds import Copy
 from kvrecomp.plan import GIB, MIB
-from kvrecomp.timing import LEAST_SLOPE, measured_line, median_seconds, random
+from kvrecomp.timing import measured_line, median_seconds, random, seconds_longer
 from kvrecomp.window import Window
 
 HANDOFF_BYTES = 2 * MIB  # so long to copy that the host, which starts copies and kernels, is ahead
@@ -41,8 +41,7 @@ def measure_machine() -> HardwareProfile:
     stats = device.memory_stats() or {}
     to_device = measured_line("copies to the device", sizes, _to_device_seconds, overlapped=True)
     kernel = _kernel_seconds(dtype)
-    # The best of three: what else the machine does slows copies, and nothing speeds them.
-    beside = max(copy_rate(min(sizes[-1], 256 * MIB), 4, computing=True) for _ in range(3))
+    beside = copy_rate(min(sizes[-1], 256 * MIB), 4, computing=True)
     return HardwareProfile(
         **this_machine(),
         device_bytes=float(stats.get("bytes_limit", memory.total_host_bytes())),
@@ -70,15 +69,10 @@ def _rate_dtype() -> Any:
 def copy_rate(block_bytes: int, blocks: int, repeats: int = 5, computing: bool = False) -> float:
     """Bytes a second from pinned host memory to the device, of copies of whole blocks in one program.
 
-    The copies, of `block_bytes` each, go through the window of a step: the rate is about what a step can reach. It is
-    the slope between a few and many copies, so that what a program costs beside them does not count. `computing`
-    attends to every block when it is there.
+    The copies, of `block_bytes` each, go through the window of a step: the rate is about what a step can reach.
+    `computing` attends to every block when it is there.
     """
-    arrays = _host_arrays(block_bytes, blocks)
-    few, many = (_held_copies(arrays, passes, repeats, computing, 4) for passes in COPY_PASSES)
-    if many <= few:  # a CPU's copies can cost nothing
-        return COPY_PASSES[1] * blocks * block_bytes / many
-    return (COPY_PASSES[1] - COPY_PASSES[0]) * blocks * block_bytes / (many - few)
+    return block_bytes / _copy_seconds(_host_arrays(block_bytes, blocks), repeats, computing, 4)
 
 
 def _host_arrays(block_bytes: int, blocks: int) -> list[jax.Array]:
@@ -88,8 +82,15 @@ def _host_arrays(block_bytes: int, blocks: int) -> list[jax.Array]:
     return [memory.zeros((numbers // width, 1, width), dtype, "host") for _ in range(blocks)]
 
 
-def _held_copies(arrays: Sequence[jax.Array], passes: int, repeats: int, computing: bool, room: int) -> float:
-    """Seconds of a program that copies every array so often, through the window of a step with room for so many."""
+def _copy_seconds(arrays: Sequence[jax.Array], repeats: int, computing: bool, room: int) -> float:
+    """Seconds of a copy of one array, through the window of a step with room for so many: the slope between programs of
+    few and of many."""
+    few, many = (_held_copies(arrays, passes, computing, room) for passes in COPY_PASSES)
+    return seconds_longer(few, many, repeats) / (COPY_PASSES[1] - COPY_PASSES[0]) / len(arrays)
+
+
+def _held_copies(arrays: Sequence[jax.Array], passes: int, computing: bool, room: int) -> Callable[[], Any]:
+    """A program that copies every array so often."""
 
     @jax.jit
     def copy_all(arrays):
@@ -107,30 +108,25 @@ def _held_copies(arrays: Sequence[jax.Array], passes: int, repeats: int, computi
             result = window.used(result)
         return *ends, result
 
-    program = copy_all.lower(arrays).compile()
-    return median_seconds(lambda: program(arrays), repeats)
+    return functools.partial(copy_all.lower(arrays).compile(), arrays)
 
 
 def _to_device_seconds(size: float, repeats: int) -> float:
     """Of one copy among many in a program, none of which waits for anything but the link."""
-    arrays = _host_arrays(int(size), int(max(4, min(64, 2**26 // size))))
+    count = int(max(2, min(32, 2**25 // size)))
+    arrays = _host_arrays(int(size), 2 * count)
 
     def copy_all(arrays):
         return [jax.device_put(array, jax.memory.Space.Device)[0, 0, -1] for array in arrays]
 
-    seconds = []
-    for own in (arrays[: len(arrays) // 2], arrays):
-        program = jax.jit(copy_all).lower(own).compile()
-        seconds.append(median_seconds(functools.partial(program, own), repeats))
-    return max(LEAST_SLOPE * seconds[1], seconds[1] - seconds[0]) / (len(arrays) - len(arrays) // 2)
+    few, many = (functools.partial(jax.jit(copy_all).lower(own).compile(), own) for own in (arrays[:count], arrays))
+    return seconds_longer(few, many, repeats) / count
 
 
 def _handoff_seconds(rate: float, kernel_seconds: float) -> float:
     """To compute and to the link. With room for one copy in the window, each waits until the one before was used: in
     the time of one there are the copy, at `rate`, a kernel and both handoffs."""
-    arrays = _host_arrays(HANDOFF_BYTES, 4)
-    few, many = (_held_copies(arrays, passes, 9, False, 1) / len(arrays) for passes in COPY_PASSES)
-    each = (many - few) / (COPY_PASSES[1] - COPY_PASSES[0])
+    each = _copy_seconds(_host_arrays(HANDOFF_BYTES, 4), 9, False, 1)
     return max(0.0, (each - HANDOFF_BYTES / rate - kernel_seconds) / 2)
 
 
@@ -170,19 +166,15 @@ def _chain_of_products(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array
 
 def _memory_rate(size: int) -> float:
     """Bytes a second between the device and its own memory: the slope from a quarter of the size to all of it."""
-    seconds = []
-    for part in (4, 1):
-        array = memory.zeros((size // part // 4,), jnp.dtype(jnp.float32), "device")
-        program = jax.jit(lambda array: array + 1).lower(array).compile()
-        seconds.append(median_seconds(functools.partial(program, array), 9))
-    return 2 * 0.75 * size / max(LEAST_SLOPE * seconds[1], seconds[1] - seconds[0])  # read and written
+    quarter, whole = (memory.zeros((size // part // 4,), jnp.dtype(jnp.float32), "device") for part in (4, 1))
+    more = jax.jit(lambda array: array + 1)
+    few, many = (functools.partial(more.lower(own).compile(), own) for own in (quarter, whole))
+    return 2 * 0.75 * size / seconds_longer(few, many, 9)  # read and written
 
 
 def _kernel_seconds(dtype: Any) -> float:
     """What one more kernel adds to a program: the slope of chains of products too small to take time."""
     small = memory.zeros((64, 64), jnp.dtype(dtype), "device")
-    seconds = []
-    for count in (32, 160):
-        program = jax.jit(_chain_of_products, static_argnums=2).lower(small, small, count).compile()
-        seconds.append(median_seconds(functools.partial(program, small, small), 9))
-    return max(0.0, (seconds[1] - seconds[0]) / 128)
+    chain = jax.jit(_chain_of_products, static_argnums=2)
+    few, many = (functools.partial(chain.lower(small, small, count).compile(), small, small) for count in (32, 160))
+    return seconds_longer(few, many, 9) / 128

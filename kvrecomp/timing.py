@@ -15,7 +15,8 @@ from kvrecomp.hardware import Line
 
 LOG = logging.getLogger("kvrecomp")
 POOR_FIT = 0.1  # a line further than this fraction from what it was fitted to is measured again
-LEAST_SLOPE = 0.01  # of a measured time: noise can make a difference of two nothing, or less
+ROUNDS = 3
+LEAST_SLOPE = 0.01
 
 
 def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
@@ -27,6 +28,21 @@ def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
         jax.block_until_ready(run())
         times.append(time.perf_counter() - start)
     return statistics.median(times)
+
+
+def least_seconds(timers: Sequence[Callable[[], float]]) -> list[float]:
+    """The least that each of these measured in ROUNDS rounds of all: what else a machine does slows programs, for a
+    while at times, and nothing speeds them."""
+    return [min(own) for own in zip(*([timer() for timer in timers] for _ in range(ROUNDS)))]
+
+
+def seconds_longer(few: Callable[[], Any], many: Callable[[], Any], repeats: int = 5) -> float:
+    """How much longer `many` takes than `few`, which does the same less often: what both take once does not count.
+
+    No less than LEAST_SLOPE of what `many` takes: noise can make a difference of two nothing, or less.
+    """
+    less, more = least_seconds([functools.partial(median_seconds, run, repeats) for run in (few, many)])
+    return max(LEAST_SLOPE * more, more - less)
 
 
 def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> Line:

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import kvrecomp
 import models
-from kvrecomp import profile_layers, profile_machine, profiler
-from kvrecomp.hardware import ATTENTION, WORKS, Curve, HardwareProfile, Line, attention_work, project_work
+from kvrecomp import profile_layers, profile_machine, profiler, timing
+from kvrecomp.hardware import ATTENTION, WORKS, Curve, HardwareProfile, attention_work, project_work
 from kvrecomp.plan import MEMORIES
 from kvrecomp.timing import fit_line, measured_line
 
@@ -104,7 +104,7 @@ def test_generate_refuses_a_profile_of_another_machine():
 
 def test_layers_are_timed_once_a_batch(cache, counted, monkeypatch):
     monkeypatch.setattr(profile_layers, "median_seconds", lambda run, repeats=1: profiled(run))
-    monkeypatch.setattr(profile_layers, "STEPS", 2)
+    monkeypatch.setattr(profile_layers, "CALLS", 2)
     monkeypatch.setattr(profile_layers, "MORE_LAYERS", 3)
     model = toy.model("350m")
     first = profiler.profile(model, batch=3)
@@ -203,25 +203,38 @@ def test_no_part_of_a_line_is_negative(seconds):
     assert line.base >= 0 and line.each >= 0
 
 
-def test_the_rate_beside_compute_is_the_best_of_three(monkeypatch):
-    """What else a machine does slows its copies."""
-    for name in ("_kernel_seconds", "_handoff_seconds", "_matmul_rate", "_memory_rate"):
-        monkeypatch.setattr(profile_machine, name, lambda *_: 1.0)
-    monkeypatch.setattr(profile_machine, "measured_line", lambda *_, **__: Line(1.0, 1.0))
-    rates = iter((3e9, 7e9, 5e9))
-    monkeypatch.setattr(profile_machine, "copy_rate", lambda *_, **__: next(rates))
-    assert profile_machine.measure_machine().beside_compute == 7e9
+@pytest.mark.parametrize(("slow_few", "slow_many"), [((9, 1, 9), (1, 5, 5)), ((1, 9, 1), (9, 9, 1))])
+def test_what_slows_a_program_for_a_while_is_not_in_a_slope(monkeypatch, slow_few, slow_many):
+    """Programs of 3 and 8 s, each of them fast in one round of three: neither a median of rounds nor the best of their
+    differences, -19 to 69 s, is 5 s."""
+    slow = {few: iter(slow_few), many: iter(slow_many)}
+    monkeypatch.setattr(timing, "median_seconds", lambda run, repeats: run() * next(slow[run]))
+    assert timing.seconds_longer(few, many) == 5
+
+
+def few():
+    return 3.0
+
+
+def many():
+    return 8.0
+
+
+def test_noise_is_not_less_than_nothing(monkeypatch):
+    monkeypatch.setattr(timing, "median_seconds", lambda run, repeats: run())
+    assert timing.seconds_longer(many, few) == timing.LEAST_SLOPE * 3
 
 
 def test_a_handoff_is_found_again(monkeypatch):
     """Of copies of 2 MiB at 5 GB/s that wait for each other, a kernel of 3 us and two handoffs of 7 us between them."""
     nbytes = profile_machine.HANDOFF_BYTES
 
-    def seconds(arrays, passes, repeats, computing, room):
+    def program(arrays, passes, computing, room):
         assert room == 1 and sum(array.nbytes for array in arrays) == len(arrays) * nbytes
         return 1e-3 + passes * len(arrays) * (nbytes / 5e9 + 3e-6 + 2 * 7e-6)
 
-    monkeypatch.setattr(profile_machine, "_held_copies", seconds)
+    monkeypatch.setattr(profile_machine, "_held_copies", program)
+    monkeypatch.setattr(timing, "median_seconds", lambda seconds, repeats: seconds)
     assert profile_machine._handoff_seconds(5e9, 3e-6) == pytest.approx(7e-6)
     assert profile_machine._handoff_seconds(1e9, 3e-6) == 0  # slower than they were copied: noise is nothing
 
