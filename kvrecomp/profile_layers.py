@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import statistics
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array
 
 from kvrecomp import memory
-from kvrecomp.cache import allocate_tails, describe_blocks, describe_tails, make_cache
+from kvrecomp.cache import Block, allocate_tails, describe_blocks, describe_tails, make_cache
 from kvrecomp.hardware import ATTENTION, Attention, Curve, LayerTimes, Work, attention_work, project_work
 from kvrecomp.plan import (
     BLOCKS_PER_WINDOW,
@@ -36,16 +36,16 @@ from kvrecomp.plan import (
 )
 from kvrecomp.programs import side_by_side
 from kvrecomp.runtime import Model, decode_step
-from kvrecomp.timing import least_seconds, median_seconds, random
+from kvrecomp.timing import HostAhead, least_seconds, median_seconds, random
 
 FEW_LAYERS, MORE_LAYERS = 2, 6
 ATTENDING_LAYERS = 4  # fewer are compiled sooner
 SIZES, RATIO = 4, 4  # of blocks, each so many times as long as the one before
 TAIL = 32  # tokens: XLA fuses the scores of very few with others', and computes them many times
-STEPS = 8  # in a program, on a GPU: launching one takes longer than a step of few layers
-CALLS = 8  # of a program, at most, dispatched without waiting, as decoding does
+STEPS = 10  # at most, dispatched one after the other
 ENOUGH_SECONDS = 0.03  # for a run: slow steps, as a CPU's, are fewer
 REPEATS = 3  # of a run
+AHEAD_SECONDS = 0.015  # that the device is kept busy while the host launches a run
 
 
 class _Run(NamedTuple):
@@ -61,50 +61,69 @@ class _Run(NamedTuple):
 
 
 def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
-    """Seconds of the layers of that shape in a step: with a block of four sizes in each form and memory; with two from
-    the host; and with activations that are absorbed beside a tail of keys and values.
+    """Seconds of the layers of that shape in a step, those of the device and those of the host that launches it."""
+    own_numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
+    numbers = list(itertools.islice(itertools.cycle(own_numbers), MORE_LAYERS))  # again where there are fewer
+    series = _Series(layer, {kind: block_sizes(kind, model.shape, layer, batch) for kind in ATTENTION})
+    bench = _LayerBench(model, numbers, batch)
+    device, host = least_seconds(side_by_side(bench.timer, series.runs)).T
+    work, outside = series.solve(device)
+    curves, launch_outside = series.solve(host)
+    launch: dict[Work, float] = {work: statistics.mean(curve.seconds) for work, curve in curves.items()}
+    return LayerTimes(layer, model.shape.dtype, batch, work, outside, model.shape.vocab, launch, launch_outside)
+
+
+class _Series:
+    """What is run to learn what layers of a shape do in a step: with a block of each of `sizes` tokens in each form and
+    memory; with two from the host; and with activations that are absorbed beside a tail of keys and values.
 
     What layers take without a block is twice what they take with one, less that with two. Timed themselves, they would
     be of other kernels: XLA fuses more there.
     """
-    own_numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
-    numbers = list(itertools.islice(itertools.cycle(own_numbers), MORE_LAYERS))  # again where there are fewer
-    sizes = {kind: block_sizes(kind, model.shape, layer, batch) for kind in ATTENTION}
-    inner = {kind: own[1:-1] or own for kind, own in sizes.items()}
-    count, kv = ATTENDING_LAYERS, "keys_values"
-    few, more = (_Run(layers, kv, kv, inner[kv][0]) for layers in (FEW_LAYERS, MORE_LAYERS))
-    alone: dict[tuple[Attention, Memory], list[_Run]] = {
-        (kind, place): [_Run(count, kind, kind, size, place) for size in sizes[kind]]
-        for kind in ATTENTION
-        for place in MEMORIES
-    }
-    twice = {kind: [_Run(count, kind, kind, size, blocks=2) for size in inner[kind]] for kind in ATTENTION}
-    beside = [_Run(count, kv, "absorb", size) for size in inner["absorb"]]
-    bench = _LayerBench(model, numbers, batch)
-    runs = [few, more, *itertools.chain(*alone.values(), *twice.values()), *beside]
-    timers = side_by_side(bench.timer, runs)
-    seconds = dict(zip(runs, least_seconds(timers), strict=True))
 
-    bare = {
-        kind: statistics.mean(2 * seconds[run._replace(blocks=1)] - seconds[run] for run in own)
-        for kind, own in twice.items()
-    }
-    work: dict[Work, Curve] = {
-        attention_work(kind, place): curve_through(sizes[kind], [(seconds[run] - bare[kind]) / count for run in own])
-        for (kind, place), own in alone.items()
-    }
-    dense = max(0.0, (seconds[more] - seconds[few]) / (MORE_LAYERS - FEW_LAYERS) - work[kv](more.tokens))
-    # Absorbing is part of what a tail takes that is absorbed.
-    absorbing = [(seconds[run] - bare[kv]) / count - work["absorb"](run.tokens) for run in beside]
-    prepare = max(0.0, statistics.mean(absorbing))
-    projecting = layer.projecting / layer.parameters
-    for kind in ATTENTION:
-        tail = work[attention_work(kind, "device")]
-        own = projecting * dense + (bare[kind] - bare[kv]) / count - (tail(TAIL) - tail(0))
-        work[project_work(kind)] = Curve.line(max(0.0, own - (prepare if kind == "absorb" else 0)))
-    work |= {"prepare": Curve.line(prepare), "finish": Curve.line((1 - projecting) * dense)}
-    outside = max(0.0, bare[kv] - count * dense)
-    return LayerTimes(layer, model.shape.dtype, batch, work, outside, model.shape.vocab)
+    def __init__(self, layer: LayerShape, sizes: Mapping[Attention, Sequence[int]]):
+        self._layer, self._sizes = layer, sizes
+        inner = {kind: own[1:-1] or own for kind, own in sizes.items()}
+        count, kv = ATTENDING_LAYERS, "keys_values"
+        self._few, self._more = (_Run(layers, kv, kv, inner[kv][0]) for layers in (FEW_LAYERS, MORE_LAYERS))
+        self._alone: dict[tuple[Attention, Memory], list[_Run]] = {
+            (kind, place): [_Run(count, kind, kind, size, place) for size in sizes[kind]]
+            for kind in ATTENTION
+            for place in MEMORIES
+        }
+        self._twice = {kind: [_Run(count, kind, kind, size, blocks=2) for size in inner[kind]] for kind in ATTENTION}
+        self._beside = [_Run(count, kv, "absorb", size) for size in inner["absorb"]]
+
+    @property
+    def runs(self) -> list[_Run]:
+        """All of them."""
+        several = *self._alone.values(), *self._twice.values()
+        return [self._few, self._more, *itertools.chain(*several), *self._beside]
+
+    def solve(self, of_runs: Sequence[float]) -> tuple[dict[Work, Curve], float]:
+        """What each work of a layer takes, and what a step takes outside its layers, from what the runs took."""
+        seconds = dict(zip(self.runs, of_runs, strict=True))
+        count, kv = ATTENDING_LAYERS, "keys_values"
+        bare = {
+            kind: statistics.mean(2 * seconds[run._replace(blocks=1)] - seconds[run] for run in own)
+            for kind, own in self._twice.items()
+        }
+        work: dict[Work, Curve] = {}
+        for (kind, place), own in self._alone.items():
+            added = [(seconds[run] - bare[kind]) / count for run in own]
+            work[attention_work(kind, place)] = curve_through(self._sizes[kind], added)
+        of_a_layer = (seconds[self._more] - seconds[self._few]) / (MORE_LAYERS - FEW_LAYERS)
+        dense = max(0.0, of_a_layer - work[kv](self._more.tokens))
+        # Absorbing is part of what a tail takes that is absorbed.
+        absorbing = [(seconds[run] - bare[kv]) / count - work["absorb"](run.tokens) for run in self._beside]
+        prepare = max(0.0, statistics.mean(absorbing))
+        projecting = self._layer.projecting / self._layer.parameters
+        for kind in ATTENTION:
+            tail = work[attention_work(kind, "device")]
+            own = projecting * dense + (bare[kind] - bare[kv]) / count - (tail(TAIL) - tail(0))
+            work[project_work(kind)] = Curve.line(max(0.0, own - (prepare if kind == "absorb" else 0)))
+        work |= {"prepare": Curve.line(prepare), "finish": Curve.line((1 - projecting) * dense)}
+        return work, max(0.0, bare[kv] - count * dense)
 
 
 def block_sizes(kind: Attention, shape: ModelShape, layer: LayerShape, batch: int) -> list[int]:
@@ -130,59 +149,51 @@ class _LayerBench:
     """Times a step of layers of a model; blocks from the host are on the device, but used as if they were copied."""
 
     def __init__(self, model: Model, numbers: Sequence[int], batch: int):
-        """`numbers` are those of the layers; what they have in host memory is copied to the device.
-
-        A program has `steps`, one where there is nothing to launch.
-        """
+        """`numbers` are those of the layers; what they have in host memory is copied to the device."""
         self._model, self._numbers, self._batch = model, numbers, batch
-        self.steps = STEPS if jax.default_backend() == "gpu" else 1
         self._graph, state = nnx.split(model)
         weights, self._structure = jax.tree.flatten(state)
         paths, here = [path for path, _ in nnx.to_flat_state(state)], memory.sharding("device")
         self._needed = [path[0] != "layers" or path[1] in numbers for path in paths]
         self._weights = [jax.device_put(own, here) for own, needed in zip(weights, self._needed) if needed]
+        # On a CPU, what launches is what executes.
+        self._ahead = HostAhead(AHEAD_SECONDS) if jax.default_backend() == "gpu" else None
 
-    def timer(self, run: _Run) -> Callable[[], float]:
-        """Compiles a program of such steps; gives what measures the seconds of one."""
-        plan = self.plan(run)
-        program = self.trace(plan).lower().compile()
-        zeros, here = np.zeros(self._batch, np.int32), memory.sharding("device")
+    def timer(self, run: _Run) -> Callable[[], tuple[float, float]]:
+        """Compiles such a step; gives what measures the seconds of the device and those of the host."""
+        plan = self._plan(run)
 
-        def seconds() -> float:
-            blocks = jax.tree.map(lambda like: random(like.shape, like.dtype), describe_blocks(plan, 0))
-            held = self._weights, blocks, *jax.device_put((zeros, np.int32(plan.workload.prompt)), here)
-            carried = allocate_tails(plan), jax.device_put(zeros, here)
-
-            def call(times: int):
-                nonlocal carried
-                for _ in range(times):
-                    carried = program(held, carried)
-                return carried[1]
-
-            alone = median_seconds(lambda: call(1), 1)
-            calls = max(1, min(CALLS, int(ENOUGH_SECONDS / alone)))
-            return median_seconds(lambda: call(calls), REPEATS) / calls / self.steps
-
-        return seconds
-
-    def trace(self, plan: Plan) -> Any:
-        """As `jax.jit(...).trace(...)` gives it: steps under the plan, one after the other in a loop of XLA's, which
-        the host launches once."""
-
-        def step(held: Any, carried: Any) -> Any:
-            # Behind a barrier, so that XLA cannot do once, before the loop, what is the same in all steps.
-            (weights, blocks, padding, length), (tails, token_ids) = jax.lax.optimization_barrier((held, carried))
+        def step(weights, blocks, tails, padding, length, token_ids):
             cache = make_cache(blocks, tails, padding, length, 0)
             (tails,), (logits,) = decode_step(self._part(weights, plan), plan, [cache], [token_ids])
             return tails, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-        def take_steps(held: Any, carried: Any) -> Any:
-            return jax.lax.fori_loop(0, self.steps, lambda _, carried: step(held, carried), carried)
+        described = [[_as_if_copied(block) for block in own] for own in describe_blocks(plan, 0)]
+        padding, length, token_ids = jax.device_put(
+            (np.zeros(self._batch, np.int32), np.int32(plan.workload.prompt), np.zeros(self._batch, np.int32)),
+            memory.sharding("device"),
+        )
+        inputs = (self._weights, described, describe_tails(plan), padding, length, token_ids)
+        program = jax.jit(step, donate_argnames=("tails",)).lower(*inputs).compile()
 
-        ids = jax.ShapeDtypeStruct((self._batch,), np.int32, sharding=memory.sharding("device"))
-        length = jax.ShapeDtypeStruct((), np.int32, sharding=memory.sharding("device"))
-        held = self._weights, _described(plan), ids, length
-        return jax.jit(take_steps, donate_argnames=("carried",)).trace(held, (describe_tails(plan), ids))
+        def seconds() -> tuple[float, float]:
+            blocks = jax.tree.map(lambda like: random(like.shape, like.dtype), described)
+            rest = allocate_tails(plan), token_ids
+
+            def take(steps: int):
+                nonlocal rest
+                for _ in range(steps):
+                    rest = program(self._weights, blocks, rest[0], padding, length, rest[1])
+                return rest[1]
+
+            alone = median_seconds(lambda: take(1), 1)
+            steps = max(1, min(STEPS, int(ENOUGH_SECONDS / alone)))
+            if self._ahead is None:
+                return median_seconds(lambda: take(steps), REPEATS) / steps, 0.0
+            device, host = self._ahead.seconds(lambda: take(steps), REPEATS)
+            return device / steps, host / steps
+
+        return seconds
 
     def _part(self, weights: Sequence[Array], plan: Plan) -> Any:
         """The model with as many layers as the plan has."""
@@ -192,8 +203,7 @@ class _LayerBench:
         layers = [model.layers[number] for number in self._numbers[: len(plan.layers)]]
         return types.SimpleNamespace(embed=model.embed, unembed=model.unembed, layers=layers)
 
-    def plan(self, run: _Run) -> Plan:
-        """What such a step is decoded under."""
+    def _plan(self, run: _Run) -> Plan:
         shape, numbers = self._model.shape, self._numbers[: run.layers]
         block = BlockSpec(_form_of(run.kind), run.place, run.tokens)
         method: Method = "recompute" if "recompute" in (run.tail, run.kind) else "absorb"
@@ -209,10 +219,8 @@ def _form_of(kind: Attention) -> Form:
     return "keys_values" if kind == "keys_values" else "activations"
 
 
-def _described(plan: Plan) -> Any:
-    """The plan's blocks, their arrays described as on the device: copying one from the host there copies nothing."""
-
-    def on_device(array: Any) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=memory.sharding("device"))
-
-    return jax.tree.map(on_device, describe_blocks(plan, 0))
+def _as_if_copied(block: Block) -> Block:
+    """The block with its arrays described as on the device: copying one from the host there copies nothing."""
+    here = memory.sharding("device")
+    arrays = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here) for array in block.arrays)
+    return dataclasses.replace(block, arrays=arrays)
