@@ -7,10 +7,9 @@ after the other, each held until an earlier task has ended (`hold`). With c seco
                 ended_i = max(computed_{i-1}, copied_i)       computed_i = max(computed_{i-1}, copied_i + d)
     computing:  ended_i = computed_i = computed_{i-1} + g_i
 
-where d is the time of a handoff: from link or compute to the link, and from the link to compute. Meanwhile the host
-launches the next step, and where that takes longer, so does the step. Seconds of compute and of launching come from
-times measured on the machine for the layer, dtype and batch at hand or, where there are none, from `estimate`, which
-knows nothing of launching. `kvpr_seconds` is KVPR's own formula and `sum_seconds` the plain sum, for comparison.
+where d is the time of a handoff: from link or compute to the link, and from the link to compute. Seconds of compute
+come from times measured on the machine for the layer, dtype and batch at hand or, where there are none, from
+`estimate`. `kvpr_seconds` is KVPR's own formula and `sum_seconds` the plain sum, for comparison.
 """
 
 import collections
@@ -60,22 +59,20 @@ class WorkTable(NamedTuple):
     """Seconds of compute: WORKS of each distinct layer shape, then outside layers.
 
     `base` float32[rows] is what no tokens take; `sizes` and `added` float32[rows, KNOTS] are the knots of what tokens
-    add, of work on weights other groups. `launch` float32[rows] is what the host takes to launch the work.
+    add, of work on weights other groups.
     """
 
-    launch: np.ndarray
     base: np.ndarray
     sizes: np.ndarray
     added: np.ndarray
 
 
 class StepCost(NamedTuple):
-    """Predicted seconds of a step, of its copies alone, of its compute alone and of launching it."""
+    """Predicted seconds of a step, of its copies alone and of its compute alone."""
 
     seconds: Array
     copying: Array
     computing: Array
-    launching: Array
 
 
 # --- a plan as tasks --------------------------------------------------------------------------------------------------
@@ -220,12 +217,11 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
 def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) -> WorkTable:
     """The table of that model and workload; layers that were not timed are estimated."""
     curves: list[Curve] = []
-    launch: list[float] = []
-    outside, launch_outside = None, 0.0
+    outside = None
     for layer in dict.fromkeys(shape.layers):
         times = profile.times(layer, shape.dtype, workload.batch)
         if times is not None and times.vocab in (None, shape.vocab):
-            outside, launch_outside = times.outside, times.launch_outside
+            outside = times.outside
         times = times or estimate(profile, layer, shape.itemsize, workload.batch)
         # Rows of another group read no weights again; they add, at most, their arithmetic at the rate of products.
         products = {project_work(kind): layer.projecting for kind in ATTENTION}
@@ -235,14 +231,12 @@ def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) 
             if work in products:
                 curve = Curve.line(curve(0), 2 * workload.batch * products[work] / profile.matmul_rate)
             curves.append(curve)
-            launch.append(times.launch[work])
     if outside is None:
         table_bytes = shape.vocab * shape.embedding * shape.itemsize
         outside = table_bytes / profile.memory_rate + 10 * profile.kernel_seconds
     sizes, seconds = np.array([curve.knots for curve in (*curves, Curve.line(outside))]).swapaxes(0, 1)
     base = seconds[:, :1]
-    columns = np.array([*launch, launch_outside]), base[:, 0], sizes, seconds - base
-    return WorkTable(*(column.astype(np.float32) for column in columns))
+    return WorkTable(*(column.astype(np.float32) for column in (base[:, 0], sizes, seconds - base)))
 
 
 # --- seconds of a step ------------------------------------------------------------------------------------------------
@@ -252,8 +246,8 @@ def step_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload
     """Predicted seconds of a step for each of the plans in `plan_arrays` (`stack_tasks`): float32[plans] each.
 
     A copy takes its bytes at the rate measured beside compute, or the link's latency where that is longer: while a
-    larger one is on its way, the next is made ready. The latency is also what launching a copy takes. Computed on the
-    CPU; compiled once per number of plans and of tasks.
+    larger one is on its way, the next is made ready. Computed on the CPU; compiled once per number of plans and of
+    tasks.
     """
     with jax.default_device(_cpu()):
         arrays = Tasks(*(column if column.dtype == np.int32 else column.astype(np.float32) for column in plan_arrays))
@@ -294,8 +288,7 @@ def _pipeline(table: WorkTable, link: Array, tasks: Tasks) -> StepCost:
     xs = (jnp.arange(count), computing, copying, tasks.hold, tasks.copies > 0)
     zero = jnp.zeros(())
     (_, seconds, _), _ = jax.lax.scan(advance, (zero, zero, jnp.zeros(count)), xs)
-    launching = (table.launch[tasks.work] * tasks.blocks + link[0] * tasks.copies).sum()
-    return StepCost(jnp.maximum(seconds, launching), copying.sum(), computing.sum(), launching)
+    return StepCost(seconds, copying.sum(), computing.sum())
 
 
 def plan_costs(profile: HardwareProfile, plans: Sequence[Plan], write_outs: int | None = None) -> StepCost:

@@ -123,9 +123,7 @@ class Curve:
 class LayerTimes:
     """Seconds of one layer's work in a step, by kind, in cached tokens, for one layer shape, dtype and batch.
 
-    `outside` is a step's work outside its layers, of a model with that `vocab`; None: of any. `launch` is what the host
-    takes to launch the work, whatever the tokens, and `launch_outside` that outside layers: nothing where it is not
-    known.
+    `outside` is a step's work outside its layers, of a model with that `vocab`; None: of any.
     """
 
     layer: LayerShape
@@ -134,17 +132,11 @@ class LayerTimes:
     work: Mapping[Work, Curve]
     outside: float = 0.0
     vocab: int | None = None
-    launch: Mapping[Work, float] = dataclasses.field(default_factory=lambda: dict.fromkeys(WORKS, 0.0))
-    launch_outside: float = 0.0
 
     def __post_init__(self):
-        for given in (self.work, self.launch):
-            if set(given) != set(WORKS):
-                raise PlanError(f"LayerTimes: {', '.join(given)}; expected {', '.join(WORKS)}")
-        for name in ("outside", "launch_outside"):
-            _check_number("LayerTimes", name, getattr(self, name))
-        for work, seconds in self.launch.items():
-            _check_number("LayerTimes", f"launch of {work}", seconds)
+        if set(self.work) != set(WORKS):
+            raise PlanError(f"LayerTimes: {', '.join(self.work)}; expected {', '.join(WORKS)}")
+        _check_number("LayerTimes", "outside", self.outside)
 
 
 @dataclass(frozen=True)
@@ -207,8 +199,6 @@ class HardwareProfile:
                 {work: Curve(*(tuple(own["work"][work][name]) for name in ("sizes", "seconds"))) for work in WORKS},
                 own["outside"],
                 own["vocab"],
-                {work: own["launch"][work] for work in WORKS},
-                own["launch_outside"],
             )
             for own in data["layers"]
         )

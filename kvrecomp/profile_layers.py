@@ -8,7 +8,7 @@ import dataclasses
 import itertools
 import statistics
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -61,69 +61,50 @@ class _Run(NamedTuple):
 
 
 def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
-    """Seconds of the layers of that shape in a step, those of the device and those of the host that launches it."""
-    own_numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
-    numbers = list(itertools.islice(itertools.cycle(own_numbers), MORE_LAYERS))  # again where there are fewer
-    series = _Series(layer, {kind: block_sizes(kind, model.shape, layer, batch) for kind in ATTENTION})
-    bench = _LayerBench(model, numbers, batch)
-    device, host = least_seconds(side_by_side(bench.timer, series.runs)).T
-    work, outside = series.solve(device)
-    curves, launch_outside = series.solve(host)
-    launch: dict[Work, float] = {work: statistics.mean(curve.seconds) for work, curve in curves.items()}
-    return LayerTimes(layer, model.shape.dtype, batch, work, outside, model.shape.vocab, launch, launch_outside)
-
-
-class _Series:
-    """What is run to learn what layers of a shape do in a step: with a block of each of `sizes` tokens in each form and
-    memory; with two from the host; and with activations that are absorbed beside a tail of keys and values.
+    """Seconds of the layers of that shape in a step: with a block of four sizes in each form and memory; with two from
+    the host; and with activations that are absorbed beside a tail of keys and values.
 
     What layers take without a block is twice what they take with one, less that with two. Timed themselves, they would
     be of other kernels: XLA fuses more there.
     """
+    own_numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
+    numbers = list(itertools.islice(itertools.cycle(own_numbers), MORE_LAYERS))  # again where there are fewer
+    sizes = {kind: block_sizes(kind, model.shape, layer, batch) for kind in ATTENTION}
+    inner = {kind: own[1:-1] or own for kind, own in sizes.items()}
+    count, kv = ATTENDING_LAYERS, "keys_values"
+    few, more = (_Run(layers, kv, kv, inner[kv][0]) for layers in (FEW_LAYERS, MORE_LAYERS))
+    alone: dict[tuple[Attention, Memory], list[_Run]] = {
+        (kind, place): [_Run(count, kind, kind, size, place) for size in sizes[kind]]
+        for kind in ATTENTION
+        for place in MEMORIES
+    }
+    twice = {kind: [_Run(count, kind, kind, size, blocks=2) for size in inner[kind]] for kind in ATTENTION}
+    beside = [_Run(count, kv, "absorb", size) for size in inner["absorb"]]
+    bench = _LayerBench(model, numbers, batch)
+    runs = [few, more, *itertools.chain(*alone.values(), *twice.values()), *beside]
+    timers = side_by_side(bench.timer, runs)
+    seconds = dict(zip(runs, least_seconds(timers), strict=True))
 
-    def __init__(self, layer: LayerShape, sizes: Mapping[Attention, Sequence[int]]):
-        self._layer, self._sizes = layer, sizes
-        inner = {kind: own[1:-1] or own for kind, own in sizes.items()}
-        count, kv = ATTENDING_LAYERS, "keys_values"
-        self._few, self._more = (_Run(layers, kv, kv, inner[kv][0]) for layers in (FEW_LAYERS, MORE_LAYERS))
-        self._alone: dict[tuple[Attention, Memory], list[_Run]] = {
-            (kind, place): [_Run(count, kind, kind, size, place) for size in sizes[kind]]
-            for kind in ATTENTION
-            for place in MEMORIES
-        }
-        self._twice = {kind: [_Run(count, kind, kind, size, blocks=2) for size in inner[kind]] for kind in ATTENTION}
-        self._beside = [_Run(count, kv, "absorb", size) for size in inner["absorb"]]
-
-    @property
-    def runs(self) -> list[_Run]:
-        """All of them."""
-        several = *self._alone.values(), *self._twice.values()
-        return [self._few, self._more, *itertools.chain(*several), *self._beside]
-
-    def solve(self, of_runs: Sequence[float]) -> tuple[dict[Work, Curve], float]:
-        """What each work of a layer takes, and what a step takes outside its layers, from what the runs took."""
-        seconds = dict(zip(self.runs, of_runs, strict=True))
-        count, kv = ATTENDING_LAYERS, "keys_values"
-        bare = {
-            kind: statistics.mean(2 * seconds[run._replace(blocks=1)] - seconds[run] for run in own)
-            for kind, own in self._twice.items()
-        }
-        work: dict[Work, Curve] = {}
-        for (kind, place), own in self._alone.items():
-            added = [(seconds[run] - bare[kind]) / count for run in own]
-            work[attention_work(kind, place)] = curve_through(self._sizes[kind], added)
-        of_a_layer = (seconds[self._more] - seconds[self._few]) / (MORE_LAYERS - FEW_LAYERS)
-        dense = max(0.0, of_a_layer - work[kv](self._more.tokens))
-        # Absorbing is part of what a tail takes that is absorbed.
-        absorbing = [(seconds[run] - bare[kv]) / count - work["absorb"](run.tokens) for run in self._beside]
-        prepare = max(0.0, statistics.mean(absorbing))
-        projecting = self._layer.projecting / self._layer.parameters
-        for kind in ATTENTION:
-            tail = work[attention_work(kind, "device")]
-            own = projecting * dense + (bare[kind] - bare[kv]) / count - (tail(TAIL) - tail(0))
-            work[project_work(kind)] = Curve.line(max(0.0, own - (prepare if kind == "absorb" else 0)))
-        work |= {"prepare": Curve.line(prepare), "finish": Curve.line((1 - projecting) * dense)}
-        return work, max(0.0, bare[kv] - count * dense)
+    bare = {
+        kind: statistics.mean(2 * seconds[run._replace(blocks=1)] - seconds[run] for run in own)
+        for kind, own in twice.items()
+    }
+    work: dict[Work, Curve] = {
+        attention_work(kind, place): curve_through(sizes[kind], [(seconds[run] - bare[kind]) / count for run in own])
+        for (kind, place), own in alone.items()
+    }
+    dense = max(0.0, (seconds[more] - seconds[few]) / (MORE_LAYERS - FEW_LAYERS) - work[kv](more.tokens))
+    # Absorbing is part of what a tail takes that is absorbed.
+    absorbing = [(seconds[run] - bare[kv]) / count - work["absorb"](run.tokens) for run in beside]
+    prepare = max(0.0, statistics.mean(absorbing))
+    projecting = layer.projecting / layer.parameters
+    for kind in ATTENTION:
+        tail = work[attention_work(kind, "device")]
+        own = projecting * dense + (bare[kind] - bare[kv]) / count - (tail(TAIL) - tail(0))
+        work[project_work(kind)] = Curve.line(max(0.0, own - (prepare if kind == "absorb" else 0)))
+    work |= {"prepare": Curve.line(prepare), "finish": Curve.line((1 - projecting) * dense)}
+    outside = max(0.0, bare[kv] - count * dense)
+    return LayerTimes(layer, model.shape.dtype, batch, work, outside, model.shape.vocab)
 
 
 def block_sizes(kind: Attention, shape: ModelShape, layer: LayerShape, batch: int) -> list[int]:
@@ -157,10 +138,10 @@ class _LayerBench:
         self._needed = [path[0] != "layers" or path[1] in numbers for path in paths]
         self._weights = [jax.device_put(own, here) for own, needed in zip(weights, self._needed) if needed]
         # On a CPU, what launches is what executes.
-        self._ahead = HostAhead(AHEAD_SECONDS) if jax.default_backend() == "gpu" else None
+        self._timed = HostAhead(AHEAD_SECONDS).median_seconds if jax.default_backend() == "gpu" else median_seconds
 
-    def timer(self, run: _Run) -> Callable[[], tuple[float, float]]:
-        """Compiles such a step; gives what measures the seconds of the device and those of the host."""
+    def timer(self, run: _Run) -> Callable[[], float]:
+        """Compiles such a step; gives what measures its seconds."""
         plan = self._plan(run)
 
         def step(weights, blocks, tails, padding, length, token_ids):
@@ -176,7 +157,7 @@ class _LayerBench:
         inputs = (self._weights, described, describe_tails(plan), padding, length, token_ids)
         program = jax.jit(step, donate_argnames=("tails",)).lower(*inputs).compile()
 
-        def seconds() -> tuple[float, float]:
+        def seconds() -> float:
             blocks = jax.tree.map(lambda like: random(like.shape, like.dtype), described)
             rest = allocate_tails(plan), token_ids
 
@@ -188,10 +169,7 @@ class _LayerBench:
 
             alone = median_seconds(lambda: take(1), 1)
             steps = max(1, min(STEPS, int(ENOUGH_SECONDS / alone)))
-            if self._ahead is None:
-                return median_seconds(lambda: take(steps), REPEATS) / steps, 0.0
-            device, host = self._ahead.seconds(lambda: take(steps), REPEATS)
-            return device / steps, host / steps
+            return self._timed(lambda: take(steps), REPEATS) / steps
 
         return seconds
 

@@ -459,14 +459,12 @@ def _mix(some: Sequence[BlockSpec], others: Sequence[BlockSpec]) -> list[BlockSp
 def _reason(plan: Plan, search: _Search) -> str:
     """What bounds the step, and what the next best of the plans by name would cost."""
     (cost,) = search.costs([plan])
-    copying, computing, launching = float(cost.copying), float(cost.computing), float(cost.launching)
-    _, bound = max((computing, "device"), (copying, "link"), (launching, "host"))
+    copying, computing = float(cost.copying), float(cost.computing)
+    bound = "link" if copying > computing else "device"
     text = (
         f"{1e3 * float(cost.seconds):.2f} ms a step predicted, bound by the {bound}: copies take "
         f"{1e3 * copying:.2f} ms, compute {1e3 * computing:.2f} ms"
     )
-    if bound == "host":
-        text += f", launching both {1e3 * launching:.2f} ms"
     rivals = [(float(rival.seconds), plan.name) for plan, rival in search.rivals(plan)]
     if not rivals:
         return f"{text}; no plan by name fits beside it"

@@ -18,7 +18,7 @@ LOG = logging.getLogger("kvrecomp")
 POOR_FIT = 0.1  # a line further than this fraction from what it was fitted to is measured again
 ROUNDS = 3
 LEAST_SLOPE = 0.01
-BUSY_BYTES = 2**28  # more than a GPU caches
+BUSY_BYTES, FEW_ADDITIONS = 2**28, 8  # more than a GPU caches; as many as can be timed
 
 
 def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
@@ -32,10 +32,10 @@ def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
     return statistics.median(times)
 
 
-def least_seconds(timers: Sequence[Callable[[], Any]]) -> np.ndarray:
-    """The least that each of these measured in ROUNDS rounds of all, of each number if it gives several: what else a
-    machine does slows programs, for a while at times, and nothing speeds them."""
-    return np.min([[timer() for timer in timers] for _ in range(ROUNDS)], axis=0)
+def least_seconds(timers: Sequence[Callable[[], float]]) -> list[float]:
+    """The least that each of these measured in ROUNDS rounds of all: what else a machine does slows programs, for a
+    while at times, and nothing speeds them."""
+    return [min(own) for own in zip(*([timer() for timer in timers] for _ in range(ROUNDS)))]
 
 
 def seconds_longer(few: Callable[[], Any], many: Callable[[], Any], repeats: int = 5) -> float:
@@ -48,42 +48,36 @@ def seconds_longer(few: Callable[[], Any], many: Callable[[], Any], repeats: int
 
 
 class HostAhead:
-    """Times what the device executes apart from what the host takes to launch it: meanwhile the device is kept busy,
-    for the seconds given, with additions to an array of BUSY_BYTES."""
+    """Times what the device executes, with the host ahead of it: launching a short program can take the host longer.
+
+    The device is kept busy first, for about the seconds given, with additions to an array of BUSY_BYTES.
+    """
 
     def __init__(self, busy_seconds: float):
-        array = memory.zeros((BUSY_BYTES // 4,), jnp.dtype(jnp.float32), "device")
-
-        def add(array: jax.Array, times: int) -> jax.Array:
-            return jax.lax.fori_loop(0, times, lambda _, own: own + 1, array)
-
-        def compiled(times: int) -> Callable[[jax.Array], jax.Array]:
-            return jax.jit(add, static_argnums=1, donate_argnums=0).lower(array, times).compile()
-
-        self._array = array
-        self._keep_busy = compiled(8)
-        each = median_seconds(self._busy) / 8
-        self._keep_busy = compiled(1 + int(busy_seconds / each))
+        self._array = memory.zeros((BUSY_BYTES // 4,), jnp.dtype(jnp.float32), "device")
+        self._keep_busy = self._additions(FEW_ADDITIONS)
+        each = median_seconds(self._busy) / FEW_ADDITIONS
+        self._keep_busy = self._additions(1 + int(busy_seconds / each))
         (self._busy_seconds,) = least_seconds([functools.partial(median_seconds, self._busy)])
+
+    def _additions(self, count: int) -> Callable[[jax.Array], jax.Array]:
+        def add(array: jax.Array) -> jax.Array:
+            return jax.lax.fori_loop(0, count, lambda _, own: own + 1, array)
+
+        return jax.jit(add, donate_argnums=0).lower(self._array).compile()
 
     def _busy(self) -> jax.Array:
         self._array = self._keep_busy(self._array)
         return self._array
 
-    def seconds(self, run: Callable[[], Any], repeats: int) -> tuple[float, float]:
-        """Median seconds of the device and of the host for `run`, which returns before the device is done; after one
-        call that is not counted."""
-        jax.block_until_ready(run())
-        device, host = [], []
-        for _ in range(repeats):
-            start = time.perf_counter()
+    def median_seconds(self, run: Callable[[], Any], repeats: int) -> float:
+        """Median seconds that the device takes for `run`, after one call that is not counted."""
+
+        def both() -> Any:
             self._busy()
-            began = time.perf_counter()
-            result = run()
-            host.append(time.perf_counter() - began)
-            jax.block_until_ready(result)
-            device.append(time.perf_counter() - start - self._busy_seconds)
-        return max(0.0, statistics.median(device)), statistics.median(host)
+            return run()
+
+        return max(0.0, median_seconds(both, repeats) - self._busy_seconds)
 
 
 def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> Line:

@@ -66,11 +66,10 @@ kv, acts = "keys_values", "activations"
 many = settings(max_examples=100, deadline=None, derandomize=True)
 
 
-def times(layer, curves=(), dtype="bfloat16", batch=3, outside=0.0, launch=(), launch_outside=0.0):
-    """Times of a layer that takes none but for what is given, by work."""
+def times(layer, curves=(), dtype="bfloat16", batch=3, outside=0.0):
+    """Times of a layer that takes none but for the curves given, by work."""
     work = {name: dict(curves).get(name, Curve.line(0.0)) for name in WORKS}
-    launch = {name: dict(launch).get(name, 0.0) for name in WORKS}
-    return LayerTimes(layer, dtype, batch, work, outside, launch=launch, launch_outside=launch_outside)
+    return LayerTimes(layer, dtype, batch, work, outside)
 
 
 # --- against an event simulation --------------------------------------------------------------------------------------
@@ -156,12 +155,9 @@ def curves(draw, rising=False):
 
 
 @st.composite
-def machines(draw, rising=False, launching=False):
-    """A machine on which `PLAIN` was timed; the host takes no time there unless `launching`."""
+def machines(draw, rising=False):
+    """A machine on which `PLAIN` was timed."""
     own = times(PLAIN, {work: draw(curves(rising)) for work in WORKS}, outside=draw(seconds_of))
-    if launching:
-        launch = {work: draw(seconds_of) for work in WORKS}
-        own = replace(own, launch=launch, launch_outside=draw(seconds_of))
     rate, latency = draw(st.floats(1e8, 1e12)), draw(seconds_of)
     link = {"to_device": Line(latency, 1 / rate), "beside_compute": rate, "handoff_seconds": draw(seconds_of)}
     return replace(MACHINE, **link).with_times(own)
@@ -174,7 +170,7 @@ def seconds_at(curve, size):
 
 
 @many
-@given(machines(launching=True), st.lists(task_lists(), min_size=1, max_size=3))
+@given(machines(), st.lists(task_lists(), min_size=1, max_size=3))
 def test_as_an_event_simulation(machine, tasks):
     predicted = step_seconds(machine, ONE, WORK, stack_tasks(tasks))
     own = machine.layers[0]
@@ -193,12 +189,9 @@ def test_as_an_event_simulation(machine, tasks):
             max(machine.to_device.base, size / machine.beside_compute) if count else None
             for count, size in zip(plan.copies, plan.copy_bytes)
         ]
-        launch = [*(own.launch[work] for work in WORKS), own.launch_outside]
-        launching = sum(launch[work] * blocks for work, blocks in zip(plan.work, plan.blocks))
-        launching += sum(plan.copies) * machine.to_device.base
-        simulated = simulate(computing, copying, plan.hold, machine.handoff_seconds)
-        assert predicted.seconds[number] == pytest.approx(max(simulated, launching), rel=1e-5)
-        assert predicted.launching[number] == pytest.approx(launching, rel=1e-5)
+        assert predicted.seconds[number] == pytest.approx(
+            simulate(computing, copying, plan.hold, machine.handoff_seconds), rel=1e-5
+        )
         assert predicted.computing[number] == pytest.approx(sum(computing), rel=1e-5)
         assert predicted.copying[number] == pytest.approx(sum(each for each in copying if each), rel=1e-5)
 
@@ -592,8 +585,7 @@ def test_copies_start_as_early_as_the_window_lets_them(layers, more):
 def test_measured_times_count_where_they_were_measured():
     """For their layer, dtype and batch only; the others are estimated."""
     curves = [Curve((0, 3, 8), (number, 5.0, 9.0)) for number in range(len(WORKS))]
-    launch = {work: 3.0 * number for number, work in enumerate(WORKS)}
-    measured = times(GROUPED, dict(zip(WORKS, curves)), outside=7.0, launch=launch, launch_outside=5.0)
+    measured = times(GROUPED, dict(zip(WORKS, curves)), outside=7.0)
     machine = MACHINE.with_times(measured)
     estimated = work_table(MACHINE, SHAPE, WORK)
     table = work_table(machine, SHAPE, WORK)
@@ -607,9 +599,7 @@ def test_measured_times_count_where_they_were_measured():
         else:
             np.testing.assert_array_equal(table.sizes[second][number], [0, 3, 8, 13, 18, 23])
             np.testing.assert_array_equal(table.added[second][number] + number, [number, 5, 9, 13, 17, 21])
-    assert table.base[outside] == 7.0 and not table.added[outside].any() and table.launch[outside] == 5.0
-    np.testing.assert_array_equal(table.launch[second], list(launch.values()))
-    assert not estimated.launch.any()
+    assert table.base[outside] == 7.0 and not table.added[outside].any()
     assert estimated.base[second].max() < 1e-3 and 0 < estimated.base[outside] < 1e-3
     for shape, work in [(SHAPE, replace(WORK, batch=5)), (replace(SHAPE, dtype="float16"), WORK)]:
         for column, before in zip(work_table(machine, shape, work), work_table(MACHINE, shape, work)):

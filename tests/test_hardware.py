@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvrecomp
-from kvrecomp.hardware import DATASHEETS, KNOTS, LARGEST_DEVICE, WORKS, Curve, HardwareProfile, LayerTimes, Line
+from kvrecomp.hardware import DATASHEETS, KNOTS, LARGEST_DEVICE, Curve, HardwareProfile, LayerTimes, Line
 from kvrecomp.plan import LayerShape, PlanError
 
 LAYER = LayerShape(hidden=35, heads=6, kv_heads=2, head_dim=4, intermediate=59, gated=True, absorbs_keys=False)
@@ -26,8 +26,7 @@ WORK = {
     "device_absorb": Curve.line(3e-6, 2e-10),
     "device_recompute": Curve.line(4e-6, 7e-10),
 }
-LAUNCH = {work: 1e-6 * number for number, work in enumerate(WORKS)}
-TIMES = LayerTimes(LAYER, "bfloat16", 3, WORK, outside=1e-4, launch=LAUNCH, launch_outside=3e-4)
+TIMES = LayerTimes(LAYER, "bfloat16", 3, WORK, outside=1e-4)
 PROFILE = HardwareProfile(
     device="Some GPU",
     device_bytes=80e9,
@@ -87,8 +86,6 @@ def test_a_profile_survives_json():
                 batch=st.integers(1, 999),
                 work=st.fixed_dictionaries({work: curves for work in WORK}),
                 outside=st.floats(0, 1),
-                launch=st.fixed_dictionaries({work: st.floats(0, 1) for work in WORKS}),
-                launch_outside=st.floats(0, 1),
             ),
             max_size=2,
         ).map(tuple),
@@ -146,9 +143,6 @@ NUMBERS = ["device_bytes", "beside_compute", "matmul_rate", "memory_rate"]
         changed("layers", 1, "work", "keys_values", "sizes", to=[0, 9]),
         changed("layers", 1, "work", "keys_values", "sizes", 0, to=1),
         changed("layers", 1, "work", "prepare", "seconds", to=KeyError),
-        changed("layers", 0, "launch", "absorb", to=-1e-9),
-        changed("layers", 0, "launch", "absorb", to=KeyError),
-        changed("layers", 1, "launch_outside", to=KeyError),
         changed("layers", 1, "outside", to=KeyError),
         changed("layers", 1, "outside", to=float("nan")),
     ],

@@ -645,16 +645,6 @@ def test_where_all_fits_activations_are_kept_only_if_that_is_surely_faster(faste
     assert all(tokens(layer) == {(form, "device"): 1000} for layer in plan.layers)
 
 
-def test_a_step_can_be_bound_by_the_host_that_launches_it():
-    """Layers that take the device nothing, and the host 11 us each of 11 kinds of work."""
-    free, launch = dict.fromkeys(WORKS, Curve.line(0.0)), dict.fromkeys(WORKS, 11e-6)
-    times = LayerTimes(LEARNED, "bfloat16", WORK.batch, free, launch=launch)
-    plan = make_plan(model(*[LEARNED] * 3), WORK, machine("h200").with_times(times))
-    launched = 3 * 3 * 11e-6  # a layer's projections, its block, and what comes after
-    assert f"{1e3 * launched:.2f} ms a step predicted, bound by the host: copies take 0.00 ms, compute" in plan.reason
-    assert f"launching both {1e3 * launched:.2f} ms" in plan.reason
-
-
 @settings(few, max_examples=12)
 @given(st.data())
 def test_weights_and_groups_keep_to_the_budget(data):
