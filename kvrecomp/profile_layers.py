@@ -69,14 +69,17 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     """
     own_numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
     numbers = list(itertools.islice(itertools.cycle(own_numbers), MORE_LAYERS))  # again where there are fewer
-    sizes = {kind: block_sizes(kind, model.shape, layer, batch) for kind in ATTENTION}
-    inner = {kind: own[1:-1] or own for kind, own in sizes.items()}
+    longest = longest_blocks()
+    sizes: dict[tuple[Attention, Memory], list[int]] = {
+        (kind, place): block_sizes(kind, model.shape, layer, batch, longest[place])
+        for kind in ATTENTION
+        for place in MEMORIES
+    }
+    inner = {kind: sizes[kind, "host"][1:-1] or sizes[kind, "host"] for kind in ATTENTION}
     count, kv = ATTENDING_LAYERS, "keys_values"
     few, more = (_Run(layers, kv, kv, inner[kv][0]) for layers in (FEW_LAYERS, MORE_LAYERS))
     alone: dict[tuple[Attention, Memory], list[_Run]] = {
-        (kind, place): [_Run(count, kind, kind, size, place) for size in sizes[kind]]
-        for kind in ATTENTION
-        for place in MEMORIES
+        (kind, place): [_Run(count, kind, kind, size, place) for size in own] for (kind, place), own in sizes.items()
     }
     twice = {kind: [_Run(count, kind, kind, size, blocks=2) for size in inner[kind]] for kind in ATTENTION}
     beside = [_Run(count, kv, "absorb", size) for size in inner["absorb"]]
@@ -89,10 +92,10 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
         kind: statistics.mean(2 * seconds[run._replace(blocks=1)] - seconds[run] for run in own)
         for kind, own in twice.items()
     }
-    work: dict[Work, Curve] = {
-        attention_work(kind, place): curve_through(sizes[kind], [(seconds[run] - bare[kind]) / count for run in own])
-        for (kind, place), own in alone.items()
-    }
+    work: dict[Work, Curve] = {}
+    for (kind, place), own in alone.items():
+        added = [(seconds[run] - bare[kind]) / count for run in own]
+        work[attention_work(kind, place)] = curve_through(sizes[kind, place], added)
     dense = max(0.0, (seconds[more] - seconds[few]) / (MORE_LAYERS - FEW_LAYERS) - work[kv](more.tokens))
     # Absorbing is part of what a tail takes that is absorbed.
     absorbing = [(seconds[run] - bare[kv]) / count - work["absorb"](run.tokens) for run in beside]
@@ -107,11 +110,19 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     return LayerTimes(layer, model.shape.dtype, batch, work, outside, model.shape.vocab)
 
 
-def block_sizes(kind: Attention, shape: ModelShape, layer: LayerShape, batch: int) -> list[int]:
+def longest_blocks() -> dict[Memory, int]:
+    """Bytes of the longest block that is timed: a quarter of the window, and no block from the host is longer; on the
+    device, where a layer's tokens are attended to as one, four times as many if there is room."""
+    copied = DEFAULT_WINDOW // BLOCKS_PER_WINDOW
+    room = memory.free_device_bytes() // (2 * ATTENDING_LAYERS)  # half for what is computed from them
+    return {"host": copied, "device": max(copied, min(RATIO * copied, room))}
+
+
+def block_sizes(kind: Attention, shape: ModelShape, layer: LayerShape, batch: int, longest: int) -> list[int]:
     """Tokens of the blocks that are timed, powers of two, as kernels for odd ones take longer; the longest has no more
-    than the positions and a quarter of the window."""
+    than the positions and `longest` bytes."""
     row_bytes = batch * layer.width("keys_values" if kind == "keys_values" else "activations") * shape.itemsize
-    most = max(1, min(shape.positions, DEFAULT_WINDOW // BLOCKS_PER_WINDOW // row_bytes)).bit_length() - 1
+    most = max(1, min(shape.positions, longest // row_bytes)).bit_length() - 1
     return sorted({max(1, 2**most // RATIO**part) for part in range(SIZES)})
 
 

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 
 import kvrecomp
 import models
-from kvrecomp import profile_layers, profile_machine, profiler, timing
+from kvrecomp import memory, profile_layers, profile_machine, profiler, timing
 from kvrecomp.hardware import ATTENTION, WORKS, Curve, HardwareProfile, attention_work, project_work
-from kvrecomp.plan import MEMORIES
+from kvrecomp.plan import GIB, MEMORIES
 from kvrecomp.timing import fit_line, measured_line
 
 
@@ -126,15 +126,18 @@ def test_a_layer_is_found_again(monkeypatch, number):
     rng = np.random.default_rng(number)
     model = toy.model("350m")
     layer = model.shape.layers[0]
-    sizes = {kind: profile_layers.block_sizes(kind, model.shape, layer, 3) for kind in ATTENTION}
+    longest = {"host": 2**14, "device": 2**16}
+    monkeypatch.setattr(profile_layers, "longest_blocks", lambda: longest)
 
-    def attention(kind):
-        steps = rng.uniform(1e-6, 9e-6, len(sizes[kind]))
+    def attention(kind, place):
+        sizes = profile_layers.block_sizes(kind, model.shape, layer, 3, longest[place])
+        assert len(sizes) == 4
+        steps = rng.uniform(1e-6, 9e-6, len(sizes))
         line = 1e-5 + steps[0] * np.array([0, 1])  # no tokens are on the line through the first two sizes
-        first = line[0] + steps[0] * sizes[kind][0] / sizes[kind][1], line[1]
-        return Curve((0, *sizes[kind]), (line[0], *first, *(line[1] + steps[2:].cumsum())))
+        first = line[0] + steps[0] * sizes[0] / sizes[1], line[1]
+        return Curve((0, *sizes), (line[0], *first, *(line[1] + steps[2:].cumsum())))
 
-    attending = {(kind, place): attention(kind) for kind in ATTENTION for place in MEMORIES}
+    attending = {(kind, place): attention(kind, place) for kind in ATTENTION for place in MEMORIES}
     dense, outside, prepare = rng.uniform(1e-4, 9e-4, 3)
     tails = {kind: rng.uniform(1e-5, 3e-5) * (kind != "keys_values") for kind in ATTENTION}
 
@@ -202,17 +205,24 @@ def test_the_device_is_kept_busy():
     assert 0 <= ahead.median_seconds(lambda: np.zeros(3), 2) < 1
 
 
-def test_sizes_are_powers_of_two_as_far_as_they_fit():
-    """OPT-6.7B's rows of 8 KiB, or of 16 as keys and values, in blocks of 256 MiB, and its 2048 positions."""
+def test_sizes_are_powers_of_two_as_far_as_they_fit(monkeypatch):
+    """OPT-6.7B's rows of 8 KiB, or of 16 as keys and values, in 256 MiB or, on the device, a GiB, and 2048 positions."""
     shape = models.preset("opt-6.7b").shape
+    monkeypatch.setattr(memory, "free_device_bytes", lambda: 60 * GIB)
     found = {
-        (kind, batch): profile_layers.block_sizes(kind, shape, shape.layers[0], batch)
+        (kind, batch, place): profile_layers.block_sizes(kind, shape, shape.layers[0], batch, longest)
+        for place, longest in profile_layers.longest_blocks().items()
         for kind in ("keys_values", "absorb")
-        for batch in (1, 32, 10**6)
+        for batch in (1, 32, 64, 10**7)
     }
-    assert found["keys_values", 1] == found["absorb", 1] == [32, 128, 512, 2048]
-    assert found["absorb", 32] == [16, 64, 256, 1024] and found["keys_values", 32] == [8, 32, 128, 512]
-    assert found["absorb", 10**6] == [1]
+    assert found["keys_values", 1, "host"] == found["absorb", 1, "device"] == [32, 128, 512, 2048]
+    assert found["absorb", 32, "host"] == found["keys_values", 64, "device"] == [16, 64, 256, 1024]
+    assert found["keys_values", 32, "host"] == [8, 32, 128, 512]
+    assert found["absorb", 10**7, "host"] == [1]
+    monkeypatch.setattr(memory, "free_device_bytes", lambda: 5 * GIB)
+    assert profile_layers.longest_blocks() == {"host": GIB // 4, "device": 5 * GIB // 8}
+    monkeypatch.setattr(memory, "free_device_bytes", lambda: GIB)
+    assert profile_layers.longest_blocks() == {"host": GIB // 4, "device": GIB // 4}
 
 
 @given(
