@@ -206,7 +206,7 @@ def test_the_device_is_kept_busy():
 
 
 def test_sizes_are_powers_of_two_as_far_as_they_fit(monkeypatch):
-    """OPT-6.7B's rows of 8 KiB, or of 16 as keys and values, in 256 MiB or, on the device, a GiB, and 2048 positions."""
+    """OPT-6.7B's rows of 8 KiB, or of 16 as keys and values, in 256 MiB, or a GiB on the device; 2048 positions."""
     shape = models.preset("opt-6.7b").shape
     monkeypatch.setattr(memory, "free_device_bytes", lambda: 60 * GIB)
     found = {
