@@ -311,10 +311,11 @@ class _Search:
 
     def _choose(self, candidates: Sequence[Candidate]) -> Candidate:
         """The candidate with the shortest step; of those alike within a thousandth, the one that sends least; of those
-        within `SURE` that send no more, the one with the fewest activations.
+        within `SURE` that send no more, the one with one form on the device, and with the fewest activations.
 
-        Attention over activations does `hidden / head_dim` times the arithmetic of that over keys and values, in
-        kernels that XLA chooses by timing them, and is predicted less surely. Raises `PlanError` where none fits.
+        Two forms have more kernels, and attention over activations does `hidden / head_dim` times the arithmetic of
+        that over keys and values, in kernels that XLA chooses by timing them: both are predicted less surely. Raises
+        `PlanError` where none fits.
         """
         made: dict[Key, tuple[Plan, Candidate]] = {}
         for candidate in candidates:
@@ -328,7 +329,7 @@ class _Search:
         shortest = min(seconds)
         sent = min(own[0].bytes_in("host") for own, each in zip(fitting, seconds) if each <= 1.001 * shortest)
         near = [own for own, each in zip(fitting, seconds) if each <= SURE * shortest]
-        return min((own for own in near if own[0].bytes_in("host") <= sent), key=lambda own: _activations(own[0]))[1]
+        return min((own for own in near if own[0].bytes_in("host") <= sent), key=lambda own: _unsure(own[0]))[1]
 
     def _plan(self, window: int, settings: dict[LayerShape, Settings]) -> Plan:
         """The plan with these settings; layers share the room so that each keeps as many tokens as the others."""
@@ -354,13 +355,15 @@ def _key(plan: Plan) -> Key:
     return plan.window, plan.order, frozenset(plan.kinds)
 
 
-def _activations(plan: Plan) -> int:
-    """Tokens that are held as activations when the tail is full, over all layers."""
-    total = 0
+def _unsure(plan: Plan) -> tuple[int, int]:
+    """Layers that have two forms on the device, and tokens that are held as activations when the tail is full, over all
+    layers."""
+    mixed = activations = 0
     for (layer, _), count in plan.kinds.items():
-        tail = BlockSpec(layer.tail_form, "device", plan.tail)
-        total += count * sum(block.tokens for block in (*layer.prompt, tail) if block.form == "activations")
-    return total
+        blocks = *layer.prompt, BlockSpec(layer.tail_form, "device", plan.tail)
+        mixed += count * (len({block.form for block in blocks if block.memory == "device"}) > 1)
+        activations += count * sum(block.tokens for block in blocks if block.form == "activations")
+    return mixed, activations
 
 
 def _splits(shape: ModelShape, workload: Workload, budget: Budget) -> list[tuple[int, Workload]]:

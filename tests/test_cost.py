@@ -450,6 +450,14 @@ def test_tasks_after_write_outs_by_hand():
     ]
 
 
+@pytest.mark.parametrize(("tail", "expected"), [(acts, (kv, "device_absorb")), (kv, ("device_keys_values", "absorb"))])
+def test_blocks_on_the_device_of_another_form_than_the_tail_count_as_from_the_host(tail, expected):
+    """They have a partial result of their own; keys and values of 6 tokens, and activations of 5."""
+    own = LayerPlan((BlockSpec(kv, "device", 6), BlockSpec(acts, "device", 5)), tail_form=tail)
+    tasks = make_tasks(Plan("some", replace(SHAPE, layers=(PLAIN,)), WORK, (own,), tail=3))
+    assert [tasks.work[list(tasks.tokens).index(size)] for size in (6, 5)] == [row(0, work) for work in expected]
+
+
 @pytest.mark.parametrize("where", ["device", "host", "tail"])
 def test_absorption_is_prepared_once_a_layer(where):
     """Wherever the activations are; not for keys and values, nor where K and V are recomputed."""
