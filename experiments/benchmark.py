@@ -39,9 +39,9 @@ from kvrecomp.programs import side_by_side
 from kvrecomp.sampling import Sampling
 
 _MODEL = flags.DEFINE_string("model", "opt-125m", "Preset whose random weights are decoded with.")
-_BATCH = flags.DEFINE_integer("batch", 8, "Rows decoded together.")
-_PROMPT = flags.DEFINE_integer("prompt", 256, "Tokens in each prompt.")
-_NEW = flags.DEFINE_integer("new", 32, "New tokens per row.")
+_BATCH = flags.DEFINE_integer("batch", 8, "Rows decoded together.", lower_bound=1)
+_PROMPT = flags.DEFINE_integer("prompt", 256, "Tokens in each prompt.", lower_bound=1)
+_NEW = flags.DEFINE_integer("new", 32, "New tokens per row.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", None, "Most steps to run of a plan; default: all that --new has.", lower_bound=1)
 _PLANS = flags.DEFINE_list(
     "plans",
@@ -51,7 +51,7 @@ _PLANS = flags.DEFINE_list(
 _WEIGHTS = flags.DEFINE_string(
     "weights", "device", "Where the layers' weights are: device, host, the fraction of layers on the host, or auto."
 )
-_GROUPS = flags.DEFINE_integer("groups", 1, "Groups of so many rows each, decoded together.")
+_GROUPS = flags.DEFINE_integer("groups", 1, "Groups of so many rows each, decoded together.", lower_bound=1)
 _ORDER = flags.DEFINE_enum(
     "order",
     None,
@@ -60,10 +60,12 @@ _ORDER = flags.DEFINE_enum(
 )
 _DTYPE = flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.")
 _WINDOW = flags.DEFINE_float("window_mib", None, "Bytes from the host in flight or in use, in MiB; default: chosen.")
-_TAIL = flags.DEFINE_integer("tail", None, "Tokens in the tail; default: by their bytes.")
+_TAIL = flags.DEFINE_integer("tail", None, "Tokens in the tail; default: by their bytes.", lower_bound=1)
 _DEVICE_GIB = flags.DEFINE_float("device_memory_gib", None, "Device memory to use, weights included; default: free.")
 _HOST_GIB = flags.DEFINE_float("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
-_COPY_GIB = flags.DEFINE_float("copy_gib", 2, "Pinned memory to measure the copies-only rate with, in GiB.")
+_COPY_GIB = flags.DEFINE_float(
+    "copy_gib", 2, "Pinned memory to measure the copies-only rate with, in GiB.", lower_bound=0.5
+)
 _LAYERS = flags.DEFINE_bool(
     "time_layers", True, "Time the model's layers first, to predict better: 20 s on an H200, minutes on a CPU."
 )

@@ -61,9 +61,9 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     """Called by the script only."""
     flags.DEFINE_enum("peer", "huggingface", list(PEERS), "The program.", flag_values=into)
     flags.DEFINE_string("model", "opt-125m", "Preset whose shape is decoded with.", flag_values=into)
-    flags.DEFINE_integer("batch", 8, "Rows decoded together.", flag_values=into)
-    flags.DEFINE_integer("prompt", 256, "Tokens in each prompt.", flag_values=into)
-    flags.DEFINE_integer("new", 32, "New tokens per row.", flag_values=into)
+    flags.DEFINE_integer("batch", 8, "Rows decoded together.", lower_bound=1, flag_values=into)
+    flags.DEFINE_integer("prompt", 256, "Tokens in each prompt.", lower_bound=1, flag_values=into)
+    flags.DEFINE_integer("new", 32, "New tokens per row.", lower_bound=1, flag_values=into)
     flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.", flag_values=into)
     flags.DEFINE_integer("seed", 0, "Of weights and prompts.", flag_values=into)
     flags.DEFINE_string("out", None, "Also write the JSON document to this file.", flag_values=into)

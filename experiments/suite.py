@@ -120,7 +120,7 @@ def _ended(process: subprocess.Popen) -> Iterator[None]:
 def reason(errors: str, status: int) -> str:
     """What went wrong in a process that wrote these errors and ended with that status."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"error: |FATAL |[\w.]*(Error|Exception)\b", line)]
+    named = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
     said = (named or lines or ["it said nothing"])[-1].removeprefix("error: ")[:MOST_OF_A_REASON]
     return said if status > 0 else f"ended by {signal.Signals(-status).name}, maybe for want of host memory; {said}"
 

@@ -283,7 +283,7 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     if old:
         document, rows = {}, [row for path in old for row in tables.predicted(tables.read_file(path))]
     else:
-        batches, cached = [int(each) for each in given.batches], [int(each) for each in given.cached]
+        batches, cached = (script.whole_numbers(name, given[name].value) for name in ("batches", "cached"))
         rooms = [float(each) for each in given.rooms]
         host = given.host_memory_gib * GIB
         memory.limit_pinned(host)

@@ -49,8 +49,8 @@ SHOWN_GAPS = 1e-3  # gaps shorter than this part of the step are not kept, a pic
 def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     """Called by the script only."""
     flags.DEFINE_string("model", "opt-1.3b", "Preset whose random weights are decoded with.", flag_values=into)
-    flags.DEFINE_integer("batch", 8, "Rows decoded together.", flag_values=into)
-    flags.DEFINE_integer("prompt", 1024, "Cached tokens of a row.", flag_values=into)
+    flags.DEFINE_integer("batch", 8, "Rows decoded together.", lower_bound=1, flag_values=into)
+    flags.DEFINE_integer("prompt", 1024, "Cached tokens of a row.", lower_bound=1, flag_values=into)
     flags.DEFINE_list("plans", ["activations"], "Plans: auto, or as named_plan has them.", flag_values=into)
     flags.DEFINE_bool("compare", False, f"Short for --plans={','.join(COMPARED)}.", flag_values=into)
     flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.", flag_values=into)

@@ -33,8 +33,8 @@ def command(*arguments: str) -> None:
     """The script in this process."""
     values = flags.FlagValues()
     script.define_flags(values)
-    values(["generate", *arguments])
     with in_one_line():
+        values(["generate", *arguments])
         script.main([], values)
 
 
@@ -197,12 +197,12 @@ def test_program_prints_all_and_json_last(checkpoint):
     [
         (["--plan=nonsense"], "there is no plan 'nonsense'; the plans are auto, activations"),
         (["--prompt="], "prompt 2 is empty"),
-        (["--prompts_file=/nowhere"], "No such file or directory: '/nowhere'"),
+        (["--prompts_file=/nowhere"], "/nowhere: No such file or directory"),
         (["--prompts_file={blank}"], "has no prompt: write one a line"),
         (["--prompts_file={bytes}"], "is not text in UTF-8 (byte 1)"),
         (["--prompt=\udcff"], "prompt 2 is not text in UTF-8"),
         (["--prompt=" + "x" * 70], "a prompt of 71 and 5 new tokens need 76 positions; opt-tiny has 67"),
-        (["--max_new_tokens=0"], "new is 0; it must be greater than zero"),
+        (["--max_new_tokens=0"], "flag --max_new_tokens=0: 0 is not a positive integer"),
         (["--temperature=0"], "temperature is 0.0; it must be above zero"),
         (["--plan=activations", "--window_mib=0.00005"], "is smaller than a block"),
         (["--prompt=" + "x" * 55, "--plan=device", "--device_memory_gib=0.000062"], "of device memory"),

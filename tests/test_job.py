@@ -449,8 +449,8 @@ def command(*arguments):
     """The script in this process."""
     values = flags.FlagValues()
     script.define_flags(values)
-    values(["generate", *arguments])
     with in_one_line():
+        values(["generate", *arguments])
         script.main([], values)
 
 
@@ -501,12 +501,12 @@ def test_an_interrupt_says_how_to_go_on(files, checkpoint, monkeypatch):
         (["--input={source}", "--output={target}", "--prompt=a"], "--prompt and --input exclude each other"),
         (["--input={source}", "--output={target}", "--prompts_file=a"], "--prompts_file and --input exclude each"),
         (["--input={source}", "--output={target}", "--check"], "--check and --input exclude each other"),
-        (["--input=/nowhere", "--output={target}"], "No such file or directory: '/nowhere'"),
+        (["--input=/nowhere", "--output={target}"], "/nowhere: No such file or directory"),
         (["--input={source.parent}", "--output={target}"], "is not a file, which is to be read twice"),
         (["--input={source}", "--output=/nowhere/out"], "there is no directory /nowhere: make it"),
         (["--input={source}", "--output={source}"], "is not the output of a job"),
-        (["--input={source}", "--output={target}", "--batch=0"], "batch is 0; it must be greater than zero"),
-        (["--input={source}", "--output={target}", "--max_new_tokens=0"], "new is 0; it must be greater than zero"),
+        (["--input={source}", "--output={target}", "--batch=0"], "flag --batch=0: 0 is not a positive integer"),
+        (["--input={source}", "--output={target}", "--max_new_tokens=0"], "--max_new_tokens=0: 0 is not a positive"),
         (["--input={source}", "--output={target}", "--max_new_tokens=67"], "need 68 positions; opt-tiny has 67"),
         (["--input={source}", "--output={target}", "--temperature=0"], "temperature is 0.0; it must be above zero"),
         (["--input={source}", "--output={target}", "--plan=nonsense"], "there is no plan 'nonsense'"),

@@ -37,8 +37,8 @@ def command(*arguments: str) -> None:
     """The script in this process."""
     values = flags.FlagValues()
     script.define_flags(values)
-    values(["plan", *arguments])
     with in_one_line():
+        values(["plan", *arguments])
         script.main([], values)
 
 
@@ -289,9 +289,9 @@ def test_plot_that_cannot_be_written_leaves_the_older_one(found, tmp_path, monke
         (["--model=opt-67b"], "did you mean 'opt-6.7b'?"),
         (["--hardware=A10"], "unknown hardware 'A10'; expected one of this, a100, rtx5000, rtx4090, t4, h100"),
         (["--hardware=A10"], "did you mean 'a100'?"),
-        (["--batch=0"], "batch is 0; it must be greater than zero"),
-        (["--prompt=-3"], "prompt is -3; it must be greater than zero"),
-        (["--new=0"], "new is 0; it must be greater than zero"),
+        (["--batch=0"], "flag --batch=0: 0 is not a positive integer"),
+        (["--prompt=-3"], "flag --prompt=-3: -3 is not a positive integer"),
+        (["--new=0"], "flag --new=0: 0 is not a positive integer"),
         (["--prompt=2030"], "a prompt of 2030 and 24 new tokens need 2054 positions; opt-125m has 2048"),
         (["--prompt=1000000000000"], "positions; opt-125m has 2048"),
         (["--dtype=int8"], "dtype is 'int8'; it must be one of float32"),
@@ -344,4 +344,4 @@ def test_program_refuses_with_one_line_and_status_1():
     )
     assert done.returncode == 1
     assert done.stdout == ""
-    assert done.stderr == "error: Workload: batch is 0; it must be greater than zero\n"
+    assert done.stderr == "error: flag --batch=0: 0 is not a positive integer; --help lists the flags\n"

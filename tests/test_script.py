@@ -20,6 +20,9 @@ script.run(main)
 """
 
 
+EXPECTED = "expected whole numbers from 1 on, with commas"
+
+
 def start(body: str, *words: str) -> subprocess.Popen:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-c", CODE.format(body=body), *words]
@@ -31,8 +34,15 @@ def start(body: str, *words: str) -> subprocess.Popen:
     [
         ("pass", [], 0, "begun\n", ""),
         ("pass", ["opt-13b"], 1, "", "error: 'opt-13b' is no flag: flags begin with --, and --help lists them\n"),
+        ("pass", ["--nothing"], 1, "", "error: Unknown command line flag 'nothing'; --help lists the flags\n"),
         ("raise ValueError('it is 3;\\n expected 2')", [], 1, "begun\n", "error: it is 3; expected 2\n"),
-        ("open('/nowhere')", [], 1, "begun\n", "error: [Errno 2] No such file or directory: '/nowhere'\n"),
+        ("open('/nowhere')", [], 1, "begun\n", "error: /nowhere: No such file or directory\n"),
+        ("raise OSError('no space')", [], 1, "begun\n", "error: no space\n"),
+        ("print(script.whole_numbers('sizes', ['1', ' 23']))", [], 0, "begun\n[1, 23]\n", ""),
+        ("script.whole_numbers('sizes', ['7', '0'])", [], 1, "begun\n", f"error: --sizes has '0'; {EXPECTED}\n"),
+        ("script.whole_numbers('sizes', ['7', '-1'])", [], 1, "begun\n", f"error: --sizes has '-1'; {EXPECTED}\n"),
+        ("script.whole_numbers('sizes', ['2.5'])", [], 1, "begun\n", f"error: --sizes has '2.5'; {EXPECTED}\n"),
+        ("script.whole_numbers('sizes', [])", [], 1, "begun\n", f"error: --sizes has 'nothing'; {EXPECTED}\n"),
         ("sys.exit(7)", [], 7, "begun\n", ""),
     ],
 )

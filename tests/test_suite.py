@@ -219,7 +219,15 @@ def test_workloads_of_ones_own(tmp_path):
         ({"tail": -1}, "a: tail is -1; expected 1 or more"),
         ({"groups": 0}, "a: 0 groups in None order; expected 1 or more, row or column"),
         ({"groups": 2, "peers": ["huggingface"]}, "a: peers have one group, and their weights on the device"),
-        ({"plan": []}, "unexpected keyword argument 'plan'.*objects with name, model, batch"),
+        ({"plan": []}, "'plan' is no field; .*objects with name, model, batch"),
+        ({"batch": "eight"}, "batch is 'eight'; expected a whole number; expected a JSON list"),
+        ({"batch": True}, "batch is True; expected a whole number"),
+        ({"prompt": 5.5}, "prompt is 5.5; expected a whole number"),
+        ({"plans": "device"}, "plans is 'device'; expected a list, each a text"),
+        ({"rooms": [50, "half"]}, r"rooms is \[50, 'half'\]; expected a list, each a number"),
+        ({"device_gib": "16"}, "device_gib is '16'; expected a number or null"),
+        ({"order": "rows"}, "order is 'rows'; expected 'row' or 'column' or null"),
+        ({"model": None}, "model is None; expected a text"),
     ],
 )
 def test_mistakes_in_workloads_of_ones_own(tmp_path, given, message):
@@ -227,6 +235,13 @@ def test_mistakes_in_workloads_of_ones_own(tmp_path, given, message):
     fine = {"name": "a", "model": "opt-125m", "batch": 2, "prompt": 5, "plans": ["device"]}
     path.write_text(json.dumps([fine | given]))
     with pytest.raises(ValueError, match=message):
+        workloads.read_cases(path)
+    for missing in ("name", "model", "batch", "prompt"):
+        path.write_text(json.dumps([{name: value for name, value in fine.items() if name != missing}]))
+        with pytest.raises(ValueError, match=f"mine.json: a.* has no {missing}; expected"):
+            workloads.read_cases(path)
+    path.write_text(json.dumps(["a"]))
+    with pytest.raises(ValueError, match="'a' is no object"):
         workloads.read_cases(path)
     path.write_text(json.dumps([fine, fine]))
     with pytest.raises(ValueError, match="has two workloads 'a'"):

@@ -4,11 +4,11 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
-from absl import app
+from absl import app, flags
 
-# The user's: a plan that does not fit, a file that is not there, a package that is not installed, sizes or losses
-# beyond floating point. PlanError, PromptError and CheckpointError are ValueErrors.
-MISTAKES = (ValueError, OSError, ImportError, ArithmeticError)
+# The user's: flags that there are not, a plan that does not fit, a file that is not there, a package that is not
+# installed, sizes or losses beyond floating point. PlanError, PromptError and CheckpointError are ValueErrors.
+MISTAKES = (flags.Error, ValueError, OSError, ImportError, ArithmeticError)
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 
 
@@ -18,7 +18,26 @@ def in_one_line() -> Iterator[None]:
     try:
         yield
     except MISTAKES as error:
-        sys.exit("error: " + " ".join(str(error).split()))
+        text = str(error)
+        if isinstance(error, flags.Error):
+            text += "; --help lists the flags"
+        if isinstance(error, OSError) and error.filename is not None:
+            text = f"{error.filename}: {error.strerror}"  # Python's own begins with a number
+        sys.exit("error: " + " ".join(text.split()))
+
+
+def whole_numbers(flag: str, words: Sequence[str]) -> list[int]:
+    """What a flag that takes several numbers was given, all from one on.
+
+    Raises:
+        ValueError: it was given none, or something else.
+    """
+    wrong = [word for word in words if not word.strip().isdecimal() or int(word) < 1]
+    if wrong or not words:
+        raise ValueError(
+            f"--{flag} has {wrong[0] if wrong else 'nothing'!r}; expected whole numbers from 1 on, with commas"
+        )
+    return [int(word) for word in words]
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
@@ -31,7 +50,7 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
 
     try:
         with in_one_line():
-            app.run(checked)
+            app.run(checked, flags_parser=flags.FLAGS)  # not absl's own, which says more than a line
     except KeyboardInterrupt as interruption:
         print(f"interrupted{interruption}", file=sys.stderr)  # it may say how to go on
         sys.exit(INTERRUPTED)
