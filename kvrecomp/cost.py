@@ -203,7 +203,7 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
         absorb = tokens(project_keys, by_keys, over_activations, count=5)
     work: dict[Work, Curve] = {
         "project": weights(layer.projecting, 3),
-        "project_absorb": weights(layer.projecting - (1 + layer.absorbs_keys) * h * kd, 2 - layer.absorbs_keys),
+        "project_absorb": weights(layer.projecting - layer.absorbed, 2 - layer.absorbs_keys),
         "project_recompute": weights(layer.projecting, 3),
         "finish": weights(layer.parameters - layer.projecting, 5),
         "prepare": Curve.line((1 + layer.absorbs_keys) * (absorbing + profile.kernel_seconds)),
@@ -226,7 +226,7 @@ def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) 
         times = times or estimate(profile, layer, shape.itemsize, workload.batch)
         # Rows of another group read no weights again; they add, at most, their arithmetic at the rate of products.
         products = {project_work(kind): layer.projecting for kind in ATTENTION}
-        products["finish"] = layer.parameters - layer.projecting
+        products |= {"project_absorb": layer.projecting - layer.absorbed, "finish": layer.parameters - layer.projecting}
         for work in WORKS:
             curve = times.work[work]
             if work in products:

@@ -111,6 +111,12 @@ class LayerShape:
         return sum(self.matrices[0])
 
     @property
+    def absorbed(self) -> int:
+        """Those of them that are absorbed by attention over activations: of V and, where it may be, of K."""
+        key, value, _ = self.matrices[0]
+        return value + key * self.absorbs_keys
+
+    @property
     def parameters(self) -> int:
         """Weights of the layer, biases and norms left out."""
         return sum(map(sum, self.matrices))

@@ -12,14 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import models
 from kvrecomp import cost
 from kvrecomp.cost import (
     WORKS,
     Tasks,
-    estimate,
-    kvpr_seconds,
-    kvpr_split,
     make_tasks,
     plan_costs,
     stack_tasks,
@@ -175,9 +171,11 @@ def test_as_an_event_simulation(machine, tasks):
     predicted = step_seconds(machine, ONE, WORK, stack_tasks(tasks))
     own = machine.layers[0]
     curves = [*(own.work[work] for work in WORKS), Curve.line(own.outside)]
-    # Three rows of another group, through Q, K and V, and through the output projection and the feed-forward.
-    qkv, others = 3 * 35 * 35, 35 * 35 + 2 * 35 * 53
-    for work, weights in [*((project_work(kind), qkv) for kind in ATTENTION), ("finish", others)]:
+    # Three rows of another group, through Q, K and V, the last two of which can be absorbed, and through the output
+    # projection and the feed-forward.
+    one, others = 35 * 35, 35 * 35 + 2 * 35 * 53
+    projected = ("project", 3 * one), ("project_absorb", one), ("project_recompute", 3 * one)
+    for work, weights in (*projected, ("finish", others)):
         number = WORKS.index(work)
         curves[number] = Curve.line(curves[number](0), 2 * 3 * weights / machine.matmul_rate)
     for number, plan in enumerate(tasks):
@@ -622,56 +620,21 @@ def test_later_times_replace_earlier_ones():
     assert machine.times(PLAIN, "float32", 3) is None and machine.times(GROUPED, "bfloat16", 3) is None
 
 
-def base(times, work):
-    return times.work[work](0)
-
-
-def each(times, work):
-    return times.work[work](1) - times.work[work](0)
-
-
-def test_an_estimate_by_hand():
-    """Llama-2-7B's layer in bfloat16, batch 2, at 1e14 operations and 1e12 bytes a second, 1e-6 s a kernel.
-
-    Weights, read once, take longer than their operations: 2 bytes at 1e12 a second against 2 * 2 operations at 1e14.
-    """
-    layer = LayerShape(4096, 32, 32, 128, 11008, gated=True, absorbs_keys=False)
-    own = estimate(replace(MACHINE, kernel_seconds=1e-6), layer, 2, 2)
-    for work, kernels, matrices in (("project", 3, 3), ("project_recompute", 3, 3), ("project_absorb", 2, 2)):
-        expected = 2 * matrices * 4096**2 / 1e12 + kernels * 1e-6  # Q, K, V; absorbed: Q, and K, as it is rotated
-        assert each(own, work) == 0 and base(own, work) == pytest.approx(expected, rel=1e-6, abs=0)
-    others = 2 * (4096**2 + 3 * 4096 * 11008) / 1e12 + 5e-6
-    assert each(own, "finish") == 0 and base(own, "finish") == pytest.approx(others, rel=1e-6, abs=0)
-    # Keys and values: both are read, 2 * 4096 numbers of each of 2 rows, and scores of 32 heads three times, float32.
-    scores = 2 * 32 * 4 * 3 / 1e12
-    pairs = 2 * 2 * 4096 * 2 / 1e12 + scores
-    assert each(own, kv) == pytest.approx(pairs, rel=1e-6, abs=0)
-    assert base(own, kv) == pytest.approx(4e-6, rel=1e-6, abs=0)
-    # Recomputed: two projections of 2 * 4096^2 operations for each of 2 rows, and then attention as over pairs.
-    project = 2 * 2 * 4096**2 / 1e14
-    assert project > 2 * (4096 + 4096) * 2 / 1e12
-    assert each(own, "recompute") == pytest.approx(2 * project + pairs, rel=1e-6, abs=0)
-    # Absorbed, but for the rotated keys: one projection, the keys, and a mix of activations.
-    assert each(own, "absorb") == pytest.approx(project + pairs, rel=1e-6, abs=0)
-    assert base(own, "prepare") == pytest.approx(2 * 4096**2 / 1e12 + 1e-6, rel=1e-6, abs=0)  # V's projection, once
-    for kind in ATTENTION:
-        assert own.work[attention_work(kind, "device")] == own.work[kind]
-
-
-def test_absorbing_keys_spares_their_projection():
-    layer = LayerShape(4096, 32, 32, 128, 16384)
-    free, rotated = (estimate(MACHINE, replace(layer, absorbs_keys=own), 2, 2) for own in (True, False))
-    assert each(free, "absorb") < 0.2 * each(rotated, "absorb") < 0.2 * each(rotated, "recompute")
-    assert [free.work[work] for work in (kv, "recompute", "project", "finish")] == [
-        rotated.work[work] for work in (kv, "recompute", "project", "finish")
+def test_works_are_all_there_are():
+    """The rows of the table, in this order: what is counted above relies on it."""
+    assert (
+        get_args(Work)
+        == WORKS
+        == (
+            *("project", "project_absorb", "project_recompute", "finish", "prepare", kv, "absorb", "recompute"),
+            *("device_keys_values", "device_absorb", "device_recompute"),
+        )
+    )
+    assert [project_work(kind) for kind in ATTENTION] == ["project", "project_absorb", "project_recompute"]
+    assert [[attention_work(kind, place) for kind in ATTENTION] for place in ("host", "device")] == [
+        [kv, "absorb", "recompute"],
+        ["device_keys_values", "device_absorb", "device_recompute"],
     ]
-
-
-def test_scores_are_float32_whatever_the_dtype():
-    """Between two dtypes only the bytes of weights and of cached numbers differ, not those of scores."""
-    heads = LayerShape(64, 64, 1, 1, 64)  # many scores, few numbers
-    half, full = (each(estimate(MACHINE, heads, itemsize, 1), kv) for itemsize in (2, 4))
-    assert full - half == pytest.approx(2 * 2 / 1e12, rel=1e-6, abs=0)  # one number of K, one of V
 
 
 # --- predictions of plans ---------------------------------------------------------------------------------------------
@@ -699,69 +662,3 @@ def test_one_compilation_whatever_the_candidates():
             plan_costs(machine, [named_plan(f"split:{part / 11}", SHAPE, work) for part in range(12)])
             plan_costs(machine, [named_plan(f"split:{part / 11}", SHAPE, work, window=9**9) for part in range(1, 4)])
     assert cost._step_seconds._cache_size() == 1
-
-
-# --- KVPR -------------------------------------------------------------------------------------------------------------
-
-# The optimal split l / s by KVPR's formula (arXiv 2411.17089, equations 8 to 11) at peak rates, where recomputing l
-# tokens takes as long as sending the rest: 4 b l h^2 / v_gpu = 2 b (s - l) h p / v_link, so
-#     l / s = 1 / (1 + 2 h v_link / (p v_gpu))
-# with v_link 32 GB/s (PCIe 4.0 x16, as the paper counts it), v_gpu 312e12 (A100, dense bfloat16, its data sheet), p 2,
-# and h 4096, 5120 and 7168 (OPT-6.7B, 13B, 30B; arXiv 2205.01068, table 1).
-PAPER = [("opt-6.7b", 4096, 0.70), ("opt-13b", 5120, 0.66), ("opt-30b", 7168, 0.58)]
-A100 = HardwareProfile.from_datasheet("a100")
-KVPR_WORK = Workload(batch=32, prompt=1024, new=32)
-
-
-@pytest.mark.parametrize(("name", "hidden", "split"), PAPER)
-def test_the_papers_split(name, hidden, split):
-    shape = models.PRESETS[name].shape
-    closed = 1 / (1 + 2 * hidden * 32e9 / (2 * 312e12))
-    assert closed == pytest.approx(split, abs=0.005)
-    assert shape.layers[0].hidden == hidden
-    assert kvpr_split(A100, shape, KVPR_WORK) / 1024 == pytest.approx(closed, abs=0.001)
-    # Where both take as long, the formula is the activations' copies and the others'.
-    recomputed = closed * 1024
-    sent = 32 * 2 * hidden * (recomputed + 2 * (1024 - recomputed)) / 32e9
-    assert kvpr_seconds(A100, shape, KVPR_WORK, recomputed) == pytest.approx(len(shape.layers) * sent)
-    # At the ends: all keys and values, 2 b s h p bytes; and everything recomputed, nothing beside it.
-    pairs = len(shape.layers) * 2 * 32 * 1024 * hidden * 2 / 32e9
-    assert kvpr_seconds(A100, shape, KVPR_WORK, 0) == pytest.approx(pairs)
-    alone = len(shape.layers) * (32 * 1024 * hidden * 2 / 32e9 + 4 * 32 * 1024 * hidden**2 / 312e12)
-    assert kvpr_seconds(A100, shape, KVPR_WORK, 1024) == pytest.approx(alone)
-
-
-@pytest.mark.parametrize(("name", "hidden", "split"), PAPER)
-def test_the_papers_schedule_has_its_optimum_there(name, hidden, split):
-    """Predicted by our cost function, with attention and dense layers that the formula leaves out.
-
-    The window is large enough that each run is one block, as in the paper.
-    """
-    shape = models.PRESETS[name].shape
-    fractions = np.arange(0, 129) / 128
-    plans = [named_plan(f"kvpr:{f}", shape, KVPR_WORK, window=64 * GIB) for f in fractions]
-    assert max(len(own.prompt) for plan in plans for own in plan.layers) == 2
-    predicted = plan_costs(A100, plans, 0).seconds
-    best = int(predicted.argmin())
-    assert fractions[best] == pytest.approx(1 / (1 + 2 * hidden * 32e9 / (2 * 312e12)), abs=0.03)
-    assert predicted[best] < 0.9 * predicted[0] and predicted[best] < 0.99 * predicted[-1]
-    recomputed = round(fractions[best] * 1024)
-    per_layer = 32 * 2 * hidden * (recomputed + 2 * (1024 - recomputed))  # b p h (l + 2 (s - l))
-    assert plans[best].bytes_in("host") == len(shape.layers) * per_layer
-
-
-def test_works_are_all_there_are():
-    """The rows of the table, in this order: what is counted above relies on it."""
-    assert (
-        get_args(Work)
-        == WORKS
-        == (
-            *("project", "project_absorb", "project_recompute", "finish", "prepare", kv, "absorb", "recompute"),
-            *("device_keys_values", "device_absorb", "device_recompute"),
-        )
-    )
-    assert [project_work(kind) for kind in ATTENTION] == ["project", "project_absorb", "project_recompute"]
-    assert [[attention_work(kind, place) for kind in ATTENTION] for place in ("host", "device")] == [
-        [kv, "absorb", "recompute"],
-        ["device_keys_values", "device_absorb", "device_recompute"],
-    ]
