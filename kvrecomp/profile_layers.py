@@ -69,9 +69,8 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     """
     own_numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
     numbers = list(itertools.islice(itertools.cycle(own_numbers), MORE_LAYERS))  # again where there are fewer
-    longest = longest_blocks()
     sizes: dict[tuple[Attention, Memory], list[int]] = {
-        (kind, place): block_sizes(kind, model.shape, layer, batch, longest[place])
+        (kind, place): block_sizes(kind, model.shape, layer, batch, longest_block(kind, place))
         for kind in ATTENTION
         for place in MEMORIES
     }
@@ -110,12 +109,16 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     return LayerTimes(layer, model.shape.dtype, batch, work, outside, model.shape.vocab)
 
 
-def longest_blocks() -> dict[Memory, int]:
-    """Bytes of the longest block that is timed: a quarter of the window, and no block from the host is longer; on the
-    device, where a layer's tokens are attended to as one, four times as many if there is room."""
+def longest_block(kind: Attention, place: Memory) -> int:
+    """Bytes of the longest block that is timed: a quarter of the window, as long as a pipeline has any.
+
+    Four times as many, if there is room, on the device, where a layer's tokens are attended to as one, and of those that
+    K and V are recomputed from: KVPR's schedule does so for all tokens of a layer at once.
+    """
     copied = DEFAULT_WINDOW // BLOCKS_PER_WINDOW
     room = memory.free_device_bytes() // (2 * ATTENDING_LAYERS)  # half for what is computed from them
-    return {"host": copied, "device": max(copied, min(RATIO * copied, room))}
+    whole = place == "device" or kind == "recompute"
+    return max(copied, min(RATIO * copied, room)) if whole else copied
 
 
 def block_sizes(kind: Attention, shape: ModelShape, layer: LayerShape, batch: int, longest: int) -> list[int]:

@@ -126,11 +126,14 @@ def test_a_layer_is_found_again(monkeypatch, number):
     rng = np.random.default_rng(number)
     model = toy.model("350m")
     layer = model.shape.layers[0]
-    longest = {"host": 2**14, "device": 2**16}
-    monkeypatch.setattr(profile_layers, "longest_blocks", lambda: longest)
+
+    def longest(kind, place):
+        return 2**14 if (kind, place) == ("keys_values", "host") else 2**16
+
+    monkeypatch.setattr(profile_layers, "longest_block", longest)
 
     def attention(kind, place):
-        sizes = profile_layers.block_sizes(kind, model.shape, layer, 3, longest[place])
+        sizes = profile_layers.block_sizes(kind, model.shape, layer, 3, longest(kind, place))
         assert len(sizes) == 4
         steps = rng.uniform(1e-6, 9e-6, len(sizes))
         line = 1e-5 + steps[0] * np.array([0, 1])  # no tokens are on the line through the first two sizes
@@ -210,19 +213,22 @@ def test_sizes_are_powers_of_two_as_far_as_they_fit(monkeypatch):
     shape = models.preset("opt-6.7b").shape
     monkeypatch.setattr(memory, "free_device_bytes", lambda: 60 * GIB)
     found = {
-        (kind, batch, place): profile_layers.block_sizes(kind, shape, shape.layers[0], batch, longest)
-        for place, longest in profile_layers.longest_blocks().items()
-        for kind in ("keys_values", "absorb")
+        (kind, batch, place): profile_layers.block_sizes(
+            kind, shape, shape.layers[0], batch, profile_layers.longest_block(kind, place)
+        )
+        for place in MEMORIES
+        for kind in ATTENTION
         for batch in (1, 32, 64, 10**7)
     }
     assert found["keys_values", 1, "host"] == found["absorb", 1, "device"] == [32, 128, 512, 2048]
     assert found["absorb", 32, "host"] == found["keys_values", 64, "device"] == [16, 64, 256, 1024]
     assert found["keys_values", 32, "host"] == [8, 32, 128, 512]
+    assert found["recompute", 64, "host"] == found["absorb", 64, "device"] == [32, 128, 512, 2048]
     assert found["absorb", 10**7, "host"] == [1]
     monkeypatch.setattr(memory, "free_device_bytes", lambda: 5 * GIB)
-    assert profile_layers.longest_blocks() == {"host": GIB // 4, "device": 5 * GIB // 8}
+    assert profile_layers.longest_block("absorb", "device") == 5 * GIB // 8
     monkeypatch.setattr(memory, "free_device_bytes", lambda: GIB)
-    assert profile_layers.longest_blocks() == {"host": GIB // 4, "device": GIB // 4}
+    assert profile_layers.longest_block("absorb", "device") == GIB // 4
 
 
 @given(
