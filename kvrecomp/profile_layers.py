@@ -112,8 +112,8 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
 def longest_block(kind: Attention, place: Memory) -> int:
     """Bytes of the longest block that is timed: a quarter of the window, as long as a pipeline has any.
 
-    Four times as many, if there is room, on the device, where a layer's tokens are attended to as one, and of those that
-    K and V are recomputed from: KVPR's schedule does so for all tokens of a layer at once.
+    Four times as many, if there is room, on the device, where a layer's tokens are attended to as one, and of what K
+    and V are recomputed from: KVPR's schedule does so for all tokens of a layer at once.
     """
     copied = DEFAULT_WINDOW // BLOCKS_PER_WINDOW
     room = memory.free_device_bytes() // (2 * ATTENDING_LAYERS)  # half for what is computed from them
