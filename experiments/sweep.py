@@ -284,7 +284,7 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
         document, rows = {}, [row for path in old for row in tables.predicted(tables.read_file(path))]
     else:
         batches, cached = (script.whole_numbers(name, given[name].value) for name in ("batches", "cached"))
-        rooms = [float(each) for each in given.rooms]
+        rooms = script.percentages("rooms", given.rooms)
         host = given.host_memory_gib * GIB
         memory.limit_pinned(host)
         rows = measured_before(given.out, run_info(given.commit))

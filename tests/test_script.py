@@ -20,7 +20,8 @@ script.run(main)
 """
 
 
-EXPECTED = "expected whole numbers from 1 on, with commas"
+EXPECTED = "expected whole numbers from 1 on, with commas between them"
+PER_CENT = "expected percentages from 0 on, with commas between them"
 
 
 def start(body: str, *words: str) -> subprocess.Popen:
@@ -42,7 +43,17 @@ def start(body: str, *words: str) -> subprocess.Popen:
         ("script.whole_numbers('sizes', ['7', '0'])", [], 1, "begun\n", f"error: --sizes has '0'; {EXPECTED}\n"),
         ("script.whole_numbers('sizes', ['7', '-1'])", [], 1, "begun\n", f"error: --sizes has '-1'; {EXPECTED}\n"),
         ("script.whole_numbers('sizes', ['2.5'])", [], 1, "begun\n", f"error: --sizes has '2.5'; {EXPECTED}\n"),
-        ("script.whole_numbers('sizes', [])", [], 1, "begun\n", f"error: --sizes has 'nothing'; {EXPECTED}\n"),
+        ("script.whole_numbers('sizes', [])", [], 1, "begun\n", f"error: --sizes has ''; {EXPECTED}\n"),
+        (
+            "print(script.percentages('rooms', ['0', '12.5']), script.percentages('rooms', []))",
+            [],
+            0,
+            "begun\n[0.0, 12.5] []\n",
+            "",
+        ),
+        ("script.percentages('rooms', ['5', 'x'])", [], 1, "begun\n", f"error: --rooms has '5,x'; {PER_CENT}\n"),
+        ("script.percentages('rooms', ['-5'])", [], 1, "begun\n", f"error: --rooms has '-5'; {PER_CENT}\n"),
+        ("script.percentages('rooms', ['nan'])", [], 1, "begun\n", f"error: --rooms has 'nan'; {PER_CENT}\n"),
         ("sys.exit(7)", [], 7, "begun\n", ""),
     ],
 )

@@ -27,17 +27,25 @@ def in_one_line() -> Iterator[None]:
 
 
 def whole_numbers(flag: str, words: Sequence[str]) -> list[int]:
-    """What a flag that takes several numbers was given, all from one on.
+    """What a flag that takes several numbers was given, all from one on, and at least one of them.
 
     Raises:
         ValueError: it was given none, or something else.
     """
-    wrong = [word for word in words if not word.strip().isdecimal() or int(word) < 1]
-    if wrong or not words:
-        raise ValueError(
-            f"--{flag} has {wrong[0] if wrong else 'nothing'!r}; expected whole numbers from 1 on, with commas"
-        )
+    wrong = [word for word in words or [""] if not word.strip().isdecimal() or int(word) < 1]
+    if wrong:
+        raise ValueError(f"--{flag} has {wrong[0]!r}; expected whole numbers from 1 on, with commas between them")
     return [int(word) for word in words]
+
+
+def percentages(flag: str, words: Sequence[str]) -> list[float]:
+    """The same of numbers from 0 on, or none."""
+    try:
+        if all(0 <= float(word) < float("inf") for word in words):
+            return [float(word) for word in words]
+    except ValueError:
+        pass  # it is said below
+    raise ValueError(f"--{flag} has {','.join(words)!r}; expected percentages from 0 on, with commas between them")
 
 
 def run(main: Callable[[Sequence[str]], None]) -> None:
