@@ -140,8 +140,10 @@ def run(
         with turns.preparing():
             model = models.create(config)
         for batch, works in left.items():
+            started = time.perf_counter()
             with turns.measuring():
                 machine = kvrecomp.profile(model, batch=batch)
+            console.print(f"{model.shape.name}, batch {batch}: profile in {time.perf_counter() - started:.0f} s")
             for work, own in works.items():
                 rows = measure_workload(model, work, machine, own, host, console)
                 yield machine, [dataclasses.replace(row, layers=layers) for row in rows]

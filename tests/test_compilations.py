@@ -61,6 +61,17 @@ def test_one_program_each(used):
     assert all(compiled.seconds > 0 and compiled.temp_bytes >= 0 for compiled in used.compiled.values())
 
 
+def test_that_compiling_takes_minutes_is_said(caplog):
+    """Two layers of ten blocks of one token; another one a layer for each of 30 write-outs, each a program."""
+    toy.named_decoder("activations", batch=BATCH, prompt=10, new=31, tail=2)
+    assert not caplog.records
+    token = BATCH * toy.OPT.hidden * 4
+    toy.named_decoder("activations", batch=BATCH, prompt=10, new=31, tail=1, window=token)
+    (record,) = caplog.records
+    blocks = sum(2 * (10 + write_outs) for write_outs in range(31))
+    assert f"31 programs of steps with {blocks} blocks together take some 5 minutes to compile" in record.message
+
+
 def test_the_listener_sees_compilations():
     before = len(COMPILED)
     jax.jit(lambda x: x * x)(toy.put(np.float32(3)))
