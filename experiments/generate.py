@@ -28,7 +28,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from rich.console import Console
 from rich.text import Text
 from tokenizers import Tokenizer
@@ -334,7 +334,6 @@ def continue_file(given: flags.FlagValues, budget: kvrecomp.Budget) -> job.Summa
 
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of what it does not find
     check_flags(given)
     budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
     budget = kvrecomp.Budget(**limits(budget))  # what is free before the weights are there

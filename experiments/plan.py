@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
@@ -451,7 +451,6 @@ def _short(milliseconds: float) -> str:
 
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
-    logging.set_verbosity(logging.WARNING)  # matplotlib tells of its fonts
     if given.plot is not None:
         plots.check_path(given.plot)
     shape = dataclasses.replace(models.preset(given.model).shape, dtype=given.dtype)

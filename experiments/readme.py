@@ -40,7 +40,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from absl import flags, logging
+from absl import flags
 
 from experiments.support import curves, paper_costs, predictions, script, tables, timeline
 from experiments.support.tables import Row
@@ -204,7 +204,6 @@ def unused(text: str, root: Path = ROOT) -> list[str]:
 
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
-    logging.set_verbosity(logging.WARNING)  # matplotlib tells of its fonts
     old = (ROOT / README).read_text(encoding="utf-8")
     new = filled(old, ROOT)
     different, stale = old != new, list(pictures(new, ROOT))

@@ -30,7 +30,7 @@ from collections.abc import Generator, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -230,7 +230,6 @@ def default_name(device: str) -> str:
 
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
-    logging.set_verbosity(logging.WARNING)
     if memory.GIVEN_LIMIT is None:  # each process finds out itself what is free when it starts
         os.environ.pop(memory.LIMIT_VARIABLE, None)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that a process is not left behind

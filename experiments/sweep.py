@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags, logging
+from absl import flags
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -274,7 +274,6 @@ def document_of(rows: list[Measured], machine: HardwareProfile | None, commit: s
 
 def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
-    logging.set_verbosity(logging.WARNING)  # matplotlib tells of its fonts
     console = Console(width=150)
     old = given["from"].value
     if old and given.out:

@@ -26,7 +26,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from jax.profiler import ProfileData, ProfileOptions
 from rich.console import Console
 from rich.table import Table
@@ -170,7 +170,6 @@ def summary(rows: Sequence[Timeline]) -> Table:
 
 def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
-    logging.set_verbosity(logging.WARNING)  # matplotlib tells of its fonts
     console, old = Console(width=150), given["from"].value
     if old and given.out:
         raise ValueError("--out is for what is traced, and with --from nothing is: give one of them")

@@ -21,6 +21,7 @@ import math
 import os
 import platform
 import shlex
+import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from absl import flags, logging
+from absl import flags
 from flax import nnx
 from jax import Array
 from rich.console import Console
@@ -308,7 +309,7 @@ def train(config: Config, documents: Sequence[str] | None = None) -> Result:
     store = _Store(config, corpus.fingerprint(documents))
     if (kept := store.restore(state, best)) is not None:
         state, best, step, log = kept
-        logging.info("resumed at step %d", step)
+        print(f"resumed at step {step}", file=sys.stderr)
     resumed = step
 
     seed = jax.device_put(np.uint32(config.seed))
@@ -482,7 +483,6 @@ def define_flags() -> None:
 
 def main(_: Sequence[str]) -> None:
     """Unpacks the flags."""
-    logging.set_verbosity(logging.WARNING)
     names = [field.name for field in dataclasses.fields(Config)]
     result = train(Config(**{name: flags.FLAGS[name].value for name in names}))
     print(json.dumps(result.summary))

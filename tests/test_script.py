@@ -62,6 +62,13 @@ def test_a_line_and_a_status(body, words, status, said, told):
     assert (*process.communicate(timeout=60), process.returncode) == (said, told, status)
 
 
+def test_warnings_are_those_of_kvrecomp():
+    """Other libraries warn of what a user need not know."""
+    warn = "import logging; [logging.getLogger(name).warning(f'of {name}') for name in ('orbax', 'kvrecomp', 'absl')]"
+    said, told = start(warn).communicate(timeout=60)
+    assert said == "begun\n" and told.count("\n") == 1 and told.endswith("] of kvrecomp\n")
+
+
 def test_an_interruption_may_say_how_to_go_on():
     process = start("raise KeyboardInterrupt('; the same command goes on')")
     told = "interrupted; the same command goes on\n"

@@ -357,7 +357,8 @@ def test_rows_have_the_names_and_the_commands_of_their_tasks(benchmark, tmp_path
         ("other", "activations", None),
     ]
     assert [row["command"] for row in document["rows"]] == [task.command for task in tasks]
-    assert len({task.asked for task in tasks}) == 4 and 0 < sum(row["seconds"] for row in document["rows"]) < 60
+    assert len({task.asked for task in tasks}) == 4
+    assert all(0 <= row["seconds"] < 60 for row in document["rows"])  # to a tenth of a second
     assert document["skipped"] == document["failed"] == []
     rows = tables.read_file(tmp_path / "a.json")  # as the README does
     assert all(row["commit"] == "abc" and row["copy_gbps"] == 50.0 and row["off"] is None for row in rows)

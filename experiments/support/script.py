@@ -1,10 +1,12 @@
 """How a script is started: mistakes, words that are no flags, and Ctrl-C are said in a line."""
 
 import contextlib
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags
+from absl import logging as absl_logging
 
 # The user's: flags that there are not, a plan that does not fit, a file that is not there, a package that is not
 # installed, sizes or losses beyond floating point. PlanError, PromptError and CheckpointError are ValueErrors.
@@ -54,6 +56,9 @@ def run(main: Callable[[Sequence[str]], None]) -> None:
     def checked(words: Sequence[str]) -> None:
         if words[1:]:
             raise ValueError(f"{words[1]!r} is no flag: flags begin with --, and --help lists them")
+        # Others' are not for the user: Orbax warns of what it does not find, matplotlib tells of its fonts.
+        absl_logging.set_verbosity(absl_logging.ERROR)
+        logging.getLogger("kvrecomp").setLevel(logging.WARNING)
         main(words)
 
     try:
