@@ -143,7 +143,7 @@ def run(
             started = time.perf_counter()
             with turns.measuring():
                 machine = kvrecomp.profile(model, batch=batch)
-            console.print(f"{model.shape.name}, batch {batch}: profile in {time.perf_counter() - started:.0f} s")
+            console.print(f"{config.shape.name}, batch {batch}: profile in {time.perf_counter() - started:.0f} s")
             for work, own in works.items():
                 rows = measure_workload(model, work, machine, own, host, console)
                 yield machine, [dataclasses.replace(row, layers=layers) for row in rows]
