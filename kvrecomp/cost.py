@@ -315,6 +315,8 @@ def median_write_outs(plan: Plan, new: int | None = None) -> int:
 # through it with the others: h100_suite.json and h200_suite.json have 11 to 16 s for 32 layers of one group, with
 # weights in host memory or several groups in row order, and 36 to 48 s for those of eight together.
 COMPILE_SECONDS, COMPILE_GROUP_SECONDS = 0.4, 0.13
+# Where layers have many blocks, those tell: a step of 4 layers of 64 took 47 s on 2 cores.
+COMPILE_BLOCK_SECONDS = 0.2
 
 
 def decode_seconds(plan: Plan, step: float) -> float:
@@ -327,6 +329,13 @@ def decode_seconds(plan: Plan, step: float) -> float:
     waited_for = max(0, steps - 1) // plan.tail
     compiling = len(plan.layers) * (COMPILE_SECONDS + COMPILE_GROUP_SECONDS * (plan.together - 1))
     return steps * step + waited_for * max(0.0, compiling - plan.tail * step)
+
+
+def compile_seconds(plan: Plan) -> float:
+    """Seconds of compiling all of the workload's programs of steps, one more for each write-out, by their blocks."""
+    prompt, layers, programs = sum(len(layer.prompt) for layer in plan.layers), len(plan.layers), plan.write_outs + 1
+    blocks = programs * prompt + layers * programs * (programs - 1) // 2  # each write-out adds one a layer
+    return COMPILE_BLOCK_SECONDS * plan.together * blocks
 
 
 # --- for comparison ---------------------------------------------------------------------------------------------------

@@ -37,6 +37,7 @@ from kvrecomp.cache import (
     make_block,
     make_cache,
 )
+from kvrecomp.cost import compile_seconds
 from kvrecomp.plan import Budget, LayerPlan, Memory, Method, ModelShape, Plan, PlanError
 from kvrecomp.programs import Compiled, Programs, side_by_side
 from kvrecomp.prompt import check_prompt, check_step
@@ -202,8 +203,7 @@ PROGRAMS_AHEAD = 2  # steps' programs made while the tail fills: a later one tak
 # which a step after a write-out would wait for in the middle of decoding. Launched one by one, kernels take the host
 # several ms a step; so many bytes take 20 ms on PCIe 5.0 x16.
 NO_GRAPHS, NO_GRAPHS_FROM = {"xla_gpu_enable_command_buffer": ""}, 2**30
-# Of compiling a step, for each block: 4 layers of 64 took 47 s on 2 cores.
-BLOCK_SECONDS, LONG_SECONDS = 0.2, 300
+LONG_SECONDS = 300  # of compiling: more is said beforehand
 
 
 class Decoder:
@@ -225,7 +225,12 @@ class Decoder:
             )
         check_placement(model, plan)
         check_memory(plan, budget)
-        _say_if_compiling_is_long(plan)
+        if (seconds := compile_seconds(plan)) > LONG_SECONDS:
+            LOG.warning(
+                "plan %s: its %d programs of steps take some %.0f minutes to compile; a longer tail or a larger window "
+                "makes fewer and smaller ones",
+                *(plan.name, plan.write_outs + 1, seconds / 60),
+            )
         self.plan = plan
         self._graph, state = nnx.split(model)
         self._weights, self._structure = jax.tree.flatten(state)  # a plain list: jax flattens a State in Python
@@ -381,18 +386,6 @@ class Decoder:
 
         tails = describe_tails(self.plan)
         return jax.jit(program, out_shardings=_shardings(jax.eval_shape(program, tails))).trace(tails)
-
-
-def _say_if_compiling_is_long(plan: Plan) -> None:
-    """A line, where a small window or a short tail makes programs of many blocks, or many programs."""
-    prompt, layers, programs = sum(len(layer.prompt) for layer in plan.layers), len(plan.layers), plan.write_outs + 1
-    blocks = plan.together * (programs * prompt + layers * programs * (programs - 1) // 2)
-    if BLOCK_SECONDS * blocks > LONG_SECONDS:
-        LOG.warning(
-            "plan %s: %d programs of steps with %d blocks together take some %.0f minutes to compile; a longer tail or "
-            "a larger window has fewer",
-            *(plan.name, programs, blocks, BLOCK_SECONDS * blocks / 60),
-        )
 
 
 def _ints(*shape: int) -> jax.ShapeDtypeStruct:

@@ -68,8 +68,7 @@ def test_that_compiling_takes_minutes_is_said(caplog):
     token = BATCH * toy.OPT.hidden * 4
     toy.named_decoder("activations", batch=BATCH, prompt=10, new=31, tail=1, window=token)
     (record,) = caplog.records
-    blocks = sum(2 * (10 + write_outs) for write_outs in range(31))
-    assert f"31 programs of steps with {blocks} blocks together take some 5 minutes to compile" in record.message
+    assert "its 31 programs of steps take some 5 minutes to compile" in record.message
 
 
 def test_the_listener_sees_compilations():

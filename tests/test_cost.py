@@ -647,6 +647,16 @@ def test_half_way_through_the_new_tokens():
     assert plan_costs(MACHINE, [plan], 0).seconds[0] < middle < plan_costs(MACHINE, [plan], 9).seconds[0]
 
 
+def test_compiling_takes_as_long_as_there_are_blocks():
+    """Of every program: those of the prompt, and of each write-out before it one a layer; of all groups together."""
+    plan = named_plan("activations", SHAPE, replace(WORK, new=29), tail=3, window=3000)
+    blocks = [len(own) for write_outs in range(plan.write_outs + 1) for own in plan.blocks(write_outs)]
+    assert len(blocks) == 2 * 10 and sum(blocks) > sum(range(10)) * 2
+    assert cost.compile_seconds(plan) == pytest.approx(cost.COMPILE_BLOCK_SECONDS * sum(blocks))
+    grouped = replace(plan, groups=3, order="column")
+    assert cost.compile_seconds(grouped) == pytest.approx(3 * cost.compile_seconds(plan))
+
+
 def test_plans_for_different_work_are_refused():
     one, other = (named_plan("activations", SHAPE, replace(WORK, batch=batch)) for batch in (3, 5))
     with pytest.raises(PlanError, match="different models or workloads"):
