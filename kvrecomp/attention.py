@@ -23,6 +23,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from kvrecomp.plan import Form, Method
 
@@ -203,6 +204,9 @@ class Query:
         """W_K q [b, k, g, h], to be multiplied by activations, and q . b_K float32[b, k, g]."""
         kernel, bias = self.projections.key
         absorbed = jnp.einsum("bkgd,hkd->bkgh", self.heads, kernel)
+        # Of few rows XLA makes the right operand, and the batch innermost of the product. Attention reads a row at a
+        # time, which would then be scattered.
+        absorbed = with_layout_constraint(absorbed, Layout(major_to_minor=(0, 1, 2, 3)))
         if bias is None:
             return absorbed, None
         return absorbed, jnp.einsum("bkgd,kd->bkg", self.heads, bias, preferred_element_type=jnp.float32)
@@ -263,18 +267,32 @@ def _mix(scored: Sequence[tuple[Array, Array]], mixes: Mixes) -> Partial:
     most = scores.max(axis=-1, keepdims=True)
     weights = jnp.exp(scores - most)
     total = weights.sum(axis=-1, keepdims=True)
-    subscripts = "bkgs,sbkd->bkgd" if mixes == "values" else "bkgs,sbh->bkgh"
     dtype = scored[0][1].dtype
     # Mixed activations are hidden wide for each head, and in float32 take so long to write that XLA lets the next copy
     # start late. bfloat16 has the range for sums of them.
-    sums = dtype if (mixes, dtype) == ("activations", jnp.bfloat16) else jnp.float32
+    of_activations = dtype if dtype == jnp.bfloat16 else jnp.float32
     mixed, start = [], 0
     for piece, mixable in scored:
         own = weights[..., start : start + piece.shape[-1]].astype(dtype)
-        mixed.append(jnp.einsum(subscripts, own, mixable, preferred_element_type=sums))
+        if mixes == "values":
+            mixed.append(_by_head("bkgs,sbkd->bkgd", own, mixable))
+        else:
+            mixed.append(jnp.einsum("bkgs,sbh->bkgh", own, mixable, preferred_element_type=of_activations))
         start += piece.shape[-1]
     # Divided once mixed: dividing the weights would read and write them once more.
     return Partial((most + jnp.log(total))[..., 0], functools.reduce(jnp.add, mixed) / total, mixes)
+
+
+def _by_head(subscripts: str, rows: Array, matrices: Array) -> Array:
+    """The einsum, in float32, of rows [b, k, g, w] with a matrix for each head, summed over its first axis.
+
+    XLA makes no matrix product of a single row, but a reduction, which on a GPU reads the matrix at half the rate. So
+    the row is multiplied twice.
+    """
+    if rows.shape[0] * rows.shape[2] > 1:
+        return jnp.einsum(subscripts, rows, matrices, preferred_element_type=jnp.float32)
+    twice = jax.lax.optimization_barrier(jnp.concatenate([rows, rows], axis=2))
+    return jnp.einsum(subscripts, twice, matrices, preferred_element_type=jnp.float32)[:, :, :1]
 
 
 def join(partials: Sequence[Partial], new: Partial) -> list[Partial]:
@@ -303,7 +321,7 @@ def merge(query: Query, partials: Sequence[Partial]) -> Array:
         own = partial.mixed
         if partial.mixes == "activations":
             kernel, bias = query.projections.value
-            own = jnp.einsum("bkgh,hkd->bkgd", own.astype(dtype), kernel, preferred_element_type=jnp.float32)
+            own = _by_head("bkgh,hkd->bkgd", own.astype(dtype), kernel)
             own += 0 if bias is None else bias[:, None]
         out += share * own
     return out.astype(dtype).reshape(query.queries.shape[0], -1)

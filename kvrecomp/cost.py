@@ -124,8 +124,10 @@ def _layer_tasks(
         return "keys_values" if block.form == "keys_values" else layer.method
 
     def attend(block: BlockSpec, blocks: int = 1) -> None:
-        joins_tail = block.memory == "device" and kind(block) == kind(tail)
-        compute(attention_work(kind(block), "device" if joins_tail else "host"), block.tokens, blocks)
+        if block.memory == "device" and kind(block) != kind(tail):  # a partial result of its own, as from the host
+            compute(attention_work(kind(block), "host"), 0, blocks)
+            blocks = 0
+        compute(attention_work(kind(block), block.memory), block.tokens, blocks)
 
     early, late = layer_shape.matrices if layer.weights == "host" else ((), ())
     blocks = layer.blocks(write_outs, plan.tail)

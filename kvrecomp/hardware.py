@@ -27,7 +27,7 @@ are not made (`project_absorb`), or with those of the tail (`project_recompute`)
 the feed-forward; `prepare` absorbs the projections of K and V, once where activations are attended to so. The others
 are attention over cached tokens. Those of a block from the host have a partial result of their own, and K and V are cut
 out of it; those on the device (`device_`) are attended to as one with the tail. Where the tail is attended to in a
-different way, they have a partial result of their own too, and count as from the host."""
+different way, they have a partial result of their own too, which counts as that of no tokens from the host."""
 
 KNOTS = 6  # of a curve, at most
 ATTENTION: tuple[Attention, ...] = get_args(Attention)

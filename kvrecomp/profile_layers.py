@@ -41,6 +41,7 @@ from kvrecomp.timing import HostAhead, least_seconds, median_seconds, random
 FEW_LAYERS, MORE_LAYERS = 2, 6
 ATTENDING_LAYERS = 4  # fewer are compiled sooner
 SIZES, RATIO = 4, 4  # of blocks, each so many times as long as the one before
+WHOLE = 8  # quarters of the window: 2 GiB, which is 4096 tokens' activations of 32 rows of OPT-13B, and some
 TAIL = 32  # tokens: XLA fuses the scores of very few with others', and computes them many times
 STEPS = 10  # at most, dispatched one after the other
 ENOUGH_SECONDS = 0.03  # for a run: slow steps, as a CPU's, are fewer
@@ -112,13 +113,13 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
 def longest_block(kind: Attention, place: Memory) -> int:
     """Bytes of the longest block that is timed: a quarter of the window, as long as a pipeline has any.
 
-    Four times as many, if there is room, on the device, where a layer's tokens are attended to as one, and of what K
+    WHOLE times as many, if there is room, on the device, where a layer's tokens are attended to as one, and of what K
     and V are recomputed from: KVPR's schedule does so for all tokens of a layer at once.
     """
     copied = DEFAULT_WINDOW // BLOCKS_PER_WINDOW
     room = memory.free_device_bytes() // (2 * ATTENDING_LAYERS)  # half for what is computed from them
     whole = place == "device" or kind == "recompute"
-    return max(copied, min(RATIO * copied, room)) if whole else copied
+    return max(copied, min(WHOLE * copied, room)) if whole else copied
 
 
 def block_sizes(kind: Attention, shape: ModelShape, layer: LayerShape, batch: int, longest: int) -> list[int]:

@@ -448,12 +448,16 @@ def test_tasks_after_write_outs_by_hand():
     ]
 
 
-@pytest.mark.parametrize(("tail", "expected"), [(acts, (kv, "device_absorb")), (kv, ("device_keys_values", "absorb"))])
-def test_blocks_on_the_device_of_another_form_than_the_tail_count_as_from_the_host(tail, expected):
-    """They have a partial result of their own; keys and values of 6 tokens, and activations of 5."""
+@pytest.mark.parametrize(("tail", "other", "size"), [(acts, kv, 6), (kv, "absorb", 5)])
+def test_blocks_on_the_device_of_another_form_than_the_tail_have_a_partial_result_of_their_own(tail, other, size):
+    """Keys and values of 6 tokens, and activations of 5: what no tokens from the host take, and what those here add."""
     own = LayerPlan((BlockSpec(kv, "device", 6), BlockSpec(acts, "device", 5)), tail_form=tail)
     tasks = make_tasks(Plan("some", replace(SHAPE, layers=(PLAIN,)), WORK, (own,), tail=3))
-    assert [tasks.work[list(tasks.tokens).index(size)] for size in (6, 5)] == [row(0, work) for work in expected]
+    found = list(zip(tasks.work, tasks.tokens, tasks.blocks))
+    assert {(row(0, other), 0, 1), (row(0, f"device_{other}"), size, 0)} <= set(found)
+    same = {kv: "absorb", "absorb": kv}[other]
+    assert (row(0, f"device_{same}"), 11 - size, 1) in found
+    assert [work for work, *_ in found].count(row(0, same)) == 0
 
 
 @pytest.mark.parametrize("where", ["device", "host", "tail"])

@@ -209,7 +209,7 @@ def test_the_device_is_kept_busy():
 
 
 def test_sizes_are_powers_of_two_as_far_as_they_fit(monkeypatch):
-    """OPT-6.7B's rows of 8 KiB, or of 16 as keys and values, in 256 MiB, or a GiB on the device; 2048 positions."""
+    """OPT-6.7B's rows of 8 KiB, or of 16 as keys and values, in 256 MiB, or 2 GiB on the device; 2048 positions."""
     shape = models.preset("opt-6.7b").shape
     monkeypatch.setattr(memory, "free_device_bytes", lambda: 60 * GIB)
     found = {
@@ -221,9 +221,9 @@ def test_sizes_are_powers_of_two_as_far_as_they_fit(monkeypatch):
         for batch in (1, 32, 64, 10**7)
     }
     assert found["keys_values", 1, "host"] == found["absorb", 1, "device"] == [32, 128, 512, 2048]
-    assert found["absorb", 32, "host"] == found["keys_values", 64, "device"] == [16, 64, 256, 1024]
+    assert found["absorb", 32, "host"] == [16, 64, 256, 1024]
     assert found["keys_values", 32, "host"] == [8, 32, 128, 512]
-    assert found["recompute", 64, "host"] == found["absorb", 64, "device"] == [32, 128, 512, 2048]
+    assert found["recompute", 64, "host"] == found["keys_values", 64, "device"] == [32, 128, 512, 2048]
     assert found["absorb", 10**7, "host"] == [1]
     monkeypatch.setattr(memory, "free_device_bytes", lambda: 5 * GIB)
     assert profile_layers.longest_block("absorb", "device") == 5 * GIB // 8

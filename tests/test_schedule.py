@@ -232,6 +232,32 @@ def test_what_is_on_the_device_is_not_copied(config, form):
     assert temporary < WORK.batch * WORK.prompt * config.shape.layers[0].width(form) * 2 / arrays / 4
 
 
+def products(text: str, einsum: str) -> list[str]:
+    """The lines of the entry that compute this einsum."""
+    return [line for line in instructions(text) if f"{einsum}/dot_general" in line and "fusion(" in line]
+
+
+def test_the_rows_of_an_absorbed_query_are_not_scattered():
+    """Attention reads a row at a time; XLA would leave the batch innermost."""
+    rows = f"bf16[{WORK.batch},{CONFIG.heads},{CONFIG.hidden}]{{2,1,0}} fusion("
+    found = products(compile_step("activations", 4 * BLOCK)[0], "bkgd,hkd->bkgh")
+    assert len(found) == CONFIG.layers
+    assert all(rows in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "einsum"),
+    [("activations", "bkgh,hkd->bkgd"), ("keys_values", "bkgs,sbkd->bkgd"), ("device", "bkgs,sbkd->bkgd")],
+)
+def test_a_single_row_is_multiplied_as_a_matrix(name, einsum):
+    """Not summed over the first axis of the other operand, which a GPU reads slowly so."""
+    config = dataclasses.replace(CONFIG, layers=2)
+    text, _ = compile_step(name, 4 * BLOCK, config=config, work=kvrecomp.Workload(1, 1024, 512))
+    found = products(text, einsum)
+    assert len(found) >= config.layers
+    assert all("__triton" in line for line in found)
+
+
 def kernels(text: str) -> set[str]:
     """The computations that become kernels, values in them named by their order."""
     computations = [each for each in text.split("\n\n") if re.match(r"\s*%(fused|gemm_fusion|wrapped)", each)]
