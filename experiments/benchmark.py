@@ -67,7 +67,7 @@ _COPY_GIB = flags.DEFINE_float(
     "copy_gib", 2, "Pinned memory to measure the copies-only rate with, in GiB.", lower_bound=0.5
 )
 _LAYERS = flags.DEFINE_bool(
-    "time_layers", True, "Time the model's layers first, to predict better: 20 s on an H200, minutes on a CPU."
+    "time_layers", True, "Time the model's layers first, to predict better: up to a minute on a GPU, minutes on a CPU."
 )
 _SEED = flags.DEFINE_integer("seed", 0, "Of weights and prompts.")
 _OUT = flags.DEFINE_string("out", None, "Also write the JSON document to this file.")

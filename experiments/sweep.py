@@ -10,9 +10,10 @@ the device may hold so many per cent of the workload's keys and values, and the 
 best of the plans by hand that fit. Times are medians of up to 31 steps; of steps below 20 ms, the least of three such.
 
 A position table shorter than the cached tokens is made longer. `--layers` cuts the models: a step has as many layers
-alike, so that plans compare as in the whole model, and less memory is needed. The results are written after every
-workload: killed, the same command goes on, and another one at the same commit adds to them. With `--from`, nothing is
-measured: results are read, and said and drawn together.
+alike, so that plans compare as in the whole model, and less memory is needed. Leave as many that a step takes some
+milliseconds, longer than the host takes to launch it. The results are written after every workload: killed, the same
+command goes on, and another one at the same commit adds to them. With `--from`, nothing is measured: results are read,
+and said and drawn together.
 """
 
 import dataclasses

@@ -110,12 +110,14 @@ def measured_line(
         seconds = [measure(size, repeats) for size in sizes]
         line = (ends_line if overlapped else fit_line)(sizes, seconds)
         predicted = map(line.overlapped if overlapped else line, sizes)
-        worst = max(abs(own / took - 1) for own, took in zip(predicted, seconds))
-        if worst <= POOR_FIT:
+        offs = [own / took - 1 for own, took in zip(predicted, seconds)]
+        worst = max(offs, key=abs)
+        if abs(worst) <= POOR_FIT:
             break
         again = "measuring it again" if repeats == 5 else "predictions may be as far off"
         say = LOG.info if repeats == 5 else LOG.warning
-        say("%s: a line is up to %.0f %% off what was measured; %s", what, 100 * worst, again)
+        size, took = sizes[offs.index(worst)], seconds[offs.index(worst)]
+        say("%s: a line is %+.0f %% off the %.3g ms measured at %d; %s", what, 100 * worst, 1e3 * took, size, again)
     return line
 
 
