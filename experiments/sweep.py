@@ -284,19 +284,22 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
             plots.check_path(path)
     if old:
         document, rows = {}, [row for path in old for row in tables.predicted(tables.read_file(path))]
+        console.print(summary(rows))
     else:
         batches, cached = (script.whole_numbers(name, given[name].value) for name in ("batches", "cached"))
         rooms = script.percentages("rooms", given.rooms)
         host = given.host_memory_gib * GIB
         memory.limit_pinned(host)
         rows = measured_before(given.out, run_info(given.commit))
+        if rows:
+            console.print(summary(rows))
         document = document_of(rows, None, given.commit)
         for machine, own in run(given.models, batches, cached, rooms, given.layers, host, console, list(rows)):
             rows += own
             document = document_of(rows, machine, given.commit)
             if given.out:  # after every workload: what was measured is not lost with what comes after
                 write_json(given.out, document)
-    console.print(summary(rows))
+            console.print(summary(own))
     if rows:
         console.print(predictions.accuracy(rows))
     if predictions.choices(rows):
