@@ -58,7 +58,7 @@ def _in_flight(plan: Plan, write_outs: int) -> int:
     it together; else those copied ahead, a block in use and weights."""
     most = 0
     for layer, layer_shape in plan.kinds:
-        blocks = layer.blocks(write_outs, plan.tail)
+        blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
         sizes = [plan.bytes_of(layer_shape, block) for block in blocks if block.memory == "host"]
         weights = plan.weight_bytes(layer, layer_shape)
         if plan.schedule == "layerwise":
@@ -66,7 +66,7 @@ def _in_flight(plan: Plan, write_outs: int) -> int:
         else:
             matrix = max(map(max, layer_shape.matrices)) * plan.shape.itemsize if weights else 0
             most = max(most, in_flight_bytes(plan.whole_window, max([*sizes, matrix]), weights))
-    return min(most, plan.bytes_in("host", write_outs) + plan.host_weight_bytes)
+    return min(most, plan.link_bytes(write_outs))
 
 
 def weights_in(shape: ModelShape, memories: Sequence[Memory]) -> dict[Memory, int]:

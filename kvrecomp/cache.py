@@ -102,6 +102,12 @@ def make_cache(
     return Cache(layers, padding, length, in_tail)
 
 
+def in_sight(cache: Cache, plan: Plan) -> Cache:
+    """The cache without the blocks that have left the sliding windows of their layers."""
+    layers = zip(cache.layers, plan.shape.layers, strict=True)
+    return replace(cache, layers=tuple(replace(own, blocks=shape.in_sight(own.blocks)) for own, shape in layers))
+
+
 def kept(form: Form, x: Array, key: Array, value: Array) -> tuple[Array, ...]:
     """The tensors that the form keeps."""
     return (x,) if form == "activations" else (key, value)

@@ -130,7 +130,7 @@ def _layer_tasks(
         compute(attention_work(kind(block), block.memory), block.tokens, blocks)
 
     early, late = layer_shape.matrices if layer.weights == "host" else ((), ())
-    blocks = layer.blocks(write_outs, plan.tail)
+    blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
     tail = BlockSpec(layer.tail_form, "device", plan.tail)
     for count in early:
         await_copy(count * plan.shape.itemsize, kept=True)

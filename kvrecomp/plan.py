@@ -22,7 +22,7 @@ import io
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from rich import box
 from rich.console import Console
@@ -33,6 +33,15 @@ Memory = Literal["device", "host"]
 Method = Literal["absorb", "recompute"]
 Schedule = Literal["pipelined", "layerwise"]
 Order = Literal["row", "column"]
+
+
+class _Sized(Protocol):
+    @property
+    def tokens(self) -> int: ...
+
+
+AnyBlock = TypeVar("AnyBlock", bound=_Sized)
+"""A block, or what a plan says of one."""
 
 FORMS: tuple[Form, ...] = get_args(Form)
 MEMORIES: tuple[Memory, ...] = get_args(Memory)
@@ -98,6 +107,13 @@ class LayerShape:
     def cached(self, prompt: int) -> int:
         """How many of a prompt's tokens are cached, at least one: the newest, which the next token sees."""
         return prompt if self.sliding_window is None else max(1, min(prompt, self.sliding_window - 1))
+
+    def in_sight(self, blocks: Sequence[AnyBlock]) -> tuple[AnyBlock, ...]:
+        """Those of the layer's blocks, which hold all that came before the next token, of which it sees anything."""
+        if self.sliding_window is None:
+            return tuple(blocks)
+        newer = [0, *itertools.accumulate(block.tokens for block in blocks[:0:-1])][: len(blocks)][::-1]
+        return tuple(block for block, tokens in zip(blocks, newer, strict=True) if tokens < self.sliding_window - 1)
 
     @property
     def matrices(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -316,7 +332,7 @@ class Plan:
         return tuple(layer.blocks(write_outs, self.tail) for layer in self.layers)
 
     def bytes_in(self, memory: Memory, write_outs: int = 0) -> int:
-        """Bytes of all blocks of all groups in that memory; those in `host` cross the link once a step."""
+        """Bytes of all blocks of all groups in that memory."""
         return self.groups * sum(
             count * self.bytes_of(layer_shape, block)
             for (layer, layer_shape), count in self.kinds.items()
@@ -349,8 +365,14 @@ class Plan:
         return self.groups if self.order == "column" else 1
 
     def link_bytes(self, write_outs: int = 0) -> int:
-        """Bytes that a step of all groups copies from the host."""
-        return self.bytes_in("host", write_outs) + self.host_weight_bytes * (self.groups // self.together)
+        """Bytes that a step of all groups copies from the host: blocks in sight and weights."""
+        blocks = self.groups * sum(
+            count * self.bytes_of(layer_shape, block)
+            for (layer, layer_shape), count in self.kinds.items()
+            for block in layer_shape.in_sight(layer.blocks(write_outs, self.tail))
+            if block.memory == "host"
+        )
+        return blocks + self.host_weight_bytes * (self.groups // self.together)
 
     @property
     def tail_bytes(self) -> int:

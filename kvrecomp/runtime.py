@@ -34,6 +34,7 @@ from kvrecomp.cache import (
     describe_blocks,
     describe_tails,
     empty_tails,
+    in_sight,
     make_block,
     make_cache,
 )
@@ -110,10 +111,11 @@ class CachedAttention:
         """One group's new tokens: x [b, h], K and V [b, k, d], queries [b, n, d] -> [b, n * d]."""
         (slot, padding, prompt, tail_starts), blocks = self.places[group], self.caches[group].blocks
         query = attention.Query(projections, queries, slot, padding)
-        prompt_blocks = blocks[: len(blocks) + 1 - len(tail_starts)]
-        first = prompt - sum(block.tokens for block in prompt_blocks)  # older tokens are out of the layer's sight
-        prompt_starts = itertools.accumulate((block.tokens for block in prompt_blocks[:-1]), initial=first)
-        starts = [*prompt_starts, *tail_starts]
+        # Older tokens are out of the layer's sight: of the prompt, and then of tails that were written out.
+        prompt_blocks = blocks[: max(0, len(blocks) + 1 - len(tail_starts))]
+        first = prompt - sum(block.tokens for block in prompt_blocks)
+        *prompt_starts, _ = itertools.accumulate((block.tokens for block in prompt_blocks), initial=first)
+        starts = [*prompt_starts, *tail_starts[len(prompt_blocks) - len(blocks) - 1 :]]
         tail = append(self.caches[group].tail, slot - starts[-1], x, key, value)
         self.caches[group] = LayerCache(blocks, tail)
         # What is on the device is attended to as one, while the first copies are on their way.
@@ -146,11 +148,12 @@ def decode_step(
 
     Groups go through the layers together, so that weights are copied, and multiplied with, once for all of them.
     """
+    prompt = plan.workload.prompt
+    places = [Place(cache.length, cache.padding, prompt, tail_starts(plan, cache)) for cache in caches]
+    caches = [in_sight(cache, plan) for cache in caches]
     hosted = host_weights(model, plan)
     needed = [own.copies(blocks) for own, *blocks in zip(hosted, *(cache.blocks for cache in caches), strict=True)]
     window = Window(needed, plan.whole_window, plan.schedule)
-    prompt = plan.workload.prompt
-    places = [Place(cache.length, cache.padding, prompt, tail_starts(plan, cache)) for cache in caches]
     hidden = model.embed(jnp.concatenate(token_ids), jnp.concatenate([place.positions for place in places]))
     tails: list[tuple[Block, ...]] = [() for _ in caches]
     for number, (layer, layer_plan, own) in enumerate(zip(model.layers, plan.layers, hosted, strict=True)):

@@ -476,7 +476,7 @@ def test_absorption_is_prepared_once_a_layer(where):
 def test_every_token_and_byte_is_there(name, write_outs):
     plan = named_plan(name, SHAPE, WORK, tail=3, window=5000)
     tasks = make_tasks(plan, write_outs)
-    assert tasks.copy_bytes.sum() == plan.bytes_in("host", write_outs)
+    assert tasks.copy_bytes.sum() == plan.bytes_in("host", write_outs) == plan.link_bytes(write_outs)
     hosted = make_tasks(with_host_weights(plan, 0.5), write_outs)
     assert hosted.copy_bytes.sum() == tasks.copy_bytes.sum() + 2 * GROUPED.parameters
     assert tasks.tokens.sum() == 2 * (11 + 3 * write_outs + 3)
@@ -484,6 +484,17 @@ def test_every_token_and_byte_is_there(name, write_outs):
     own = [row(layer, work) for layer, kind in enumerate(kinds) for work in (project_work(kind), "finish")]
     done = list(tasks.work[tasks.blocks > 0])  # not what awaits a copy
     assert [done.count(number) for number in (*own, 2 * len(WORKS))] == [1] * 5
+
+
+@pytest.mark.parametrize("name", [kv, "activations", "device"])
+def test_what_is_out_of_sight_is_neither_sent_nor_attended_to(name):
+    """Of 4 cached tokens of the prompt and three tails of 3, those in the last two, and the present one."""
+    shape = replace(SHAPE, layers=(replace(PLAIN, sliding_window=5),))
+    plan = named_plan(name, shape, replace(WORK, new=11), tail=3)
+    tasks = make_tasks(plan, 3)
+    assert tasks.tokens.sum() == 3 + 3 + 3
+    sent = plan.bytes_in("host", 3) * 6 / 13
+    assert tasks.copy_bytes.sum() == plan.link_bytes(3) == sent
 
 
 @st.composite

@@ -32,6 +32,16 @@ def test_named_plans(name):
     toy.assert_exact(decoder, toy.model(kind), texts)
 
 
+@pytest.mark.parametrize("name", ["activations", "keys_values", "split:0.4", "device"])
+def test_blocks_that_leave_a_sliding_window(name):
+    """Of 6 tokens that are cached and four tails of 2, the last three tails are seen at the end."""
+    decoder = toy.named_decoder(name, "grouped", prompt=11, new=10, tail=2, window=8000)
+    sliding = decoder.plan.shape.layers[0]
+    in_sight = [len(sliding.in_sight(decoder.plan.blocks(write_outs)[0])) for write_outs in range(5)]
+    assert in_sight[-1] == in_sight[-2] == 3 and decoder.plan.write_outs == 4
+    toy.assert_exact(decoder, toy.model("grouped"), toy.texts(3, 21, longest_padding=10))
+
+
 def cuts(tokens, blocks):
     """How to cut so many tokens into so many blocks."""
     ends = st.lists(st.integers(1, tokens - 1), min_size=blocks - 1, max_size=blocks - 1, unique=True)

@@ -1,5 +1,6 @@
 """Plans as data: bytes, write-outs, how runs are cut into blocks, what a plan says of itself."""
 
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -93,6 +94,30 @@ def test_a_layer_with_a_sliding_window_caches_what_the_next_token_sees():
         replace(PLAN, shape=shape)
     with pytest.raises(PlanError, match="sliding_window is 0; it must be greater than zero"):
         replace(GROUPED, sliding_window=0)
+
+
+@given(sizes=st.lists(st.integers(1, 5), max_size=7), window=st.integers(1, 20))
+def test_blocks_in_sight_hold_a_token_that_the_next_one_sees(sizes, window):
+    """By the slots themselves: a token in slot t sees those after t - window."""
+    blocks = [BlockSpec("keys_values", "host", tokens) for tokens in sizes]
+    next_slot, slots, seen = sum(sizes), itertools.count(), []
+    for block in blocks:
+        own = list(itertools.islice(slots, block.tokens))
+        if any(slot > next_slot - window for slot in own):
+            seen.append(block)
+    found = replace(GROUPED, sliding_window=window).in_sight(blocks)
+    assert list(map(id, found)) == list(map(id, seen))
+    assert GROUPED.in_sight(blocks) == tuple(blocks)
+
+
+def test_blocks_out_of_sight_are_not_sent():
+    """They stay in host memory: of a prompt of 11 tokens 4 are cached, and the tail has 3."""
+    shape = replace(SHAPE, layers=(PLAIN, replace(GROUPED, sliding_window=5)))
+    plan = kvrecomp.named_plan("keys_values", shape, WORK, tail=3)
+    token = 3 * 2 * GROUPED.width("keys_values")
+    plain = [3 * 2 * PLAIN.width("keys_values") * tokens for tokens in (11, 14, 17)]
+    assert [plan.link_bytes(n) - sent for n, sent in enumerate(plain)] == [4 * token, 7 * token, 6 * token]
+    assert [plan.bytes_in("host", n) - sent for n, sent in enumerate(plain)] == [4 * token, 7 * token, 10 * token]
 
 
 def test_blocks_by_hand():

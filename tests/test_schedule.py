@@ -151,6 +151,14 @@ def test_copies_are_whole_bounded_and_under_compute(name, window, write_outs, ar
     assert temporary <= min(window, 3 * BLOCK) + 24 * MIB
 
 
+@pytest.mark.parametrize(("write_outs", "arrays"), [(0, 1), (2, 3), (3, 3), (5, 3)])
+def test_blocks_out_of_sight_are_not_copied(write_outs, arrays):
+    """A token sees 193: of the prompt 192 are cached, and three tails of 64 take their place."""
+    config = dataclasses.replace(LLAMA, layers=4, sliding_window=193)
+    text, _ = compile_step("keys_values", 4 * BLOCK, write_outs, config)
+    assert len(check_copies(text)[0]) == 4 * arrays
+
+
 def test_kvpr_sends_activations_and_recomputes_from_them_under_the_copy_of_keys_and_values():
     """One copy at a time, and the link rests between two layers."""
     copies, compute = check_copies(compile_step("kvpr:0.75", 8 * BLOCK)[0])
