@@ -284,10 +284,10 @@ def _mix(scored: Sequence[tuple[Array, Array]], mixes: Mixes) -> Partial:
 
 
 def _by_head(subscripts: str, rows: Array, matrices: Array) -> Array:
-    """The einsum, in float32, of rows [b, k, g, w] with a matrix for each head, summed over its first axis.
+    """The einsum, in float32, of rows [b, k, g, w] with a matrix for each head, or for each head of each batch row.
 
-    XLA makes no matrix product of a single row, but a reduction, which on a GPU reads the matrix at half the rate. So
-    the row is multiplied twice.
+    XLA makes no matrix product of a single row a head, but a reduction over the matrix's first axis, which on a GPU
+    takes twice as long. So the row is multiplied twice.
     """
     if rows.shape[0] * rows.shape[2] > 1:
         return jnp.einsum(subscripts, rows, matrices, preferred_element_type=jnp.float32)

@@ -66,7 +66,7 @@ def _in_flight(plan: Plan, write_outs: int) -> int:
         else:
             matrix = max(map(max, layer_shape.matrices)) * plan.shape.itemsize if weights else 0
             most = max(most, in_flight_bytes(plan.whole_window, max([*sizes, matrix]), weights))
-    return min(most, plan.link_bytes(write_outs))
+    return min(most, plan.bytes_in("host", write_outs, in_sight=True) + plan.host_weight_bytes)
 
 
 def weights_in(shape: ModelShape, memories: Sequence[Memory]) -> dict[Memory, int]:

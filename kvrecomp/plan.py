@@ -109,11 +109,16 @@ class LayerShape:
         return prompt if self.sliding_window is None else max(1, min(prompt, self.sliding_window - 1))
 
     def in_sight(self, blocks: Sequence[AnyBlock]) -> tuple[AnyBlock, ...]:
-        """Those of the layer's blocks, which hold all that came before the next token, of which it sees anything."""
+        """Of the layer's blocks, in order and up to the newest cached token, those of which the next token sees any."""
         if self.sliding_window is None:
             return tuple(blocks)
-        newer = [0, *itertools.accumulate(block.tokens for block in blocks[:0:-1])][: len(blocks)][::-1]
-        return tuple(block for block, tokens in zip(blocks, newer, strict=True) if tokens < self.sliding_window - 1)
+        seen: list[AnyBlock] = []
+        newer = 0
+        for block in reversed(blocks):
+            if newer < self.sliding_window - 1:
+                seen.append(block)
+            newer += block.tokens
+        return tuple(reversed(seen))
 
     @property
     def matrices(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -331,14 +336,14 @@ class Plan:
         """The blocks of every layer after that many write-outs."""
         return tuple(layer.blocks(write_outs, self.tail) for layer in self.layers)
 
-    def bytes_in(self, memory: Memory, write_outs: int = 0) -> int:
-        """Bytes of all blocks of all groups in that memory."""
-        return self.groups * sum(
-            count * self.bytes_of(layer_shape, block)
-            for (layer, layer_shape), count in self.kinds.items()
-            for block in layer.blocks(write_outs, self.tail)
-            if block.memory == memory
-        )
+    def bytes_in(self, memory: Memory, write_outs: int = 0, in_sight: bool = False) -> int:
+        """Bytes of the blocks of all groups in that memory: of all, or of those that a step attends to."""
+        total = 0
+        for (layer, layer_shape), count in self.kinds.items():
+            blocks = layer.blocks(write_outs, self.tail)
+            own = layer_shape.in_sight(blocks) if in_sight else blocks
+            total += count * sum(self.bytes_of(layer_shape, block) for block in own if block.memory == memory)
+        return self.groups * total
 
     def weight_bytes(self, layer: LayerPlan, layer_shape: LayerShape) -> int:
         """Bytes of the layer's weights in host memory."""
@@ -366,12 +371,7 @@ class Plan:
 
     def link_bytes(self, write_outs: int = 0) -> int:
         """Bytes that a step of all groups copies from the host: blocks in sight and weights."""
-        blocks = self.groups * sum(
-            count * self.bytes_of(layer_shape, block)
-            for (layer, layer_shape), count in self.kinds.items()
-            for block in layer_shape.in_sight(layer.blocks(write_outs, self.tail))
-            if block.memory == "host"
-        )
+        blocks = self.bytes_in("host", write_outs, in_sight=True)
         return blocks + self.host_weight_bytes * (self.groups // self.together)
 
     @property
