@@ -248,9 +248,8 @@ def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) 
 def step_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload, plan_arrays: Tasks) -> StepCost:
     """Predicted seconds of a step for each of the plans in `plan_arrays` (`stack_tasks`): float32[plans] each.
 
-    A copy takes its bytes at the rate measured beside compute, or the link's latency where that is longer: while a
-    larger one is on its way, the next is made ready. Computed on the CPU; compiled once per number of plans and of
-    tasks.
+    A copy takes the link's latency and its bytes at the rate measured beside compute. Computed on the CPU; compiled
+    once per number of plans and of tasks.
     """
     with jax.default_device(_cpu()):
         arrays = Tasks(*(column if column.dtype == np.int32 else column.astype(np.float32) for column in plan_arrays))
@@ -276,7 +275,7 @@ def _pipeline(table: WorkTable, link: Array, tasks: Tasks) -> StepCost:
     interpolate = jax.vmap(functools.partial(jnp.interp, right="extrapolate"))
     added = interpolate(tasks.tokens, table.sizes[tasks.work], table.added[tasks.work])
     computing = jnp.maximum(0.0, table.base[tasks.work] * tasks.blocks + added)
-    copying = jnp.maximum(link[0] * tasks.copies, link[1] * tasks.copy_bytes)
+    copying = link[0] * tasks.copies + link[1] * tasks.copy_bytes
 
     def advance(carry, task):
         copied, computed, ends = carry

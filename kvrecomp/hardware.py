@@ -75,10 +75,6 @@ class Line:
         """Seconds at that size."""
         return self.base + self.each * size
 
-    def overlapped(self, size: float) -> float:
-        """Seconds at that size of one of many, whose bases pass beside the others' sizes."""
-        return max(self.base, self.each * size)
-
 
 @dataclass(frozen=True)
 class Curve:
@@ -144,10 +140,10 @@ class LayerTimes:
 class HardwareProfile:
     """A machine: rates and latencies, and the layers that were timed on it.
 
-    `to_device` and `to_host` are copies of one array over the link, by bytes. Those to the device are `overlapped`: the
-    next is made ready meanwhile, so that their `base` is the least that one takes. `beside_compute` is their rate while
-    the device computes; `handoff_seconds` pass before a copy starts that waited for compute or another copy, and before
-    compute starts that waited for a copy. `kernel_seconds` is what one more small kernel adds to a program.
+    `to_device` and `to_host` are copies of one array over the link, by bytes, one after the other. `beside_compute` is
+    the rate of those to the device while it computes; `handoff_seconds` pass before a copy starts that waited for
+    compute or another copy, and before compute starts that waited for a copy. `kernel_seconds` is what one more small
+    kernel adds to a program.
     `host_bytes` None: as much as is asked for. `source` says where the numbers are from.
     """
 

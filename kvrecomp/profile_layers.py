@@ -5,6 +5,7 @@ compute is timed.
 """
 
 import dataclasses
+import functools
 import itertools
 import statistics
 import types
@@ -36,7 +37,7 @@ from kvrecomp.plan import (
 )
 from kvrecomp.programs import side_by_side
 from kvrecomp.runtime import Model, decode_step
-from kvrecomp.timing import HostAhead, least_seconds, median_seconds, random
+from kvrecomp.timing import device_timer, least_seconds, median_seconds, random, random_maker
 
 FEW_LAYERS, MORE_LAYERS = 2, 6
 ATTENDING_LAYERS = 4  # fewer are compiled sooner
@@ -44,9 +45,8 @@ SIZES, RATIO = 4, 4  # of blocks, each so many times as long as the one before
 WHOLE = 8  # quarters of the window: 2 GiB, which is 4096 tokens' activations of 32 rows of OPT-13B, and some
 TAIL = 32  # tokens: XLA fuses the scores of very few with others', and computes them many times
 STEPS = 10  # at most, dispatched one after the other
-ENOUGH_SECONDS = 0.03  # for a run: slow steps, as a CPU's, are fewer
-REPEATS = 3  # of a run
-AHEAD_SECONDS = 0.015  # that the device is kept busy while the host launches a run
+ENOUGH_SECONDS = 0.02  # for a run: slow steps, as a CPU's, are fewer
+REPEATS = 2  # of a run, in each round
 
 
 class _Run(NamedTuple):
@@ -63,7 +63,8 @@ class _Run(NamedTuple):
 
 def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     """Seconds of the layers of that shape in a step: with a block of four sizes in each form and memory; with two from
-    the host; and with activations that are absorbed beside a tail of keys and values.
+    the host; and with activations that are absorbed beside a tail of keys and values. What layers do after attention
+    is timed alone.
 
     What layers take without a block is twice what they take with one, less that with two. Timed themselves, they would
     be of other kernels: XLA fuses more there.
@@ -85,8 +86,10 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     beside = [_Run(count, kv, "absorb", size) for size in inner["absorb"]]
     bench = _LayerBench(model, numbers, batch)
     runs = [few, more, *itertools.chain(*alone.values(), *twice.values()), *beside]
-    timers = side_by_side(bench.timer, runs)
-    seconds = dict(zip(runs, least_seconds(timers), strict=True))
+    makers = [functools.partial(bench.step_timer, run) for run in runs]
+    makers += [functools.partial(bench.finish_timer, layers) for layers in (FEW_LAYERS, MORE_LAYERS)]
+    *of_steps, few_finish, more_finish = least_seconds(side_by_side(lambda make: make(), makers))
+    seconds = dict(zip(runs, of_steps, strict=True))
 
     bare = {
         kind: statistics.mean(2 * seconds[run._replace(blocks=1)] - seconds[run] for run in own)
@@ -97,15 +100,15 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
         added = [(seconds[run] - bare[kind]) / count for run in own]
         work[attention_work(kind, place)] = curve_through(sizes[kind, place], added)
     dense = max(0.0, (seconds[more] - seconds[few]) / (MORE_LAYERS - FEW_LAYERS) - work[kv](more.tokens))
+    finish = min(dense, max(0.0, more_finish - few_finish) / (MORE_LAYERS - FEW_LAYERS))
     # Absorbing is part of what a tail takes that is absorbed.
     absorbing = [(seconds[run] - bare[kv]) / count - work["absorb"](run.tokens) for run in beside]
     prepare = max(0.0, statistics.mean(absorbing))
-    projecting = layer.projecting / layer.parameters
     for kind in ATTENTION:
         tail = work[attention_work(kind, "device")]
-        own = projecting * dense + (bare[kind] - bare[kv]) / count - (tail(TAIL) - tail(0))
+        own = dense - finish + (bare[kind] - bare[kv]) / count - (tail(TAIL) - tail(0))
         work[project_work(kind)] = Curve.line(max(0.0, own - (prepare if kind == "absorb" else 0)))
-    work |= {"prepare": Curve.line(prepare), "finish": Curve.line((1 - projecting) * dense)}
+    work |= {"prepare": Curve.line(prepare), "finish": Curve.line(finish)}
     outside = max(0.0, bare[kv] - count * dense)
     return LayerTimes(layer, model.shape.dtype, batch, work, outside, model.shape.vocab)
 
@@ -152,16 +155,15 @@ class _LayerBench:
         paths, here = [path for path, _ in nnx.to_flat_state(state)], memory.sharding("device")
         self._needed = [path[0] != "layers" or path[1] in numbers for path in paths]
         self._weights = [jax.device_put(own, here) for own, needed in zip(weights, self._needed) if needed]
-        # On a CPU, what launches is what executes.
-        self._timed = HostAhead(AHEAD_SECONDS).median_seconds if jax.default_backend() == "gpu" else median_seconds
+        self._timed = device_timer()
 
-    def timer(self, run: _Run) -> Callable[[], float]:
+    def step_timer(self, run: _Run) -> Callable[[], float]:
         """Compiles such a step; gives what measures its seconds."""
         plan = self._plan(run)
 
         def step(weights, blocks, tails, padding, length, token_ids):
             cache = make_cache(blocks, tails, padding, length, 0)
-            (tails,), (logits,) = decode_step(self._part(weights, plan), plan, [cache], [token_ids])
+            (tails,), (logits,) = decode_step(self._part(weights, run.layers), plan, [cache], [token_ids])
             return tails, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
         described = [[_as_if_copied(block) for block in own] for own in describe_blocks(plan, 0)]
@@ -171,6 +173,7 @@ class _LayerBench:
         )
         inputs = (self._weights, described, describe_tails(plan), padding, length, token_ids)
         program = jax.jit(step, donate_argnames=("tails",)).lower(*inputs).compile()
+        jax.tree.map(lambda like: random_maker(like.shape, like.dtype), described)  # compiled here, too
 
         def seconds() -> float:
             blocks = jax.tree.map(lambda like: random(like.shape, like.dtype), described)
@@ -182,18 +185,43 @@ class _LayerBench:
                     rest = program(self._weights, blocks, rest[0], padding, length, rest[1])
                 return rest[1]
 
-            alone = median_seconds(lambda: take(1), 1)
-            steps = max(1, min(STEPS, int(ENOUGH_SECONDS / alone)))
-            return self._timed(lambda: take(steps), REPEATS) / steps
+            return self._seconds(take)
 
         return seconds
 
-    def _part(self, weights: Sequence[Array], plan: Plan) -> Any:
-        """The model with as many layers as the plan has."""
+    def finish_timer(self, count: int) -> Callable[[], float]:
+        """Compiles what so many layers do after attention, whose result is given; gives what measures its seconds."""
+
+        def finish(weights, mixed, token_ids):
+            part = self._part(weights, count)
+            hidden = part.embed(token_ids, jnp.zeros_like(token_ids))
+            for layer in part.layers:
+                hidden, own = jax.lax.optimization_barrier((hidden, mixed))  # or XLA projects it for all at once
+                hidden = layer(hidden, lambda x, projections, own=own: own)
+            return hidden
+
+        shape = self._model.shape.layers[self._numbers[0]]
+        mixed = random((self._batch, shape.heads * shape.head_dim), jnp.dtype(self._model.shape.dtype))
+        token_ids = jax.device_put(np.zeros(self._batch, np.int32), memory.sharding("device"))
+        program = jax.jit(finish).lower(self._weights, mixed, token_ids).compile()
+
+        def take(steps: int) -> Array:
+            return [program(self._weights, mixed, token_ids) for _ in range(steps)][-1]
+
+        return lambda: self._seconds(take)
+
+    def _seconds(self, take: Callable[[int], Array]) -> float:
+        """Of one of the steps that `take` takes as many of as it is told."""
+        alone = median_seconds(lambda: take(1), 1)
+        steps = max(1, min(STEPS, int(ENOUGH_SECONDS / alone)))
+        return self._timed(lambda: take(steps), REPEATS) / steps
+
+    def _part(self, weights: Sequence[Array], count: int) -> Any:
+        """The model with so many of the layers."""
         own = iter(weights)
         leaves = [next(own) if needed else None for needed in self._needed]
         model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
-        layers = [model.layers[number] for number in self._numbers[: len(plan.layers)]]
+        layers = [model.layers[number] for number in self._numbers[:count]]
         return types.SimpleNamespace(embed=model.embed, unembed=model.unembed, layers=layers)
 
     def _plan(self, run: _Run) -> Plan:

@@ -13,7 +13,7 @@ from kvrecomp import memory
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.holds import Copy
 from kvrecomp.plan import GIB, MIB
-from kvrecomp.timing import measured_line, median_seconds, random, seconds_longer
+from kvrecomp.timing import device_timer, measured_line, median_seconds, random, seconds_longer
 from kvrecomp.window import Window
 
 HANDOFF_BYTES = 2 * MIB  # so long to copy that the host, which starts copies and kernels, is ahead
@@ -39,7 +39,9 @@ def measure_machine() -> HardwareProfile:
     dtype = _rate_dtype()
     sizes = [2**16, 2**19, 2**22, 2**25, 2**29] if gpu else [2**16, 2**19, 2**22, 2**24]
     stats = device.memory_stats() or {}
-    to_device = measured_line("copies to the device", sizes, _to_device_seconds, overlapped=True)
+    to_device = measured_line(
+        "copies to the device", sizes, functools.partial(_to_device_seconds, timed=device_timer())
+    )
     kernel = _kernel_seconds(dtype)
     beside = copy_rate(min(sizes[-1], 256 * MIB), 4, computing=True)
     return HardwareProfile(
@@ -49,7 +51,7 @@ def measure_machine() -> HardwareProfile:
         to_device=to_device,
         to_host=measured_line("copies to the host", sizes, _to_host_seconds),
         beside_compute=beside,
-        handoff_seconds=_handoff_seconds(beside, kernel),
+        handoff_seconds=_handoff_seconds(to_device.base + HANDOFF_BYTES / beside, kernel),
         matmul_rate=_matmul_rate(dtype),
         memory_rate=_memory_rate(min(2 * sizes[-1], GIB)),
         kernel_seconds=kernel,
@@ -111,8 +113,11 @@ def _held_copies(arrays: Sequence[jax.Array], passes: int, computing: bool, room
     return functools.partial(copy_all.lower(arrays).compile(), arrays)
 
 
-def _to_device_seconds(size: float, repeats: int) -> float:
-    """Of one copy among many in a program, none of which waits for anything but the link."""
+def _to_device_seconds(size: float, repeats: int, timed: Callable[[Callable[[], Any], int], float]) -> float:
+    """Of one copy among many in a program, none of which waits for anything but the link.
+
+    `timed` has the host ahead: launching a small copy takes it longer than the link.
+    """
     count = int(max(2, min(32, 2**25 // size)))
     arrays = _host_arrays(int(size), 2 * count)
 
@@ -120,14 +125,14 @@ def _to_device_seconds(size: float, repeats: int) -> float:
         return [jax.device_put(array, jax.memory.Space.Device)[0, 0, -1] for array in arrays]
 
     few, many = (functools.partial(jax.jit(copy_all).lower(own).compile(), own) for own in (arrays[:count], arrays))
-    return seconds_longer(few, many, repeats) / count
+    return seconds_longer(few, many, repeats, timed) / count
 
 
-def _handoff_seconds(rate: float, kernel_seconds: float) -> float:
+def _handoff_seconds(copy_seconds: float, kernel_seconds: float) -> float:
     """To compute and to the link. With room for one copy in the window, each waits until the one before was used: in
-    the time of one there are the copy, at `rate`, a kernel and both handoffs."""
+    the time of one there are the copy, of HANDOFF_BYTES, a kernel and both handoffs."""
     each = _copy_seconds(_host_arrays(HANDOFF_BYTES, 4), 9, False, 1)
-    return max(0.0, (each - HANDOFF_BYTES / rate - kernel_seconds) / 2)
+    return max(0.0, (each - copy_seconds - kernel_seconds) / 2)
 
 
 def _to_host_seconds(size: float, repeats: int) -> float:

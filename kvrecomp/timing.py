@@ -19,6 +19,7 @@ POOR_FIT = 0.1  # a line further than this fraction from what it was fitted to i
 ROUNDS = 3
 LEAST_SLOPE = 0.01
 BUSY_BYTES, FEW_ADDITIONS = 2**28, 8  # more than a GPU caches; as many as can be timed
+AHEAD_SECONDS = 0.01  # that the device is kept busy while the host launches what is timed
 
 
 def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
@@ -38,12 +39,18 @@ def least_seconds(timers: Sequence[Callable[[], float]]) -> list[float]:
     return [min(own) for own in zip(*([timer() for timer in timers] for _ in range(ROUNDS)))]
 
 
-def seconds_longer(few: Callable[[], Any], many: Callable[[], Any], repeats: int = 5) -> float:
+def seconds_longer(
+    few: Callable[[], Any],
+    many: Callable[[], Any],
+    repeats: int = 5,
+    timed: Callable[[Callable[[], Any], int], float] | None = None,
+) -> float:
     """How much longer `many` takes than `few`, which does the same less often: what both take once does not count.
 
-    No less than LEAST_SLOPE of what `many` takes: noise can make a difference of two nothing, or less.
+    No less than LEAST_SLOPE of what `many` takes: noise can make a difference of two nothing, or less. `timed` is given
+    what to run and how often; by default it is `median_seconds`.
     """
-    less, more = least_seconds([functools.partial(median_seconds, run, repeats) for run in (few, many)])
+    less, more = least_seconds([functools.partial(timed or median_seconds, run, repeats) for run in (few, many)])
     return max(LEAST_SLOPE * more, more - less)
 
 
@@ -53,7 +60,7 @@ class HostAhead:
     The device is kept busy first, for about the seconds given, with additions to an array of BUSY_BYTES.
     """
 
-    def __init__(self, busy_seconds: float):
+    def __init__(self, busy_seconds: float = AHEAD_SECONDS):
         self._array = memory.zeros((BUSY_BYTES // 4,), jnp.dtype(jnp.float32), "device")
         self._keep_busy = self._additions(FEW_ADDITIONS)
         each = median_seconds(self._busy) / FEW_ADDITIONS
@@ -80,6 +87,12 @@ class HostAhead:
         return max(0.0, median_seconds(both, repeats) - self._busy_seconds)
 
 
+def device_timer() -> Callable[[Callable[[], Any], int], float]:
+    """What gives the median seconds that the device takes for what it is given to run, so many times."""
+    # On a CPU, what launches is what executes.
+    return HostAhead().median_seconds if jax.default_backend() == "gpu" else median_seconds
+
+
 def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> Line:
     """The line with the least squared errors, each relative to what was measured; neither part is negative."""
     weights = 1 / np.asarray(seconds)
@@ -97,20 +110,12 @@ def _one_part(column: np.ndarray, target: np.ndarray) -> float:
     return max(0.0, column @ target / np.square(column).sum())
 
 
-def ends_line(sizes: Sequence[float], seconds: Sequence[float]) -> Line:
-    """The line of overlapped times: its base is that of the first size, its slope that of the last."""
-    return Line(seconds[0], seconds[-1] / sizes[-1])
-
-
-def measured_line(
-    what: str, sizes: Sequence[float], measure: Callable[[float, int], float], overlapped: bool = False
-) -> Line:
+def measured_line(what: str, sizes: Sequence[float], measure: Callable[[float, int], float]) -> Line:
     """A line through `measure(size, repeats)`; measured again, longer, where it is no line."""
     for repeats in (5, 15):
         seconds = [measure(size, repeats) for size in sizes]
-        line = (ends_line if overlapped else fit_line)(sizes, seconds)
-        predicted = map(line.overlapped if overlapped else line, sizes)
-        offs = [own / took - 1 for own, took in zip(predicted, seconds)]
+        line = fit_line(sizes, seconds)
+        offs = [line(size) / took - 1 for size, took in zip(sizes, seconds)]
         worst = max(offs, key=abs)
         if abs(worst) <= POOR_FIT:
             break
@@ -122,13 +127,15 @@ def measured_line(
 
 
 @functools.cache
-def _random_maker(shape: tuple[int, ...], dtype: Any) -> Callable[[], jax.Array]:
+def random_maker(shape: tuple[int, ...], dtype: Any) -> Callable[[], jax.Array]:
+    """The program, compiled, that `random` executes."""
+
     def make():
         return jax.random.normal(jax.random.key(0), shape, dtype) * shape[-1] ** -0.5
 
-    return jax.jit(make, out_shardings=memory.sharding("device"))
+    return jax.jit(make, out_shardings=memory.sharding("device")).lower().compile()
 
 
 def random(shape: tuple[int, ...], dtype: Any) -> jax.Array:
     """Random numbers that stay of order one in a product: a GPU multiplies zeros faster than it does real data."""
-    return _random_maker(shape, dtype)()
+    return random_maker(shape, dtype)()

@@ -184,7 +184,7 @@ def test_as_an_event_simulation(machine, tasks):
             for work, tokens, blocks in zip(plan.work, plan.tokens, plan.blocks)
         ]
         copying = [
-            max(machine.to_device.base, size / machine.beside_compute) if count else None
+            machine.to_device.base + size / machine.beside_compute if count else None
             for count, size in zip(plan.copies, plan.copy_bytes)
         ]
         assert predicted.seconds[number] == pytest.approx(
@@ -294,7 +294,7 @@ def test_an_infinite_device_leaves_the_copies(name):
         for spec in own
         if spec.memory == "host"
     ]
-    expected = sum(max(LATENCY, size / 9e9) for size in sizes)
+    expected = sum(LATENCY + size / 9e9 for size in sizes)
     assert plan_costs(machine, [plan], 1).seconds[0] == pytest.approx(expected, rel=1e-5)
 
 
@@ -328,7 +328,7 @@ def uniform(layers, blocks, ahead, schedule="pipelined"):
     return Plan("uniform", shape, work, (own,) * layers, tail=1, window=ahead * 3 * 70 * 2, schedule=schedule)
 
 
-C, G = max(LATENCY, 3 * 70 * 2 / 9e9), 5e-5  # seconds of such a copy and of attention to such a block
+C, G = LATENCY + 3 * 70 * 2 / 9e9, 5e-5  # seconds of such a copy and of attention to such a block
 
 
 @pytest.mark.parametrize("g", [G, C, 0.3 * C, 7 * C])

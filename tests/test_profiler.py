@@ -103,7 +103,8 @@ def test_generate_refuses_a_profile_of_another_machine():
 
 
 def test_layers_are_timed_once_a_batch(cache, counted, monkeypatch):
-    monkeypatch.setattr(profile_layers, "median_seconds", lambda run, repeats=1: profiled(run))
+    for module in (profile_layers, timing):
+        monkeypatch.setattr(module, "median_seconds", lambda run, repeats=1: profiled(run))
     monkeypatch.setattr(profile_layers, "STEPS", 2)
     monkeypatch.setattr(profile_layers, "MORE_LAYERS", 3)
     model = toy.model("350m")
@@ -142,19 +143,26 @@ def test_a_layer_is_found_again(monkeypatch, number):
 
     attending = {(kind, place): attention(kind, place) for kind in ATTENTION for place in MEMORIES}
     dense, outside, prepare = rng.uniform(1e-4, 9e-4, 3)
+    finish = rng.uniform(0.3, 0.7) * dense
     tails = {kind: rng.uniform(1e-5, 3e-5) * (kind != "keys_values") for kind in ATTENTION}
 
     class Steps:
         def __init__(self, *_):
             pass
 
-        def timer(self, run):
+        def step_timer(self, run):
             seconds = dense + tails[run.tail] + ("absorb" in (run.tail, run.kind)) * prepare
             tail = attending[run.tail, "device"]
             seconds += tail(profile_layers.TAIL) - tail(0) if run.tail != "keys_values" else 0
             seconds += run.blocks * attending[run.kind, run.place](run.tokens)
-            slow = iter((9, 1, 5))
-            return lambda: next(slow) * (outside + run.layers * seconds)
+            return self.slow_twice(outside + run.layers * seconds)
+
+        def finish_timer(self, count):
+            return self.slow_twice(outside / 2 + count * finish)
+
+        def slow_twice(self, seconds):
+            factors = iter((9, 1, 5))
+            return lambda: next(factors) * seconds
 
     monkeypatch.setattr(profile_layers, "_LayerBench", Steps)
     times = profile_layers.measure_layer(model, layer, batch=3)
@@ -164,7 +172,8 @@ def test_a_layer_is_found_again(monkeypatch, number):
     tail = attending["keys_values", "device"]
     of_tail = tail(profile_layers.TAIL) - tail(0)
     assert times.work["prepare"](0) == pytest.approx(prepare, rel=1e-6)
-    assert times.work["project"](0) + times.work["finish"](0) + of_tail == pytest.approx(dense, rel=1e-6)
+    assert times.work["finish"](0) == pytest.approx(finish, rel=1e-6)
+    assert times.work["project"](0) + finish + of_tail == pytest.approx(dense, rel=1e-6)
     for kind in ATTENTION:
         more = times.work[project_work(kind)](0) - times.work["project"](0)
         assert more == pytest.approx(tails[kind] + (of_tail if kind != "keys_values" else 0), rel=1e-6)
@@ -288,18 +297,8 @@ def test_a_handoff_is_found_again(monkeypatch):
 
     monkeypatch.setattr(profile_machine, "_held_copies", program)
     monkeypatch.setattr(timing, "median_seconds", lambda seconds, repeats: seconds)
-    assert profile_machine._handoff_seconds(5e9, 3e-6) == pytest.approx(7e-6)
-    assert profile_machine._handoff_seconds(1e9, 3e-6) == 0  # slower than they were copied: noise is nothing
-
-
-def test_a_line_of_overlapped_times_goes_through_its_ends(caplog):
-    """The least that a copy takes, and a rate, neither of which is hidden by the other."""
-    with caplog.at_level(logging.INFO, logger="kvrecomp"):
-        line = measured_line("copies", (1, 4, 8), lambda size, repeats: max(6.0, 2.0 * size), overlapped=True)
-    assert (line.base, line.each) == (6.0, 2.0) and not caplog.text
-    with caplog.at_level(logging.INFO, logger="kvrecomp"):
-        measured_line("copies", (1, 4, 8), lambda size, repeats: 6.0 + 2.0 * size, overlapped=True)
-    assert "a line is -21 % off the 1.4e+04 ms measured at 4" in caplog.text  # 11 of 14
+    assert profile_machine._handoff_seconds(nbytes / 5e9, 3e-6) == pytest.approx(7e-6)
+    assert profile_machine._handoff_seconds(nbytes / 1e9, 3e-6) == 0  # slower than they were copied: noise is nothing
 
 
 def test_a_poor_fit_is_measured_again_and_said(caplog):
@@ -312,4 +311,4 @@ def test_a_poor_fit_is_measured_again_and_said(caplog):
     with caplog.at_level(logging.INFO, logger="kvrecomp"):
         measured_line("copies", (1, 2, 3), measure)
     assert asked == [5] * 3 + [15] * 3
-    assert "measuring it again" in caplog.text and "predictions may be as far off" in caplog.text
+    assert "at 2; measuring it again" in caplog.text and "predictions may be as far off" in caplog.text
