@@ -18,10 +18,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kvrecomp import memory
 from kvrecomp.ahead import Ahead
 from kvrecomp.auto import plan_for
+from kvrecomp.forward import Model
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
 from kvrecomp.prompt import as_ids, as_row_ids, split_groups
-from kvrecomp.runtime import Decoder, Model
+from kvrecomp.runtime import Decoder
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
 from kvrecomp.weights import weight_memories
 

@@ -1,6 +1,6 @@
 """Measures the layers of a model at work, in the program that decoding runs.
 
-That is `runtime.decode_step`, cut to a few layers, with blocks that are on the device already, so that nothing but
+That is `forward.decode_step`, cut to a few layers, with blocks that are on the device already, so that nothing but
 compute is timed.
 """
 
@@ -20,6 +20,7 @@ from jax import Array
 
 from kvrecomp import memory
 from kvrecomp.cache import Block, allocate_tails, describe_blocks, describe_tails, make_cache
+from kvrecomp.forward import Model, decode_step
 from kvrecomp.hardware import ATTENTION, Attention, Curve, LayerTimes, Work, attention_work, project_work
 from kvrecomp.plan import (
     BLOCKS_PER_WINDOW,
@@ -36,7 +37,6 @@ from kvrecomp.plan import (
     Workload,
 )
 from kvrecomp.programs import side_by_side
-from kvrecomp.runtime import Model, decode_step
 from kvrecomp.timing import device_timer, least_seconds, median_seconds, random, random_maker
 
 FEW_LAYERS, MORE_LAYERS = 2, 6

@@ -8,11 +8,11 @@ import re
 from typing import Any
 
 from kvrecomp.files import write_json
+from kvrecomp.forward import Model
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.plan import PlanError
 from kvrecomp.profile_layers import measure_layer
 from kvrecomp.profile_machine import measure_machine, this_machine
-from kvrecomp.runtime import Model
 
 LOG = logging.getLogger("kvrecomp")
 FORMAT = 7  # of the file, and of what its numbers mean; another one is measured anew
