@@ -120,7 +120,8 @@ class Curve:
 class LayerTimes:
     """Seconds of one layer's work in a step, by kind, in cached tokens, for one layer shape, dtype and batch.
 
-    `outside` is a step's work outside its layers, of a model with that `vocab`; None: of any.
+    `outside` is a step's work outside its layers, of a model with that `vocab`; None: of any. No more tokens were timed
+    than `positions`, where that is not None.
     """
 
     layer: LayerShape
@@ -129,6 +130,7 @@ class LayerTimes:
     work: Mapping[Work, Curve]
     outside: float = 0.0
     vocab: int | None = None
+    positions: int | None = None
 
     def __post_init__(self):
         if set(self.work) != set(WORKS):
@@ -196,6 +198,7 @@ class HardwareProfile:
                 {work: Curve(*(tuple(own["work"][work][name]) for name in ("sizes", "seconds"))) for work in WORKS},
                 own["outside"],
                 own["vocab"],
+                own["positions"],
             )
             for own in data["layers"]
         )

@@ -69,10 +69,11 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     What layers take without a block is twice what they take with one, less that with two. Timed themselves, they would
     be of other kernels: XLA fuses more there.
     """
-    own_numbers = [number for number, own in enumerate(model.shape.layers) if own == layer]
+    shape = model.shape
+    own_numbers = [number for number, own in enumerate(shape.layers) if own == layer]
     numbers = list(itertools.islice(itertools.cycle(own_numbers), MORE_LAYERS))  # again where there are fewer
     sizes: dict[tuple[Attention, Memory], list[int]] = {
-        (kind, place): block_sizes(kind, model.shape, layer, batch, longest_block(kind, place))
+        (kind, place): block_sizes(kind, shape, layer, batch, longest_block(kind, place))
         for kind in ATTENTION
         for place in MEMORIES
     }
@@ -110,7 +111,7 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
         work[project_work(kind)] = Curve.line(max(0.0, own - (prepare if kind == "absorb" else 0)))
     work |= {"prepare": Curve.line(prepare), "finish": Curve.line(finish)}
     outside = max(0.0, bare[kv] - count * dense)
-    return LayerTimes(layer, model.shape.dtype, batch, work, outside, model.shape.vocab)
+    return LayerTimes(layer, shape.dtype, batch, work, outside, shape.vocab, shape.positions)
 
 
 def longest_block(kind: Attention, place: Memory) -> int:
@@ -200,8 +201,8 @@ class _LayerBench:
                 hidden = layer(hidden, lambda x, projections, own=own: own)
             return hidden
 
-        shape = self._model.shape.layers[self._numbers[0]]
-        mixed = random((self._batch, shape.heads * shape.head_dim), jnp.dtype(self._model.shape.dtype))
+        shape, first = self._model.shape, self._model.shape.layers[self._numbers[0]]
+        mixed = random((self._batch, first.heads * first.head_dim), jnp.dtype(shape.dtype))
         token_ids = jax.device_put(np.zeros(self._batch, np.int32), memory.sharding("device"))
         program = jax.jit(finish).lower(self._weights, mixed, token_ids).compile()
 

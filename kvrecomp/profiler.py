@@ -9,30 +9,36 @@ from typing import Any
 
 from kvrecomp.files import write_json
 from kvrecomp.forward import Model
-from kvrecomp.hardware import HardwareProfile
+from kvrecomp.hardware import HardwareProfile, LayerTimes
 from kvrecomp.plan import PlanError
 from kvrecomp.profile_layers import measure_layer
 from kvrecomp.profile_machine import measure_machine, this_machine
 
 LOG = logging.getLogger("kvrecomp")
-FORMAT = 7  # of the file, and of what its numbers mean; another one is measured anew
+FORMAT = 8  # of the file, and of what its numbers mean; another one is measured anew
 
 
 def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False) -> HardwareProfile:
     """The profile of this machine, measured if it was not before or if `refresh` says so.
 
-    With a `model`, its layers are timed too at that `batch`. What was measured is kept in `profile_path()` and holds
-    for this kind and number of devices, jax version and driver; `refresh` forgets the layers timed before.
+    With a `model`, its layers are timed too at that `batch`, and again for a model of the same layers with more
+    positions. What was measured is kept in `profile_path()` and holds for this kind and number of devices, jax version
+    and driver; `refresh` forgets the layers timed before.
     """
     found = None if refresh else _read(profile_path())
     known = found or measure_machine()
     if model is not None:
         for layer in dict.fromkeys(model.shape.layers):
-            if refresh or known.times(layer, model.shape.dtype, batch) is None:
+            if refresh or not _covers(known.times(layer, model.shape.dtype, batch), model.shape.positions):
                 known = known.with_times(measure_layer(model, layer, batch))
     if known is not found:
         keep(known)
     return known
+
+
+def _covers(times: LayerTimes | None, positions: int) -> bool:
+    """Whether these are times of as many tokens as a model with so many positions caches."""
+    return times is not None and (times.positions is None or times.positions >= positions)
 
 
 def keep(measured: HardwareProfile) -> None:

@@ -86,6 +86,8 @@ def test_a_profile_survives_json():
                 batch=st.integers(1, 999),
                 work=st.fixed_dictionaries({work: curves for work in WORK}),
                 outside=st.floats(0, 1),
+                vocab=st.none() | st.integers(1, 99),
+                positions=st.none() | st.integers(1, 99),
             ),
             max_size=2,
         ).map(tuple),

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging
 import time
+import types
 
 import jax
 import numpy as np
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 import kvrecomp
 import models
-from kvrecomp import memory, profile_layers, profile_machine, profiler, timing
+from kvrecomp import cost, memory, profile_layers, profile_machine, profiler, timing
 from kvrecomp.hardware import ATTENTION, WORKS, Curve, HardwareProfile, attention_work, project_work
 from kvrecomp.plan import GIB, MEMORIES
 from kvrecomp.timing import fit_line, measured_line
@@ -116,6 +117,28 @@ def test_layers_are_timed_once_a_batch(cache, counted, monkeypatch):
         assert first.times(layer, "float32", 2) is None
     assert profiler.profile(model, batch=3) == first
     assert profiler.profile() == first  # kept with the machine
+
+
+def test_layers_are_timed_again_for_more_positions(cache, counted, known_machine, monkeypatch):
+    """As a longer cache has more tokens than were timed; fewer are covered."""
+    model, asked = toy.model(), []
+
+    def measure(model, layer, batch):
+        asked.append(model.shape.positions)
+        return estimated(known_machine, model.shape, layer, batch)
+
+    def estimated(machine, shape, layer, batch):
+        found = cost.estimate(machine, layer, 4, batch)
+        return dataclasses.replace(found, dtype=shape.dtype, vocab=shape.vocab, positions=shape.positions)
+
+    def with_positions(count):
+        return types.SimpleNamespace(shape=dataclasses.replace(model.shape, positions=count))
+
+    monkeypatch.setattr(profiler, "measure_layer", measure)
+    for positions in (101, 57, 101, 211, 101):
+        profiler.profile(with_positions(positions), batch=3)
+    kinds = len(set(model.shape.layers))
+    assert asked == [101] * kinds + [211] * kinds
 
 
 @pytest.mark.parametrize("number", range(3))

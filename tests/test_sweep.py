@@ -14,7 +14,7 @@ from experiments import sweep
 from experiments.support import one_step
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_plan
-from kvrecomp.plan import Budget
+from kvrecomp.plan import BlockSpec, Budget
 
 WORK = kvrecomp.Workload(batch=3, prompt=16, new=one_step.NEW)
 HOST = 2.0**30
@@ -63,6 +63,34 @@ def test_of_short_steps_the_least_of_three_medians_counts(model, known_machine, 
     rows = sweep.measure_workload(model, WORK, known_machine, [], HOST, quiet())
     assert measured.pop("recompute") == [0.5] and all(len(own) == 3 for own in measured.values())
     assert [row.median_ms for row in rows] == [500 if row.plan == "recompute" else 11 for row in rows]
+
+
+def test_choices_and_what_is_near_the_best_are_measured_again():
+    """In either room, and beside them what is short."""
+    seconds = {"short": 0.9 * sweep.SHORT, "best": 2.0, "near": 2.2, "far": 2.4, "slow": 9.0, "other": 8.0}
+    wanted = [(25.0, True, "far"), (25.0, False, "best"), (25.0, False, "near"), (25.0, False, "slow")]
+    wanted += [(50.0, True, "other"), (50.0, False, "slow"), (50.0, False, "lost")]
+    assert sweep.measured_again(seconds, wanted) == ["short", "best", "near", "far", "slow", "other"]
+    assert sweep.measured_again(seconds, wanted[:4]) == ["short", "best", "near", "far"]
+    assert sweep.measured_again(seconds, wanted[1:4]) == ["short", "best", "near"]
+    assert sweep.measured_again(seconds, [(None, False, key) for key in seconds]) == ["short"]
+    # Under two names in a room, once chosen.
+    assert sweep.measured_again(seconds, [*wanted[:4], (25.0, False, "far")])[-1] == "far"
+
+
+def test_plans_that_differ_in_a_window_that_holds_nothing_are_one_program(model):
+    """In two layers of three blocks of 384 bytes; a window of one of them holds the others."""
+
+    def plan(window):
+        return dataclasses.replace(named, window=window)
+
+    blocks = (BlockSpec("activations", "host", 2),) * 3
+    named = named_plan("activations", model.shape, dataclasses.replace(WORK, prompt=6), tail=one_step.NEW)
+    named = dataclasses.replace(named, layers=tuple(dataclasses.replace(own, prompt=blocks) for own in named.layers))
+    size = named.bytes_of(model.shape.layers[0], blocks[0])
+    assert sweep._key(plan(100 * size)) == sweep._key(plan(200 * size)) != sweep._key(plan(size))
+    texts = {kvrecomp.Decoder(model, plan(window * size)).text("step", 0) for window in (100, 200)}
+    assert len(texts) == 1
 
 
 def test_predictions(model, known_machine):
