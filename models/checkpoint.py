@@ -219,6 +219,8 @@ def _listed(names: list[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another package says, in one line of bearable length."""
+    """What an error of another package says, or the one that caused it, in one line of bearable length."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     text = str(error).strip().split("\n")[0].strip() or type(error).__name__
     return text if len(text) <= 200 else text[:200] + "..."

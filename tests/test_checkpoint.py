@@ -190,6 +190,9 @@ def test_ours_damaged_or_mismatched(tmp_path):
         file.write_text(json.dumps(original | change))
         fails(tmp_path / "model", message)
     file.write_text(json.dumps(original))
+    longest = max((tmp_path / "model" / "params").rglob("?" * 32), key=lambda part: part.stat().st_size)
+    longest.write_bytes(longest.read_bytes()[: longest.stat().st_size // 2])
+    fails(tmp_path / "model", r"params cannot be read \(\w+: Error reading .*layers")  # as its cause says
     for part in (tmp_path / "model" / "params").rglob("*"):
         if part.is_file() and part.stat().st_size > 1000:
             part.write_bytes(part.read_bytes()[:100])
