@@ -73,6 +73,7 @@ SPLITS_OF_ROOM: tuple[tuple[Form, Form], ...] = (
 # A machine's processor is slow for seconds at times, and launches short steps no faster than that; and so is its link.
 # Of the medians of several rounds, all such plans in each, the least counts.
 SHORT, AGAIN = 0.02, 2  # seconds; rounds after the first
+AND = " && "  # between the commands that a file is of
 NEAR = 1.15  # times as long as the best of a room: it may be as good
 
 
@@ -154,14 +155,14 @@ def run(
         gc.collect()
 
 
-def measured_before(path: str | None, about: dict[str, Any]) -> list[Measured]:
-    """What the file has already, which is to be added to.
+def measured_before(path: str | None, about: dict[str, Any]) -> tuple[list[Measured], list[str]]:
+    """What the file has already, which is to be added to, and the commands that measured it.
 
     Raises:
         ValueError: it is no results file, or of another machine, version of jax or commit.
     """
     if path is None or not Path(path).exists():
-        return []
+        return [], []
     tables.check_out(path, "chosen")
     rows = tables.read_file(path)
     for name in ("device", "driver", "jax", "commit"):
@@ -170,7 +171,7 @@ def measured_before(path: str | None, about: dict[str, Any]) -> list[Measured]:
                 f"--out: {path} was measured with {name} {others.pop()}, and this is {about[name]}: "
                 "give another file, or remove that one"
             )
-    return tables.predicted(rows)
+    return tables.predicted(rows), [command for row in rows[:1] for command in row["command"].split(AND)]
 
 
 def measure_workload(
@@ -283,10 +284,10 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)
 
 
-def document_of(rows: list[Measured], machine: HardwareProfile | None, commit: str) -> dict[str, Any]:
+def document_of(rows: list[Measured], machine: HardwareProfile | None, about: dict[str, Any]) -> dict[str, Any]:
     """What a results file has; the profile says what predictions came of."""
     profile = None if machine is None else machine.to_json()
-    return run_info(commit) | {"profile": profile, "rows": [dataclasses.asdict(row) for row in rows]}
+    return about | {"profile": profile, "rows": [dataclasses.asdict(row) for row in rows]}
 
 
 def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
@@ -306,13 +307,15 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
         rooms = script.percentages("rooms", given.rooms)
         host = given.host_memory_gib * GIB
         memory.limit_pinned(host)
-        rows = measured_before(given.out, run_info(given.commit))
+        about = run_info(given.commit)
+        rows, commands = measured_before(given.out, about)
+        about["command"] = AND.join(dict.fromkeys([*commands, about["command"]]))
         if rows:
             console.print(summary(rows))
-        document = document_of(rows, None, given.commit)
+        document = document_of(rows, None, about)
         for machine, own in run(given.models, batches, cached, rooms, given.layers, host, console, list(rows)):
             rows += own
-            document = document_of(rows, machine, given.commit)
+            document = document_of(rows, machine, about)
             if given.out:  # after every workload: what was measured is not lost with what comes after
                 write_json(given.out, document)
             console.print(summary(own))
