@@ -47,6 +47,7 @@ from kvrecomp.plan import (
     Workload,
     cut_runs,
     default_tail,
+    format_bytes,
 )
 
 WINDOWS = tuple(DEFAULT_WINDOW >> shift for shift in (0, 2, 4, 6))
@@ -186,8 +187,9 @@ def resolve_budget(budget: Budget, profile: HardwareProfile) -> Budget:
         host = float("inf") if profile.host_bytes is None else profile.host_bytes * (1 - MARGIN)
     if not LEAST_DEVICE <= device <= LARGEST_DEVICE:
         raise PlanError(
-            f"the budget is {device:.0f} bytes of device memory, {'less' if device < LEAST_DEVICE else 'more'} than "
-            "any device has: a Budget is in bytes, Budget.of_gib takes GiB"
+            f"the budget is {device:.0f} bytes ({format_bytes(device)}) of device memory, "
+            f"{'less' if device < LEAST_DEVICE else 'more'} than any device has: a Budget is in bytes, Budget.of_gib "
+            "takes GiB"
         )
     return Budget(device, host)
 
