@@ -254,7 +254,7 @@ def main(_: list[str]) -> None:
     with turns.preparing():
         model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value, sharding=sharding)
     with turns.measuring():
-        rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)), repeats=9)
+        rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)), repeats=3)
         machine = kvrecomp.profile(model if _LAYERS.value else None, batch=work.batch)
     rows, about, document = [], run_info(_COMMIT.value), {}
     decoders = []
