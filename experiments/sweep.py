@@ -73,8 +73,8 @@ SPLITS_OF_ROOM: tuple[tuple[Form, Form], ...] = (
 # A machine's processor is slow for seconds at times, and launches short steps no faster than that; and so is its link.
 # Of the medians of several rounds, all such plans in each, the least counts.
 SHORT, AGAIN = 0.02, 2  # seconds; rounds after the first
-AND = " && "  # between the commands that a file is of
 NEAR = 1.15  # times as long as the best of a room: it may be as good
+AND = " && "  # between the commands that a file is of
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------
@@ -239,7 +239,7 @@ def measured_again(
     again = {key for key, own in seconds.items() if own < SHORT}
     for room in {room for room, _, _ in wanted if room is not None}:
         own = {key: chosen for other, chosen, key in reversed(wanted) if other == room and key in seconds}
-        best = min(seconds[key] for key in own)
+        best = min((seconds[key] for key in own), default=0.0)  # none, where nothing for this room fits the host
         again |= {key for key, chosen in own.items() if chosen or seconds[key] < NEAR * best}
     return [key for key in seconds if key in again]
 

@@ -75,6 +75,7 @@ def test_choices_and_what_is_near_the_best_are_measured_again():
     assert sweep.measured_again(seconds, wanted[:4]) == ["short", "best", "near", "far"]
     assert sweep.measured_again(seconds, wanted[1:4]) == ["short", "best", "near"]
     assert sweep.measured_again(seconds, [(None, False, key) for key in seconds]) == ["short"]
+    assert sweep.measured_again(seconds, [(75.0, True, "lost")]) == ["short"]  # nothing for that room fitted
     # Under two names in a room, once chosen.
     assert sweep.measured_again(seconds, [*wanted[:4], (25.0, False, "far")])[-1] == "far"
 
