@@ -1,16 +1,19 @@
-"""Measures decode steps of a model with random weights under several plans, on one prompt length and batch.
+"""Measures decode steps of a model with random weights under several plans, on one workload or several.
 
     python experiments/benchmark.py --model=opt-6.7b --batch=32 --prompt=1024 --new=32 --plans=activations,keys_values
+    python experiments/benchmark.py --model=opt-6.7b --batch=8,32 --prompt=1024,512,128 --plans=auto
 
-Programs of all plans are compiled side by side first. Steps are those of `kvrecomp.generate`: dispatched one ahead,
-each awaited; the first (`report.WARM_UP`) do not count. Link efficiency is the bytes sent over the step's seconds, over
-the rate of whole-block copies alone in that process.
+Of several batches and prompts each is measured with each, in their order: the most bytes first, as what is pinned for
+them serves the others. Programs of all plans are compiled side by side before anything runs. Steps are those of
+`kvrecomp.generate`: dispatched one ahead, each awaited; the first (`report.WARM_UP`) do not count. Link efficiency is
+the bytes sent over the step's seconds, over the rate of whole-block copies alone in that process.
 """
 
 import contextlib
 import dataclasses
 import functools
 import gc
+import itertools
 import json
 import math
 import statistics
@@ -39,8 +42,8 @@ from kvrecomp.programs import side_by_side
 from kvrecomp.sampling import Sampling
 
 _MODEL = flags.DEFINE_string("model", "opt-125m", "Preset whose random weights are decoded with.")
-_BATCH = flags.DEFINE_integer("batch", 8, "Rows decoded together.", lower_bound=1)
-_PROMPT = flags.DEFINE_integer("prompt", 256, "Tokens in each prompt.", lower_bound=1)
+_BATCH = flags.DEFINE_list("batch", ["8"], "Rows decoded together, or several such numbers.")
+_PROMPT = flags.DEFINE_list("prompt", ["256"], "Tokens in each prompt, or several such numbers.")
 _NEW = flags.DEFINE_integer("new", 32, "New tokens per row.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", None, "Most steps to run of a plan; default: all that --new has.", lower_bound=1)
 _PLANS = flags.DEFINE_list(
@@ -226,17 +229,15 @@ def table(rows: list[Row], copy_gbps: float) -> Table:
 
 
 def main(_: list[str]) -> None:
+    works = script.workloads(_BATCH.value, _PROMPT.value, _NEW.value)
     window = None if _WINDOW.value is None else int(_WINDOW.value * MIB)
-    work = kvrecomp.Workload(_BATCH.value, _PROMPT.value, _NEW.value)
     shape = dataclasses.replace(models.preset(_MODEL.value).shape, dtype=_DTYPE.value)
     tables.check_out(_OUT.value, "link_efficiency")
     if not _PLANS.value:
         raise ValueError("--plans is empty: give one plan or more")
-    if work.new < 2:
-        raise ValueError(f"--new is {work.new}: the first token comes with the prompt; give at least 2 to time a step")
     budget = kvrecomp.Budget.of_gib(_DEVICE_GIB.value, _HOST_GIB.value)
     options = {"groups": _GROUPS.value, "order": _ORDER.value, "tail": _TAIL.value, "window": window, "budget": budget}
-    plan_for = functools.partial(kvrecomp.plan_for, workload=work, **options)
+    plan_for = functools.partial(kvrecomp.plan_for, **options)
     # Mistakes are said before the weights are made, and what is pinned is limited before there is a backend.
     asked = [(each, *within(each, budget)) for each in _PLANS.value]
     names = {"device", *(name for _, name, _ in asked)}
@@ -244,30 +245,34 @@ def main(_: list[str]) -> None:
     chosen = _WEIGHTS.value == AUTO
     if chosen and any(each != name for each, name, _ in asked):
         raise ValueError(f"--weights={AUTO} goes by --device_memory_gib: leave the GiB of {AUTO}:F out")
+    if chosen and len(works) > 1:
+        raise ValueError(f"--weights={AUTO} chooses for one workload: give one --batch and one --prompt")
     weights = named_weights("host" if chosen else _WEIGHTS.value, len(shape.layers))
-    named = [plan_for(name, shape, weights=weights) for name in (names | forms) - {AUTO}]
+    named = [plan_for(name, shape, work, weights=weights) for work in works for name in (names | forms) - {AUTO}]
     hosted = [sum(kvrecomp.memory_needed(plan)["host"].values()) for plan in named]
     memory.limit_pinned(max(_COPY_GIB.value * GIB, min(max(hosted), budget.host or math.inf)))
     if chosen:
-        weights = tuple(layer.weights for layer in plan_for(AUTO, shape).layers)
-    sharding = kvrecomp.placement(plan_for("device", shape, weights=weights))  # the same for all plans
+        weights = tuple(layer.weights for layer in plan_for(AUTO, shape, works[0]).layers)
+    sharding = kvrecomp.placement(plan_for("device", shape, works[0], weights=weights))  # the same for all plans
     with turns.preparing():
         model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value, sharding=sharding)
     with turns.measuring():
         rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)), repeats=3)
-        machine = kvrecomp.profile(model if _LAYERS.value else None, batch=work.batch)
-    rows, about, document = [], run_info(_COMMIT.value), {}
+        timed = model if _LAYERS.value else None
+        machines = {batch: kvrecomp.profile(timed, batch=batch) for batch in sorted({work.batch for work in works})}
     decoders = []
-    for each, name, own in asked:
-        plan_of = functools.partial(plan_for, name, model.shape, weights=weights, profile=machine, budget=own)
-        decoders.append((make_decoder(model, own, plan_of), each, own.device))
+    for work, (each, name, own) in itertools.product(works, asked):
+        machine = machines[work.batch]
+        plan_of = functools.partial(plan_for, name, model.shape, work, weights=weights, profile=machine, budget=own)
+        decoders.append((make_decoder(model, own, plan_of), each, own.device, machine))
     with turns.preparing():
         side_by_side(compile_first, [decoder for decoder, *_ in decoders])
+    rows, about, document = [], run_info(_COMMIT.value), {}
     while decoders:
-        decoder, each, device_budget = decoders.pop(0)
+        decoder, *given = decoders.pop(0)
         if isinstance(decoder, PlanError):
             raise decoder
-        rows.append(measure(decoder, each, device_budget, machine, rate, _SEED.value, _STEPS.value))
+        rows.append(measure(decoder, *given, rate, _SEED.value, _STEPS.value))
         del decoder
         gc.collect()  # a decoder's cache is gone before the next one's is made
         document = about | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}

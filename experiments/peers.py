@@ -2,9 +2,9 @@
 
     python experiments/peers.py --peer=huggingface_offloaded --model=opt-6.7b --batch=32 --prompt=1024 --new=32
 
-A row is one of experiments/benchmark.py, with the peer's name as its plan and null where a field has no meaning. Only
-decode steps are timed, each awaited; `report.after_warm_up` says which count, as for our own. Another program joins
-with a `peer.Peer` in `programs.PEERS`.
+A row is one of experiments/benchmark.py, with the peer's name as its plan and null where a field has no meaning; of
+several batches and prompts each is measured with each, as there. Only decode steps are timed, each awaited;
+`report.after_warm_up` says which count, as for our own. Another program joins with a `peer.Peer` in `programs.PEERS`.
 """
 
 import json
@@ -61,8 +61,8 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     """Called by the script only."""
     flags.DEFINE_enum("peer", "huggingface", list(PEERS), "The program.", flag_values=into)
     flags.DEFINE_string("model", "opt-125m", "Preset whose shape is decoded with.", flag_values=into)
-    flags.DEFINE_integer("batch", 8, "Rows decoded together.", lower_bound=1, flag_values=into)
-    flags.DEFINE_integer("prompt", 256, "Tokens in each prompt.", lower_bound=1, flag_values=into)
+    flags.DEFINE_list("batch", ["8"], "Rows decoded together, or several such numbers.", flag_values=into)
+    flags.DEFINE_list("prompt", ["256"], "Tokens in each prompt, or several such numbers.", flag_values=into)
     flags.DEFINE_integer("new", 32, "New tokens per row.", lower_bound=1, flag_values=into)
     flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.", flag_values=into)
     flags.DEFINE_integer("seed", 0, "Of weights and prompts.", flag_values=into)
@@ -72,19 +72,18 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
 
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
-    config, work = models.preset(given.model), Workload(given.batch, given.prompt, given.new)
-    if work.new < 2:
-        raise ValueError(f"--new is {work.new}: the first token comes with the prompt; give at least 2 to time a step")
+    config, works = models.preset(given.model), script.workloads(given.batch, given.prompt, given.new)
     tables.check_out(given.out)
     peer = PEERS[given.peer]
     if reason := peer.unavailable(False):
         raise ValueError(f"{given.peer}: {reason}")
+    rows, document = [], {}
     with turns.measuring():
-        steps = peer.run(config, given.dtype, work, given.seed)
-    about = run_info(given.commit, device=steps.device) | {"versions": versions()}
-    document = about | {"rows": [row_of(given.peer, config, work, steps)]}
-    if given.out:
-        write_json(given.out, document)
+        for work, steps in zip(works, peer.run(config, given.dtype, works, given.seed), strict=True):
+            rows.append(row_of(given.peer, config, work, steps))
+            document = run_info(given.commit, device=steps.device) | {"versions": versions(), "rows": rows}
+            if given.out:
+                write_json(given.out, document)  # what was measured is not lost with what comes after
     print(json.dumps(document))
 
 

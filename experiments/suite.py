@@ -4,20 +4,21 @@
     python experiments/suite.py --only=w1,w5 --peers=huggingface_offloaded
     python experiments/suite.py --workloads=mine.json --out=mine_results.json
 
-The plans of a workload are measured in a process of their own, by experiments/benchmark.py, and each peer in another,
-by experiments/peers.py. What does not fit the machine is left out, and what fails does not end the rest: the file says
-why, as `skipped` and `failed`, and a failure is the exit status. The file is written after every row: killed, the same
-command goes on. A row is measured anew for another commit, or where its own `command`, which measures it alone, would
-be another. Rows that were not asked for stay in the file, with the commit that they were measured at.
+Our plans are measured by experiments/benchmark.py, and each peer by experiments/peers.py, in processes of their own:
+one for the workloads of a model that differ in batch or prompt alone. What does not fit the machine is left out, and
+what fails does not end the rest: the file says why, as `skipped` and `failed`, and a failure is the exit status. The
+file is written after every row: killed, the same command goes on. A row is measured anew for another commit, or where
+its own `command`, which measures it alone, would be another. Rows that were not asked for stay in the file, with the
+commit that they were measured at.
 
 For a smaller machine write workloads of your own, a JSON list of objects with the fields of `workloads.Case`:
 
     [{"name": "small", "model": "opt-125m", "batch": 2, "prompt": 64, "new": 8, "plans": ["activations", "device"]}]
 """
 
+import collections
 import contextlib
 import fcntl
-import itertools
 import json
 import os
 import re
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Generator, Hashable, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class ProcessFailed(Exception):
 
 
 def run_process(tasks: Sequence[Task], commit: str, timeout: float, lock: int) -> Generator[dict[str, Any], None, None]:
-    """Measures tasks with the same settings in a process: its document, again and again, as rows join it.
+    """Measures tasks that go together in a process: its document, again and again, as rows join it.
 
     The process holds the file descriptor `lock` too, so that one that outlives this, which was killed, is waited for
     by whoever comes next. Raises `ProcessFailed`.
@@ -146,15 +147,10 @@ def to_measure(tasks: Sequence[Task], results: Results, machine: Machine, dtype:
     return left
 
 
-def _process_of(task: Task) -> tuple[Hashable, ...]:
-    """What tasks of one process have in common: a peer has a process of its own."""
-    return task.case, task.settings, task.plan if task.peer else None
-
-
 def measure(
     tasks: Sequence[Task], results: Results, console: Console, lock: int, commit: str = "", timeout: float = TIMEOUT
 ) -> None:
-    """Measures the tasks, plans of a workload with the same settings in one process, and says what came of each.
+    """Measures the tasks, in processes as `workloads.processes` has them, and says what came of each.
 
     Where a process fails, the task that it was at has failed, and those after it are tried in a new one. `lock` is what
     `alone` gives.
@@ -163,28 +159,29 @@ def measure(
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with bar:
         shown = bar.add_task("", total=len(tasks))
-        for _, group in itertools.groupby(tasks, _process_of):
-            left = list(group)
-            while left:
-                bar.update(shown, description=str(left[0]))
-                why = "its process ended without the row"
-                try:
-                    began = time.monotonic()
-                    with contextlib.closing(run_process(left, commit, timeout, lock)) as documents:
-                        for document in documents:
-                            new = results.take(left, document, time.monotonic() - began)
-                            began = time.monotonic() if new else began
-                            left = [task for task in left if task not in new]
-                            bar.update(shown, advance=len(new), description=str(left[0]) if left else "")
-                            for task, row in new.items():
-                                console.print(f"{task}: {row['median_ms']:.1f} ms a step", highlight=False)
-                except ProcessFailed as error:
-                    why = str(error)
-                if left:
-                    task = left.pop(0)
-                    results.note("failed", task, why)
-                    bar.update(shown, advance=1)
-                    console.print(f"{task}: failed: {why}", markup=False, highlight=False)
+        waiting = collections.deque(workloads.processes(tasks))
+        while waiting:
+            left = waiting.popleft()
+            bar.update(shown, description=str(left[0]))
+            why = "its process ended without the row"
+            try:
+                began = time.monotonic()
+                with contextlib.closing(run_process(left, commit, timeout, lock)) as documents:
+                    for document in documents:
+                        new = results.take(left, document, time.monotonic() - began)
+                        began = time.monotonic() if new else began
+                        left = [task for task in left if task not in new]
+                        bar.update(shown, advance=len(new), description=str(left[0]) if left else "")
+                        for task, row in new.items():
+                            console.print(f"{task}: {row['median_ms']:.1f} ms a step", highlight=False)
+            except ProcessFailed as error:
+                why = str(error)
+            if left:
+                task = left.pop(0)
+                results.note("failed", task, why)
+                bar.update(shown, advance=1)
+                console.print(f"{task}: failed: {why}", markup=False, highlight=False)
+                waiting.extendleft(reversed(workloads.processes(left)))
 
 
 @contextlib.contextmanager

@@ -92,6 +92,9 @@ def test_the_command_measures(torch, preset, tmp_path, capsys):
 def test_refusals(preset, monkeypatch):
     with pytest.raises(ValueError, match="--new is 1"):
         command("--model=tiny", "--new=1")
+    for name in ("batch", "prompt"):
+        with pytest.raises(ValueError, match=f"--{name} has '0'; expected whole numbers from 1 on"):
+            command("--model=tiny", f"--{name}=3,0")
     with pytest.raises(ValueError, match="unknown model 'small'"):
         command("--model=small")
     with pytest.raises(flags.IllegalFlagValueError):
@@ -103,9 +106,9 @@ def test_refusals(preset, monkeypatch):
 
 
 def test_another_program_joins_by_a_function(preset, monkeypatch, capsys):
-    def run(config, dtype, work, seed):
-        assert (config.name, dtype, work, seed) == ("tiny", "float16", WORK, 5)
-        return Steps("Some GPU", 1.0, [0.25] * (work.new - 1), None)
+    def run(config, dtype, works, seed):
+        assert (config.name, dtype, works, seed) == ("tiny", "float16", [WORK], 5)
+        yield Steps("Some GPU", 1.0, [0.25] * (WORK.new - 1), None)
 
     monkeypatch.setitem(PEERS, "huggingface", Peer(run, lambda gpu: None, lambda *_: {}))
     command(*SIZES, "--dtype=float16", "--seed=5")
@@ -113,13 +116,27 @@ def test_another_program_joins_by_a_function(preset, monkeypatch, capsys):
     assert document["device"] == "Some GPU" and document["rows"][0]["median_ms"] == 250.0
 
 
+def test_what_was_measured_is_not_lost_with_what_comes_after(preset, monkeypatch, tmp_path):
+    def run(config, dtype, works, seed):
+        yield Steps("Some GPU", 1.0, [0.25] * 10, None)
+        raise RuntimeError(f"no memory for {works[1]}")
+
+    monkeypatch.setitem(PEERS, "huggingface", Peer(run, lambda gpu: None, lambda *_: {}))
+    with pytest.raises(RuntimeError, match="no memory for"):
+        command("--model=tiny", "--batch=3", "--prompt=7,5", f"--out={tmp_path}/a.json")
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert (row["batch"], row["prompt"]) == (3, 7)
+
+
 # --- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_step_is_timed(torch, dtype):
-    steps = huggingface.run(TINY["llama"], dtype, WORK, 0, offloaded=False)
-    assert len(steps.seconds) == WORK.new - 1 and min(steps.seconds) > 0 and steps.prefill_seconds > 0
+    works = [WORK, Workload(batch=2, prompt=5, new=3)]
+    made = list(huggingface.run(TINY["llama"], dtype, works, 0, offloaded=False))
+    assert [len(steps.seconds) for steps in made] == [10, 2]
+    assert all(min(steps.seconds) > 0 and steps.prefill_seconds > 0 for steps in made)
 
 
 def test_texts_that_end_early_are_an_error(torch, monkeypatch):
@@ -132,7 +149,7 @@ def test_texts_that_end_early_are_an_error(torch, monkeypatch):
 
     monkeypatch.setattr(huggingface, "make_model", ending)
     with pytest.raises(RuntimeError, match="generate gave 1 tokens where 11 were asked for"):
-        huggingface.run(TINY["opt"], "float32", WORK, 0, offloaded=False)
+        list(huggingface.run(TINY["opt"], "float32", [WORK], 0, offloaded=False))
 
 
 @pytest.mark.parametrize("name", TINY)

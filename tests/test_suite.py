@@ -38,10 +38,11 @@ PLENTY = {"device": 2.0**40, "host": 2.0**40}
 HERE = Machine(ABOUT, PLENTY, PLENTY, {})
 # Writes a row for each plan. With some plans it fails, is killed, says nothing, or hangs the first time.
 BENCHMARK = """
-import json, os, pathlib, signal, sys, time
+import itertools, json, os, pathlib, signal, sys, time
 given = dict(word[2:].partition("=")[::2] for word in sys.argv[1:])
 log, rows = pathlib.Path(__file__).with_name("benchmark.log"), []
-for plan in given["plans"].split(",") if "plans" in given else [given["peer"]]:  # one peer, as peers.py has it
+plans = given["plans"].split(",") if "plans" in given else [given["peer"]]  # one peer, as peers.py has it
+for batch, prompt, plan in itertools.product(given["batch"].split(","), given["prompt"].split(","), plans):
     with log.open("a") as file:
         file.write(f"{plan} {os.getpid()}\\n")
     if plan == "split:0.1":
@@ -54,7 +55,7 @@ for plan in given["plans"].split(",") if "plans" in given else [given["peer"]]: 
     if plan == "split:0.4" and log.read_text().count(plan) == 1:
         time.sleep(float(given["new"]))
         sys.exit(1)
-    sizes = {name: given[name] if name == "model" else int(given[name]) for name in ("model", "batch", "prompt", "new")}
+    sizes = {"model": given["model"], "batch": int(batch), "prompt": int(prompt), "new": int(given["new"])}
     name = plan.partition(":")[0] if plan.startswith("auto") else plan
     rows.append({**sizes, "asked": plan, "plan": name, "median_ms": 7.0, "link_bytes": 0, "link_efficiency": None})
     beside = pathlib.Path(given["out"] + ".partial")
@@ -77,6 +78,11 @@ def log_of(program: Path) -> list[str]:
     """The plans that the program was at."""
     log = program.with_suffix(".log")
     return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def processes_of(program: Path) -> set[str]:
+    """Those that the program ran in."""
+    return {line.split()[1] for line in program.with_suffix(".log").read_text().splitlines()}
 
 
 def small(*plans, name="small", new=3, **more) -> Case:
@@ -157,7 +163,7 @@ def test_weights_do_not_fit_in_the_budgets_that_are_for_that():
 
 def test_workloads_by_name_and_by_set():
     assert [case.name for case in workloads.select(CASES, ["w5", "cached"])] == [
-        *("w1", "w5", "cached-128", "cached-512", "cached-1984")
+        *("w1", "w5", "cached-1984", "cached-512", "cached-128")
     ]
     assert workloads.select(CASES, []) == list(CASES)
     with pytest.raises(ValueError, match=r"there is no workload 'w7'; there are cached, batches, w1, kvpr, w2, w3"):
@@ -179,14 +185,13 @@ def test_a_command_measures_one_row():
         peers=["huggingface"],
         host_gib=7.5,
     )
-    sizes = "--model=opt-125m --batch=2 --prompt=5 --new=3 --dtype=bfloat16"
-    own = f"python experiments/benchmark.py {sizes} --steps=2 --host_memory_gib=7.5"
+    common, sizes = "--model=opt-125m --new=3 --dtype=bfloat16", "--batch=2 --prompt=5"
+    own = f"python experiments/benchmark.py {common} --steps=2 --host_memory_gib=7.5 {sizes}"
     assert first.command == f"{own} --plans=activations" and second.command == f"{own} --plans=split:0.5"
-    assert workloads.arguments([first, second])[-2:] == ["--host_memory_gib=7.5", "--plans=activations,split:0.5"]
-    assert peer.command == f"python experiments/peers.py {sizes} --peer=huggingface"
+    assert peer.command == f"python experiments/peers.py {common} {sizes} --peer=huggingface"
     assert [task.peer for task in (room, first, peer)] == [False, False, True]
     (alone,) = tasks_of(small("activations"))
-    assert alone.command == f"python experiments/benchmark.py {sizes} --notime_layers --plans=activations"
+    assert alone.command == f"python experiments/benchmark.py {common} --notime_layers {sizes} --plans=activations"
     # 2 rows of 5 tokens, K and V of 768 numbers of 2 bytes, in 12 layers: half of them beside what else is needed.
     given = float(room.command.partition("--plans=auto:")[2]) * GIB
     plan = named_plan("keys_values", models.preset("opt-125m").shape, kvrecomp.Workload(2, 5, 3))
@@ -194,8 +199,45 @@ def test_a_command_measures_one_row():
     assert given == pytest.approx(needed + 2 * 5 * 2 * 768 * 2 * 12 / 2, abs=GIB / 1000)
     assert str(room) == "small auto with room for 50 %" and str(first) == "small activations"
     (grouped,) = tasks_of(small("auto", weights="auto", groups=3, order="column", tail=7, steps=5, device_gib=16))
-    flags = "--steps=5 --weights=auto --groups=3 --order=column --tail=7 --device_memory_gib=16 --plans=auto"
-    assert grouped.command == f"python experiments/benchmark.py {sizes} {flags}"
+    flags = "--steps=5 --weights=auto --groups=3 --order=column --tail=7 --device_memory_gib=16"
+    assert grouped.command == f"python experiments/benchmark.py {common} {flags} {sizes} --plans=auto"
+
+
+def test_workloads_that_differ_in_rows_or_in_prompts_go_together():
+    """A process measures every plan under every batch and prompt of its command: what it is not asked for is not in
+    it, and neither is a workload twice."""
+    plans = "activations", "device"
+    more = (("b", 5, 4), ("c", 7, 4), ("d", 7, 2), ("rows", 5, 3), ("again", 5, 2))
+    first = Case("a", "opt-125m", 2, 5, 3, plans, peers=("huggingface",))
+    cases = [
+        first,
+        *(dataclasses.replace(first, name=name, prompt=prompt, batch=batch) for name, prompt, batch in more),
+        small("device", name="one plan"),
+        Case("another model", "opt-350m", 2, 11, 3, plans),
+        small(*plans, name="more tokens", new=4),
+        small(*plans, name="some steps", steps=1),
+    ]
+    made = workloads.processes(tasks_of(*cases, peers=["huggingface"]))
+    assert sorted(map(str, itertools.chain(*made))) == sorted(map(str, tasks_of(*cases, peers=["huggingface"])))
+    said = [dict(word.partition("=")[::2] for word in workloads.arguments(own) if "=" in word) for own in made]
+    sizes = [(own["--batch"], own["--prompt"], own.get("--plans", "a peer")) for own in said]
+    assert sizes[:4] == [
+        ("2,4,3", "5", "activations,device"),
+        ("2,4,3", "5", "a peer"),
+        ("4,2", "7", "activations,device"),
+        ("4,2", "7", "a peer"),
+    ]
+    assert sizes[4:6] == [("2", "5", "activations,device"), ("2", "5", "a peer")]  # again
+    assert sizes[6:] == [
+        ("2", "5", "device"),
+        ("2", "11", "activations,device"),
+        ("2", "5", "activations,device"),
+        ("2", "5", "activations,device"),
+    ]
+    for own, words in zip(made, said, strict=True):
+        asked = itertools.product(words["--batch"].split(","), words["--prompt"].split(","))
+        each = [(str(task.case.batch), str(task.case.prompt)) for task in own]
+        assert list(dict.fromkeys(each)) == list(asked)  # in the order in which they are measured
 
 
 def test_workloads_of_ones_own(tmp_path):
@@ -363,12 +405,12 @@ def test_rows_have_the_names_and_the_commands_of_their_tasks(benchmark, tmp_path
     rows = tables.read_file(tmp_path / "a.json")  # as the README does
     assert all(row["commit"] == "abc" and row["copy_gbps"] == 50.0 and row["off"] is None for row in rows)
     assert suite.show(tasks, results, out) == [] and "small device: 7.0 ms a step" in out.file.getvalue()
-    assert len({line.split()[1] for line in benchmark.with_suffix(".log").read_text().splitlines()}) == 2  # processes
+    assert len(processes_of(benchmark)) == 2
 
 
 def test_rows_that_come_together_share_what_they_took(tmp_path):
     tasks, results = tasks_of(small("activations", "device", "split:0.5")), results_at(tmp_path / "a.json")
-    rows = [{"asked": plan, "plan": plan} for plan in ("activations", "device")]
+    rows = [{"asked": plan, "plan": plan, "batch": 2, "prompt": 5} for plan in ("activations", "device")]
     assert [row["seconds"] for row in results.take(tasks, {"rows": rows}, 7.0).values()] == [3.5, 3.5]
 
 
@@ -403,6 +445,27 @@ def test_what_fails_is_not_the_end_of_the_rest(benchmark, tmp_path):
     }
     assert suite.show(tasks, results, out) == ["small split:0.1", "small split:0.2", "small split:0.3"]
     assert "failed: small split:0.1: jaxlib" in out.file.getvalue()
+
+
+def test_what_fails_is_not_the_end_of_other_workloads_of_its_process(benchmark, tmp_path):
+    cases = [
+        dataclasses.replace(small("activations", "split:0.1"), name=str(prompt), prompt=prompt) for prompt in (7, 5)
+    ]
+    tasks, results = tasks_of(*cases), results_at(tmp_path / "a.json")
+    measured(tasks, results, console())
+    assert log_of(benchmark) == ["activations", "split:0.1"] * 2 and len(processes_of(benchmark)) == 2
+    assert [results.noted("failed", task) != "" for task in tasks] == [False, True, False, True]
+
+
+def test_rows_of_several_workloads_of_a_process_are_told_apart(benchmark, tmp_path):
+    cases = [dataclasses.replace(small("activations", "device"), name=str(prompt), prompt=prompt) for prompt in (7, 5)]
+    results = results_at(tmp_path / "a.json")
+    measured(tasks_of(*cases), results, console())
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [(row["workload"], row["prompt"], row["plan"]) for row in rows] == [
+        (case.name, case.prompt, plan) for case in cases for plan in ("activations", "device")
+    ]
+    assert len(processes_of(benchmark)) == 1
 
 
 def test_a_process_that_hangs_is_ended(benchmark, tmp_path):

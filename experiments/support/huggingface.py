@@ -9,6 +9,7 @@ kernels is not, since a short run goes before. Greedy, without padding, and with
 import importlib.util
 import itertools
 import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import models
@@ -45,14 +46,23 @@ def memory_needed(shape: ModelShape, work: Workload, offloaded: bool) -> dict[Me
     return {"device": own + (3 * largest if offloaded else cached + largest), "host": cached if offloaded else 0}
 
 
-def run(config: Config, dtype: str, work: Workload, seed: int, offloaded: bool) -> Steps:
-    """Continues random prompts by `work.new` tokens; see `peer.Peer`."""
+def run(config: Config, dtype: str, works: Sequence[Workload], seed: int, offloaded: bool) -> Iterator[Steps]:
+    """Continues random prompts by `new` tokens of each workload; see `peer.Peer`."""
+    import torch
+
+    model = make_model(config, dtype, seed)
+    for work in works:
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        yield _decode(model, work, offloaded)
+
+
+def _decode(model: Any, work: Workload, offloaded: bool) -> Steps:
     import torch
     import transformers
 
     gpu = torch.cuda.is_available()
-    model = make_model(config, dtype, seed)
-    ids = torch.randint(3, config.shape.vocab, (work.batch, work.prompt), device=model.device)
+    ids = torch.randint(3, model.config.vocab_size, (work.batch, work.prompt), device=model.device)
     arrivals: list[float] = []
 
     class Clock(transformers.StoppingCriteria):

@@ -1,6 +1,6 @@
 """What a program of somebody else has to offer, to be measured beside ours: see experiments/peers.py."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -21,13 +21,14 @@ class Steps(NamedTuple):
 class Peer:
     """Another program that decodes.
 
-    `run(config, dtype, work, seed)` makes a model of that configuration with random weights and decodes random prompts.
-    It raises ValueError for a configuration that the program has no model for. `unavailable(gpu)` says why it cannot be
-    run here, or is None; `gpu` is whether it has to run on one. `memory_needed(shape, work)` is an estimate in bytes.
-    `link_bytes` is what a step sends over the link, None where that is not known.
+    `run(config, dtype, works, seed)` makes a model of that configuration with random weights, decodes random prompts of
+    one workload after the other, and yields what each took. It raises ValueError for a configuration that the program
+    has no model for. `unavailable(gpu)` says why it cannot be run here, or is None; `gpu` is whether it has to run on
+    one. `memory_needed(shape, work)` is an estimate in bytes. `link_bytes` is what a step sends over the link, None
+    where that is not known.
     """
 
-    run: Callable[[Config, str, Workload, int], Steps]
+    run: Callable[[Config, str, Sequence[Workload], int], Iterator[Steps]]
     unavailable: Callable[[bool], str | None]
     memory_needed: Callable[[ModelShape, Workload], dict[Memory, float]]
     link_bytes: int | None = None

@@ -1,12 +1,15 @@
 """How a script is started: mistakes, words that are no flags, and Ctrl-C are said in a line."""
 
 import contextlib
+import itertools
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
 from absl import app, flags
 from absl import logging as absl_logging
+
+from kvrecomp.plan import Workload
 
 # The user's: flags that there are not, a plan that does not fit, a file that is not there, a package that is not
 # installed, sizes or losses beyond floating point. PlanError, PromptError and CheckpointError are ValueErrors.
@@ -38,6 +41,18 @@ def whole_numbers(flag: str, words: Sequence[str]) -> list[int]:
     if wrong:
         raise ValueError(f"--{flag} has {wrong[0]!r}; expected whole numbers from 1 on, with commas between them")
     return [int(word) for word in words]
+
+
+def workloads(batches: Sequence[str], prompts: Sequence[str], new: int) -> list[Workload]:
+    """What is measured: every batch of --batch with every prompt of --prompt, and --new tokens.
+
+    Raises:
+        ValueError: no whole numbers, or fewer new tokens than it takes to time a step.
+    """
+    if new < 2:
+        raise ValueError(f"--new is {new}: the first token comes with the prompt; give at least 2 to time a step")
+    sizes = itertools.product(whole_numbers("batch", batches), whole_numbers("prompt", prompts))
+    return [Workload(batch, prompt, new) for batch, prompt in sizes]
 
 
 def percentages(flag: str, words: Sequence[str]) -> list[float]:

@@ -70,12 +70,12 @@ class Results:
 
         They took so many `seconds` since the rows before them, or since the process started; each has an equal share.
         """
-        measured = {row["asked"]: row for row in document["rows"]}
+        measured = {(row["asked"], row["batch"], row["prompt"]): row for row in document["rows"]}
         rate = {name: document[name] for name in ("copy_gbps",) if name in document}  # of this process
-        found = [task for task in tasks if task.asked in measured]
+        found = {task: row for task in tasks if (row := measured.get((task.asked, task.case.batch, task.case.prompt)))}
         new = {}
-        for task in found:
-            named = {"workload": task.case.name, "room": task.room} | measured[task.asked] | rate
+        for task, row in found.items():
+            named = {"workload": task.case.name, "room": task.room} | row | rate
             about = {"seconds": round(seconds / len(found), 1), "commit": self.about["commit"], "command": task.command}
             new[task] = named | about
             self._forget(task)

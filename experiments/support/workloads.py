@@ -13,11 +13,12 @@ timed there before, too.
 """
 
 import dataclasses
+import itertools
 import json
 import os
 import shlex
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -95,8 +96,8 @@ class Case:
         return Workload(self.batch, self.prompt, self.new)
 
 
-# What needs the most host memory comes first: pinning takes longer than anything else, and what is pinned for one plan
-# of a process serves the next. Of KVPR's splits, three quarters was the best of five on an H200.
+# What needs the most host memory comes first, of plans and of workloads: pinning takes longer than anything else, and
+# what is pinned for one in a process serves the next. Of KVPR's splits, three quarters was the best of five on an H200.
 HOSTED = ("keys_values", "kvpr:0.75", "activations")
 PLANS = (*HOSTED, "device")
 BOTH = ("huggingface", "huggingface_offloaded")
@@ -118,14 +119,14 @@ CASES = (
     *(
         Case(f"cached-{prompt}", "opt-6.7b", 32, prompt, NEW, PLANS, (), BOTH, quick, ("cached",), steps=SOME)
         for prompt, quick in (
-            (128, ("activations", "keys_values", *OFFLOADED)),
-            (512, ()),
             (1984, ("activations", "keys_values", *OFFLOADED)),
+            (512, ()),
+            (128, ("activations", "keys_values", *OFFLOADED)),
         )
     ),
     *(
         Case(f"batch-{batch}", "opt-6.7b", batch, 1024, NEW, HOSTED, sets=("batches",), steps=SOME)
-        for batch in (1, 8, 48)
+        for batch in (48, 8, 1)
     ),
     # 8 GiB of device memory have room for the tails of K and V, and for little else.
     *(
@@ -144,7 +145,7 @@ CASES = (
             steps=SOME,
             device_gib=8,
         )
-        for prompt in (256, 512)
+        for prompt in (512, 256)
         for order in ("column", "row")
     ),
     *(
@@ -176,7 +177,7 @@ CASES = (
         )
         for new in (32, 128)
         for size in ("6.7b", "13b")
-        for prompt in (128, 256, 512)
+        for prompt in (512, 256, 128)
         if (size, prompt, new) != ("6.7b", 512, 32)  # which is w2
     ),
 )
@@ -262,7 +263,7 @@ def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
 @dataclass(frozen=True)
 class Task:
     """A row to measure: `plan` is a plan's name or a peer's, `asked` what its script is given for it, `settings` that
-    script and its other flags.
+    script and its other flags but for batch and prompt.
     """
 
     case: Case
@@ -277,6 +278,11 @@ class Task:
         return self.settings[0] == PEER
 
     @property
+    def chosen_by(self) -> str:
+        """The flag that its script has for `asked`."""
+        return "peer" if self.peer else "plans"
+
+    @property
     def command(self) -> str:
         """What measures this row alone."""
         return shlex.join(["python", *arguments([self])])
@@ -287,23 +293,51 @@ class Task:
 
 
 def arguments(tasks: Sequence[Task]) -> list[str]:
-    """Script and flags of a process that measures tasks with the same settings."""
-    script, *rest = tasks[0].settings
-    plans = ",".join(task.asked for task in tasks)
-    return [script, *rest, f"--peer={plans}" if tasks[0].peer else f"--plans={plans}"]
+    """Script and flags of a process that measures tasks which `processes` puts together."""
+
+    def several(values: Iterable[Any]) -> str:
+        return ",".join(dict.fromkeys(map(str, values)))
+
+    batches, prompts = several(task.case.batch for task in tasks), several(task.case.prompt for task in tasks)
+    plans = several(task.asked for task in tasks)
+    return [*tasks[0].settings, f"--batch={batches}", f"--prompt={prompts}", f"--{tasks[0].chosen_by}={plans}"]
+
+
+def processes(tasks: Iterable[Task]) -> list[list[Task]]:
+    """The tasks by the process that measures them, in the order in which it does; each peer has its own.
+
+    Workloads of one model that differ in their rows alone, or in their prompts, are in one, under the same plans: it
+    makes weights and pins host memory once for all of them.
+    """
+    made: list[list[list[Task]]] = []  # of each process the tasks of each workload
+    for _, group in itertools.groupby(tasks, lambda task: (task.case, task.settings, task.peer and task.asked)):
+        own = list(group)
+        fitting = [others for others in made if _one_command([*others, own])]
+        if fitting:
+            fitting[0].append(own)
+        else:
+            made.append([own])
+    return [[task for own in each for task in own] for each in made]
+
+
+def _one_command(of_each: Sequence[Sequence[Task]]) -> bool:
+    """Whether one command measures these tasks of each workload, and nothing else."""
+    cases = [tasks[0].case for tasks in of_each]
+    alike = {(tasks[0].settings, tuple(task.asked for task in tasks)) for tasks in of_each}
+    batches, prompts = {case.batch for case in cases}, {case.prompt for case in cases}
+    return len(alike) == 1 and len(batches) * len(prompts) == len(cases)
 
 
 def make_tasks(
     cases: Sequence[Case], peers: Sequence[str], quick: bool, dtype: str, host_gib: float | None
 ) -> list[Task]:
-    """The rows of the workloads; those with the same settings come one after the other."""
+    """The rows of the workloads, in their order."""
     tasks = [task for case in cases for task in _tasks_of(case, peers, dtype, host_gib)]
     return [task for task in tasks if not quick or task.plan in task.case.quick]
 
 
 def _tasks_of(case: Case, peers: Sequence[str], dtype: str, host_gib: float | None) -> Iterator[Task]:
-    sizes = [f"--model={case.model}", f"--batch={case.batch}", f"--prompt={case.prompt}", f"--new={case.new}"]
-    common = [*sizes, f"--dtype={dtype}"]
+    common = [f"--model={case.model}", f"--new={case.new}", f"--dtype={dtype}"]
     own = [BENCHMARK, *common, *([] if case.steps is None else [f"--steps={case.steps}"])]
     own += [] if host_gib is None else [f"--host_memory_gib={host_gib:g}"]
     own += [] if case.weights == "device" else [f"--weights={case.weights}"]
