@@ -206,11 +206,12 @@ def draw_choices(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     plots.check_path(path)
     from matplotlib.ticker import MaxNLocator
 
-    said, found = regret(rows).partition(";")[0], choices(rows)
+    said = regret(rows).partition(";")[0].replace(" than", "\nthan", 1)  # a line is as wide as the picture
+    found = choices(rows)
     names = list(dict.fromkeys(described(choice.chosen) for choice in found))
     rooms = sorted({choice.chosen.room or 0.0 for choice in found})
     figure = plots.figure()
-    figure.set_figheight(1.6 + 0.3 * len(names))
+    figure.set_figheight(1.8 + 0.3 * len(names))
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     _bands(axes.axvspan, axes.axvline)
