@@ -1,12 +1,12 @@
 """Measures decode steps of a model with random weights under several plans, on one workload or several.
 
     python experiments/benchmark.py --model=opt-6.7b --batch=32 --prompt=1024 --new=32 --plans=activations,keys_values
-    python experiments/benchmark.py --model=opt-6.7b --batch=8,32 --prompt=1024,512,128 --plans=auto
+    python experiments/benchmark.py --model=opt-6.7b --batch=32,8 --prompt=1024,512,128 --plans=auto
 
-Of several batches and prompts each is measured with each, in their order: the most bytes first, as what is pinned for
-them serves the others. Programs of all plans are compiled side by side before anything runs. Steps are those of
-`kvrecomp.generate`: dispatched one ahead, each awaited; the first (`report.WARM_UP`) do not count. Link efficiency is
-the bytes sent over the step's seconds, over the rate of whole-block copies alone in that process.
+Of several batches and prompts each is measured with each, in their order. Give the largest first: host memory that is
+pinned for them serves the others. Programs of all plans are compiled side by side before anything runs. Steps are those
+of `kvrecomp.generate`: dispatched one ahead, each awaited; the first (`report.WARM_UP`) do not count. Link efficiency
+is the bytes sent over the step's seconds, over the rate of whole-block copies alone in that process.
 """
 
 import contextlib

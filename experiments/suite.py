@@ -38,6 +38,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from experiments.support import script, tables, workloads
 from experiments.support.machine import Machine, look
+from experiments.support.own_workloads import read_cases
 from experiments.support.programs import PEERS
 from experiments.support.report import command
 from experiments.support.suite_results import Results
@@ -61,7 +62,7 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_string("out", None, "The results file; default: with ours, by the device.", flag_values=into)
     flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of all.", flag_values=into)
     flags.DEFINE_float("host_memory_gib", None, "Host memory to use; default: what is free.", flag_values=into)
-    flags.DEFINE_float("timeout_s", TIMEOUT, "Most seconds of a process.", lower_bound=1, flag_values=into)
+    flags.DEFINE_float("timeout_s", TIMEOUT, "Most seconds from row to row.", lower_bound=1, flag_values=into)
     flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)
 
 
@@ -73,7 +74,9 @@ class ProcessFailed(Exception):
 
 
 def run_process(tasks: Sequence[Task], commit: str, timeout: float, lock: int) -> Generator[dict[str, Any], None, None]:
-    """Measures tasks that go together in a process: its document, again and again, as rows join it.
+    """Measures tasks that go together in a process: its document, whenever rows have joined it.
+
+    A process that writes no row for `timeout` seconds is ended.
 
     The process holds the file descriptor `lock` too, so that one that outlives this, which was killed, is waited for
     by whoever comes next. Raises `ProcessFailed`.
@@ -86,15 +89,17 @@ def run_process(tasks: Sequence[Task], commit: str, timeout: float, lock: int) -
         with errors.open("wb") as stream:
             process = subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=stream, **told)
             with _ended(process):
-                end, running = time.monotonic() + timeout, True
+                end, running, read = time.monotonic() + timeout, True, ""
                 while running:
                     with contextlib.suppress(subprocess.TimeoutExpired):
                         process.wait(POLL_SECONDS)
                     running = process.poll() is None  # before its last rows are read
-                    if out.exists():
-                        yield json.loads(out.read_text(encoding="utf-8"))  # written in one piece
+                    text = out.read_text(encoding="utf-8") if out.exists() else ""  # written in one piece
+                    if text != read:
+                        yield json.loads(text)
+                        end, read = time.monotonic() + timeout, text
                     if running and time.monotonic() > end:
-                        raise ProcessFailed(f"not done after {timeout:g} s (--timeout_s)")
+                        raise ProcessFailed(f"no row in {timeout:g} s (--timeout_s)")
         if process.returncode:
             raise ProcessFailed(reason(errors.read_text(errors="replace"), process.returncode))
 
@@ -233,7 +238,7 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     console = Console(width=None if sys.stdout.isatty() else 150)
     if unknown := [name for name in given.peers if name not in PEERS]:
         raise ValueError(f"--peers: there is no peer {unknown[0]!r}; there are {', '.join(PEERS)}")
-    cases = workloads.select(workloads.read_cases(given.workloads) if given.workloads else CASES, given.only)
+    cases = workloads.select(read_cases(given.workloads) if given.workloads else CASES, given.only)
     tasks = workloads.make_tasks(cases, given.peers, given.quick, given.dtype, given.host_memory_gib)
     if not tasks:
         raise ValueError("--quick leaves nothing of --only: ask for other workloads, or leave one of the flags out")

@@ -26,6 +26,7 @@ import models
 from experiments import suite
 from experiments.support import machine, paper, tables, workloads
 from experiments.support.machine import Machine
+from experiments.support.own_workloads import read_cases
 from experiments.support.programs import PEERS
 from experiments.support.suite_results import Results
 from experiments.support.workloads import CASES, Case
@@ -87,6 +88,11 @@ def processes_of(program: Path) -> set[str]:
 
 def small(*plans, name="small", new=3, **more) -> Case:
     return Case(name, "opt-125m", 2, 5, new, plans, **more)
+
+
+def with_prompts(case: Case, *prompts: int) -> list[Case]:
+    """The workload with other prompts, of which each has the name."""
+    return [dataclasses.replace(case, name=str(prompt), prompt=prompt) for prompt in prompts]
 
 
 def tasks_of(*cases, peers=(), quick=False, host_gib=None):
@@ -243,7 +249,7 @@ def test_workloads_that_differ_in_rows_or_in_prompts_go_together():
 def test_workloads_of_ones_own(tmp_path):
     path = tmp_path / "mine.json"
     path.write_text(json.dumps([{"name": "a", "model": "opt-125m", "batch": 2, "prompt": 5, "plans": ["device"]}]))
-    assert workloads.read_cases(path) == (Case("a", "opt-125m", 2, 5, 32, ("device",)),)
+    assert read_cases(path) == (Case("a", "opt-125m", 2, 5, 32, ("device",)),)
 
 
 @pytest.mark.parametrize(
@@ -277,17 +283,17 @@ def test_mistakes_in_workloads_of_ones_own(tmp_path, given, message):
     fine = {"name": "a", "model": "opt-125m", "batch": 2, "prompt": 5, "plans": ["device"]}
     path.write_text(json.dumps([fine | given]))
     with pytest.raises(ValueError, match=message):
-        workloads.read_cases(path)
+        read_cases(path)
     for missing in ("name", "model", "batch", "prompt"):
         path.write_text(json.dumps([{name: value for name, value in fine.items() if name != missing}]))
         with pytest.raises(ValueError, match=f"mine.json: a.* has no {missing}; expected"):
-            workloads.read_cases(path)
+            read_cases(path)
     path.write_text(json.dumps(["a"]))
     with pytest.raises(ValueError, match="'a' is no object"):
-        workloads.read_cases(path)
+        read_cases(path)
     path.write_text(json.dumps([fine, fine]))
     with pytest.raises(ValueError, match="has two workloads 'a'"):
-        workloads.read_cases(path)
+        read_cases(path)
 
 
 # --- what fits --------------------------------------------------------------------------------------------------------
@@ -448,9 +454,7 @@ def test_what_fails_is_not_the_end_of_the_rest(benchmark, tmp_path):
 
 
 def test_what_fails_is_not_the_end_of_other_workloads_of_its_process(benchmark, tmp_path):
-    cases = [
-        dataclasses.replace(small("activations", "split:0.1"), name=str(prompt), prompt=prompt) for prompt in (7, 5)
-    ]
+    cases = with_prompts(small("activations", "split:0.1"), 7, 5)
     tasks, results = tasks_of(*cases), results_at(tmp_path / "a.json")
     measured(tasks, results, console())
     assert log_of(benchmark) == ["activations", "split:0.1"] * 2 and len(processes_of(benchmark)) == 2
@@ -458,7 +462,7 @@ def test_what_fails_is_not_the_end_of_other_workloads_of_its_process(benchmark, 
 
 
 def test_rows_of_several_workloads_of_a_process_are_told_apart(benchmark, tmp_path):
-    cases = [dataclasses.replace(small("activations", "device"), name=str(prompt), prompt=prompt) for prompt in (7, 5)]
+    cases = with_prompts(small("activations", "device"), 7, 5)
     results = results_at(tmp_path / "a.json")
     measured(tasks_of(*cases), results, console())
     rows = json.loads((tmp_path / "a.json").read_text())["rows"]
@@ -471,8 +475,16 @@ def test_rows_of_several_workloads_of_a_process_are_told_apart(benchmark, tmp_pa
 def test_a_process_that_hangs_is_ended(benchmark, tmp_path):
     tasks, results = tasks_of(small("split:0.4", new=600)), results_at(tmp_path / "a.json")
     measured(tasks, results, console(), timeout=0.5)
-    assert results.noted("failed", tasks[0]) == "not done after 0.5 s (--timeout_s)"
+    assert results.noted("failed", tasks[0]) == "no row in 0.5 s (--timeout_s)"
     assert not running(benchmark)
+
+
+def test_a_process_may_take_its_time_for_every_row(benchmark, tmp_path):
+    slow = benchmark.read_text().replace("    with log.open", "    time.sleep(1.2)\n    with log.open")
+    benchmark.write_text(slow)
+    tasks, results = tasks_of(small("activations", "device", "split:0.5")), results_at(tmp_path / "a.json")
+    measured(tasks, results, console(), timeout=3)
+    assert all(results.row(task) for task in tasks) and len(processes_of(benchmark)) == 1
 
 
 def test_a_process_does_not_outlive_an_interrupted_suite(benchmark, tmp_path, monkeypatch):
@@ -525,6 +537,7 @@ from absl import flags
 from experiments import suite
 from experiments.support import workloads
 from experiments.support.machine import Machine
+from experiments.support.own_workloads import read_cases
 workloads.BENCHMARK, about, *words = sys.argv[1:]
 plenty = {"device": 2.0**40, "host": 2.0**40}
 suite.look = lambda *_: Machine(eval(about), plenty, plenty, {})
@@ -639,7 +652,8 @@ def test_results_of_a_device_have_its_name(benchmark, command, tmp_path, monkeyp
 
 
 def test_with_the_benchmark_itself(tmp_path, monkeypatch):
-    """A toy model on this machine, in the process that the suite starts, with its row as the README reads it."""
+    """A toy model on this machine, with two prompts in the process that the suite starts, and rows as the README reads
+    them."""
     program = tmp_path / "benchmark.py"
     program.write_text(
         f"import runpy, sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
@@ -655,11 +669,15 @@ def test_with_the_benchmark_itself(tmp_path, monkeypatch):
     monkeypatch.setattr(workloads, "BENCHMARK", str(program))
     monkeypatch.setitem(models.PRESETS, "toy", toy.OPT)
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-    tasks = workloads.make_tasks([Case("toy", "toy", 3, 11, 7, ("keys_values",))], [], False, "float32", 1.0)
+    cases = with_prompts(Case("toy", "toy", 3, 11, 7, ("keys_values",)), 11, 5)
+    tasks = workloads.make_tasks(cases, [], False, "float32", 1.0)
     results, out = results_at(tmp_path / "a.json"), console()
     measured(tasks, results, out)
     assert suite.show(tasks, results, out) == []
-    (row,) = tables.read_file(tmp_path / "a.json")
-    assert (row["plan"], row["link_bytes"], row["copy_gbps"]) == ("keys_values", 11 * 3 * 42 * 4, 5.0)
+    rows = tables.read_file(tmp_path / "a.json")
+    assert [(row["workload"], row["prompt"]) for row in rows] == [("11", 11), ("5", 5)]
+    for row in rows:
+        expected = ("keys_values", row["prompt"] * 3 * 42 * 4, 5.0)
+        assert (row["plan"], row["link_bytes"], row["copy_gbps"]) == expected
+        assert len(row["step_ms"]) == 6 and row["off"] is not None
     assert (tmp_path / "limit").read_text() == f"{2.0 * GIB} False"  # for the rate of copies; what is cached is less
-    assert len(row["step_ms"]) == 6 and row["off"] is not None

@@ -58,6 +58,7 @@ def run(config: Config, dtype: str, works: Sequence[Workload], seed: int, offloa
 
 
 def _decode(model: Any, work: Workload, offloaded: bool) -> Steps:
+    """One workload."""
     import torch
     import transformers
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import re
+import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ KINDS = {
     "auto": ("auto", "x", "#cc79a7"),
     "": ("two forms, by room", "p", "#707070"),  # "activations here, keys_values there", and whatever comes later
 }
+WIDTH_OF_A_TITLE = 70  # characters
 ROOMS = (("o", "#000000"), ("s", "#0072b2"), ("^", "#e69f00"), ("D", "#56b4e9"), ("v", "#8c2d04"), ("P", "#009e73"))
 
 
@@ -206,7 +208,7 @@ def draw_choices(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     plots.check_path(path)
     from matplotlib.ticker import MaxNLocator
 
-    said = regret(rows).partition(";")[0].replace(" than", "\nthan", 1)  # a line is as wide as the picture
+    said = textwrap.fill(regret(rows).partition(";")[0], WIDTH_OF_A_TITLE)
     found = choices(rows)
     names = list(dict.fromkeys(described(choice.chosen) for choice in found))
     rooms = sorted({choice.chosen.room or 0.0 for choice in found})
