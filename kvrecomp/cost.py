@@ -4,12 +4,13 @@ A step is a list of tasks in the order of compute, each of which computes or awa
 after the other, each held until an earlier task has ended (`hold`). With c seconds of a copy and g of compute,
 
     awaiting:   copied_i = max(copied_{i-1}, ended_{hold_i} + d) + c_i
-                ended_i = max(computed_{i-1}, copied_i)       computed_i = max(computed_{i-1}, copied_i + d)
+                ended_i = max(computed_{i-1}, copied_i)       computed_i = ended_i + d
     computing:  ended_i = computed_i = computed_{i-1} + g_i
 
-where d is the time of a handoff: from link or compute to the link, and from the link to compute. Seconds of compute
-come from times measured on the machine for the layer, dtype and batch at hand or, where there are none, from
-`estimate`. `kvpr_seconds` is KVPR's own formula and `sum_seconds` the plain sum, for comparison.
+where d is the time of a handoff: from link or compute to the link, and from the link to compute, which takes it where
+the copy is there before, too: awaiting one ends a CUDA graph. Seconds of compute come from times measured on the
+machine for the layer, dtype and batch at hand or, where there are none, from `estimate`. `kvpr_seconds` is KVPR's own
+formula and `sum_seconds` the plain sum, for comparison.
 """
 
 import collections
@@ -283,8 +284,7 @@ def _pipeline(table: WorkTable, link: Array, tasks: Tasks) -> StepCost:
         held = jnp.where(hold < 0, 0.0, ends[hold] + link[2])
         copied = jnp.where(has_copy, jnp.maximum(copied, held) + copy, copied)
         ended = jnp.where(has_copy, jnp.maximum(computed, copied), computed + compute)
-        computed = jnp.where(has_copy, jnp.maximum(computed, copied + link[2]), ended)
-        return (copied, computed, ends.at[number].set(ended)), None
+        return (copied, ended + jnp.where(has_copy, link[2], 0.0), ends.at[number].set(ended)), None
 
     count = tasks.work.shape[0]
     xs = (jnp.arange(count), computing, copying, tasks.hold, tasks.copies > 0)

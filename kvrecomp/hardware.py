@@ -144,8 +144,9 @@ class HardwareProfile:
 
     `to_device` and `to_host` are copies of one array over the link, by bytes, one after the other. `beside_compute` is
     the rate of those to the device while it computes; `handoff_seconds` pass before a copy starts that waited for
-    compute or another copy, and before compute starts that waited for a copy. `kernel_seconds` is what one more small
-    kernel adds to a program. `host_bytes` None: as much as is asked for. `source` says where the numbers are from.
+    compute or another copy, and before compute goes on that awaits a copy, even one that has arrived. `kernel_seconds`
+    is what one more small kernel adds to a program. `host_bytes` None: as much as is asked for. `source` says where the
+    numbers are from.
     """
 
     device: str

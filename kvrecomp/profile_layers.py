@@ -42,6 +42,8 @@ from kvrecomp.timing import device_timer, least_seconds, median_seconds, random,
 FEW_LAYERS, MORE_LAYERS = 2, 6
 ATTENDING_LAYERS = 4  # fewer are compiled sooner
 SIZES, RATIO = 4, 4  # of blocks, each so many times as long as the one before
+# K and V of more tokens are recomputed by other kernels, which may be half as fast a token.
+RECOMPUTED_SIZES, RECOMPUTED_RATIO = 5, 2
 WHOLE = 8  # quarters of the window: 2 GiB, which is 4096 tokens' activations of 32 rows of OPT-13B, and some
 TAIL = 32  # tokens: XLA fuses the scores of very few with others', and computes them many times
 STEPS = 10  # at most, dispatched one after the other
@@ -62,9 +64,9 @@ class _Run(NamedTuple):
 
 
 def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
-    """Seconds of the layers of that shape in a step: with a block of four sizes in each form and memory; with two from
-    the host; and with activations that are absorbed beside a tail of keys and values. What layers do after attention
-    is timed alone.
+    """Seconds of the layers of that shape in a step: with a block of several sizes in each form and memory; with two
+    from the host; and with activations that are absorbed beside a tail of keys and values. What layers do after
+    attention is timed alone.
 
     What layers take without a block is twice what they take with one, less that with two. Timed themselves, they would
     be of other kernels: XLA fuses more there.
@@ -131,7 +133,8 @@ def block_sizes(kind: Attention, shape: ModelShape, layer: LayerShape, batch: in
     than the positions and `longest` bytes."""
     row_bytes = batch * layer.width("keys_values" if kind == "keys_values" else "activations") * shape.itemsize
     most = max(1, min(shape.positions, longest // row_bytes)).bit_length() - 1
-    return sorted({max(1, 2**most // RATIO**part) for part in range(SIZES)})
+    count, ratio = (RECOMPUTED_SIZES, RECOMPUTED_RATIO) if kind == "recompute" else (SIZES, RATIO)
+    return sorted({max(1, 2**most // ratio**part) for part in range(count)})
 
 
 def curve_through(sizes: Sequence[int], seconds: Sequence[float]) -> Curve:

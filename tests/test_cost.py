@@ -75,11 +75,11 @@ def simulate(computing, copying, hold, handoff=0.0):
     """Seconds of a step by events. `copying` is None for a task that computes; the others await a copy of their own.
 
     Two units: the link takes copies in order, each once the task that holds it has ended; the device takes tasks in
-    order, and goes on from one that awaits a copy when it has arrived. Either learns of the other's end, and the link
-    of its own, a handoff later. A task that awaits a copy has ended when that is there and the tasks before are done.
+    order, and goes on from one that awaits a copy a handoff after that is there and the tasks before are done, when the
+    task has ended. The link learns of an end a handoff later.
     """
     copies = [task for task, seconds in enumerate(copying) if seconds is not None]
-    copied, arrived, done, told, ended = set(), set(), {-1}, set(), {-1}  # `ended` is what the link knows of
+    copied, done, told, ended = set(), {-1}, set(), {-1}  # `ended` is what the link knows of
     waiting = {"link": copies, "device": list(range(len(computing)))}
     events, now, last = [], 0.0, 0.0  # (time, what happens, task)
     busy = set()
@@ -90,10 +90,11 @@ def simulate(computing, copying, hold, handoff=0.0):
             heapq.heappush(events, (now + copying[task], "copied", task))
         if "device" not in busy and waiting["device"]:
             task = waiting["device"][0]
-            if copying[task] is None or task in arrived:
+            if copying[task] is None or task in copied:
                 waiting["device"].pop(0)
                 busy.add("device")
-                heapq.heappush(events, (now + (computing[task] if copying[task] is None else 0.0), "computed", task))
+                taken = computing[task] if copying[task] is None else handoff
+                heapq.heappush(events, (now + taken, "computed", task))
         for task in range(len(computing)):
             if task not in told and task - 1 in done and task in (done if copying[task] is None else copied):
                 told.add(task)
@@ -104,13 +105,12 @@ def simulate(computing, copying, hold, handoff=0.0):
         if what == "copied":
             busy.remove("link")
             copied.add(task)
-            heapq.heappush(events, (now + handoff, "arrived", task))
         elif what == "computed":
             busy.remove("device")
             done.add(task)
             last = now
         else:
-            (arrived if what == "arrived" else ended).add(task)
+            ended.add(task)
 
 
 seconds_of = st.sampled_from([0.0, 1e-5, 3e-4, 7e-3]) | st.floats(1e-6, 1e-2)
@@ -200,7 +200,9 @@ def test_the_event_simulation_by_hand():
     assert simulate(computing, copying, [-1, -1, 1, -1]) == 5 + 2 + 7 + 3
     assert simulate(computing, copying, [-1, -1, 0, -1]) == simulate(computing, copying, [-1] * 4) == 5 + 7 + 3
     assert simulate([9.0, *computing[2:]], [None, *copying[2:]], [-1] * 3) == 9 + 3
-    # With a handoff of a half: before either task, and before the second copy, unless it waited for nothing.
+    # With a handoff of a half: before either task that uses a copy, even one that is there already, and before the
+    # second copy, unless it waited for nothing.
+    assert simulate([9.0, *computing[2:]], [None, *copying[2:]], [-1] * 3, 0.5) == 9 + 0.5 + 3
     assert simulate(computing, copying, [-1, -1, 1, -1], 0.5) == 5 + 0.5 + 2 + 0.5 + 7 + 0.5 + 3
     assert simulate(computing, copying, [-1, -1, 0, -1], 0.5) == 5 + 0.5 + 7 + 0.5 + 3
     assert simulate(computing, copying, [-1, -1, -1, -1], 0.5) == 5 + 7 + 0.5 + 3
