@@ -54,6 +54,10 @@ GIB = 2**30
 DEFAULT_WINDOW = GIB
 TAIL_BYTES = 2 * GIB
 BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
+# Tokens of a block are a multiple of this where they can be. On an H100 a layer of Llama-2-7B with 32 rows takes 1.2 ms
+# with 480 activations, 2.4 with 481 or 496 and 1.3 with 512, absorbed; with keys and values a tenth longer.
+ALIGNED = 32
+LEAST_ALIGNED = 8 * ALIGNED  # of fewer tokens in all, an eighth is too coarse
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -424,20 +428,28 @@ class Plan:
         return console.export_text().rstrip()
 
 
+def aligned(tokens: int, of: int) -> int:
+    """So many tokens `of` a run, or a few less: a multiple of ALIGNED. Exactly so many where they are all of the run,
+    or where it is short, in which a few matter."""
+    return tokens if tokens >= of or of < LEAST_ALIGNED else tokens - tokens % ALIGNED
+
+
 def cut_runs(
     runs: Sequence[tuple[Form, Memory, int]], layer: LayerShape, shape: ModelShape, workload: Workload, most_bytes: int
 ) -> tuple[BlockSpec, ...]:
     """Runs of (form, memory, tokens) as blocks: one on the device; on the host several of at most `most_bytes`, equal
-    within one token. Runs of no tokens are left out."""
+    within ALIGNED tokens, all but the last a multiple of it. Runs of no tokens are left out."""
     blocks = []
     for form, memory, tokens in runs:
         token_bytes = workload.batch * layer.width(form) * shape.itemsize
-        largest = max(1, most_bytes // token_bytes)
-        count = min(tokens, 1) if memory == "device" else -(-tokens // largest)
-        if tokens:
-            shorter = BlockSpec(form, memory, max(1, tokens // count))
-            longer = BlockSpec(form, memory, -(-tokens // count))
-            blocks += [longer] * (tokens % count) + [shorter] * (count - tokens % count)
+        largest = tokens if memory == "device" else max(1, most_bytes // token_bytes)
+        unit = ALIGNED if largest >= ALIGNED else 1
+        units = -(-tokens // unit)
+        count = -(-units // max(1, largest // unit))
+        for number in range(count):
+            own = unit * (units // count + (number < units % count))
+            blocks.append(BlockSpec(form, memory, min(own, tokens)))
+            tokens -= own
     return tuple(blocks)
 
 

@@ -45,6 +45,7 @@ from kvrecomp.plan import (
     Plan,
     PlanError,
     Workload,
+    aligned,
     cut_runs,
     default_tail,
     format_bytes,
@@ -431,9 +432,10 @@ class _Builder:
             pairs = prompt
         else:  # as many as leave room for the others in the smaller form
             pairs = max(0, int((for_prompt - prompt * small) / (pair - small))) if pair > small else 0
-        rest = min(prompt - pairs, int((for_prompt - pairs * pair) / small))
+        pairs = aligned(pairs, of=prompt)
+        rest = aligned(min(prompt - pairs, int((for_prompt - pairs * pair) / small)), of=prompt - pairs)
         behind = prompt - pairs - rest
-        sent = round(settings.activations * behind)
+        sent = aligned(round(settings.activations * behind), of=behind)
         here = {"keys_values": pairs, "activations": 0}
         here[smaller] += rest
         blocks = (
@@ -456,8 +458,9 @@ class _Builder:
 
 
 def _mix(some: Sequence[BlockSpec], others: Sequence[BlockSpec]) -> list[BlockSpec]:
-    """Both in turns: one kind is long to copy and the other long to compute with, so that each runs under the other."""
-    turns = [((number + 0.5) / len(own), block) for own in (some, others) for number, block in enumerate(own)]
+    """Both in turns: of one kind copies are long and of the other compute is, so that each runs under the other. Of
+    two that are due at once the first is one of `some`."""
+    turns = [(number / len(own), block) for own in (some, others) for number, block in enumerate(own)]
     return [block for _, block in sorted(turns, key=lambda turn: turn[0])]
 
 

@@ -268,11 +268,14 @@ def test_runs_are_cut_evenly_into_as_few_blocks_as_the_largest_allows(tokens, fo
         own = []
         while sum(own) < count:
             own.append(rest.pop(0).tokens)
-        assert sum(own) == count and max(own) - min(own) <= 1
+        unit = 32 if 32 * token_bytes <= largest else 1
+        whole = [*own[:-1], own[-1] + -own[-1] % unit]  # but for what the last one lacks
+        assert sum(own) == count and max(whole) - min(whole) <= unit
+        assert not any(tokens % unit for tokens in whole)
         assert max(own) == 1 or max(own) * token_bytes <= largest
         # No more blocks than it takes: with one less, the largest would be too large.
         fewer = len(own) - 1
-        assert not fewer or -(-count // fewer) * token_bytes > largest
+        assert not fewer or -(-sum(whole) // unit // fewer) * unit * token_bytes > largest
     assert not rest and {(spec.form, spec.memory) for spec in blocks} == {(form, "host")}
 
 
