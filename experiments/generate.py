@@ -200,7 +200,7 @@ def check_logits(
             misfit = misfit or str(error)
     else:
         return Check(names[0], None, tolerance, misfit or "")
-    prompt, new = np.split(result.sequences, [plan.workload.prompt], axis=1)
+    prompt, new = np.split(result.sequences, [mask.shape[1]], axis=1)
     caches, logits = zip(*(decoder.prefill(*part) for part in split_groups(prompt, mask, other)))
     differences = [_difference(logits, given[0])]
     for tokens, expected in zip(new.T, given[1:]):
@@ -299,7 +299,7 @@ def continue_given(given: flags.FlagValues, budget: kvrecomp.Budget) -> Run:
     workload = kvrecomp.Workload(len(prompts), encode(tokenizer, prompts)[0].shape[1], given.max_new_tokens)
     window = None if given.window_mib is None else int(given.window_mib * MIB)
     options = {"budget": budget, "groups": None, "tail": given.tail, "window": window}
-    plan = kvrecomp.plan_for(given.plan, shape, workload, **options)
+    plan = kvrecomp.plan_for(given.plan, shape, workload.padded(shape.positions), **options)
     check_within(plan, limits(budget))  # before the weights are read or made
     return continue_prompts(
         source.load(plan),

@@ -79,9 +79,10 @@ def generate(
     """Continues prompts int[batch, prompt], left-padded where `attention_mask` is 0, by up to `max_new_tokens`.
 
     `plan` is a `Plan` or the name of one: `auto`, the fastest on this machine within `budget`, which may decode the
-    rows in groups, or one of `kvrecomp.named_plan`. `profile` describes this machine, which is measured if it never
-    was. `row_ids` int[batch] name the rows when sampling, by default 0, 1, ...: a row that keeps its id keeps its text
-    in any batch.
+    rows in groups, or one of `kvrecomp.named_plan`. Prompts shorter than the plan's are padded on the left: by up to 31
+    tokens where a name is given, as kernels are faster for multiples of 32. `profile` describes this machine, which is
+    measured if it never was. `row_ids` int[batch] name the rows when sampling, by default 0, 1, ...: a row that keeps
+    its id keeps its text in any batch.
 
     Raises `PromptError` for prompts that cannot be decoded, `PlanError` for a plan that does not fit or a profile of
     another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN.
@@ -89,7 +90,7 @@ def generate(
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
     batch, prompt = as_ids(input_ids).shape
     if isinstance(plan, str):
-        work = Workload(batch, prompt, max_new_tokens)
+        work = Workload(batch, prompt, max_new_tokens).padded(model.shape.positions)
         placed = weight_memories(model)
         plan = plan_for(plan, model.shape, work, budget=budget, profile=profile, weights=placed, groups=None)
     decoder = Decoder(model, plan, budget=budget)

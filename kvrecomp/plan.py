@@ -189,6 +189,13 @@ class Workload:
     def __str__(self) -> str:
         return f"batch {self.batch}, prompt {self.prompt}, {self.new} new"
 
+    def padded(self, positions: int) -> "Workload":
+        """The workload with prompts of a multiple of ALIGNED tokens, if a model's `positions` are enough; short ones
+        stay as they are."""
+        prompt = self.prompt + -self.prompt % ALIGNED
+        fits = self.prompt >= LEAST_ALIGNED and prompt + self.new <= positions
+        return dataclasses.replace(self, prompt=prompt) if fits else self
+
 
 @dataclass(frozen=True)
 class Budget:

@@ -36,21 +36,30 @@ def as_row_ids(row_ids: Any, batch: int) -> np.ndarray:
     return ids.astype(np.uint32)
 
 
-def split_groups(input_ids: Any, attention_mask: Any, plan: Plan) -> list[tuple[Any, Any]]:
-    """Prompts int[rows, prompt] and their mask, cut into the plan's groups.
+def as_mask(attention_mask: Any, ids: np.ndarray) -> np.ndarray:
+    """The mask as bool[batch, prompt], None for no padding; raises `PromptError` if it is not of the shape of `ids`."""
+    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(jax.device_get(attention_mask)) != 0
+    if mask.shape != ids.shape:
+        raise PromptError(f"attention_mask is {list(mask.shape)}, input_ids {list(ids.shape)}: they must be the same")
+    return mask
+
+
+def split_groups(input_ids: Any, attention_mask: Any, plan: Plan) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Prompts int[rows, prompt] and their mask, padded on the left to the plan's length where they are shorter, and cut
+    into the plan's groups.
 
     Raises `PromptError` if the rows are not those of all groups.
     """
-    if plan.groups == 1:
-        return [(input_ids, attention_mask)]
     ids, wanted = as_ids(input_ids), plan.groups * plan.workload.batch
-    mask = np.ones_like(ids) if attention_mask is None else np.asarray(jax.device_get(attention_mask))
-    if len(ids) != wanted or mask.shape != ids.shape:
+    mask = as_mask(attention_mask, ids)
+    if plan.groups > 1 and len(ids) != wanted:
         raise PromptError(
-            f"input_ids have {len(ids)} rows and attention_mask shape {list(mask.shape)}; plan {plan.name} has "
-            f"{plan.groups} groups of {plan.workload.batch} rows, {wanted} in all"
+            f"input_ids have {len(ids)} rows; plan {plan.name} has {plan.groups} groups of {plan.workload.batch} rows, "
+            f"{wanted} in all"
         )
-    return list(zip(np.split(ids, plan.groups), np.split(mask, plan.groups)))
+    lacking = [(0, 0), (max(0, plan.workload.prompt - ids.shape[1]), 0)]
+    groups = (np.split(np.pad(own, lacking), plan.groups) for own in (ids, mask))
+    return list(zip(*groups))
 
 
 def check_prompt(input_ids: Any, attention_mask: Any, plan: Plan) -> tuple[np.ndarray, np.ndarray]:
@@ -65,9 +74,7 @@ def check_prompt(input_ids: Any, attention_mask: Any, plan: Plan) -> tuple[np.nd
             f"input_ids is {list(ids.shape)}, the plan is for [{plan.workload.batch}, {plan.workload.prompt}]: pad the "
             "prompts on the left to that length, or make a plan for this one"
         )
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(jax.device_get(attention_mask)) != 0
-    if mask.shape != ids.shape:
-        raise PromptError(f"attention_mask is {list(mask.shape)}, input_ids {list(ids.shape)}: they must be the same")
+    mask = as_mask(attention_mask, ids)
     for row, own in enumerate(mask):
         if not own.any():
             raise PromptError(f"row {row} is empty: its mask has no token; give every row at least one")

@@ -1,5 +1,6 @@
 """The token loop: greedy and sampled choice, stopping, streaming, what comes back."""
 
+import dataclasses
 from collections import Counter
 
 import jax
@@ -8,8 +9,9 @@ import pytest
 import toy
 
 import kvrecomp
+import models
 from kvrecomp.generate import TokenLoop
-from kvrecomp.plan import PlanError
+from kvrecomp.plan import PlanError, Workload
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows, truncate
 
 BATCH, PROMPT, NEW, TAIL = 3, 5, 11, 3
@@ -58,6 +60,25 @@ def test_generate_is_the_same_with_huggingfaces_names(decoder):
     result = kvrecomp.generate(toy.model(), ids, mask, max_new_tokens=NEW, plan="keys_values", **options)
     assert result.plan.name == "keys_values"
     np.testing.assert_array_equal(result.sequences, expected.sequences)
+
+
+@pytest.mark.parametrize("groups", [1, 3])
+def test_a_long_prompt_is_padded_and_continued_as_without(groups):
+    """263 tokens, of a plan for 288 or for as many: the rows' own padding, positions and texts are what they were."""
+    model = toy.randomised(models.create(dataclasses.replace(toy.OPT, positions=307), dtype="float32"))
+    given = toy.texts(BATCH, 263, longest_padding=4)
+    ids, mask = given.ids, given.mask
+    asked = {"max_new_tokens": NEW, "output_logits": True, "do_sample": True}
+    padded = kvrecomp.generate(model, ids, mask, plan="split:0.5", **asked)
+    assert padded.plan.workload == Workload(BATCH, 288, NEW)
+    exact = kvrecomp.named_plan("split:0.5", model.shape, Workload(BATCH // groups, 263, NEW), tail=3)
+    exact = dataclasses.replace(exact, groups=groups)
+    wanted = kvrecomp.generate(model, ids, mask, plan=exact, **asked)
+    np.testing.assert_array_equal(padded.sequences, wanted.sequences)
+    np.testing.assert_allclose(padded.logits, wanted.logits, atol=1e-4)
+    # A plan for 288 tokens, in groups, takes shorter prompts as well.
+    longer = dataclasses.replace(padded.plan, workload=Workload(BATCH // groups, 288, NEW), groups=groups)
+    np.testing.assert_array_equal(kvrecomp.generate(model, ids, mask, plan=longer, **asked).sequences, wanted.sequences)
 
 
 def test_one_token_needs_no_step(decoder):

@@ -254,6 +254,17 @@ def test_similar_lengths_share_a_program_and_stretches_change_nothing(files, mon
     assert files.anew(batch=5) == records
 
 
+def test_long_prompts_are_padded_to_what_kernels_are_fast_for(files, monkeypatch):
+    """Of 259 and 287 tokens both to 288, where the model has the positions."""
+    made = []
+    files.given.model = models.create(dataclasses.replace(CONFIG, positions=311), dtype="float32")
+    monkeypatch.setattr(kvrecomp, "Decoder", lambda model, plan, budget: made.append(plan) or decoder(model, plan))
+    files.write(*({"prompt": [7] * length} for length in [259, 287] * 9))
+    files.run(batch=4)
+    assert [[plan.workload.batch, plan.workload.prompt] for plan in made] == [[4, 288]]
+    assert {len(tokens) for tokens in files.tokens()} == {NEW}
+
+
 def test_the_budget_decides_how_many_rows(files, monkeypatch):
     """Activations are 24 numbers of 4 bytes, for 21 tokens of the prompt."""
     row, device, sizes = LONGEST * 24 * 4, 2 * GIB, []

@@ -24,6 +24,7 @@ from kvrecomp.plan import (
     Plan,
     PlanError,
     Workload,
+    aligned,
     cut_runs,
     format_bytes,
 )
@@ -277,6 +278,21 @@ def test_runs_are_cut_evenly_into_as_few_blocks_as_the_largest_allows(tokens, fo
         fewer = len(own) - 1
         assert not fewer or -(-sum(whole) // unit // fewer) * unit * token_bytes > largest
     assert not rest and {(spec.form, spec.memory) for spec in blocks} == {(form, "host")}
+
+
+@pytest.mark.parametrize(
+    ("tokens", "of", "kept"), [(481, 1024, 480), (31, 256, 0), (181, 255, 181), (256, 256, 256), (1019, 1019, 1019)]
+)
+def test_a_part_of_a_long_run_is_a_multiple_of_32(tokens, of, kept):
+    assert aligned(tokens, of) == kept
+
+
+@pytest.mark.parametrize(
+    ("prompt", "padded"), [(255, 255), (256, 256), (257, 288), (287, 288), (289, 320), (993, 993), (961, 992)]
+)
+def test_prompts_are_padded_to_multiples_of_32_where_the_positions_allow(prompt, padded):
+    """With 9 new tokens, 1001 positions leave 992 for a prompt."""
+    assert Workload(3, prompt, 9).padded(1001) == Workload(3, padded, 9)
 
 
 def test_cutting_by_hand():

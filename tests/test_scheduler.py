@@ -373,6 +373,22 @@ def test_half_of_the_cache_fits(kind):
 
 @pytest.mark.parametrize("kind", LAYERS)
 @pytest.mark.parametrize("name", ["t4", "h200"])
+@pytest.mark.parametrize("part", [0.13, 0.37, 0.71])
+def test_blocks_are_multiples_of_32_tokens(kind, name, part):
+    """With room for part of the keys and values; 1019 tokens have a block of 27 more."""
+    shape = model(*[LAYERS[kind]] * 3)
+
+    def blocks(prompt):
+        work = replace(WORK, prompt=prompt)
+        plan = make_plan(shape, work, machine(name), Budget(least(shape, work) + part * cache_bytes(shape, work)))
+        return [block.tokens for layer in plan.layers for block in layer.prompt]
+
+    assert {own % 32 for own in blocks(1024)} == {0}
+    assert sorted({own % 32 for own in blocks(1019)}) in ([0, 27], [27])
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("name", ["t4", "h200"])
 @pytest.mark.parametrize("new", [32, 2000])
 def test_everything_fits(kind, name, new):
     """Nothing crosses the link, not even what is generated; keys and values, which cost nothing to use."""

@@ -188,7 +188,11 @@ def describe(
         return plan
 
     shapes = max(1, min(SHAPES, prompts // (BATCHES_PER_SHAPE * max(1, most))))
-    for length in reversed(padded_lengths(found.lengths, shapes)):  # the longest needs the most room
+    lengths = [
+        kvrecomp.Workload(most, length, new).padded(shape.positions).prompt
+        for length in padded_lengths(found.lengths, shapes)
+    ]
+    for length in sorted(set(lengths), reverse=True):  # the longest needs the most room
         plans.append(largest_plan(partial(make, length), most))
     return {
         "settings": given,
