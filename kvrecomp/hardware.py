@@ -29,7 +29,7 @@ are attention over cached tokens. Those of a block from the host have a partial 
 out of it; those on the device (`device_`) are attended to as one with the tail. Where the tail is attended to in a
 different way, they have a partial result of their own too, which counts as that of no tokens from the host."""
 
-KNOTS = 6  # of a curve, at most
+KNOTS = 7  # of a curve, at most
 ATTENTION: tuple[Attention, ...] = get_args(Attention)
 WORKS: tuple[Work, ...] = get_args(Work)
 

@@ -42,8 +42,7 @@ from kvrecomp.timing import device_timer, least_seconds, median_seconds, random,
 FEW_LAYERS, MORE_LAYERS = 2, 6
 ATTENDING_LAYERS = 4  # fewer are compiled sooner
 SIZES, RATIO = 4, 4  # of blocks, each so many times as long as the one before
-# K and V of more tokens are recomputed by other kernels, which may be half as fast a token.
-RECOMPUTED_SIZES, RECOMPUTED_RATIO = 5, 2
+MORE_RECOMPUTED = 2  # from half of the longest on: K and V of more tokens are recomputed by other kernels
 WHOLE = 8  # quarters of the window: 2 GiB, which is 4096 tokens' activations of 32 rows of OPT-13B, and some
 TAIL = 32  # tokens: XLA fuses the scores of very few with others', and computes them many times
 STEPS = 10  # at most, dispatched one after the other
@@ -79,7 +78,7 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
         for kind in ATTENTION
         for place in MEMORIES
     }
-    inner = {kind: sizes[kind, "host"][1:-1] or sizes[kind, "host"] for kind in ATTENTION}
+    inner = {kind: sizes[kind, "host"][1:3] or sizes[kind, "host"] for kind in ATTENTION}
     count, kv = ATTENDING_LAYERS, "keys_values"
     few, more = (_Run(layers, kv, kv, inner[kv][0]) for layers in (FEW_LAYERS, MORE_LAYERS))
     alone: dict[tuple[Attention, Memory], list[_Run]] = {
@@ -133,8 +132,10 @@ def block_sizes(kind: Attention, shape: ModelShape, layer: LayerShape, batch: in
     than the positions and `longest` bytes."""
     row_bytes = batch * layer.width("keys_values" if kind == "keys_values" else "activations") * shape.itemsize
     most = max(1, min(shape.positions, longest // row_bytes)).bit_length() - 1
-    count, ratio = (RECOMPUTED_SIZES, RECOMPUTED_RATIO) if kind == "recompute" else (SIZES, RATIO)
-    return sorted({max(1, 2**most // ratio**part) for part in range(count)})
+    sizes = [2**most // RATIO**part for part in range(SIZES)]
+    if kind == "recompute":
+        sizes += [2**most // 2 // RATIO**part for part in range(MORE_RECOMPUTED)]
+    return sorted({max(1, size) for size in sizes})
 
 
 def curve_through(sizes: Sequence[int], seconds: Sequence[float]) -> Curve:

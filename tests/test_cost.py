@@ -620,8 +620,8 @@ def test_measured_times_count_where_they_were_measured():
         if work.startswith(("project", "finish")):  # of another group: next to nothing
             assert 0 < table.added[second][number, 1] < 1e-6
         else:
-            np.testing.assert_array_equal(table.sizes[second][number], [0, 3, 8, 13, 18, 23])
-            np.testing.assert_array_equal(table.added[second][number] + number, [number, 5, 9, 13, 17, 21])
+            np.testing.assert_array_equal(table.sizes[second][number], [0, 3, 8, 13, 18, 23, 28])
+            np.testing.assert_array_equal(table.added[second][number] + number, [number, 5, 9, 13, 17, 21, 25])
     assert table.base[outside] == 7.0 and not table.added[outside].any()
     assert estimated.base[second].max() < 1e-3 and 0 < estimated.base[outside] < 1e-3
     for shape, work in [(SHAPE, replace(WORK, batch=5)), (replace(SHAPE, dtype="float16"), WORK)]:

@@ -173,16 +173,16 @@ def test_a_curve_by_hand():
     """Straight between its points, and on from the last two, but never less than nothing."""
     curve = Curve((0, 4, 6), (3.0, 5.0, 1.0))
     assert [curve(size) for size in (0, 1, 4, 5, 6, 6.25, 7)] == [3.0, 3.5, 5.0, 3.0, 1.0, 0.5, 0.0]
-    assert curve.knots.tolist() == [[0, 4, 6, 8, 10, 12], [3, 5, 1, -3, -7, -11]]
+    assert curve.knots.tolist() == [[0, 4, 6, 8, 10, 12, 14], [3, 5, 1, -3, -7, -11, -15]]
     assert [Curve.line(2.0, 3.0)(size) for size in (0, 5)] == [2.0, 17.0] and Curve.line(2.0)(7) == 2.0
 
 
 @pytest.mark.parametrize(
     ("sizes", "seconds"),
-    [((0,), (1.0,)), ((1, 2), (1.0, 2.0)), ((0, 2, 2), (1.0,) * 3), ((0, 2), (1.0,) * 3), (range(7), (1.0,) * 7)],
+    [((0,), (1.0,)), ((1, 2), (1.0, 2.0)), ((0, 2, 2), (1.0,) * 3), ((0, 2), (1.0,) * 3), (range(8), (1.0,) * 8)],
 )
 def test_what_is_no_curve_is_refused(sizes, seconds):
-    with pytest.raises(PlanError, match="expected as many of both, 2 to 6, and sizes that grow from zero"):
+    with pytest.raises(PlanError, match="expected as many of both, 2 to 7, and sizes that grow from zero"):
         Curve(tuple(sizes), seconds)
     with pytest.raises(PlanError, match="Curve: seconds is nan; it must be a finite number, not negative"):
         Curve((0, 1), (1.0, float("nan")))
