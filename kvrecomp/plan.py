@@ -435,10 +435,10 @@ class Plan:
         return console.export_text().rstrip()
 
 
-def aligned(tokens: int, of: int) -> int:
-    """So many tokens `of` a run, or a few less: a multiple of ALIGNED. Exactly so many where they are all of the run,
-    or where it is short, in which a few matter."""
-    return tokens if tokens >= of or of < LEAST_ALIGNED else tokens - tokens % ALIGNED
+def aligned(tokens: int, of: int, prompt: int) -> int:
+    """So many tokens `of` those that are left of a prompt, or a few less: a multiple of ALIGNED. Exactly so many where
+    they are all that is left, or where the prompt is short, in which a few matter."""
+    return tokens if tokens >= of or prompt < LEAST_ALIGNED else tokens - tokens % ALIGNED
 
 
 def cut_runs(

@@ -432,10 +432,11 @@ class _Builder:
             pairs = prompt
         else:  # as many as leave room for the others in the smaller form
             pairs = max(0, int((for_prompt - prompt * small) / (pair - small))) if pair > small else 0
-        pairs = aligned(pairs, of=prompt)
-        rest = aligned(min(prompt - pairs, int((for_prompt - pairs * pair) / small)), of=prompt - pairs)
-        behind = prompt - pairs - rest
-        sent = aligned(round(settings.activations * behind), of=behind)
+        pairs = aligned(pairs, prompt, prompt)
+        others = prompt - pairs
+        rest = aligned(min(others, int((for_prompt - pairs * pair) / small)), others, prompt)
+        behind = others - rest
+        sent = aligned(round(settings.activations * behind), behind, prompt)
         here = {"keys_values": pairs, "activations": 0}
         here[smaller] += rest
         blocks = (

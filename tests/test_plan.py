@@ -281,10 +281,19 @@ def test_runs_are_cut_evenly_into_as_few_blocks_as_the_largest_allows(tokens, fo
 
 
 @pytest.mark.parametrize(
-    ("tokens", "of", "kept"), [(481, 1024, 480), (31, 256, 0), (181, 255, 181), (256, 256, 256), (1019, 1019, 1019)]
+    ("tokens", "of", "prompt", "kept"),
+    [
+        (481, 1024, 1024, 480),
+        (31, 256, 256, 0),
+        (181, 255, 255, 181),
+        (256, 256, 256, 256),
+        (27, 27, 1019, 27),
+        (26, 27, 1019, 0),
+        (99, 101, 255, 99),
+    ],
 )
-def test_a_part_of_a_long_run_is_a_multiple_of_32(tokens, of, kept):
-    assert aligned(tokens, of) == kept
+def test_a_part_of_a_long_prompt_is_a_multiple_of_32(tokens, of, prompt, kept):
+    assert aligned(tokens, of, prompt) == kept
 
 
 @pytest.mark.parametrize(
