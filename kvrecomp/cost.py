@@ -4,13 +4,13 @@ A step is a list of tasks in the order of compute, each of which computes or awa
 after the other, each held until an earlier task has ended (`hold`). With c seconds of a copy and g of compute,
 
     awaiting:   copied_i = max(copied_{i-1}, ended_{hold_i} + d) + c_i
-                ended_i = max(computed_{i-1}, copied_i)       computed_i = ended_i + d
+                ended_i = max(computed_{i-1}, copied_i)       computed_i = max(computed_{i-1} + g_i, copied_i + d)
     computing:  ended_i = computed_i = computed_{i-1} + g_i
 
-where d is the time of a handoff: from link or compute to the link, and from the link to compute, which takes it where
-the copy is there before, too: awaiting one ends a CUDA graph. Seconds of compute come from times measured on the
-machine for the layer, dtype and batch at hand or, where there are none, from `estimate`. `kvpr_seconds` is KVPR's own
-formula and `sum_seconds` the plain sum, for comparison.
+where d is the time of a handoff: from link or compute to the link, and from the link to compute that waits for it.
+Seconds of compute come from times measured on the machine for the layer, dtype and batch at hand or, where there are
+none, from `estimate`; those of awaiting are the end of a CUDA graph. `kvpr_seconds` is KVPR's own formula and
+`sum_seconds` the plain sum, for comparison.
 """
 
 import collections
@@ -44,7 +44,7 @@ class Tasks(NamedTuple):
 
     `work` int32 is the row of the `WorkTable`, `tokens` the size there and `blocks` what its base is multiplied with;
     work on weights has other groups than the first in place of tokens. `copies` counts the blocks awaited, none or one,
-    of `copy_bytes`, by a task without tokens or blocks of its own; `hold` int32 is the task whose end lets the copy
+    of `copy_bytes`; `hold` int32 is the task whose end lets the copy
     start, -1 for the start of the step.
     """
 
@@ -118,7 +118,7 @@ def _layer_tasks(
 
     def await_copy(nbytes: int, kept: bool = False) -> None:
         events.extend([len(tasks)] if kept else [len(tasks), len(tasks) + 1])  # used by the task that comes next
-        tasks.append((shape_number * len(WORKS), 0, 0, 1, nbytes))
+        tasks.append((shape_number * len(WORKS) + WORKS.index("await"), 0, 1, 1, nbytes))
         copies.append(Copy(nbytes, kept))
 
     def kind(block: BlockSpec) -> Attention:
@@ -210,6 +210,7 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
         "project_recompute": weights(layer.projecting, 3),
         "finish": weights(layer.parameters - layer.projecting, 5),
         "prepare": Curve.line((1 + layer.absorbs_keys) * (absorbing + profile.kernel_seconds)),
+        "await": Curve.line(profile.handoff_seconds),  # of the same kind, and measured
         "keys_values": tokens(by_keys, by_values),
         "absorb": absorb,
         "recompute": tokens(project_keys, project_keys, by_keys, by_values, count=6),
@@ -284,7 +285,8 @@ def _pipeline(table: WorkTable, link: Array, tasks: Tasks) -> StepCost:
         held = jnp.where(hold < 0, 0.0, ends[hold] + link[2])
         copied = jnp.where(has_copy, jnp.maximum(copied, held) + copy, copied)
         ended = jnp.where(has_copy, jnp.maximum(computed, copied), computed + compute)
-        return (copied, ended + jnp.where(has_copy, link[2], 0.0), ends.at[number].set(ended)), None
+        computed = jnp.where(has_copy, jnp.maximum(computed + compute, copied + link[2]), ended)
+        return (copied, computed, ends.at[number].set(ended)), None
 
     count = tasks.work.shape[0]
     xs = (jnp.arange(count), computing, copying, tasks.hold, tasks.copies > 0)

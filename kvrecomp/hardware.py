@@ -19,13 +19,14 @@ Attention = Literal["keys_values", "absorb", "recompute"]
 
 Work = Literal[
     "project", "project_absorb", "project_recompute",
-    "finish", "prepare",
+    "finish", "prepare", "await",
     Attention, "device_keys_values", "device_absorb", "device_recompute",
 ]  # fmt: skip
 """What a layer does in a step. `project` makes Q, and K and V of the new token; where the tail has activations, these
 are not made (`project_absorb`), or with those of the tail (`project_recompute`). `finish` is the output projection and
-the feed-forward; `prepare` absorbs the projections of K and V, once where activations are attended to so. The others
-are attention over cached tokens. Those of a block from the host have a partial result of their own, and K and V are cut
+the feed-forward; `prepare` absorbs the projections of K and V, once where activations are attended to so; `await` is
+what a copy from the host that has arrived takes to be awaited: it ends a CUDA graph. The others are attention over
+cached tokens. Those of a block from the host have a partial result of their own, and K and V are cut
 out of it; those on the device (`device_`) are attended to as one with the tail. Where the tail is attended to in a
 different way, they have a partial result of their own too, which counts as that of no tokens from the host."""
 
@@ -144,9 +145,8 @@ class HardwareProfile:
 
     `to_device` and `to_host` are copies of one array over the link, by bytes, one after the other. `beside_compute` is
     the rate of those to the device while it computes; `handoff_seconds` pass before a copy starts that waited for
-    compute or another copy, and before compute goes on that awaits a copy, even one that has arrived. `kernel_seconds`
-    is what one more small kernel adds to a program. `host_bytes` None: as much as is asked for. `source` says where the
-    numbers are from.
+    compute or another copy, and before compute starts that waited for a copy. `kernel_seconds` is what one more small
+    kernel adds to a program. `host_bytes` None: as much as is asked for. `source` says where the numbers are from.
     """
 
     device: str

@@ -1,7 +1,7 @@
 """Measures the layers of a model at work, in the program that decoding runs.
 
-That is `forward.decode_step`, cut to a few layers, with blocks that are on the device already, so that nothing but
-compute is timed.
+That is `forward.decode_step`, cut to a few layers, with blocks that are on the device already or short to copy, so that
+nothing but compute is timed.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Sharding
 
 from kvrecomp import memory
 from kvrecomp.cache import Block, allocate_tails, describe_blocks, describe_tails, make_cache
@@ -44,6 +45,7 @@ ATTENDING_LAYERS = 4  # fewer are compiled sooner
 SIZES, RATIO = 4, 4  # of blocks, each so many times as long as the one before
 MORE_RECOMPUTED = 2  # from half of the longest on: K and V of more tokens are recomputed by other kernels
 WHOLE = 8  # quarters of the window: 2 GiB, which is 4096 tokens' activations of 32 rows of OPT-13B, and some
+AWAITED_BYTES = 2**20  # of blocks that are copied: they arrive while the layer before is computed
 TAIL = 32  # tokens: XLA fuses the scores of very few with others', and computes them many times
 STEPS = 10  # at most, dispatched one after the other
 ENOUGH_SECONDS = 0.02  # for a run: slow steps, as a CPU's, are fewer
@@ -52,7 +54,7 @@ REPEATS = 2  # of a run, in each round
 
 class _Run(NamedTuple):
     """What is timed: so many layers, their tails attended to as `tail` says, and `blocks` of so many `tokens` each as
-    `kind` does."""
+    `kind` does; those of the host are on the device before the step, unless they are `copied` in it."""
 
     layers: int
     tail: Attention
@@ -60,12 +62,13 @@ class _Run(NamedTuple):
     tokens: int
     place: Memory = "host"
     blocks: int = 1
+    copied: bool = False
 
 
 def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     """Seconds of the layers of that shape in a step: with a block of several sizes in each form and memory; with two
-    from the host; and with activations that are absorbed beside a tail of keys and values. What layers do after
-    attention is timed alone.
+    from the host; with activations that are absorbed beside a tail of keys and values; and with a block that is
+    copied. What layers do after attention is timed alone.
 
     What layers take without a block is twice what they take with one, less that with two. Timed themselves, they would
     be of other kernels: XLA fuses more there.
@@ -86,8 +89,11 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     }
     twice = {kind: [_Run(count, kind, kind, size, blocks=2) for size in inner[kind]] for kind in ATTENTION}
     beside = [_Run(count, kv, "absorb", size) for size in inner["absorb"]]
+    short = block_sizes(kv, shape, layer, batch, AWAITED_BYTES)[-1]
+    here = [_Run(layers, kv, kv, short) for layers in (FEW_LAYERS, MORE_LAYERS)]
+    copied = [run._replace(copied=True) for run in here]
     bench = _LayerBench(model, numbers, batch)
-    runs = [few, more, *itertools.chain(*alone.values(), *twice.values()), *beside]
+    runs = [few, more, *itertools.chain(*alone.values(), *twice.values()), *beside, *here, *copied]
     makers = [functools.partial(bench.step_timer, run) for run in runs]
     makers += [functools.partial(bench.finish_timer, layers) for layers in (FEW_LAYERS, MORE_LAYERS)]
     *of_steps, few_finish, more_finish = least_seconds(side_by_side(lambda make: make(), makers))
@@ -106,11 +112,13 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     # Absorbing is part of what a tail takes that is absorbed.
     absorbing = [(seconds[run] - bare[kv]) / count - work["absorb"](run.tokens) for run in beside]
     prepare = max(0.0, statistics.mean(absorbing))
+    of_layers = [seconds[many] - seconds[less] for less, many in (here, copied)]
+    awaiting = max(0.0, of_layers[1] - of_layers[0]) / (MORE_LAYERS - FEW_LAYERS)
     for kind in ATTENTION:
         tail = work[attention_work(kind, "device")]
         own = dense - finish + (bare[kind] - bare[kv]) / count - (tail(TAIL) - tail(0))
         work[project_work(kind)] = Curve.line(max(0.0, own - (prepare if kind == "absorb" else 0)))
-    work |= {"prepare": Curve.line(prepare), "finish": Curve.line(finish)}
+    work |= {"prepare": Curve.line(prepare), "finish": Curve.line(finish), "await": Curve.line(awaiting)}
     outside = max(0.0, bare[kv] - count * dense)
     return LayerTimes(layer, shape.dtype, batch, work, outside, shape.vocab, shape.positions)
 
@@ -150,7 +158,8 @@ def curve_through(sizes: Sequence[int], seconds: Sequence[float]) -> Curve:
 
 
 class _LayerBench:
-    """Times a step of layers of a model; blocks from the host are on the device, but used as if they were copied."""
+    """Times a step of layers of a model; blocks from the host are on the device, but used as if they were copied, where
+    they are not."""
 
     def __init__(self, model: Model, numbers: Sequence[int], batch: int):
         """`numbers` are those of the layers; what they have in host memory is copied to the device."""
@@ -171,7 +180,9 @@ class _LayerBench:
             (tails,), (logits,) = decode_step(self._part(weights, run.layers), plan, [cache], [token_ids])
             return tails, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-        described = [[_as_if_copied(block) for block in own] for own in describe_blocks(plan, 0)]
+        # Copying a block from the host copies nothing where it is described as on the device.
+        place = memory.sharding("host" if run.copied else "device")
+        described = [[_placed(block, place) for block in own] for own in describe_blocks(plan, 0)]
         padding, length, token_ids = jax.device_put(
             (np.zeros(self._batch, np.int32), np.int32(plan.workload.prompt), np.zeros(self._batch, np.int32)),
             memory.sharding("device"),
@@ -181,7 +192,7 @@ class _LayerBench:
         jax.tree.map(lambda like: random_maker(like.shape, like.dtype), described)  # compiled here, too
 
         def seconds() -> float:
-            blocks = jax.tree.map(lambda like: random(like.shape, like.dtype), described)
+            blocks = jax.tree.map(lambda like: jax.device_put(random(like.shape, like.dtype), place), described)
             rest = allocate_tails(plan), token_ids
 
             def take(steps: int):
@@ -245,8 +256,7 @@ def _form_of(kind: Attention) -> Form:
     return "keys_values" if kind == "keys_values" else "activations"
 
 
-def _as_if_copied(block: Block) -> Block:
-    """The block with its arrays described as on the device: copying one from the host there copies nothing."""
-    here = memory.sharding("device")
-    arrays = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here) for array in block.arrays)
+def _placed(block: Block, place: Sharding) -> Block:
+    """The block with its arrays described as there."""
+    arrays = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place) for array in block.arrays)
     return dataclasses.replace(block, arrays=arrays)

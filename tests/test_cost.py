@@ -72,14 +72,15 @@ def times(layer, curves=(), dtype="bfloat16", batch=3, outside=0.0):
 
 
 def simulate(computing, copying, hold, handoff=0.0):
-    """Seconds of a step by events. `copying` is None for a task that computes; the others await a copy of their own.
+    """Seconds of a step by events. `copying` is None for a task that computes; the others await a copy of their own,
+    and what they compute is the awaiting of one that is there.
 
     Two units: the link takes copies in order, each once the task that holds it has ended; the device takes tasks in
-    order, and goes on from one that awaits a copy a handoff after that is there and the tasks before are done, when the
-    task has ended. The link learns of an end a handoff later.
+    order, and goes on from one that awaits a copy when that has arrived. Either learns of the other's end, and the link
+    of its own, a handoff later. A task that awaits a copy has ended when that is there and the tasks before are done.
     """
     copies = [task for task, seconds in enumerate(copying) if seconds is not None]
-    copied, done, told, ended = set(), {-1}, set(), {-1}  # `ended` is what the link knows of
+    copied, arrived, over, done, told, ended = set(), set(), set(), {-1}, set(), {-1}  # `ended`: the link knows of it
     waiting = {"link": copies, "device": list(range(len(computing)))}
     events, now, last = [], 0.0, 0.0  # (time, what happens, task)
     busy = set()
@@ -89,28 +90,27 @@ def simulate(computing, copying, hold, handoff=0.0):
             busy.add("link")
             heapq.heappush(events, (now + copying[task], "copied", task))
         if "device" not in busy and waiting["device"]:
-            task = waiting["device"][0]
-            if copying[task] is None or task in copied:
-                waiting["device"].pop(0)
-                busy.add("device")
-                taken = computing[task] if copying[task] is None else handoff
-                heapq.heappush(events, (now + taken, "computed", task))
+            task = waiting["device"].pop(0)
+            busy.add("device")
+            heapq.heappush(events, (now + computing[task], "over", task))
         for task in range(len(computing)):
+            if task not in done and task in over and (copying[task] is None or task in arrived):
+                busy.remove("device")
+                done.add(task)
+                last = now
+                break
             if task not in told and task - 1 in done and task in (done if copying[task] is None else copied):
                 told.add(task)
                 heapq.heappush(events, (now + handoff, "ended", task))
-        if not events:
-            return last
-        now, what, task = heapq.heappop(events)
-        if what == "copied":
-            busy.remove("link")
-            copied.add(task)
-        elif what == "computed":
-            busy.remove("device")
-            done.add(task)
-            last = now
+                break
         else:
-            ended.add(task)
+            if not events:
+                return last
+            now, what, task = heapq.heappop(events)
+            if what == "copied":
+                busy.remove("link")
+                heapq.heappush(events, (now + handoff, "arrived", task))
+            {"copied": copied, "arrived": arrived, "over": over, "ended": ended}[what].add(task)
 
 
 seconds_of = st.sampled_from([0.0, 1e-5, 3e-4, 7e-3]) | st.floats(1e-6, 1e-2)
@@ -126,8 +126,8 @@ def task_lists(draw):
         rows.append(
             (
                 draw(st.integers(0, len(WORKS))),  # of one layer shape, and outside
-                0 if copies else draw(st.integers(0, 1000)),
-                0 if copies else draw(st.integers(0, 2)),
+                draw(st.integers(0, 1000)),
+                draw(st.integers(0, 2)),
                 copies,
                 draw(st.integers(1, 10**8)) if copies else 0,
                 draw(st.integers(-1, number - 1)),
@@ -200,12 +200,13 @@ def test_the_event_simulation_by_hand():
     assert simulate(computing, copying, [-1, -1, 1, -1]) == 5 + 2 + 7 + 3
     assert simulate(computing, copying, [-1, -1, 0, -1]) == simulate(computing, copying, [-1] * 4) == 5 + 7 + 3
     assert simulate([9.0, *computing[2:]], [None, *copying[2:]], [-1] * 3) == 9 + 3
-    # With a handoff of a half: before either task that uses a copy, even one that is there already, and before the
-    # second copy, unless it waited for nothing.
-    assert simulate([9.0, *computing[2:]], [None, *copying[2:]], [-1] * 3, 0.5) == 9 + 0.5 + 3
+    # With a handoff of a half: before either task, and before the second copy, unless it waited for nothing.
     assert simulate(computing, copying, [-1, -1, 1, -1], 0.5) == 5 + 0.5 + 2 + 0.5 + 7 + 0.5 + 3
     assert simulate(computing, copying, [-1, -1, 0, -1], 0.5) == 5 + 0.5 + 7 + 0.5 + 3
     assert simulate(computing, copying, [-1, -1, -1, -1], 0.5) == 5 + 7 + 0.5 + 3
+    # Awaiting what is there takes a quarter; what is not there is waited for longer.
+    assert simulate([9.0, 0.25, 3.0], [None, 7.0, None], [-1] * 3, 0.5) == 9 + 0.25 + 3
+    assert simulate([7.0, 0.25, 3.0], [None, 7.0, None], [-1] * 3, 0.5) == 7 + 0.5 + 3
 
 
 # --- monotone ---------------------------------------------------------------------------------------------------------
@@ -303,9 +304,10 @@ def test_an_infinite_device_leaves_the_copies(name):
 @many
 @given(machines(), task_lists())
 def test_without_overlap_it_is_the_sum(machine, tasks):
-    """Every copy waits for the task before."""
-    count = len(tasks.work)
+    """Every copy waits for the task before, and awaiting one takes nothing."""
+    count, computes = len(tasks.work), tasks.copies == 0
     held = tasks._replace(hold=np.arange(-1, count - 1, dtype=np.int32))
+    held = held._replace(tokens=tasks.tokens * computes, blocks=tasks.blocks * computes, work=tasks.work * computes)
     machine = replace(machine, handoff_seconds=0.0)
     predicted = step_seconds(machine, ONE, WORK, stack_tasks([held]))
     assert predicted.seconds[0] == pytest.approx(predicted.copying[0] + predicted.computing[0], rel=1e-5)
@@ -403,15 +405,15 @@ def test_tasks_by_hand():
         (row(0, "prepare"), 0, 1, 0, 0, -1),
         (row(0, "device_keys_values"), 2, 1, 0, 0, -1),
         (row(0, "device_keys_values"), 3, 0, 0, 0, -1),  # the tail
-        (row(0, "project"), 0, 0, 1, 840, -1),  # a copy is awaited, which is no work
+        (row(0, "await"), 0, 1, 1, 840, -1),
         (row(0, "absorb"), 4, 1, 0, 0, -1),
-        (row(0, "project"), 0, 0, 1, 2100, -1),
+        (row(0, "await"), 0, 1, 1, 2100, -1),
         (row(0, kv), 5, 1, 0, 0, -1),
         (row(0, "finish"), 0, 1, 0, 0, -1),
         (row(1, "project_recompute"), 0, 1, 0, 0, -1),
         (row(1, "device_recompute"), 5, 1, 0, 0, -1),
         (row(1, "device_recompute"), 3, 0, 0, 0, -1),
-        (row(1, "project"), 0, 0, 1, 1260, 4),  # two copies on their way: when the first block has arrived
+        (row(1, "await"), 0, 1, 1, 1260, 4),  # two copies on their way: when the first block has arrived
         (row(1, "recompute"), 6, 1, 0, 0, -1),
         (row(1, "finish"), 0, 1, 0, 0, -1),
         (2 * len(WORKS), 0, 1, 0, 0, -1),
@@ -643,8 +645,8 @@ def test_works_are_all_there_are():
         get_args(Work)
         == WORKS
         == (
-            *("project", "project_absorb", "project_recompute", "finish", "prepare", kv, "absorb", "recompute"),
-            *("device_keys_values", "device_absorb", "device_recompute"),
+            *("project", "project_absorb", "project_recompute", "finish", "prepare", "await"),
+            *(kv, "absorb", "recompute", "device_keys_values", "device_absorb", "device_recompute"),
         )
     )
     assert [project_work(kind) for kind in ATTENTION] == ["project", "project_absorb", "project_recompute"]

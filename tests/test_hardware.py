@@ -19,6 +19,7 @@ WORK = {
     "project_recompute": Curve.line(8e-7),
     "finish": Curve.line(2e-6),
     "prepare": Curve.line(7e-6),
+    "await": Curve.line(8e-6),
     "keys_values": Curve((0, 7, 53), (3e-6, 9e-6, 5e-5)),
     "absorb": Curve.line(4e-6, 2e-9),
     "recompute": Curve.line(5e-6, 7e-9),

@@ -167,6 +167,7 @@ def test_a_layer_is_found_again(monkeypatch, number):
     attending = {(kind, place): attention(kind, place) for kind in ATTENTION for place in MEMORIES}
     dense, outside, prepare = rng.uniform(1e-4, 9e-4, 3)
     finish = rng.uniform(0.3, 0.7) * dense
+    awaiting = rng.uniform(2e-6, 9e-6)
     tails = {kind: rng.uniform(1e-5, 3e-5) * (kind != "keys_values") for kind in ATTENTION}
 
     class Steps:
@@ -177,8 +178,9 @@ def test_a_layer_is_found_again(monkeypatch, number):
             seconds = dense + tails[run.tail] + ("absorb" in (run.tail, run.kind)) * prepare
             tail = attending[run.tail, "device"]
             seconds += tail(profile_layers.TAIL) - tail(0) if run.tail != "keys_values" else 0
-            seconds += run.blocks * attending[run.kind, run.place](run.tokens)
-            return self.slow_twice(outside + run.layers * seconds)
+            seconds += run.blocks * (attending[run.kind, run.place](run.tokens) + run.copied * awaiting)
+            first_copy = run.copied * 1e-5  # for which nothing is computed meanwhile
+            return self.slow_twice(outside + first_copy + run.layers * seconds)
 
         def finish_timer(self, count):
             return self.slow_twice(outside / 2 + count * finish)
@@ -196,6 +198,7 @@ def test_a_layer_is_found_again(monkeypatch, number):
     of_tail = tail(profile_layers.TAIL) - tail(0)
     assert times.work["prepare"](0) == pytest.approx(prepare, rel=1e-6)
     assert times.work["finish"](0) == pytest.approx(finish, rel=1e-6)
+    assert times.work["await"](0) == pytest.approx(awaiting, rel=1e-6)
     assert times.work["project"](0) + finish + of_tail == pytest.approx(dense, rel=1e-6)
     for kind in ATTENTION:
         more = times.work[project_work(kind)](0) - times.work["project"](0)
