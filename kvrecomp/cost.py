@@ -44,8 +44,7 @@ class Tasks(NamedTuple):
 
     `work` int32 is the row of the `WorkTable`, `tokens` the size there and `blocks` what its base is multiplied with;
     work on weights has other groups than the first in place of tokens. `copies` counts the blocks awaited, none or one,
-    of `copy_bytes`; `hold` int32 is the task whose end lets the copy
-    start, -1 for the start of the step.
+    of `copy_bytes`; `hold` int32 is the task whose end lets the copy start, -1 for the start of the step.
     """
 
     work: np.ndarray

@@ -25,10 +25,10 @@ Work = Literal[
 """What a layer does in a step. `project` makes Q, and K and V of the new token; where the tail has activations, these
 are not made (`project_absorb`), or with those of the tail (`project_recompute`). `finish` is the output projection and
 the feed-forward; `prepare` absorbs the projections of K and V, once where activations are attended to so; `await` is
-what a copy from the host that has arrived takes to be awaited: it ends a CUDA graph. The others are attention over
-cached tokens. Those of a block from the host have a partial result of their own, and K and V are cut
-out of it; those on the device (`device_`) are attended to as one with the tail. Where the tail is attended to in a
-different way, they have a partial result of their own too, which counts as that of no tokens from the host."""
+what awaiting a copy takes that has arrived: it ends a CUDA graph. The others are attention over cached tokens. Those of
+a block from the host have a partial result of their own, and K and V are cut out of it; those on the device (`device_`)
+are attended to as one with the tail. Where the tail is attended to in a different way, they have a partial result of
+their own too, which counts as that of no tokens from the host."""
 
 KNOTS = 7  # of a curve, at most
 ATTENTION: tuple[Attention, ...] = get_args(Attention)

@@ -57,7 +57,7 @@ BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in u
 # Tokens of a block are a multiple of this where they can be. On an H100 a layer of Llama-2-7B with 32 rows takes 1.2 ms
 # with 480 activations, 2.4 with 481 or 496 and 1.3 with 512, absorbed; with keys and values a tenth longer.
 ALIGNED = 32
-LEAST_ALIGNED = 8 * ALIGNED  # of fewer tokens in all, an eighth is too coarse
+LEAST_ALIGNED = 8 * ALIGNED  # of fewer tokens, that is too coarse
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -109,8 +109,9 @@ class LayerShape:
         return self.hidden if form == "activations" else 2 * self.kv_heads * self.head_dim
 
     def cached(self, prompt: int) -> int:
-        """How many of a prompt's tokens are cached, at least one: the newest, which the next token sees."""
-        return prompt if self.sliding_window is None else max(1, min(prompt, self.sliding_window - 1))
+        """How many of a prompt's tokens are cached: the newest, which the next token sees, at least one, and a few more
+        where that makes a multiple of ALIGNED."""
+        return prompt if self.sliding_window is None else min(prompt, _padded(max(1, self.sliding_window - 1)))
 
     def in_sight(self, blocks: Sequence[AnyBlock]) -> tuple[AnyBlock, ...]:
         """Of the layer's blocks, in order and up to the newest cached token, those of which the next token sees any."""
@@ -192,9 +193,8 @@ class Workload:
     def padded(self, positions: int) -> "Workload":
         """The workload with prompts of a multiple of ALIGNED tokens, if a model's `positions` are enough; short ones
         stay as they are."""
-        prompt = self.prompt + -self.prompt % ALIGNED
-        fits = self.prompt >= LEAST_ALIGNED and prompt + self.new <= positions
-        return dataclasses.replace(self, prompt=prompt) if fits else self
+        prompt = _padded(self.prompt)
+        return dataclasses.replace(self, prompt=prompt) if prompt + self.new <= positions else self
 
 
 @dataclass(frozen=True)
@@ -433,6 +433,11 @@ class Plan:
         console = Console(width=120, record=True, file=io.StringIO(), force_jupyter=False)
         console.print(self.table())
         return console.export_text().rstrip()
+
+
+def _padded(tokens: int) -> int:
+    """The next multiple of ALIGNED; few tokens stay as many."""
+    return tokens if tokens < LEAST_ALIGNED else tokens + -tokens % ALIGNED
 
 
 def aligned(tokens: int, of: int, prompt: int) -> int:

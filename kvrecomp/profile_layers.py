@@ -158,8 +158,8 @@ def curve_through(sizes: Sequence[int], seconds: Sequence[float]) -> Curve:
 
 
 class _LayerBench:
-    """Times a step of layers of a model; blocks from the host are on the device, but used as if they were copied, where
-    they are not."""
+    """Times a step of layers of a model. Blocks of the host that are not copied are on the device, and used as if they
+    had been."""
 
     def __init__(self, model: Model, numbers: Sequence[int], batch: int):
         """`numbers` are those of the layers; what they have in host memory is copied to the device."""

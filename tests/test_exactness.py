@@ -11,6 +11,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import kvrecomp
+import models
 from kvrecomp import attention
 from kvrecomp.plan import BlockSpec, LayerPlan, Plan, Workload
 
@@ -164,3 +165,13 @@ def test_two_caches_of_one_decoder():
     for texts, logits in zip(both, results):
         expected = toy.plain_logits(model, texts)[:, 10:]
         np.testing.assert_allclose(np.stack([toy.get(each) for each in logits], axis=1), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["keys_values", "activations", "split:0.3"])
+def test_a_long_sliding_window(name):
+    """Of 301 tokens 288 are cached, of which the next token sees 269."""
+    config = dataclasses.replace(toy.LLAMA, sliding_window=270, positions=331)
+    model = toy.randomised(models.create(config, dtype="float32"))
+    plan = kvrecomp.named_plan(name, model.shape, kvrecomp.Workload(2, 301, 13), tail=5)
+    assert sum(block.tokens for block in plan.layers[0].prompt) == 288
+    toy.assert_exact(kvrecomp.Decoder(model, plan), model, toy.texts(2, 301 + 13, longest_padding=7))

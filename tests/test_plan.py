@@ -85,6 +85,10 @@ def test_a_layer_with_a_sliding_window_caches_what_the_next_token_sees():
     sliding = replace(GROUPED, sliding_window=5)
     assert [sliding.cached(prompt) for prompt in (1, 3, 4, 5, 11)] == [1, 3, 4, 4, 4]
     assert replace(GROUPED, sliding_window=1).cached(11) == 1 and GROUPED.cached(11) == 11
+    # Long windows have a multiple of 32 tokens, if the prompt has as many.
+    long = replace(GROUPED, sliding_window=270)
+    assert [long.cached(prompt) for prompt in (263, 287, 288, 999)] == [263, 287, 288, 288]
+    assert [replace(GROUPED, sliding_window=own).cached(999) for own in (256, 257, 258)] == [255, 256, 288]
     shape = replace(SHAPE, layers=(PLAIN, sliding))
     for name, tokens in (("keys_values", [11, 4]), ("split:0.5", [11, 4]), ("device:0.5", [11, 4])):
         plan = kvrecomp.named_plan(name, shape, WORK)

@@ -188,11 +188,9 @@ def describe(
         return plan
 
     shapes = max(1, min(SHAPES, prompts // (BATCHES_PER_SHAPE * max(1, most))))
-    lengths = [
-        kvrecomp.Workload(most, length, new).padded(shape.positions).prompt
-        for length in padded_lengths(found.lengths, shapes)
-    ]
-    for length in sorted(set(lengths), reverse=True):  # the longest needs the most room
+    works = (kvrecomp.Workload(most, length, new) for length in padded_lengths(found.lengths, shapes))
+    lengths = {work.padded(shape.positions).prompt for work in works}
+    for length in sorted(lengths, reverse=True):  # the longest needs the most room
         plans.append(largest_plan(partial(make, length), most))
     return {
         "settings": given,
