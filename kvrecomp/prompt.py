@@ -48,16 +48,17 @@ def split_groups(input_ids: Any, attention_mask: Any, plan: Plan) -> list[tuple[
     """Prompts int[rows, prompt] and their mask, padded on the left to the plan's length where they are shorter, and cut
     into the plan's groups.
 
-    Raises `PromptError` if the rows are not those of all groups.
+    Raises `PromptError` if the rows are not those of all groups, or the prompts longer than the plan's.
     """
-    ids, wanted = as_ids(input_ids), plan.groups * plan.workload.batch
+    ids, rows, longest = as_ids(input_ids), plan.groups * plan.workload.batch, plan.workload.prompt
     mask = as_mask(attention_mask, ids)
-    if plan.groups > 1 and len(ids) != wanted:
+    if len(ids) != rows or ids.shape[1] > longest:
+        split = "" if plan.groups == 1 else f" in {plan.groups} groups"
         raise PromptError(
-            f"input_ids have {len(ids)} rows; plan {plan.name} has {plan.groups} groups of {plan.workload.batch} rows, "
-            f"{wanted} in all"
+            f"input_ids is {list(ids.shape)}; plan {plan.name} is for {rows} rows{split} of at most {longest} tokens: "
+            "make a plan for this one"
         )
-    lacking = [(0, 0), (max(0, plan.workload.prompt - ids.shape[1]), 0)]
+    lacking = [(0, 0), (longest - ids.shape[1], 0)]
     groups = (np.split(np.pad(own, lacking), plan.groups) for own in (ids, mask))
     return list(zip(*groups))
 

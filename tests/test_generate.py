@@ -12,6 +12,7 @@ import kvrecomp
 import models
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import PlanError, Workload
+from kvrecomp.prompt import PromptError
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows, truncate
 
 BATCH, PROMPT, NEW, TAIL = 3, 5, 11, 3
@@ -60,6 +61,13 @@ def test_generate_is_the_same_with_huggingfaces_names(decoder):
     result = kvrecomp.generate(toy.model(), ids, mask, max_new_tokens=NEW, plan="keys_values", **options)
     assert result.plan.name == "keys_values"
     np.testing.assert_array_equal(result.sequences, expected.sequences)
+
+
+def test_more_rows_or_tokens_than_the_plan_has(decoder):
+    for rows, tokens in ((BATCH + 1, PROMPT), (BATCH, PROMPT + 1)):
+        told = rf"is \[{rows}, {tokens}\]; plan activations is for {BATCH} rows of at most {PROMPT} tokens: make a plan"
+        with pytest.raises(PromptError, match=told):
+            run(decoder, given=toy.texts(rows, tokens))
 
 
 @pytest.mark.parametrize("groups", [1, 3])
