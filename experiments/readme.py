@@ -14,6 +14,7 @@ shell, and filters: of the files' rows those are taken whose field is like one o
 benchmark           table of rows of experiments/benchmark.py
 sweep               table of rows of experiments/sweep.py
 paper               table of the paper's gains, and of those predicted and measured (experiments/reproduce_paper.py)
+paper_rates         tokens a second that are predicted for the paper's machine, in the setting of the rows
 predictions_plot    picture of how far predictions are off
 choices_plot        picture of the scheduler's choices against the best plans by hand
 curves_plot         picture of step times against cached tokens, of one model and batch
@@ -54,7 +55,12 @@ MARKER = re.compile(r"<!-- (\w+): (.*?) -->(.*?)<!-- end -->", re.DOTALL)
 HALF = re.compile(r"<!-- (\w+:|end -->)")
 LINE_START = re.compile(r"(\s|[-*+>]\s|\d+[.)]\s)*")  # what may stand before the text of a line in Markdown
 TABLES = {"benchmark": tables.benchmark, "sweep": tables.sweep, "paper": paper_costs.markdown}
-SENTENCES = {"machine": tables.machine, "accuracy": tables.accuracy, "choices": tables.choices}
+SENTENCES = {
+    "machine": tables.machine,
+    "accuracy": tables.accuracy,
+    "choices": tables.choices,
+    "paper_rates": paper_costs.rates,
+}
 
 
 class Picture(NamedTuple):

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import math
+import re
 
 import pytest
 from absl import flags
@@ -408,3 +409,18 @@ def test_a_file_that_is_no_results_file(command, tmp_path):
 
 def test_results_without_fields_are_of_no_setting(rows):
     assert not any(row.measured for row in paper_costs.measured(rows, [{"median_ms": 1.0}]).rows)
+
+
+def test_rates_in_closed_form():
+    """OPT-30B, 8 x 32 rows of 256 tokens and half of 32 new ones, weights of 48 layers: the link is the bound."""
+    result = {"model": "opt-30b", "batch": 32, "prompt": 256, "new": 32, "plan": "activations", "weights": "host"}
+    row = {**result, "groups": 8, "order": "column"}
+    said = paper_costs.rates([row])
+    pairs, kvpr, own = map(int, re.findall(r"\d+", said))
+    sent = LAYERS["opt-30b"] * 2 * (12 * HIDDEN["opt-30b"] ** 2 + 8 * 32 * 272 * 2 * HIDDEN["opt-30b"])
+    assert pairs == pytest.approx(8 * 32 * LINK / sent, abs=0.6)
+    assert pairs < kvpr < own
+    assert said == f"{pairs} tokens a second for keys and values, {kvpr} for KVPR's schedule and {own} for ours"
+    for rows in ([row | {"batch": 31}], [row, row | {"new": 128}]):
+        with pytest.raises(ValueError, match=r"of [02] settings of Table 3, .*; expected one"):
+            paper_costs.rates(rows)

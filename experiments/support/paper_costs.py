@@ -224,3 +224,22 @@ def markdown(rows: Sequence[tables.Row]) -> str:
     lines = summary([measured(predict(paper, paper.table(name)), rows) for name in SUMMED_UP])
     shown = [key for key in lines[0] if any(line[key] != "-" for line in lines)]
     return tables.table(lines, *((key, lambda line, key=key: line[key]) for key in shown))
+
+
+def rates(rows: Sequence[tables.Row]) -> str:
+    """The tokens a second that are predicted for the paper's machine in the setting of which these results are.
+
+    Raises ValueError where they are of none, or of several.
+    """
+    paper, found = read(), []
+    for table in map(paper.table, SUMMED_UP):
+        device_bytes = paper.machine(table.machine).device_bytes
+        for row in table.rows:
+            if any(is_of(result, row.setting, table, device_bytes) for result in rows):
+                found.append(dataclasses.replace(table, rows=(row,)))
+    if len(found) != 1:
+        raise ValueError(f"the rows are of {len(found)} settings of {', '.join(SUMMED_UP)}; expected one")
+    (row,) = predict(paper, found[0]).rows
+    tokens = 1e3 * row.paper.setting.batch * row.paper.setting.groups
+    pairs, kvpr, own = (f"{tokens / row.predicted.times[plan]:.0f}" for plan in (BASELINE, "kvpr", AUTO))
+    return f"{pairs} tokens a second for keys and values, {kvpr} for KVPR's schedule and {own} for ours"
