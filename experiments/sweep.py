@@ -54,7 +54,6 @@ from kvrecomp.plan import (
     ModelShape,
     Plan,
     PlanError,
-    aligned,
     cut_runs,
     format_bytes,
 )
@@ -104,7 +103,7 @@ def _two_forms(model: Any, work: kvrecomp.Workload, here: Form, there: Form, roo
     for layer in model.shape.layers:
         token_bytes = work.batch * layer.width(here) * model.shape.itemsize
         tokens = layer.cached(work.prompt)
-        kept = aligned(min(tokens, int(room / len(model.shape.layers) / token_bytes)), tokens, tokens)
+        kept = min(tokens, int(room / len(model.shape.layers) / token_bytes))
         runs: list[tuple[Form, Memory, int]] = [(here, "device", kept), (there, "host", tokens - kept)]
         blocks = cut_runs(runs, layer, model.shape, work, DEFAULT_WINDOW // BLOCKS_PER_WINDOW)
         last: Memory = "host" if kept < tokens else "device"

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from kvrecomp.plan import GIB, LayerShape, Memory, PlanError
+from kvrecomp.plan import GIB, LayerShape, Memory, PlanError, uneven
 
 Attention = Literal["keys_values", "absorb", "recompute"]
 """Attention over cached tokens: over keys and values, or over activations by one of the methods."""
@@ -20,7 +20,7 @@ Attention = Literal["keys_values", "absorb", "recompute"]
 Work = Literal[
     "project", "project_absorb", "project_recompute",
     "finish", "prepare", "await",
-    Attention, "device_keys_values", "device_absorb", "device_recompute",
+    Attention, "device_keys_values", "device_absorb", "device_recompute", "uneven_absorb", "uneven_device_absorb",
 ]  # fmt: skip
 """What a layer does in a step. `project` makes Q, and K and V of the new token; where the tail has activations, these
 are not made (`project_absorb`), or with those of the tail (`project_recompute`). `finish` is the output projection and
@@ -28,21 +28,23 @@ the feed-forward; `prepare` absorbs the projections of K and V, once where activ
 what awaiting a copy takes that has arrived: it ends a CUDA graph. The others are attention over cached tokens. Those of
 a block from the host have a partial result of their own, and K and V are cut out of it; those on the device (`device_`)
 are attended to as one with the tail. Where the tail is attended to in a different way, they have a partial result of
-their own too, which counts as that of no tokens from the host."""
+their own too, which counts as that of no tokens from the host. `uneven_` is attention over a block of which
+`plan.uneven` is true."""
 
 KNOTS = 7  # of a curve, at most
 ATTENTION: tuple[Attention, ...] = get_args(Attention)
 WORKS: tuple[Work, ...] = get_args(Work)
 
 
-def attention_work(kind: Attention, memory: Memory) -> Work:
-    """The work of attending to tokens in that memory."""
-    works: dict[Attention, Work] = {
-        "keys_values": "device_keys_values",
-        "absorb": "device_absorb",
-        "recompute": "device_recompute",
+def attention_work(kind: Attention, memory: Memory, tokens: int = 0) -> Work:
+    """The work of attending to a block of so many tokens in that memory."""
+    works: dict[tuple[Attention, Memory], Work] = {
+        ("keys_values", "device"): "device_keys_values",
+        ("absorb", "device"): "uneven_device_absorb" if uneven(tokens) else "device_absorb",
+        ("absorb", "host"): "uneven_absorb" if uneven(tokens) else "absorb",
+        ("recompute", "device"): "device_recompute",
     }
-    return kind if memory == "host" else works[kind]
+    return works.get((kind, memory), kind)
 
 
 def project_work(kind: Attention) -> Work:
@@ -101,6 +103,14 @@ class Curve:
     def line(cls, base: float, each: float = 0.0) -> "Curve":
         """`base + each * size` seconds."""
         return cls((0.0, 1.0), (base, base + each))
+
+    def times(self, factor: float) -> "Curve":
+        """So many times as long."""
+        return Curve(self.sizes, tuple(factor * own for own in self.seconds))
+
+    def plus(self, seconds: float) -> "Curve":
+        """So much longer, or shorter; never less than nothing."""
+        return Curve(self.sizes, tuple(max(0.0, own + seconds) for own in self.seconds))
 
     @property
     def knots(self) -> np.ndarray:

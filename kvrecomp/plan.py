@@ -54,10 +54,11 @@ GIB = 2**30
 DEFAULT_WINDOW = GIB
 TAIL_BYTES = 2 * GIB
 BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
-# Tokens of a block are a multiple of this where they can be. On an H100 a layer of Llama-2-7B with 32 rows takes 1.2 ms
-# with 480 activations, 2.4 with 481 or 496 and 1.3 with 512, absorbed; with keys and values a tenth longer.
+# Kernels over a block are fastest where its tokens are a multiple of this. On an H100 layers of Llama-2-7B with 32 rows
+# take 1.2 ms with 480 activations, absorbed, 2.4 with 481 or 496, 1.3 with 512; with keys and values a tenth longer.
 ALIGNED = 32
 LEAST_ALIGNED = 8 * ALIGNED  # of fewer tokens, that is too coarse
+LEAST_PADDED = 32 * ALIGNED  # prompts of fewer tokens are not padded: what is added crosses the link at every step
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -111,7 +112,10 @@ class LayerShape:
     def cached(self, prompt: int) -> int:
         """How many of a prompt's tokens are cached: the newest, which the next token sees, at least one, and a few more
         where that makes a multiple of ALIGNED."""
-        return prompt if self.sliding_window is None else min(prompt, _padded(max(1, self.sliding_window - 1)))
+        if self.sliding_window is None:
+            return prompt
+        seen = max(1, self.sliding_window - 1)
+        return min(prompt, seen + -seen % ALIGNED if uneven(seen) else seen)
 
     def in_sight(self, blocks: Sequence[AnyBlock]) -> tuple[AnyBlock, ...]:
         """Of the layer's blocks, in order and up to the newest cached token, those of which the next token sees any."""
@@ -191,10 +195,11 @@ class Workload:
         return f"batch {self.batch}, prompt {self.prompt}, {self.new} new"
 
     def padded(self, positions: int) -> "Workload":
-        """The workload with prompts of a multiple of ALIGNED tokens, if a model's `positions` are enough; short ones
-        stay as they are."""
-        prompt = _padded(self.prompt)
-        return dataclasses.replace(self, prompt=prompt) if prompt + self.new <= positions else self
+        """The workload with prompts of a multiple of ALIGNED tokens, where that adds little, and a model's `positions`
+        are enough."""
+        prompt = self.prompt + -self.prompt % ALIGNED
+        fits = self.prompt >= LEAST_PADDED and prompt + self.new <= positions
+        return dataclasses.replace(self, prompt=prompt) if fits else self
 
 
 @dataclass(frozen=True)
@@ -435,27 +440,21 @@ class Plan:
         return console.export_text().rstrip()
 
 
-def _padded(tokens: int) -> int:
-    """The next multiple of ALIGNED; few tokens stay as many."""
-    return tokens if tokens < LEAST_ALIGNED else tokens + -tokens % ALIGNED
-
-
-def aligned(tokens: int, of: int, prompt: int) -> int:
-    """So many tokens `of` those that are left of a prompt, or a few less: a multiple of ALIGNED. Exactly so many where
-    they are all that is left, or where the prompt is short, in which a few matter."""
-    return tokens if tokens >= of or prompt < LEAST_ALIGNED else tokens - tokens % ALIGNED
+def uneven(tokens: int) -> bool:
+    """Whether kernels over a block of so many tokens may be slow for want of a few."""
+    return tokens >= LEAST_ALIGNED and tokens % ALIGNED > 0
 
 
 def cut_runs(
     runs: Sequence[tuple[Form, Memory, int]], layer: LayerShape, shape: ModelShape, workload: Workload, most_bytes: int
 ) -> tuple[BlockSpec, ...]:
-    """Runs of (form, memory, tokens) as blocks: one on the device; on the host several of at most `most_bytes`, equal
-    within ALIGNED tokens, all but the last a multiple of it. Runs of no tokens are left out."""
+    """Runs of (form, memory, tokens) as blocks: one on the device; on the host as few as `most_bytes` allow, equal
+    within ALIGNED tokens, and but for the last a multiple of it. Runs of no tokens are left out."""
     blocks = []
     for form, memory, tokens in runs:
         token_bytes = workload.batch * layer.width(form) * shape.itemsize
         largest = tokens if memory == "device" else max(1, most_bytes // token_bytes)
-        unit = ALIGNED if largest >= ALIGNED else 1
+        unit = ALIGNED if ALIGNED <= largest < tokens else 1
         units = -(-tokens // unit)
         count = -(-units // max(1, largest // unit))
         for number in range(count):

@@ -17,7 +17,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.sharding import Sharding
 
 from kvrecomp import memory
 from kvrecomp.cache import Block, allocate_tails, describe_blocks, describe_tails, make_cache
@@ -26,6 +25,7 @@ from kvrecomp.hardware import ATTENTION, Attention, Curve, LayerTimes, Work, att
 from kvrecomp.plan import (
     BLOCKS_PER_WINDOW,
     DEFAULT_WINDOW,
+    LEAST_ALIGNED,
     MEMORIES,
     BlockSpec,
     Form,
@@ -43,9 +43,10 @@ from kvrecomp.timing import device_timer, least_seconds, median_seconds, random,
 FEW_LAYERS, MORE_LAYERS = 2, 6
 ATTENDING_LAYERS = 4  # fewer are compiled sooner
 SIZES, RATIO = 4, 4  # of blocks, each so many times as long as the one before
-MORE_RECOMPUTED = 2  # from half of the longest on: K and V of more tokens are recomputed by other kernels
+MORE_RECOMPUTED = 2  # half and an eighth of the longest: between the others kernels that recompute K and V differ most
 WHOLE = 8  # quarters of the window: 2 GiB, which is 4096 tokens' activations of 32 rows of OPT-13B, and some
-AWAITED_BYTES = 2**20  # of blocks that are copied: they arrive while the layer before is computed
+AWAITED, AWAITED_BYTES = 4, 2**17  # blocks of a layer that are copied: so short that they arrive before they are used
+UNEVEN_TOKENS = LEAST_ALIGNED + 1
 TAIL = 32  # tokens: XLA fuses the scores of very few with others', and computes them many times
 STEPS = 10  # at most, dispatched one after the other
 ENOUGH_SECONDS = 0.02  # for a run: slow steps, as a CPU's, are fewer
@@ -67,8 +68,8 @@ class _Run(NamedTuple):
 
 def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     """Seconds of the layers of that shape in a step: with a block of several sizes in each form and memory; with two
-    from the host; with activations that are absorbed beside a tail of keys and values; and with a block that is
-    copied. What layers do after attention is timed alone.
+    from the host; with activations that are absorbed, of a number that is no multiple of ALIGNED, or beside a tail of
+    keys and values; and with blocks that are copied. What layers do after attention is timed alone.
 
     What layers take without a block is twice what they take with one, less that with two. Timed themselves, they would
     be of other kernels: XLA fuses more there.
@@ -84,16 +85,21 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     inner = {kind: sizes[kind, "host"][1:3] or sizes[kind, "host"] for kind in ATTENTION}
     count, kv = ATTENDING_LAYERS, "keys_values"
     few, more = (_Run(layers, kv, kv, inner[kv][0]) for layers in (FEW_LAYERS, MORE_LAYERS))
+    # K and V of what is on the device are recomputed by the same kernels as of what was copied: one size tells.
+    sizes["recompute", "device"] = inner["recompute"][:1]
     alone: dict[tuple[Attention, Memory], list[_Run]] = {
         (kind, place): [_Run(count, kind, kind, size, place) for size in own] for (kind, place), own in sizes.items()
     }
     twice = {kind: [_Run(count, kind, kind, size, blocks=2) for size in inner[kind]] for kind in ATTENTION}
     beside = [_Run(count, kv, "absorb", size) for size in inner["absorb"]]
     short = block_sizes(kv, shape, layer, batch, AWAITED_BYTES)[-1]
-    here = [_Run(layers, kv, kv, short) for layers in (FEW_LAYERS, MORE_LAYERS)]
+    here = [_Run(layers, kv, kv, short, blocks=AWAITED) for layers in (FEW_LAYERS, MORE_LAYERS)]
     copied = [run._replace(copied=True) for run in here]
+    odd: dict[Memory, _Run] = {
+        place: _Run(count, "absorb", "absorb", max(1, sizes["absorb", place][-1] - 1), place) for place in MEMORIES
+    }
     bench = _LayerBench(model, numbers, batch)
-    runs = [few, more, *itertools.chain(*alone.values(), *twice.values()), *beside, *here, *copied]
+    runs = [few, more, *itertools.chain(*alone.values(), *twice.values()), *beside, *here, *copied, *odd.values()]
     makers = [functools.partial(bench.step_timer, run) for run in runs]
     makers += [functools.partial(bench.finish_timer, layers) for layers in (FEW_LAYERS, MORE_LAYERS)]
     *of_steps, few_finish, more_finish = least_seconds(side_by_side(lambda make: make(), makers))
@@ -107,13 +113,19 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     for (kind, place), own in alone.items():
         added = [(seconds[run] - bare[kind]) / count for run in own]
         work[attention_work(kind, place)] = curve_through(sizes[kind, place], added)
+    (size,), recomputed = sizes["recompute", "device"], work["recompute"]
+    work["device_recompute"] = recomputed.plus(work["device_recompute"](size) - recomputed(size))
     dense = max(0.0, (seconds[more] - seconds[few]) / (MORE_LAYERS - FEW_LAYERS) - work[kv](more.tokens))
     finish = min(dense, max(0.0, more_finish - few_finish) / (MORE_LAYERS - FEW_LAYERS))
     # Absorbing is part of what a tail takes that is absorbed.
     absorbing = [(seconds[run] - bare[kv]) / count - work["absorb"](run.tokens) for run in beside]
     prepare = max(0.0, statistics.mean(absorbing))
     of_layers = [seconds[many] - seconds[less] for less, many in (here, copied)]
-    awaiting = max(0.0, of_layers[1] - of_layers[0]) / (MORE_LAYERS - FEW_LAYERS)
+    awaiting = max(0.0, of_layers[1] - of_layers[0]) / (MORE_LAYERS - FEW_LAYERS) / AWAITED
+    for place, run in odd.items():
+        even = work[attention_work("absorb", place)]
+        taken, own = even(run.tokens), (seconds[run] - bare["absorb"]) / count
+        work[attention_work("absorb", place, UNEVEN_TOKENS)] = even.times(max(1.0, own / taken) if taken > 0 else 1.0)
     for kind in ATTENTION:
         tail = work[attention_work(kind, "device")]
         own = dense - finish + (bare[kind] - bare[kv]) / count - (tail(TAIL) - tail(0))
@@ -180,15 +192,16 @@ class _LayerBench:
             (tails,), (logits,) = decode_step(self._part(weights, run.layers), plan, [cache], [token_ids])
             return tails, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-        # Copying a block from the host copies nothing where it is described as on the device.
-        place = memory.sharding("host" if run.copied else "device")
-        described = [[_placed(block, place) for block in own] for own in describe_blocks(plan, 0)]
+        described, place = describe_blocks(plan, 0), memory.sharding("host" if run.copied else "device")
+        if not run.copied:
+            described = [[_as_if_copied(block) for block in own] for own in described]
         padding, length, token_ids = jax.device_put(
             (np.zeros(self._batch, np.int32), np.int32(plan.workload.prompt), np.zeros(self._batch, np.int32)),
             memory.sharding("device"),
         )
         inputs = (self._weights, described, describe_tails(plan), padding, length, token_ids)
-        program = jax.jit(step, donate_argnames=("tails",)).lower(*inputs).compile()
+        placed = (None, jax.tree.map(lambda _: place, described), None, None, None, None)
+        program = jax.jit(step, in_shardings=placed, donate_argnames=("tails",)).lower(*inputs).compile()
         jax.tree.map(lambda like: random_maker(like.shape, like.dtype), described)  # compiled here, too
 
         def seconds() -> float:
@@ -256,7 +269,8 @@ def _form_of(kind: Attention) -> Form:
     return "keys_values" if kind == "keys_values" else "activations"
 
 
-def _placed(block: Block, place: Sharding) -> Block:
-    """The block with its arrays described as there."""
-    arrays = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=place) for array in block.arrays)
+def _as_if_copied(block: Block) -> Block:
+    """The block with its arrays described as on the device: copying one from the host there copies nothing."""
+    here = memory.sharding("device")
+    arrays = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here) for array in block.arrays)
     return dataclasses.replace(block, arrays=arrays)

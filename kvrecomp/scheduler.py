@@ -27,11 +27,13 @@ from kvrecomp.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 from kvrecomp.holds import in_flight_bytes
 from kvrecomp.named import named_plan, spread, with_weights
 from kvrecomp.plan import (
+    ALIGNED,
     AUTO,
     BLOCKS_PER_WINDOW,
     DEFAULT_WINDOW,
     FORMS,
     GIB,
+    LEAST_ALIGNED,
     MEMORIES,
     BlockSpec,
     Budget,
@@ -45,7 +47,6 @@ from kvrecomp.plan import (
     Plan,
     PlanError,
     Workload,
-    aligned,
     cut_runs,
     default_tail,
     format_bytes,
@@ -70,7 +71,8 @@ class Settings:
     `on_device` is the fraction of the device memory left over that holds keys and values, None for as much as leaves no
     token behind the link; `activations` the fraction of the prompt behind the link that are activations. `tail` is the
     form of generated tokens, and `growth` the fraction of the written-out tails that could stay on the device for which
-    room is kept; the prompt comes next, and what is left over is for more of them.
+    room is kept; the prompt comes next, and what is left over is for more of them. Parts of a prompt are multiples of
+    `unit` tokens.
     """
 
     on_device: float | None
@@ -78,6 +80,7 @@ class Settings:
     method: Method
     tail_form: Form
     growth: float
+    unit: int = 1
 
 
 Candidate = tuple[int, dict[LayerShape, Settings]]
@@ -244,7 +247,9 @@ class _Search:
         window, grid = self.windows[0], [step / GRID for step in range(GRID + 1)]
         growth = (0.0, 0.25, 0.5, 0.75, 1.0) if self.workload.new > self.tail else (0.0,)
         choices = itertools.product((None, 0.0, 0.5, 1.0), grid, ("absorb",), FORMS, growth)
-        settings = [Settings(*choice) for choice in choices]
+        # Where K is recomputed from activations, those of no multiple of ALIGNED tokens may take twice as long.
+        unit = ALIGNED if any(not layer.absorbs_keys for layer in self.shapes) else 1
+        settings = [Settings(*choice, unit) for choice in choices]
         uniform = [(window, dict.fromkeys(self.shapes, own)) for own in settings]
         best = self._choose([*uniform, *((own, self.least) for own in self.windows)])
         for layer in self.shapes:
@@ -253,8 +258,9 @@ class _Search:
             for name, step in (("activations", 1), ("on_device", 4), ("growth", 4)):
                 best = self._refine(best, layer, name, step / GRID**2)
             others = itertools.product((None, 0.0, 0.5, 1.0), grid, ("recompute",), FORMS, (best[1][layer].growth,))
-            best = self._vary(best, layer, [Settings(*other) for other in others])
+            best = self._vary(best, layer, [Settings(*other, unit) for other in others])
             best = self._refine(best, layer, "activations", 1 / GRID**2)
+            best = self._vary(best, layer, [dataclasses.replace(best[1][layer], unit=own) for own in (1, ALIGNED)])
         best = self._choose([best, *((window, best[1]) for window in self.windows[1:])])
         found = self._plan(*best)
         (cost,) = self.costs([found])
@@ -432,11 +438,16 @@ class _Builder:
             pairs = prompt
         else:  # as many as leave room for the others in the smaller form
             pairs = max(0, int((for_prompt - prompt * small) / (pair - small))) if pair > small else 0
-        pairs = aligned(pairs, prompt, prompt)
-        others = prompt - pairs
-        rest = aligned(min(others, int((for_prompt - pairs * pair) / small)), others, prompt)
-        behind = others - rest
-        sent = aligned(round(settings.activations * behind), behind, prompt)
+        unit = settings.unit if prompt >= LEAST_ALIGNED else 1
+
+        def part(tokens: int, of: int) -> int:
+            """So many, or a few less; all there are as they are."""
+            return tokens if tokens >= of else tokens - tokens % unit
+
+        pairs = part(pairs, prompt)
+        rest = part(min(prompt - pairs, int((for_prompt - pairs * pair) / small)), prompt - pairs)
+        behind = prompt - pairs - rest
+        sent = part(round(settings.activations * behind), behind)
         here = {"keys_values": pairs, "activations": 0}
         here[smaller] += rest
         blocks = (

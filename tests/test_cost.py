@@ -647,6 +647,7 @@ def test_works_are_all_there_are():
         == (
             *("project", "project_absorb", "project_recompute", "finish", "prepare", "await"),
             *(kv, "absorb", "recompute", "device_keys_values", "device_absorb", "device_recompute"),
+            *("uneven_absorb", "uneven_device_absorb"),
         )
     )
     assert [project_work(kind) for kind in ATTENTION] == ["project", "project_absorb", "project_recompute"]
@@ -654,6 +655,11 @@ def test_works_are_all_there_are():
         [kv, "absorb", "recompute"],
         ["device_keys_values", "device_absorb", "device_recompute"],
     ]
+    # Of no multiple of 32 tokens, if they are 256 or more.
+    assert [attention_work("absorb", "host", size) for size in (255, 256, 257)] == ["absorb", "absorb", "uneven_absorb"]
+    assert attention_work("absorb", "device", 257) == "uneven_device_absorb"
+    for kind in (kv, "recompute"):
+        assert attention_work(kind, "host", 257) == kind and attention_work(kind, "device", 257) == f"device_{kind}"
 
 
 # --- predictions of plans ---------------------------------------------------------------------------------------------

@@ -26,6 +26,8 @@ WORK = {
     "device_keys_values": Curve((0, 11, 29, 31), (2e-6, 1e-6, 3e-6, 8e-6)),
     "device_absorb": Curve.line(3e-6, 2e-10),
     "device_recompute": Curve.line(4e-6, 7e-10),
+    "uneven_absorb": Curve.line(9e-6, 3e-9),
+    "uneven_device_absorb": Curve.line(8e-6, 4e-10),
 }
 TIMES = LayerTimes(LAYER, "bfloat16", 3, WORK, outside=1e-4)
 PROFILE = HardwareProfile(
@@ -175,6 +177,8 @@ def test_a_curve_by_hand():
     curve = Curve((0, 4, 6), (3.0, 5.0, 1.0))
     assert [curve(size) for size in (0, 1, 4, 5, 6, 6.25, 7)] == [3.0, 3.5, 5.0, 3.0, 1.0, 0.5, 0.0]
     assert curve.knots.tolist() == [[0, 4, 6, 8, 10, 12, 14], [3, 5, 1, -3, -7, -11, -15]]
+    assert curve.times(2.0) == Curve((0, 4, 6), (6.0, 10.0, 2.0))
+    assert curve.plus(-2.0) == Curve((0, 4, 6), (1.0, 3.0, 0.0)) and curve.plus(0.5).seconds == (3.5, 5.5, 1.5)
     assert [Curve.line(2.0, 3.0)(size) for size in (0, 5)] == [2.0, 17.0] and Curve.line(2.0)(7) == 2.0
 
 

@@ -24,9 +24,9 @@ from kvrecomp.plan import (
     Plan,
     PlanError,
     Workload,
-    aligned,
     cut_runs,
     format_bytes,
+    uneven,
 )
 
 # Two layers of different shapes; the second has grouped queries.
@@ -273,7 +273,7 @@ def test_runs_are_cut_evenly_into_as_few_blocks_as_the_largest_allows(tokens, fo
         own = []
         while sum(own) < count:
             own.append(rest.pop(0).tokens)
-        unit = 32 if 32 * token_bytes <= largest else 1
+        unit = 32 if 32 * token_bytes <= largest < count * token_bytes else 1
         whole = [*own[:-1], own[-1] + -own[-1] % unit]  # but for what the last one lacks
         assert sum(own) == count and max(whole) - min(whole) <= unit
         assert not any(tokens % unit for tokens in whole)
@@ -284,28 +284,31 @@ def test_runs_are_cut_evenly_into_as_few_blocks_as_the_largest_allows(tokens, fo
     assert not rest and {(spec.form, spec.memory) for spec in blocks} == {(form, "host")}
 
 
-@pytest.mark.parametrize(
-    ("tokens", "of", "prompt", "kept"),
-    [
-        (481, 1024, 1024, 480),
-        (31, 256, 256, 0),
-        (181, 255, 255, 181),
-        (256, 256, 256, 256),
-        (27, 27, 1019, 27),
-        (26, 27, 1019, 0),
-        (99, 101, 255, 99),
-    ],
-)
-def test_a_part_of_a_long_prompt_is_a_multiple_of_32(tokens, of, prompt, kept):
-    assert aligned(tokens, of, prompt) == kept
+@pytest.mark.parametrize("tokens", [1, 31, 33, 255, 481, 1000, 1024])
+def test_a_run_on_the_device_or_that_fits_whole_is_one_block(tokens):
+    """One token of three rows is 420 bytes."""
+    for memory, largest in (("device", 1), ("host", 420 * tokens)):
+        blocks = cut_runs([("keys_values", memory, tokens)], PLAIN, SHAPE, WORK, largest)
+        assert blocks == (block("kv", memory, tokens),)
+
+
+def test_blocks_of_many_tokens_by_hand():
+    """At most 500 tokens, which is 480 in multiples of 32: 32 of these in three blocks, but for 24 tokens."""
+    blocks = cut_runs([("keys_values", "host", 1000)], PLAIN, SHAPE, WORK, 500 * 420)
+    assert [spec.tokens for spec in blocks] == [352, 352, 296]
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(255, False), (256, False), (257, True), (287, True), (288, False)])
+def test_blocks_that_kernels_may_be_slow_for(tokens, expected):
+    assert uneven(tokens) is expected
 
 
 @pytest.mark.parametrize(
-    ("prompt", "padded"), [(255, 255), (256, 256), (257, 288), (287, 288), (289, 320), (993, 993), (961, 992)]
+    ("prompt", "padded"), [(1023, 1023), (1024, 1024), (1025, 1056), (1055, 1056), (1057, 1088), (1633, 1633)]
 )
 def test_prompts_are_padded_to_multiples_of_32_where_the_positions_allow(prompt, padded):
-    """With 9 new tokens, 1001 positions leave 992 for a prompt."""
-    assert Workload(3, prompt, 9).padded(1001) == Workload(3, padded, 9)
+    """With 9 new tokens, 1672 positions leave 1663 for a prompt."""
+    assert Workload(3, prompt, 9).padded(1672) == Workload(3, padded, 9)
 
 
 def test_cutting_by_hand():

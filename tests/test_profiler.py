@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import kvrecomp
 import models
-from kvrecomp import cost, memory, profile_layers, profile_machine, profiler, timing
+from kvrecomp import cost, forward, memory, profile_layers, profile_machine, profiler, timing
 from kvrecomp.hardware import ATTENTION, WORKS, Curve, HardwareProfile, attention_work, project_work
 from kvrecomp.plan import GIB, MEMORIES
 from kvrecomp.timing import fit_line, measured_line
@@ -165,9 +165,11 @@ def test_a_layer_is_found_again(monkeypatch, number):
         return Curve((0, *sizes), (line[0], *first, *(line[1] + steps[2:].cumsum())))
 
     attending = {(kind, place): attention(kind, place) for kind in ATTENTION for place in MEMORIES}
+    attending["recompute", "device"] = attending["recompute", "host"].plus(rng.uniform(1e-6, 9e-6))
     dense, outside, prepare = rng.uniform(1e-4, 9e-4, 3)
     finish = rng.uniform(0.3, 0.7) * dense
     awaiting = rng.uniform(2e-6, 9e-6)
+    slower = dict(zip(MEMORIES, rng.uniform(1.1, 2.9, 2)))
     tails = {kind: rng.uniform(1e-5, 3e-5) * (kind != "keys_values") for kind in ATTENTION}
 
     class Steps:
@@ -178,7 +180,10 @@ def test_a_layer_is_found_again(monkeypatch, number):
             seconds = dense + tails[run.tail] + ("absorb" in (run.tail, run.kind)) * prepare
             tail = attending[run.tail, "device"]
             seconds += tail(profile_layers.TAIL) - tail(0) if run.tail != "keys_values" else 0
-            seconds += run.blocks * (attending[run.kind, run.place](run.tokens) + run.copied * awaiting)
+            attention = attending[run.kind, run.place](run.tokens)
+            if run.kind == "absorb" and run.tokens == attending[run.kind, run.place].sizes[-1] - 1:
+                attention *= slower[run.place]
+            seconds += run.blocks * (attention + run.copied * awaiting)
             first_copy = run.copied * 1e-5  # for which nothing is computed meanwhile
             return self.slow_twice(outside + first_copy + run.layers * seconds)
 
@@ -194,6 +199,10 @@ def test_a_layer_is_found_again(monkeypatch, number):
     for (kind, place), curve in attending.items():
         found = times.work[attention_work(kind, place)]
         assert found.sizes == curve.sizes and found.seconds == pytest.approx(curve.seconds, rel=1e-6), (kind, place)
+        if kind == "absorb":
+            uneven = times.work[attention_work(kind, place, 257)]
+            assert uneven.sizes == curve.sizes
+            assert uneven.seconds == pytest.approx([slower[place] * own for own in curve.seconds], rel=1e-6)
     tail = attending["keys_values", "device"]
     of_tail = tail(profile_layers.TAIL) - tail(0)
     assert times.work["prepare"](0) == pytest.approx(prepare, rel=1e-6)
@@ -204,6 +213,21 @@ def test_a_layer_is_found_again(monkeypatch, number):
         more = times.work[project_work(kind)](0) - times.work["project"](0)
         assert more == pytest.approx(tails[kind] + (of_tail if kind != "keys_values" else 0), rel=1e-6)
     assert times.outside == pytest.approx(outside, rel=1e-6)
+
+
+@pytest.mark.parametrize("copied", [True, False])
+def test_blocks_are_copied_in_the_step_where_they_are_said_to_be(monkeypatch, copied):
+    spaces = []
+
+    def decode_step(model, plan, caches, token_ids):
+        spaces.extend(jax.typeof(block.arrays[0]).memory_space for own in caches[0].blocks for block in own)
+        return forward.decode_step(model, plan, caches, token_ids)
+
+    monkeypatch.setattr(profile_layers, "decode_step", decode_step)
+    bench = profile_layers._LayerBench(toy.model(), [0, 1], 3)
+    seconds = bench.step_timer(profile_layers._Run(2, "keys_values", "keys_values", 5, blocks=2, copied=copied))
+    assert spaces == [jax.memory.Space.Host if copied else jax.memory.Space.Device] * 4
+    assert seconds() > 0
 
 
 def test_a_program_is_timed_with_the_host_ahead(monkeypatch):

@@ -34,6 +34,7 @@ from experiments.support.job_meter import Meter
 from experiments.support.job_output import Output, Record
 from experiments.support.prompts import ENDS, PADS, pad_left, special_tokens
 from experiments.support.source import Source
+from kvrecomp.auto import padded_plan_for
 from kvrecomp.budget import check_within, limits
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import AUTO, MIB, Plan
@@ -181,16 +182,12 @@ def describe(
 
     def make(length: int, batch: int) -> Plan:
         weights = [layer.weights for layer in plans[0].layers] if plans else None  # the same for all
-        plan = kvrecomp.plan_for(
-            settings.plan, shape, kvrecomp.Workload(batch, length, new), weights=weights, **options
-        )
+        plan = padded_plan_for(settings.plan, shape, kvrecomp.Workload(batch, length, new), weights=weights, **options)
         check_within(plan, allowed)
         return plan
 
     shapes = max(1, min(SHAPES, prompts // (BATCHES_PER_SHAPE * max(1, most))))
-    works = (kvrecomp.Workload(most, length, new) for length in padded_lengths(found.lengths, shapes))
-    lengths = {work.padded(shape.positions).prompt for work in works}
-    for length in sorted(lengths, reverse=True):  # the longest needs the most room
+    for length in reversed(padded_lengths(found.lengths, shapes)):  # the longest needs the most room
         plans.append(largest_plan(partial(make, length), most))
     return {
         "settings": given,

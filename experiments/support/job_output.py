@@ -16,7 +16,7 @@ from typing import Any, BinaryIO
 
 from kvrecomp.files import write_json
 
-FORMAT = 2  # of the description and the plans in it; 1 had other names in plans
+FORMAT = 3  # of the description and the plans in it; 1 had other names in plans, 2 other blocks of sliding windows
 CHUNK = 2**20  # bytes read at once
 
 Record = dict[str, Any]
