@@ -41,7 +41,6 @@ from experiments.support.job_input import checkpoint_hash
 from experiments.support.prompts import ENDS, PADS, PROMPTS, encode, is_ids, read_prompts, special_tokens
 from experiments.support.report import run_info
 from experiments.support.source import SHIPPED, Source
-from kvrecomp.auto import padded_plan_for
 from kvrecomp.budget import check_within, limits
 from kvrecomp.named import NAMES
 from kvrecomp.plan import AUTO, MIB, format_bytes
@@ -300,7 +299,7 @@ def continue_given(given: flags.FlagValues, budget: kvrecomp.Budget) -> Run:
     workload = kvrecomp.Workload(len(prompts), encode(tokenizer, prompts)[0].shape[1], given.max_new_tokens)
     window = None if given.window_mib is None else int(given.window_mib * MIB)
     options = {"budget": budget, "groups": None, "tail": given.tail, "window": window}
-    plan = padded_plan_for(given.plan, shape, workload, **options)
+    plan = kvrecomp.plan_for(given.plan, shape, workload, **options)
     check_within(plan, limits(budget))  # before the weights are read or made
     return continue_prompts(
         source.load(plan),

@@ -2,13 +2,12 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 from kvrecomp import profiler
-from kvrecomp.budget import check_within, limits, weights_in
+from kvrecomp.budget import limits, weights_in
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_plan, with_weights
-from kvrecomp.plan import AUTO, DEFAULT_WINDOW, Budget, Memory, ModelShape, Order, Plan, PlanError, Workload
+from kvrecomp.plan import AUTO, DEFAULT_WINDOW, Budget, Memory, ModelShape, Order, Plan, Workload
 from kvrecomp.scheduler import default_order, make_plan
 
 
@@ -49,19 +48,3 @@ def plan_for(
     return make_plan(
         shape, workload, profile, own, weights=weights, groups=groups, order=order, tail=tail, window=window
     )
-
-
-def padded_plan_for(name: str, shape: ModelShape, workload: Workload, **options: Any) -> Plan:
-    """`plan_for` prompts that may be padded on the left: to where kernels are fast (`Workload.padded`), unless that is
-    more than fits."""
-    padded = workload.padded(shape.positions)
-    if padded != workload:
-        try:
-            plan = plan_for(name, shape, padded, **options)
-            weights = options.get("weights")
-            check_within(plan, limits(options.get("budget") or Budget(), weights and weights_in(shape, weights)))
-        except PlanError:
-            pass  # what is wrong with the workload itself is said below
-        else:
-            return plan
-    return plan_for(name, shape, workload, **options)

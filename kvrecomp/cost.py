@@ -36,7 +36,7 @@ from kvrecomp.hardware import (
     project_work,
 )
 from kvrecomp.holds import Copy, events_before
-from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
+from kvrecomp.plan import LEAST_ALIGNED, BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
 
 
 class Tasks(NamedTuple):
@@ -127,7 +127,8 @@ def _layer_tasks(
         if block.memory == "device" and kind(block) != kind(tail):  # a partial result of its own, as from the host
             compute(attention_work(kind(block), "host"), 0, blocks)
             blocks = 0
-        compute(attention_work(kind(block), block.memory, block.tokens), block.tokens, blocks)
+        tokens = 0 if block is tail else block.tokens  # of a tail it is not known what an odd number costs
+        compute(attention_work(kind(block), block.memory, tokens), block.tokens, blocks)
 
     early, late = layer_shape.matrices if layer.weights == "host" else ((), ())
     blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
@@ -224,15 +225,26 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
     return LayerTimes(layer, "", batch, work)
 
 
+def layer_times(profile: HardwareProfile, layer: LayerShape, shape: ModelShape, batch: int) -> LayerTimes:
+    """What was measured of a layer of the model, or else an estimate, which has no dtype."""
+    times = profile.times(layer, shape.dtype, batch)
+    return estimate(profile, layer, shape.itemsize, batch) if times is None else times
+
+
+def slow_if_uneven(times: LayerTimes) -> bool:
+    """Whether absorbed activations of a number that is no multiple of ALIGNED take longer."""
+    tokens = 2 * LEAST_ALIGNED
+    return times.work["uneven_absorb"](tokens) > times.work["absorb"](tokens)
+
+
 def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) -> WorkTable:
     """The table of that model and workload; layers that were not timed are estimated."""
     curves: list[Curve] = []
     outside = None
     for layer in dict.fromkeys(shape.layers):
-        times = profile.times(layer, shape.dtype, workload.batch)
-        if times is not None and times.vocab in (None, shape.vocab):
+        times = layer_times(profile, layer, shape, workload.batch)
+        if times.dtype and times.vocab in (None, shape.vocab):
             outside = times.outside
-        times = times or estimate(profile, layer, shape.itemsize, workload.batch)
         # Rows of another group read no weights again; they add, at most, their arithmetic at the rate of products.
         products = {project_work(kind): layer.projecting for kind in ATTENTION}
         products |= {"project_absorb": layer.projecting - layer.absorbed, "finish": layer.parameters - layer.projecting}

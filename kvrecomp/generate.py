@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from kvrecomp import memory
 from kvrecomp.ahead import Ahead
-from kvrecomp.auto import padded_plan_for
+from kvrecomp.auto import plan_for
 from kvrecomp.forward import Model
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
@@ -80,10 +80,9 @@ def generate(
     """Continues prompts int[batch, prompt], left-padded where `attention_mask` is 0, by up to `max_new_tokens`.
 
     `plan` is a `Plan` or the name of one: `auto`, the fastest on this machine within `budget`, which may decode the
-    rows in groups, or one of `kvrecomp.named_plan`. Prompts shorter than the plan's are padded on the left; where a
-    name is given, those of 1024 tokens or more to a multiple of 32, for which kernels are faster. `profile` describes
-    this machine, which is measured if it never was. `row_ids` int[batch] name the rows when sampling, by default 0, 1,
-    ...: a row that keeps its id keeps its text in any batch.
+    rows in groups, or one of `kvrecomp.named_plan`. Prompts shorter than a `Plan` is for are padded on the left.
+    `profile` describes this machine, which is measured if it never was. `row_ids` int[batch] name the rows when
+    sampling, by default 0, 1, ...: a row that keeps its id keeps its text in any batch.
 
     Raises `PromptError` for prompts that cannot be decoded, `PlanError` for a plan that does not fit or a profile of
     another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN.
@@ -92,7 +91,7 @@ def generate(
     batch, prompt = as_ids(input_ids).shape
     if isinstance(plan, str):
         work, placed = Workload(batch, prompt, max_new_tokens), weight_memories(model)
-        plan = padded_plan_for(plan, model.shape, work, budget=budget, profile=profile, weights=placed, groups=None)
+        plan = plan_for(plan, model.shape, work, budget=budget, profile=profile, weights=placed, groups=None)
     decoder = Decoder(model, plan, budget=budget)
     eos = [] if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id)).tolist()
     pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0

@@ -55,10 +55,9 @@ DEFAULT_WINDOW = GIB
 TAIL_BYTES = 2 * GIB
 BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
 # Kernels over a block are fastest where its tokens are a multiple of this. On an H100 layers of Llama-2-7B with 32 rows
-# take 1.2 ms with 480 activations, absorbed, 2.4 with 481 or 496, 1.3 with 512; with keys and values a tenth longer.
+# take 1.2 ms with 480 activations, absorbed, 2.4 with 481, 1.3 with 512; keys and values a tenth longer.
 ALIGNED = 32
-LEAST_ALIGNED = 8 * ALIGNED  # of fewer tokens, that is too coarse
-LEAST_PADDED = 32 * ALIGNED  # prompts of fewer tokens are not padded: what is added crosses the link at every step
+LEAST_ALIGNED = 8 * ALIGNED  # tokens: for fewer that is too coarse, and kernels are short
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -193,13 +192,6 @@ class Workload:
 
     def __str__(self) -> str:
         return f"batch {self.batch}, prompt {self.prompt}, {self.new} new"
-
-    def padded(self, positions: int) -> "Workload":
-        """The workload with prompts of a multiple of ALIGNED tokens, where that adds little, and a model's `positions`
-        are enough."""
-        prompt = self.prompt + -self.prompt % ALIGNED
-        fits = self.prompt >= LEAST_PADDED and prompt + self.new <= positions
-        return dataclasses.replace(self, prompt=prompt) if fits else self
 
 
 @dataclass(frozen=True)
@@ -449,12 +441,13 @@ def cut_runs(
     runs: Sequence[tuple[Form, Memory, int]], layer: LayerShape, shape: ModelShape, workload: Workload, most_bytes: int
 ) -> tuple[BlockSpec, ...]:
     """Runs of (form, memory, tokens) as blocks: one on the device; on the host as few as `most_bytes` allow, equal
-    within ALIGNED tokens, and but for the last a multiple of it. Runs of no tokens are left out."""
+    within one token. Where LEAST_ALIGNED tokens fit, and not all do, they are multiples of ALIGNED, equal within one of
+    these; the last has what is left. Runs of no tokens are left out."""
     blocks = []
     for form, memory, tokens in runs:
         token_bytes = workload.batch * layer.width(form) * shape.itemsize
         largest = tokens if memory == "device" else max(1, most_bytes // token_bytes)
-        unit = ALIGNED if ALIGNED <= largest < tokens else 1
+        unit = ALIGNED if LEAST_ALIGNED <= largest < tokens else 1
         units = -(-tokens // unit)
         count = -(-units // max(1, largest // unit))
         for number in range(count):

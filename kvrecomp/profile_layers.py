@@ -45,8 +45,9 @@ ATTENDING_LAYERS = 4  # fewer are compiled sooner
 SIZES, RATIO = 4, 4  # of blocks, each so many times as long as the one before
 MORE_RECOMPUTED = 2  # half and an eighth of the longest: between the others kernels that recompute K and V differ most
 WHOLE = 8  # quarters of the window: 2 GiB, which is 4096 tokens' activations of 32 rows of OPT-13B, and some
-AWAITED, AWAITED_BYTES = 4, 2**17  # blocks of a layer that are copied: so short that they arrive before they are used
+AWAITED, AWAITED_BYTES = 4, 2**17  # blocks of a layer that are copied: short, to be there before they are used
 UNEVEN_TOKENS = LEAST_ALIGNED + 1
+SURELY_UNEVEN, MOST_UNEVEN = 1.25, 4.0  # times as long: less is noise, and so is more
 TAIL = 32  # tokens: XLA fuses the scores of very few with others', and computes them many times
 STEPS = 10  # at most, dispatched one after the other
 ENOUGH_SECONDS = 0.02  # for a run: slow steps, as a CPU's, are fewer
@@ -125,7 +126,8 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     for place, run in odd.items():
         even = work[attention_work("absorb", place)]
         taken, own = even(run.tokens), (seconds[run] - bare["absorb"]) / count
-        work[attention_work("absorb", place, UNEVEN_TOKENS)] = even.times(max(1.0, own / taken) if taken > 0 else 1.0)
+        slower = min(MOST_UNEVEN, own / taken) if taken > 0 and run.tokens > LEAST_ALIGNED else 1.0
+        work[attention_work("absorb", place, UNEVEN_TOKENS)] = even.times(slower if slower > SURELY_UNEVEN else 1.0)
     for kind in ATTENTION:
         tail = work[attention_work(kind, "device")]
         own = dense - finish + (bare[kind] - bare[kv]) / count - (tail(TAIL) - tail(0))

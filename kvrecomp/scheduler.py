@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvrecomp.budget import MARGIN, check_within, memory_needed, prefill_bytes, weights_in
-from kvrecomp.cost import StepCost, decode_seconds, plan_costs
+from kvrecomp.cost import StepCost, decode_seconds, layer_times, plan_costs, slow_if_uneven
 from kvrecomp.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 from kvrecomp.holds import in_flight_bytes
 from kvrecomp.named import named_plan, spread, with_weights
@@ -71,8 +71,8 @@ class Settings:
     `on_device` is the fraction of the device memory left over that holds keys and values, None for as much as leaves no
     token behind the link; `activations` the fraction of the prompt behind the link that are activations. `tail` is the
     form of generated tokens, and `growth` the fraction of the written-out tails that could stay on the device for which
-    room is kept; the prompt comes next, and what is left over is for more of them. Parts of a prompt are multiples of
-    `unit` tokens.
+    room is kept; the prompt comes next, and what is left over is for more of them. Parts of a prompt of LEAST_ALIGNED
+    tokens or more are multiples of `unit`, but for the last.
     """
 
     on_device: float | None
@@ -247,8 +247,8 @@ class _Search:
         window, grid = self.windows[0], [step / GRID for step in range(GRID + 1)]
         growth = (0.0, 0.25, 0.5, 0.75, 1.0) if self.workload.new > self.tail else (0.0,)
         choices = itertools.product((None, 0.0, 0.5, 1.0), grid, ("absorb",), FORMS, growth)
-        # Where K is recomputed from activations, those of no multiple of ALIGNED tokens may take twice as long.
-        unit = ALIGNED if any(not layer.absorbs_keys for layer in self.shapes) else 1
+        times = (layer_times(self.profile, layer, self.shape, self.workload.batch) for layer in self.shapes)
+        unit = ALIGNED if any(map(slow_if_uneven, times)) else 1
         settings = [Settings(*choice, unit) for choice in choices]
         uniform = [(window, dict.fromkeys(self.shapes, own)) for own in settings]
         best = self._choose([*uniform, *((own, self.least) for own in self.windows)])

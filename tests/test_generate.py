@@ -9,9 +9,6 @@ import pytest
 import toy
 
 import kvrecomp
-import models
-from kvrecomp.auto import padded_plan_for
-from kvrecomp.budget import memory_needed
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import PlanError, Workload
 from kvrecomp.prompt import PromptError
@@ -73,40 +70,17 @@ def test_more_rows_or_tokens_than_the_plan_has(decoder):
 
 
 @pytest.mark.parametrize("groups", [1, 3])
-def test_a_long_prompt_is_padded_and_continued_as_without(groups):
-    """1031 tokens, of a plan for 1056 or for as many: the rows' own padding, positions and texts are what they were."""
-    model = toy.randomised(models.create(dataclasses.replace(toy.OPT, positions=1069), dtype="float32"))
-    given = toy.texts(BATCH, 1031, longest_padding=4)
-    ids, mask = given.ids, given.mask
+def test_prompts_shorter_than_the_plans_are_padded(decoder, groups):
+    """The rows' own padding, positions and texts are what they are under a plan for as many tokens."""
+    plan = dataclasses.replace(decoder.plan, workload=Workload(BATCH // groups, PROMPT, NEW), groups=groups)
     asked = {"max_new_tokens": NEW, "output_logits": True, "do_sample": True}
-    padded = kvrecomp.generate(model, ids, mask, plan="split:0.5", **asked)
-    assert padded.plan.workload == Workload(BATCH, 1056, NEW)
-    exact = kvrecomp.named_plan("split:0.5", model.shape, Workload(BATCH // groups, 1031, NEW), tail=3)
-    exact = dataclasses.replace(exact, groups=groups)
-    wanted = kvrecomp.generate(model, ids, mask, plan=exact, **asked)
-    np.testing.assert_array_equal(padded.sequences, wanted.sequences)
-    np.testing.assert_allclose(padded.logits, wanted.logits, atol=1e-4)
-    # A plan for 1056 tokens, in groups, takes shorter prompts as well.
-    longer = dataclasses.replace(padded.plan, workload=Workload(BATCH // groups, 1056, NEW), groups=groups)
-    np.testing.assert_array_equal(kvrecomp.generate(model, ids, mask, plan=longer, **asked).sequences, wanted.sequences)
-
-
-@pytest.mark.parametrize("name", ["keys_values", "auto"])
-def test_a_prompt_is_not_padded_where_that_does_not_fit(name, known_machine, monkeypatch):
-    """Host memory for 1031 tokens and 11 new ones, and for no more; and too little even for these."""
-    monkeypatch.setattr(kvrecomp.profiler, "check_profile", lambda profile: None)
-    model = models.create(dataclasses.replace(toy.OPT, positions=1069), dtype="float32")
-    work = Workload(BATCH, 1031, NEW)
-    needed = memory_needed(kvrecomp.named_plan("keys_values", model.shape, work, tail=NEW))["host"]["blocks"]
-    asked = {"profile": known_machine, "weights": ["device"] * 2, "tail": NEW}
-    plan = padded_plan_for(name, model.shape, work, budget=kvrecomp.Budget(2.0**30, needed), **asked)
-    padded = padded_plan_for(name, model.shape, work, budget=kvrecomp.Budget(2.0**30, 2 * needed), **asked)
-    assert padded.workload == Workload(BATCH, 1056, NEW)
-    if name == "keys_values":  # auto has the device, and half of the bytes
-        assert plan.workload == work
-        short = kvrecomp.Budget(2.0**30, needed - 1)
-        with pytest.raises(PlanError, match="host memory"):
-            kvrecomp.generate(model, np.zeros((BATCH, 1031), int), plan=name, budget=short, max_new_tokens=NEW)
+    exact = kvrecomp.generate(toy.model(), PROMPTS.ids, PROMPTS.mask, plan=plan, **asked)
+    work = Workload(BATCH // groups, PROMPT + 7, NEW)
+    longer = kvrecomp.named_plan("split:0.5", toy.model().shape, work, tail=TAIL)
+    longer = dataclasses.replace(longer, groups=groups)
+    padded = kvrecomp.generate(toy.model(), PROMPTS.ids, PROMPTS.mask, plan=longer, **asked)
+    np.testing.assert_array_equal(padded.sequences, exact.sequences)
+    np.testing.assert_allclose(padded.logits, exact.logits, atol=1e-4)
 
 
 def test_one_token_needs_no_step(decoder):

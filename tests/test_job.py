@@ -254,19 +254,6 @@ def test_similar_lengths_share_a_program_and_stretches_change_nothing(files, mon
     assert files.anew(batch=5) == records
 
 
-def test_long_prompts_are_padded_to_what_kernels_are_fast_for(files, monkeypatch):
-    """1031 and 1053 tokens to 1056, where the model has the positions; their texts are those of the exact length."""
-    made = []
-    files.given.model = models.create(dataclasses.replace(CONFIG, positions=1063), dtype="float32", seed=3)
-    monkeypatch.setattr(kvrecomp, "Decoder", lambda model, plan, budget: made.append(plan) or decoder(model, plan))
-    files.write(*({"prompt": [7] * length} for length in [1031, 1053]))
-    padded = files.anew(batch=2)
-    assert [[plan.workload.batch, plan.workload.prompt] for plan in made] == [[2, 1056]]
-    monkeypatch.setattr("kvrecomp.plan.LEAST_PADDED", 2000)
-    assert files.anew(batch=2) == padded
-    assert [plan.workload.prompt for plan in made] == [1056, 1053]
-
-
 def test_the_budget_decides_how_many_rows(files, monkeypatch):
     """Activations are 24 numbers of 4 bytes, for 21 tokens of the prompt."""
     row, device, sizes = LONGEST * 24 * 4, 2 * GIB, []

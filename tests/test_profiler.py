@@ -155,6 +155,7 @@ def test_a_layer_is_found_again(monkeypatch, number):
         return 2**14 if (kind, place) == ("keys_values", "host") else 2**16
 
     monkeypatch.setattr(profile_layers, "longest_block", longest)
+    monkeypatch.setattr(profile_layers, "LEAST_ALIGNED", 7)  # or blocks so short would not count as uneven
 
     def attention(kind, place):
         sizes = profile_layers.block_sizes(kind, model.shape, layer, 3, longest(kind, place))
@@ -169,7 +170,8 @@ def test_a_layer_is_found_again(monkeypatch, number):
     dense, outside, prepare = rng.uniform(1e-4, 9e-4, 3)
     finish = rng.uniform(0.3, 0.7) * dense
     awaiting = rng.uniform(2e-6, 9e-6)
-    slower = dict(zip(MEMORIES, rng.uniform(1.1, 2.9, 2)))
+    slower = dict(zip(MEMORIES, ((1.3, 2.9), (1.2, 2.1), (9.0, 1.7))[number]))
+    found_slower = {own: min(4.0, factor) if factor > 1.25 else 1.0 for own, factor in slower.items()}
     tails = {kind: rng.uniform(1e-5, 3e-5) * (kind != "keys_values") for kind in ATTENTION}
 
     class Steps:
@@ -202,7 +204,7 @@ def test_a_layer_is_found_again(monkeypatch, number):
         if kind == "absorb":
             uneven = times.work[attention_work(kind, place, 257)]
             assert uneven.sizes == curve.sizes
-            assert uneven.seconds == pytest.approx([slower[place] * own for own in curve.seconds], rel=1e-6)
+            assert uneven.seconds == pytest.approx([found_slower[place] * own for own in curve.seconds], rel=1e-6)
     tail = attending["keys_values", "device"]
     of_tail = tail(profile_layers.TAIL) - tail(0)
     assert times.work["prepare"](0) == pytest.approx(prepare, rel=1e-6)

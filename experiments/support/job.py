@@ -34,7 +34,6 @@ from experiments.support.job_meter import Meter
 from experiments.support.job_output import Output, Record
 from experiments.support.prompts import ENDS, PADS, pad_left, special_tokens
 from experiments.support.source import Source
-from kvrecomp.auto import padded_plan_for
 from kvrecomp.budget import check_within, limits
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import AUTO, MIB, Plan
@@ -182,7 +181,9 @@ def describe(
 
     def make(length: int, batch: int) -> Plan:
         weights = [layer.weights for layer in plans[0].layers] if plans else None  # the same for all
-        plan = padded_plan_for(settings.plan, shape, kvrecomp.Workload(batch, length, new), weights=weights, **options)
+        plan = kvrecomp.plan_for(
+            settings.plan, shape, kvrecomp.Workload(batch, length, new), weights=weights, **options
+        )
         check_within(plan, allowed)
         return plan
 
