@@ -424,6 +424,16 @@ def test_tasks_by_hand():
     np.testing.assert_array_equal(np.stack(make_tasks(replace(BY_HAND, schedule="layerwise"))), layerwise)
 
 
+def test_uneven_blocks_by_hand():
+    """257 and 259 activations, absorbed, and 263 keys and values; of a tail of 300 it is not known."""
+    blocks = BlockSpec(acts, "device", 257), BlockSpec(acts, "host", 259), BlockSpec(kv, "host", 263)
+    shape, work = replace(SHAPE, layers=(GROUPED,), positions=2000), replace(WORK, prompt=779, new=300)
+    tasks = make_tasks(Plan("uneven", shape, work, (LayerPlan(blocks, acts),), 300, 10**6))
+    sizes = [(WORKS[number], size) for number, size in zip(tasks.work[:-1], tasks.tokens) if size]
+    expected = [("uneven_device_absorb", 257), ("device_absorb", 300), ("uneven_absorb", 259), (kv, 263)]
+    assert sizes == expected
+
+
 def test_tasks_after_write_outs_by_hand():
     """The first layer's tail became a block on the device, then one on the host; the second's are on the host."""
     tasks = make_tasks(BY_HAND, 2)
