@@ -8,11 +8,14 @@ directory of
     tokenizer.json     optional
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import os
 import shutil
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -186,7 +189,7 @@ def restore(path: Path, config: Mapping[str, Any], dtype: str | None, sharding: 
     skeleton = Skeleton(model_config, dtype)
     params = (path / "params").absolute()
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
+        with _late_reads_dropped(), ocp.StandardCheckpointer() as checkpointer:
             on_disk = {name: tuple(entry.shape) for name, entry in checkpointer.metadata(params).item_metadata.items()}
             check_names(str(params), on_disk, skeleton.shapes)
             targets = {
@@ -199,6 +202,33 @@ def restore(path: Path, config: Mapping[str, Any], dtype: str | None, sharding: 
     except Exception as error:  # what Orbax and its storage raise for damaged files is not one kind
         raise CheckpointError(f"{params} cannot be read ({first_line(error)}); copy or save it again") from error
     return skeleton.fill(parameters)
+
+
+@contextlib.contextmanager
+def _late_reads_dropped() -> Iterator[None]:
+    """A context for reading in which Python says nothing of arrays that were still being read when another failed.
+
+    Orbax closes its event loop then, and Python would print a traceback for each of them, thousands of lines around our
+    own. They may end after the context, so after an error that stays so.
+    """
+    before, log = sys.unraisablehook, logging.getLogger("asyncio")
+
+    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
+        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+        orbax = code is not None and "orbax" in code.co_filename
+        if not orbax and str(unraisable.exc_value) != "Event loop is closed":
+            before(unraisable)
+
+    def wanted(record: logging.LogRecord) -> bool:
+        return not record.getMessage().startswith(
+            ("Future exception was never", "Task was destroyed", "Task exception")
+        )
+
+    sys.unraisablehook = hook
+    log.addFilter(wanted)
+    yield
+    sys.unraisablehook = before
+    log.removeFilter(wanted)
 
 
 def check_names(where: str, given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:

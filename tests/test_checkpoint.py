@@ -3,8 +3,10 @@
 import builtins
 import dataclasses
 import json
+import logging
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -197,6 +199,50 @@ def test_ours_damaged_or_mismatched(tmp_path):
         if part.is_file() and part.stat().st_size > 1000:
             part.write_bytes(part.read_bytes()[:100])
     fails(tmp_path / "model", "params cannot be read")
+
+
+def test_a_damaged_file_is_one_line_and_no_tracebacks(tmp_path):
+    """In a process of its own, as other arrays may still be read when the error is raised, and until the end."""
+    wide = models.OPTConfig("wide", layers=7, hidden=192, heads=6, intermediate=769, vocab=257, positions=1024)
+    models.save(models.create(wide, dtype="float32"), tmp_path / "model")
+    longest = max((tmp_path / "model" / "params").rglob("?" * 32), key=lambda part: part.stat().st_size)
+    longest.write_bytes(longest.read_bytes()[:1000])
+    program = (
+        "import sys, time, models\n"
+        "try: models.load(sys.argv[1])\n"
+        "except models.CheckpointError as error: print(error)\n"
+        "time.sleep(1)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "model"], capture_output=True, text=True)
+    assert "params cannot be read" in done.stdout and done.returncode == 0
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_what_python_says_of_other_errors_is_still_said(monkeypatch, caplog):
+    """Dropped are a closed loop, coroutines of Orbax, and results that nobody asked for; after an error, too."""
+    said = []
+    monkeypatch.setattr(sys, "unraisablehook", said.append)
+    monkeypatch.setattr(logging.getLogger("asyncio"), "filters", [])
+
+    def say():
+        for text, file in (("Event loop is closed", "a.py"), ("orbax", "/b/orbax/c.py"), ("another", "d.py")):
+            coroutine = types.SimpleNamespace(cr_code=types.SimpleNamespace(co_filename=file))
+            sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text), object=coroutine))
+        for text in ("Future exception was never retrieved", "another"):
+            logging.getLogger("asyncio").error(text)
+        told = [str(own.exc_value) for own in said], [record.getMessage() for record in caplog.records]
+        said.clear()
+        caplog.clear()
+        return told
+
+    everything = ["Event loop is closed", "orbax", "another"], ["Future exception was never retrieved", "another"]
+    assert say() == everything
+    with models.checkpoint._late_reads_dropped():
+        assert say() == (["another"], ["another"])
+    assert say() == everything
+    with pytest.raises(ValueError), models.checkpoint._late_reads_dropped():
+        raise ValueError
+    assert say() == (["another"], ["another"])
 
 
 def test_a_rotation_of_ours_that_is_damaged(tmp_path):
