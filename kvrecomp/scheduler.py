@@ -4,10 +4,11 @@ Tails, orders and numbers of groups are compared by the whole workload, in which
 
 A candidate is made from a few numbers for all layers of one shape (`Settings`): how much of the device memory that is
 left over holds keys and values (the rest holds what is smaller), which fraction of the prompt behind the link are
-activations, how activations are used, the form of the tail and of the blocks it becomes, and how many of these blocks
-stay on the device before any of the prompt does. All candidates are predicted in one call of the cost function, on a
-coarse grid and then on finer ones around the best. Layers of different shapes get settings of their own, one shape
-after the other. The plans of RIVALS, with the same tail and window, are candidates too.
+activations, how activations are used, the form of the tail and of the blocks it becomes, how many of these blocks stay
+on the device before any of the prompt does, and whether parts of the prompt are multiples of ALIGNED. All candidates
+are predicted in one call of the cost function, on a coarse grid and then on finer ones around the best. Layers of
+different shapes get settings of their own, one shape after the other. The plans of RIVALS, with the same tail and
+window, are candidates too.
 
 Weights that do not fit go to host memory: a byte of them saves as much of the link on the device as a byte of the cache
 does, and more where groups follow each other, so no more of them leave than have to beside the tail.
