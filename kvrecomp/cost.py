@@ -36,7 +36,18 @@ from kvrecomp.hardware import (
     project_work,
 )
 from kvrecomp.holds import Copy, events_before
-from kvrecomp.plan import LEAST_ALIGNED, BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
+from kvrecomp.plan import (
+    LEAST_ALIGNED,
+    MEMORIES,
+    BlockSpec,
+    LayerPlan,
+    LayerShape,
+    Memory,
+    ModelShape,
+    Plan,
+    PlanError,
+    Workload,
+)
 
 
 class Tasks(NamedTuple):
@@ -232,9 +243,12 @@ def layer_times(profile: HardwareProfile, layer: LayerShape, shape: ModelShape, 
 
 
 def slow_if_uneven(times: LayerTimes) -> bool:
-    """Whether absorbed activations of a number that is no multiple of ALIGNED take longer."""
-    tokens = 2 * LEAST_ALIGNED
-    return times.work["uneven_absorb"](tokens) > times.work["absorb"](tokens)
+    """Whether absorbed activations of a number that is no multiple of ALIGNED take longer, in either memory."""
+
+    def seconds(place: Memory, tokens: int) -> float:
+        return times.work[attention_work("absorb", place, tokens)](2 * LEAST_ALIGNED)
+
+    return any(seconds(place, LEAST_ALIGNED + 1) > seconds(place, LEAST_ALIGNED) for place in MEMORIES)
 
 
 def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) -> WorkTable:
