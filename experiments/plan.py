@@ -34,6 +34,7 @@ from experiments.support import plots, script
 from experiments.support.report import run_info
 from kvrecomp import cost, scheduler
 from kvrecomp.budget import limits, memory_needed
+from kvrecomp.cutting import default_tail
 from kvrecomp.hardware import DATASHEETS, LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 from kvrecomp.named import named_plan, with_weights
 from kvrecomp.plan import (
@@ -48,7 +49,6 @@ from kvrecomp.plan import (
     Plan,
     PlanError,
     Workload,
-    default_tail,
     format_bytes,
 )
 

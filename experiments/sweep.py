@@ -40,11 +40,11 @@ from experiments.support.report import run_info
 from experiments.support.rooms import device_bytes
 from kvrecomp import memory
 from kvrecomp.cost import make_tasks, plan_costs
+from kvrecomp.cutting import BLOCKS_PER_WINDOW, cut_runs
 from kvrecomp.files import write_json
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_plan
 from kvrecomp.plan import (
-    BLOCKS_PER_WINDOW,
     DEFAULT_WINDOW,
     GIB,
     Budget,
@@ -54,7 +54,6 @@ from kvrecomp.plan import (
     ModelShape,
     Plan,
     PlanError,
-    cut_runs,
     format_bytes,
 )
 from kvrecomp.programs import side_by_side

@@ -12,9 +12,9 @@ device:F       the first F of the prompt as keys and values on the device, the r
 import dataclasses
 from collections.abc import Sequence
 
+from kvrecomp.cutting import BLOCKS_PER_WINDOW, cut_runs, default_tail
 from kvrecomp.plan import (
     AUTO,
-    BLOCKS_PER_WINDOW,
     DEFAULT_WINDOW,
     Form,
     LayerPlan,
@@ -24,8 +24,6 @@ from kvrecomp.plan import (
     Plan,
     PlanError,
     Workload,
-    cut_runs,
-    default_tail,
 )
 
 NAMES = ("activations", "recompute", "keys_values", "split:F", "kvpr:F", "device[:F]")

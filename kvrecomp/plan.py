@@ -52,8 +52,6 @@ AUTO = "auto"  # the name of the plan that the scheduler makes
 MIB = 2**20
 GIB = 2**30
 DEFAULT_WINDOW = GIB
-TAIL_BYTES = 2 * GIB
-BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
 # Kernels over a block are fastest where its tokens are a multiple of this. On an H100 layers of Llama-2-7B with 32 rows
 # take 1.2 ms with 480 activations, absorbed, 2.4 with 481, 1.3 with 512; keys and values a tenth longer.
 ALIGNED = 32
@@ -257,21 +255,6 @@ class LayerPlan:
         )
 
 
-def default_tail(shape: ModelShape, workload: Workload, window: int, most_bytes: float = TAIL_BYTES) -> int:
-    """Tokens of a tail of at most `most_bytes` in all layers, and a fraction of the window in one: a power of two.
-
-    At least 16 and at most 1024 or `new` where the window allows.
-
-    A write-out needs a new program, and compiling it takes longer than a few steps. Steps that send little are short
-    and their tails long, so the tail fills while the next program is compiled.
-    """
-    widths = [max(layer.width(form) for form in FORMS) for layer in shape.layers]
-    row_bytes = workload.batch * shape.itemsize
-    fitting = max(16, min(1024, int(most_bytes) // (row_bytes * sum(widths))))
-    fitting = max(1, min(fitting, window // BLOCKS_PER_WINDOW // (row_bytes * max(widths))))
-    return min(workload.new, 1 << (fitting.bit_length() - 1))
-
-
 @dataclass(frozen=True)
 class Plan:
     """What is cached in which form and memory, for one model shape and workload.
@@ -435,26 +418,6 @@ class Plan:
 def uneven(tokens: int) -> bool:
     """Whether kernels over a block of so many tokens may be slow for want of a few."""
     return tokens >= LEAST_ALIGNED and tokens % ALIGNED > 0
-
-
-def cut_runs(
-    runs: Sequence[tuple[Form, Memory, int]], layer: LayerShape, shape: ModelShape, workload: Workload, most_bytes: int
-) -> tuple[BlockSpec, ...]:
-    """Runs of (form, memory, tokens) as blocks: one on the device; on the host as few as `most_bytes` allow, equal
-    within one token. Where LEAST_ALIGNED tokens fit, and not all do, they are multiples of ALIGNED, equal within one of
-    these; the last has what is left. Runs of no tokens are left out."""
-    blocks = []
-    for form, memory, tokens in runs:
-        token_bytes = workload.batch * layer.width(form) * shape.itemsize
-        largest = tokens if memory == "device" else max(1, most_bytes // token_bytes)
-        unit = ALIGNED if LEAST_ALIGNED <= largest < tokens else 1
-        units = -(-tokens // unit)
-        count = -(-units // max(1, largest // unit))
-        for number in range(count):
-            own = unit * (units // count + (number < units % count))
-            blocks.append(BlockSpec(form, memory, min(own, tokens)))
-            tokens -= own
-    return tuple(blocks)
 
 
 def _spans(numbers: Sequence[int]) -> str:

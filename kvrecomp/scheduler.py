@@ -24,13 +24,13 @@ from typing import NamedTuple
 
 from kvrecomp.budget import MARGIN, check_within, memory_needed, prefill_bytes, weights_in
 from kvrecomp.cost import StepCost, decode_seconds, layer_times, plan_costs, slow_if_uneven
+from kvrecomp.cutting import BLOCKS_PER_WINDOW, cut_runs, default_tail
 from kvrecomp.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 from kvrecomp.holds import in_flight_bytes
 from kvrecomp.named import named_plan, spread, with_weights
 from kvrecomp.plan import (
     ALIGNED,
     AUTO,
-    BLOCKS_PER_WINDOW,
     DEFAULT_WINDOW,
     FORMS,
     GIB,
@@ -48,8 +48,6 @@ from kvrecomp.plan import (
     Plan,
     PlanError,
     Workload,
-    cut_runs,
-    default_tail,
     format_bytes,
 )
 

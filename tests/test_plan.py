@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import kvrecomp
 from kvrecomp import budget
+from kvrecomp.cutting import cut_runs
 from kvrecomp.named import named_plan
 from kvrecomp.plan import (
     GIB,
@@ -24,7 +25,6 @@ from kvrecomp.plan import (
     Plan,
     PlanError,
     Workload,
-    cut_runs,
     format_bytes,
     uneven,
 )

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import kvrecomp
 import models
-from kvrecomp import cost, forward, memory, profile_layers, profile_machine, profiler, timing
+from kvrecomp import cost, forward, layer_bench, memory, profile_layers, profile_machine, profiler, timing
 from kvrecomp.hardware import ATTENTION, WORKS, Curve, HardwareProfile, attention_work, project_work
 from kvrecomp.plan import GIB, MEMORIES
 from kvrecomp.timing import fit_line, measured_line
@@ -104,9 +104,9 @@ def test_generate_refuses_a_profile_of_another_machine():
 
 
 def test_layers_are_timed_once_a_batch(cache, counted, monkeypatch):
-    for module in (profile_layers, timing):
+    for module in (layer_bench, timing):
         monkeypatch.setattr(module, "median_seconds", lambda run, repeats=1: profiled(run))
-    monkeypatch.setattr(profile_layers, "STEPS", 2)
+    monkeypatch.setattr(layer_bench, "STEPS", 2)
     monkeypatch.setattr(profile_layers, "MORE_LAYERS", 3)
     model = toy.model("350m")
     first = profiler.profile(model, batch=3)
@@ -181,7 +181,7 @@ def test_a_layer_is_found_again(monkeypatch, number):
         def step_timer(self, run):
             seconds = dense + tails[run.tail] + ("absorb" in (run.tail, run.kind)) * prepare
             tail = attending[run.tail, "device"]
-            seconds += tail(profile_layers.TAIL) - tail(0) if run.tail != "keys_values" else 0
+            seconds += tail(layer_bench.TAIL) - tail(0) if run.tail != "keys_values" else 0
             attention = attending[run.kind, run.place](run.tokens)
             if run.kind == "absorb" and run.tokens == attending[run.kind, run.place].sizes[-1] - 1:
                 attention *= slower[run.place]
@@ -196,7 +196,7 @@ def test_a_layer_is_found_again(monkeypatch, number):
             factors = iter((9, 1, 5))
             return lambda: next(factors) * seconds
 
-    monkeypatch.setattr(profile_layers, "_LayerBench", Steps)
+    monkeypatch.setattr(profile_layers, "LayerBench", Steps)
     times = profile_layers.measure_layer(model, layer, batch=3)
     for (kind, place), curve in attending.items():
         found = times.work[attention_work(kind, place)]
@@ -206,7 +206,7 @@ def test_a_layer_is_found_again(monkeypatch, number):
             assert uneven.sizes == curve.sizes
             assert uneven.seconds == pytest.approx([found_slower[place] * own for own in curve.seconds], rel=1e-6)
     tail = attending["keys_values", "device"]
-    of_tail = tail(profile_layers.TAIL) - tail(0)
+    of_tail = tail(layer_bench.TAIL) - tail(0)
     assert times.work["prepare"](0) == pytest.approx(prepare, rel=1e-6)
     assert times.work["finish"](0) == pytest.approx(finish, rel=1e-6)
     assert times.work["await"](0) == pytest.approx(awaiting, rel=1e-6)
@@ -225,9 +225,9 @@ def test_blocks_are_copied_in_the_step_where_they_are_said_to_be(monkeypatch, co
         spaces.extend(jax.typeof(block.arrays[0]).memory_space for own in caches[0].blocks for block in own)
         return forward.decode_step(model, plan, caches, token_ids)
 
-    monkeypatch.setattr(profile_layers, "decode_step", decode_step)
-    bench = profile_layers._LayerBench(toy.model(), [0, 1], 3)
-    seconds = bench.step_timer(profile_layers._Run(2, "keys_values", "keys_values", 5, blocks=2, copied=copied))
+    monkeypatch.setattr(layer_bench, "decode_step", decode_step)
+    bench = layer_bench.LayerBench(toy.model(), [0, 1], 3)
+    seconds = bench.step_timer(layer_bench.Run(2, "keys_values", "keys_values", 5, blocks=2, copied=copied))
     assert spaces == [jax.memory.Space.Host if copied else jax.memory.Space.Device] * 4
     assert seconds() > 0
 

@@ -14,21 +14,10 @@ import models
 from kvrecomp import cost, scheduler
 from kvrecomp.budget import memory_needed
 from kvrecomp.cost import plan_costs
+from kvrecomp.cutting import BLOCKS_PER_WINDOW
 from kvrecomp.hardware import LEAST_DEVICE, WORKS, Curve, HardwareProfile, LayerTimes, Line, attention_work
 from kvrecomp.named import named_plan
-from kvrecomp.plan import (
-    BLOCKS_PER_WINDOW,
-    GIB,
-    MIB,
-    BlockSpec,
-    Budget,
-    LayerPlan,
-    LayerShape,
-    ModelShape,
-    Plan,
-    PlanError,
-    Workload,
-)
+from kvrecomp.plan import GIB, MIB, BlockSpec, Budget, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
 
 kv, acts = "keys_values", "activations"
 LEARNED = LayerShape(4096, 32, 32, 128, 16384)  # OPT-6.7B's layer
