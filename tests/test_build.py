@@ -23,6 +23,7 @@ READS = {
     "tests/test_job.py": 'glob(["experiments/checkpoints/pydoc/**"])',
     "tests/test_notebook.py": '["experiments/decode.ipynb"]',
     "tests/test_readme.py": '["README.md"] + glob(["experiments/results/*"])',
+    "tests/test_results.py": 'glob(["experiments/results/*"])',
 }
 # What it runs in processes of their own.
 RUNS = {"experiments/suite.py": {"experiments/benchmark.py", "experiments/peers.py"}}
