@@ -217,6 +217,28 @@ def test_a_layer_is_found_again(monkeypatch, number):
     assert times.outside == pytest.approx(outside, rel=1e-6)
 
 
+def test_a_program_is_compiled_before_the_others(monkeypatch):
+    """So that they have the kernels that were chosen for it."""
+    events = []
+
+    class Compiling:
+        def __init__(self, *_):
+            pass
+
+        def timer(self, what):
+            events.append("begun")
+            time.sleep(0.01)  # in which others would begin
+            events.append("compiled")
+            return lambda: 1.0
+
+        step_timer = finish_timer = timer
+
+    monkeypatch.setattr(profile_layers, "LayerBench", Compiling)
+    model = toy.model()
+    profile_layers.measure_layer(model, model.shape.layers[0], batch=3)
+    assert events[:2] == ["begun", "compiled"] and events.count("begun") == events.count("compiled") > 20
+
+
 @pytest.mark.parametrize("copied", [True, False])
 def test_blocks_are_copied_in_the_step_where_they_are_said_to_be(monkeypatch, copied):
     spaces = []
