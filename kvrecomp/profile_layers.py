@@ -3,7 +3,7 @@
 import functools
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from kvrecomp import memory
@@ -52,15 +52,17 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     numbers = list(itertools.islice(itertools.cycle(own_numbers), MORE_LAYERS))  # again where there are fewer
     runs = _runs_of(shape, layer, batch)  # by the memory that is free before the bench takes any
     bench = LayerBench(model, numbers, batch)
-    makers = [functools.partial(bench.step_timer, run) for run in runs.every()]
-    makers += [functools.partial(bench.finish_timer, layers) for layers in (FEW_LAYERS, MORE_LAYERS)]
-    # XLA keeps the kernels that it chose for later programs, but programs compiled at once choose each for themselves:
-    # what all of these have in common is chosen in the first, or differences between them were of kernels, too.
-    timers = [makers[0](), *side_by_side(lambda make: make(), makers[1:])]
-    *of_steps, few_finish, more_finish = least_seconds(timers)
-    seconds = dict(zip(runs.every(), of_steps, strict=True))
-    finish = max(0.0, more_finish - few_finish) / (MORE_LAYERS - FEW_LAYERS)
-    work, outside = _solved(runs, seconds, finish)
+    makers: dict[Run | int, Callable] = {run: functools.partial(bench.step_timer, run) for run in runs.every()}
+    makers |= {layers: functools.partial(bench.finish_timer, layers) for layers in (FEW_LAYERS, MORE_LAYERS)}
+    timers: dict[Run | int, Callable[[], float]] = {}
+    # XLA keeps the kernels that it chose for later programs, but programs compiled at once choose each for themselves.
+    # What many have in common is compiled first, or differences between them would be of kernels, too.
+    of_kinds = [runs.alone[kind, "host"][0] for kind in ATTENTION]
+    for stage in ([runs.fewer], of_kinds, makers):
+        new = [what for what in stage if what not in timers]
+        timers |= zip(new, side_by_side(lambda what: makers[what](), new))
+    seconds = dict(zip(timers, least_seconds(list(timers.values()))))
+    work, outside = _solved(runs, seconds)
     return LayerTimes(layer, shape.dtype, batch, work, outside, shape.vocab, shape.positions)
 
 
@@ -90,8 +92,9 @@ def _runs_of(shape: ModelShape, layer: LayerShape, batch: int) -> _Runs:
     )
 
 
-def _solved(runs: _Runs, seconds: Mapping[Run, float], finish: float) -> tuple[dict[Work, Curve], float]:
-    """What a layer's work takes, and a step outside its layers, by what was measured; `finish` is of one layer.
+def _solved(runs: _Runs, seconds: Mapping[Run | int, float]) -> tuple[dict[Work, Curve], float]:
+    """What a layer's work takes, and a step outside its layers: by the seconds of every run, and those of so many layers
+    after attention.
 
     What layers take without a block is twice what they take with one, less that with two. Timed themselves, they would
     be of other kernels: XLA fuses more there.
@@ -118,7 +121,7 @@ def _solved(runs: _Runs, seconds: Mapping[Run, float], finish: float) -> tuple[d
         work[attention_work("absorb", place, UNEVEN_TOKENS)] = even.times(slower)
 
     dense = max(0.0, (seconds[runs.more] - seconds[runs.fewer]) / further - work[kv](runs.more.tokens))
-    finish = min(dense, finish)
+    finish = min(dense, max(0.0, seconds[MORE_LAYERS] - seconds[FEW_LAYERS]) / further)
     # Absorbing is part of what a tail takes that is absorbed.
     prepare = max(0.0, statistics.mean(added(run, kv) - work["absorb"](run.tokens) for run in runs.beside))
     here, copied = (seconds[more] - seconds[fewer] for fewer, more in (runs.here, runs.copied))
