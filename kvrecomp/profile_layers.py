@@ -93,8 +93,8 @@ def _runs_of(shape: ModelShape, layer: LayerShape, batch: int) -> _Runs:
 
 
 def _solved(runs: _Runs, seconds: Mapping[Run | int, float]) -> tuple[dict[Work, Curve], float]:
-    """What a layer's work takes, and a step outside its layers: by the seconds of every run, and those of so many layers
-    after attention.
+    """What a layer's work takes, and a step outside its layers. `seconds` are those of every run, and those that so
+    many layers take after attention.
 
     What layers take without a block is twice what they take with one, less that with two. Timed themselves, they would
     be of other kernels: XLA fuses more there.
