@@ -17,7 +17,7 @@ from kvrecomp.timing import least_seconds
 
 FEW_LAYERS, MORE_LAYERS = 2, 6
 ATTENDING_LAYERS = 4  # fewer are compiled sooner
-SIZES, RATIO = 4, 4  # of blocks, each so many times as long as the one before
+SIZES, RATIO = 3, 4  # of blocks, each so many times as long as the one before
 MORE_RECOMPUTED = 2  # half and an eighth of the longest: between the others kernels that recompute K and V differ most
 WHOLE = 8  # quarters of the window: 2 GiB, which is 4096 tokens' activations of 32 rows of OPT-13B, and some
 AWAITED, AWAITED_BYTES = 4, 2**17  # blocks of a layer that are copied: short, to be there before they are used
@@ -73,19 +73,19 @@ def _runs_of(shape: ModelShape, layer: LayerShape, batch: int) -> _Runs:
         for kind in ATTENTION
         for place in MEMORIES
     }
-    inner = {kind: sizes[kind, "host"][1:3] or sizes[kind, "host"] for kind in ATTENTION}
+    shorter = {kind: sizes[kind, "host"][:2] for kind in ATTENTION}
     # K and V of what is on the device are recomputed by the same kernels as of what was copied: one size tells.
-    sizes["recompute", "device"] = inner["recompute"][:1]
+    sizes["recompute", "device"] = shorter["recompute"][:1]
     kv, count = "keys_values", ATTENDING_LAYERS
-    fewer, more = (Run(layers, kv, kv, inner[kv][0]) for layers in (FEW_LAYERS, MORE_LAYERS))
+    fewer, more = (Run(layers, kv, kv, shorter[kv][0]) for layers in (FEW_LAYERS, MORE_LAYERS))
     short = block_sizes(kv, shape, layer, batch, AWAITED_BYTES)[-1]
     here = [Run(layers, kv, kv, short, blocks=AWAITED) for layers in (FEW_LAYERS, MORE_LAYERS)]
     return _Runs(
         fewer=fewer,
         more=more,
         alone={key: [Run(count, key[0], key[0], size, key[1]) for size in own] for key, own in sizes.items()},
-        twice={kind: [Run(count, kind, kind, size, blocks=2) for size in inner[kind]] for kind in ATTENTION},
-        beside=[Run(count, kv, "absorb", size) for size in inner["absorb"]],
+        twice={kind: [Run(count, kind, kind, size, blocks=2) for size in shorter[kind]] for kind in ATTENTION},
+        beside=[Run(count, kv, "absorb", size) for size in shorter["absorb"]],
         here=here,
         copied=[run._replace(copied=True) for run in here],
         odd={own: Run(count, "absorb", "absorb", max(1, sizes["absorb", own][-1] - 1), own) for own in MEMORIES},
