@@ -156,11 +156,9 @@ def describe_tails(plan: Plan) -> tuple[Block, ...]:
 
 
 def _describe(spec: BlockSpec, layer: LayerShape, plan: Plan) -> Block:
-    # jax takes a ShapeDtypeStruct for an array on the device whatever its sharding says; the type of a host array
-    # carries the memory it is in, and so do its variations.
-    like = jax.typeof(memory.one_number(spec.memory, plan.shape.dtype))
     shapes = block_shapes(spec, layer, plan.workload.batch)
-    return Block(tuple(like.update(shape=shape) for shape in shapes), spec.form, spec.memory)
+    arrays = tuple(memory.describe(shape, plan.shape.dtype, spec.memory) for shape in shapes)
+    return Block(arrays, spec.form, spec.memory)
 
 
 def empty_tails(plan: Plan) -> tuple[Block, ...]:

@@ -13,7 +13,7 @@ import functools
 import os
 import pathlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,9 +65,18 @@ def reserve(memory: Memory, shapes: Sequence[tuple[tuple[int, ...], jnp.dtype]])
     jax.block_until_ready([zeros(shape, dtype, memory) for shape, dtype in shapes])
 
 
+def describe(shape: tuple[int, ...], dtype: Any, memory: Memory) -> Any:
+    """An abstract array in that memory, to lower a program with, which is to be told its sharding as well.
+
+    jax takes a ShapeDtypeStruct for an array on the device whatever its sharding says; the type of a host array carries
+    the memory it is in, and so do its variations.
+    """
+    return jax.typeof(_one_number(memory, jnp.dtype(dtype).name)).update(shape=shape)
+
+
 @functools.cache
-def one_number(memory: Memory, dtype: str) -> jax.Array:
-    """The smallest array there is in that memory: its type says where it is."""
+def _one_number(memory: Memory, dtype: str) -> jax.Array:
+    """The smallest array there is in that memory."""
     return jax.device_put(np.zeros((), jnp.dtype(dtype)), sharding(memory))
 
 

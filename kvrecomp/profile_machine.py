@@ -13,11 +13,15 @@ from kvrecomp import memory
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.holds import Copy
 from kvrecomp.plan import GIB, MIB
-from kvrecomp.timing import device_timer, measured_line, median_seconds, random, seconds_longer
+from kvrecomp.programs import side_by_side
+from kvrecomp.timing import device_timer, measured_line, median_seconds, random_maker, seconds_longer
 from kvrecomp.window import Window
 
 HANDOFF_BYTES = 2 * MIB  # so long to copy that the host, which starts copies and kernels, is ahead
 COPY_PASSES = (2, 8)  # how often each block is copied when the rate of copies is measured
+
+Timer = Callable[[int], float]
+"""Measures the seconds of what was compiled for it, with so many repeats."""
 
 
 def this_machine() -> dict[str, Any]:
@@ -33,28 +37,38 @@ def this_machine() -> dict[str, Any]:
 
 
 def measure_machine() -> HardwareProfile:
-    """The profile of this machine, with no layers timed."""
+    """The profile of this machine, with no layers timed. All programs are compiled before the first is timed."""
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
     dtype = _rate_dtype()
     sizes = [2**16, 2**19, 2**22, 2**25, 2**29] if gpu else [2**16, 2**19, 2**22, 2**24]
+    beside_bytes, memory_bytes = min(sizes[-1], 256 * MIB), min(2 * sizes[-1], GIB)
+    timed = device_timer()
+    makers: list[Callable[[], Timer]] = [
+        *(functools.partial(_to_device_timer, size, timed) for size in sizes),
+        *(functools.partial(_to_host_timer, size) for size in sizes),
+        *(functools.partial(_product_timer, size, dtype) for size in _product_sizes()),
+        functools.partial(_copy_timer, beside_bytes, 4, True, 4),
+        functools.partial(_copy_timer, HANDOFF_BYTES, 4, False, 1),
+        functools.partial(_kernel_timer, dtype),
+        functools.partial(_memory_timer, memory_bytes),
+    ]
+    *timers, copy, handoff, kernel, moving = side_by_side(lambda make: make(), makers)
+    to_device, to_host, products = timers[: len(sizes)], timers[len(sizes) : 2 * len(sizes)], timers[2 * len(sizes) :]
     stats = device.memory_stats() or {}
-    to_device = measured_line(
-        "copies to the device", sizes, functools.partial(_to_device_seconds, timed=device_timer())
-    )
-    kernel = _kernel_seconds(dtype)
-    beside = copy_rate(min(sizes[-1], 256 * MIB), 4, repeats=3, computing=True)
+    line, kernel_seconds = measured_line("copies to the device", sizes, to_device), kernel(9)
+    beside = beside_bytes / copy(3)
     return HardwareProfile(
         **this_machine(),
         device_bytes=float(stats.get("bytes_limit", memory.total_host_bytes())),
         host_bytes=float(memory.total_host_bytes()),
-        to_device=to_device,
-        to_host=measured_line("copies to the host", sizes, _to_host_seconds),
+        to_device=line,
+        to_host=measured_line("copies to the host", sizes, to_host),
         beside_compute=beside,
-        handoff_seconds=_handoff_seconds(to_device.base + HANDOFF_BYTES / beside, kernel),
-        matmul_rate=_matmul_rate(dtype),
-        memory_rate=_memory_rate(min(2 * sizes[-1], GIB)),
-        kernel_seconds=kernel,
+        handoff_seconds=_handoff_seconds(handoff(9), line.base + HANDOFF_BYTES / beside, kernel_seconds),
+        matmul_rate=_matmul_rate(products),
+        memory_rate=2 * 0.75 * memory_bytes / moving(9),  # read and written
+        kernel_seconds=kernel_seconds,
         source=f"measured, {jnp.dtype(dtype).name}",
     )
 
@@ -74,27 +88,45 @@ def copy_rate(block_bytes: int, blocks: int, repeats: int = 5, computing: bool =
     The copies, of `block_bytes` each, go through the window of a step: the rate is about what a step can reach.
     `computing` attends to every block when it is there.
     """
-    return block_bytes / _copy_seconds(_host_arrays(block_bytes, blocks), repeats, computing, 4)
+    return block_bytes / _copy_timer(block_bytes, blocks, computing, 4)(repeats)
 
 
-def _host_arrays(block_bytes: int, blocks: int) -> list[jax.Array]:
+def _host_shape(block_bytes: int) -> tuple[tuple[int, ...], jnp.dtype]:
+    """Shape and dtype of a block of so many bytes."""
     dtype = jnp.dtype(_rate_dtype())
     numbers = block_bytes // dtype.itemsize
     width = min(4096, numbers)
-    return [memory.zeros((numbers // width, 1, width), dtype, "host") for _ in range(blocks)]
+    return (numbers // width, 1, width), dtype
 
 
-def _copy_seconds(arrays: Sequence[jax.Array], repeats: int, computing: bool, room: int) -> float:
-    """Seconds of a copy of one array, through the window of a step with room for so many: the slope between programs of
-    few and of many."""
-    few, many = (_held_copies(arrays, passes, computing, room) for passes in COPY_PASSES)
-    return seconds_longer(few, many, repeats) / (COPY_PASSES[1] - COPY_PASSES[0]) / len(arrays)
+def _host_arrays(block_bytes: int, blocks: int) -> list[jax.Array]:
+    return [memory.zeros(*_host_shape(block_bytes), "host") for _ in range(blocks)]
 
 
-def _held_copies(arrays: Sequence[jax.Array], passes: int, computing: bool, room: int) -> Callable[[], Any]:
-    """A program that copies every array so often."""
+def _traced(program: Callable[[list[jax.Array]], Any], block_bytes: int, blocks: int) -> Any:
+    """The program traced for a list of so many blocks in host memory."""
+    described = [memory.describe(*_host_shape(block_bytes), "host")] * blocks
+    return jax.jit(program, in_shardings=memory.sharding("host")).trace(described)
 
-    @jax.jit
+
+def _copy_timer(block_bytes: int, blocks: int, computing: bool, room: int) -> Timer:
+    """Of a copy of one block, through the window of a step with room for so many: the slope between programs of few and
+    of many."""
+    few, many = (_held_copies(block_bytes, blocks, passes, computing, room) for passes in COPY_PASSES)
+
+    def seconds(repeats: int) -> float:
+        arrays = _host_arrays(block_bytes, blocks)
+        longer = seconds_longer(functools.partial(few, arrays), functools.partial(many, arrays), repeats)
+        return longer / (COPY_PASSES[1] - COPY_PASSES[0]) / blocks
+
+    return seconds
+
+
+def _held_copies(
+    block_bytes: int, blocks: int, passes: int, computing: bool, room: int
+) -> Callable[[Sequence[jax.Array]], Any]:
+    """A program that copies every one of so many arrays so often."""
+
     def copy_all(arrays):
         own = [(array, Copy(array.size * array.dtype.itemsize)) for array in arrays] * passes
         window, result = Window([own], room * own[0][1].nbytes, "pipelined"), jnp.zeros((), arrays[0].dtype)
@@ -110,57 +142,79 @@ def _held_copies(arrays: Sequence[jax.Array], passes: int, computing: bool, room
             result = window.used(result)
         return *ends, result
 
-    return functools.partial(copy_all.lower(arrays).compile(), arrays)
+    return _traced(copy_all, block_bytes, blocks).lower().compile()
 
 
-def _to_device_seconds(size: float, repeats: int, timed: Callable[[Callable[[], Any], int], float]) -> float:
+def _to_device_timer(size: int, timed: Callable[[Callable[[], Any], int], float]) -> Timer:
     """Of one copy among many in a program, none of which waits for anything but the link.
 
     `timed` has the host ahead: launching a small copy takes it longer than the link.
     """
-    count = int(max(2, min(32, 2**25 // size)))
-    arrays = _host_arrays(int(size), 2 * count)
+    count = max(2, min(32, 2**25 // size))
 
     def copy_all(arrays):
         return [jax.device_put(array, jax.memory.Space.Device)[0, 0, -1] for array in arrays]
 
-    few, many = (functools.partial(jax.jit(copy_all).lower(own).compile(), own) for own in (arrays[:count], arrays))
-    return seconds_longer(few, many, repeats, timed) / count
+    few, many = (_traced(copy_all, size, copies).lower().compile() for copies in (count, 2 * count))
+
+    def seconds(repeats: int) -> float:
+        arrays = _host_arrays(size, 2 * count)
+        runs = functools.partial(few, arrays[:count]), functools.partial(many, arrays)
+        return seconds_longer(runs[0], runs[1], repeats, timed) / count
+
+    return seconds
 
 
-def _handoff_seconds(copy_seconds: float, kernel_seconds: float) -> float:
+def _handoff_seconds(each: float, copy_seconds: float, kernel_seconds: float) -> float:
     """To compute and to the link. With room for one copy in the window, each waits until the one before was used: in
-    the time of one there are the copy, of HANDOFF_BYTES, a kernel and both handoffs."""
-    each = _copy_seconds(_host_arrays(HANDOFF_BYTES, 4), 9, False, 1)
+    the seconds of `each` there are the copy, of HANDOFF_BYTES, a kernel and both handoffs."""
     return max(0.0, (each - copy_seconds - kernel_seconds) / 2)
 
 
-def _to_host_seconds(size: float, repeats: int) -> float:
+def _to_host_timer(size: int) -> Timer:
     """Of one copy among several in a program."""
-    count = int(max(1, min(16, 2**28 // size)))
-    array = memory.zeros((int(size) // 4,), jnp.dtype(jnp.float32), "device")
+    count = max(1, min(16, 2**28 // size))
 
     def copy_out(array):
         return [array + number for number in range(count)]
 
-    program = jax.jit(copy_out, out_shardings=memory.sharding("host")).lower(array).compile()
-    return median_seconds(lambda: program(array), repeats) / count
+    like = memory.describe((size // 4,), jnp.float32, "device")
+    program = jax.jit(copy_out, out_shardings=memory.sharding("host")).lower(like).compile()
+
+    def seconds(repeats: int) -> float:
+        array = memory.zeros(like.shape, like.dtype, "device")
+        return median_seconds(lambda: program(array), repeats) / count
+
+    return seconds
 
 
-def _matmul_rate(dtype: Any) -> float:
-    """Floating-point operations a second of the products that recomputing K and V is made of, tokens by hidden size.
+def _product_sizes() -> Sequence[int]:
+    """Of square matrices; on a GPU no smaller product takes long enough to be timed."""
+    return (4096, 8192) if jax.default_backend() == "gpu" else (512, 1024, 2048, 4096)
 
-    The size grows until a product takes long enough to be timed; on a GPU no smaller one does.
-    """
+
+def _matmul_rate(timers: Sequence[Timer]) -> float:
+    """Floating-point operations a second of the products that recomputing K and V is made of, tokens by hidden size:
+    the sizes of `_product_sizes` grow until a product takes long enough to be timed."""
     rate = 0.0
-    for size in (4096, 8192) if jax.default_backend() == "gpu" else (512, 1024, 2048, 4096):
-        tokens, kernel = random((size, size), dtype), random((size, size), dtype)
-        program = jax.jit(_chain_of_products, static_argnums=2).lower(tokens, kernel, 4).compile()
-        seconds = median_seconds(functools.partial(program, tokens, kernel)) / 4
+    for size, timer in zip(_product_sizes(), timers, strict=True):
+        seconds = timer(5)
         rate = 2 * size**3 / seconds
         if seconds > 1e-3:
             break
     return rate
+
+
+def _product_timer(size: int, dtype: Any) -> Timer:
+    """Of one product of square matrices among several in a program."""
+    like, count = memory.describe((size, size), dtype, "device"), 4
+    program = jax.jit(_chain_of_products, static_argnums=2).lower(like, like, count).compile()
+    make = random_maker(like.shape, dtype)
+
+    def seconds(repeats: int) -> float:
+        return median_seconds(functools.partial(program, make(), make()), repeats) / count
+
+    return seconds
 
 
 def _chain_of_products(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array:
@@ -169,17 +223,28 @@ def _chain_of_products(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array
     return x
 
 
-def _memory_rate(size: int) -> float:
-    """Bytes a second between the device and its own memory: the slope from a quarter of the size to all of it."""
-    quarter, whole = (memory.zeros((size // part // 4,), jnp.dtype(jnp.float32), "device") for part in (4, 1))
-    more = jax.jit(lambda array: array + 1)
-    few, many = (functools.partial(more.lower(own).compile(), own) for own in (quarter, whole))
-    return 2 * 0.75 * size / seconds_longer(few, many, 9)  # read and written
+def _memory_timer(size: int) -> Timer:
+    """Of reading and writing so many bytes of the device's memory, less those of a quarter of them."""
+    shapes = [memory.describe((size // part // 4,), jnp.float32, "device") for part in (4, 1)]
+    programs = [jax.jit(lambda array: array + 1).lower(like).compile() for like in shapes]
+
+    def seconds(repeats: int) -> float:
+        arrays = [memory.zeros(like.shape, like.dtype, "device") for like in shapes]
+        few, many = map(functools.partial, programs, arrays)
+        return seconds_longer(few, many, repeats)
+
+    return seconds
 
 
-def _kernel_seconds(dtype: Any) -> float:
-    """What one more kernel adds to a program: the slope of chains of products too small to take time."""
-    small = memory.zeros((64, 64), jnp.dtype(dtype), "device")
+def _kernel_timer(dtype: Any) -> Timer:
+    """Of what one more kernel adds to a program: the slope of chains of products too small to take time."""
+    like, counts = memory.describe((64, 64), dtype, "device"), (32, 160)
     chain = jax.jit(_chain_of_products, static_argnums=2)
-    few, many = (functools.partial(chain.lower(small, small, count).compile(), small, small) for count in (32, 160))
-    return seconds_longer(few, many, 9) / 128
+    programs = [chain.lower(like, like, count).compile() for count in counts]
+
+    def seconds(repeats: int) -> float:
+        small = memory.zeros(like.shape, like.dtype, "device")
+        few, many = (functools.partial(program, small, small) for program in programs)
+        return seconds_longer(few, many, repeats) / (counts[1] - counts[0])
+
+    return seconds

@@ -110,10 +110,10 @@ def _one_part(column: np.ndarray, target: np.ndarray) -> float:
     return max(0.0, column @ target / np.square(column).sum())
 
 
-def measured_line(what: str, sizes: Sequence[float], measure: Callable[[float, int], float]) -> Line:
-    """A line through `measure(size, repeats)`; measured again, longer, where it is no line."""
+def measured_line(what: str, sizes: Sequence[float], timers: Sequence[Callable[[int], float]]) -> Line:
+    """A line through what each size's timer gives for so many repeats; measured again, longer, where it is none."""
     for repeats in (5, 15):
-        seconds = [measure(size, repeats) for size in sizes]
+        seconds = [timer(repeats) for timer in timers]
         line = fit_line(sizes, seconds)
         offs = [line(size) / took - 1 for size, took in zip(sizes, seconds)]
         worst = max(offs, key=abs)

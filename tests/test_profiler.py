@@ -368,24 +368,24 @@ def test_a_handoff_is_found_again(monkeypatch):
     """Of copies of 2 MiB at 5 GB/s that wait for each other, a kernel of 3 us and two handoffs of 7 us between them."""
     nbytes = profile_machine.HANDOFF_BYTES
 
-    def program(arrays, passes, computing, room):
-        assert room == 1 and sum(array.nbytes for array in arrays) == len(arrays) * nbytes
-        return 1e-3 + passes * len(arrays) * (nbytes / 5e9 + 3e-6 + 2 * 7e-6)
+    def program(block_bytes, blocks, passes, computing, room):
+        assert (block_bytes, room) == (nbytes, 1)
+        return lambda arrays: 1e-3 + passes * blocks * (sum(array.nbytes for array in arrays) / blocks / 5e9 + 17e-6)
 
     monkeypatch.setattr(profile_machine, "_held_copies", program)
-    monkeypatch.setattr(timing, "median_seconds", lambda seconds, repeats: seconds)
-    assert profile_machine._handoff_seconds(nbytes / 5e9, 3e-6) == pytest.approx(7e-6)
-    assert profile_machine._handoff_seconds(nbytes / 1e9, 3e-6) == 0  # slower than they were copied: noise is nothing
+    monkeypatch.setattr(timing, "median_seconds", lambda run, repeats: run())
+    each = profile_machine._copy_timer(nbytes, 4, False, 1)(9)
+    assert profile_machine._handoff_seconds(each, nbytes / 5e9, 3e-6) == pytest.approx(7e-6)
+    assert profile_machine._handoff_seconds(each, nbytes / 1e9, 3e-6) == 0  # noise: it is less than the copy alone
 
 
 def test_a_poor_fit_is_measured_again_and_said(caplog):
     asked = []
 
-    def measure(size, repeats):
-        asked.append(repeats)
-        return {1: 1.0, 2: 5.0, 3: 1.0}[size]
+    def timer(seconds):
+        return lambda repeats: asked.append(repeats) or seconds
 
     with caplog.at_level(logging.INFO, logger="kvrecomp"):
-        measured_line("copies", (1, 2, 3), measure)
+        measured_line("copies", (1, 2, 3), [timer(1.0), timer(5.0), timer(1.0)])
     assert asked == [5] * 3 + [15] * 3
     assert "at 2; measuring it again" in caplog.text and "predictions may be as far off" in caplog.text

@@ -17,7 +17,7 @@ import pytest
 import kvrecomp
 import models
 from experiments.support import xplane
-from kvrecomp import runtime
+from kvrecomp import profile_machine, runtime
 from kvrecomp.budget import prefill_bytes
 from kvrecomp.holds import COPIES_AHEAD
 from kvrecomp.named import named_plan
@@ -303,3 +303,16 @@ def test_a_prefill_has_the_intermediate_results_of_one_layer_on_the_device(confi
     _, temporary = compile_traced(decoder._trace_prefill())
     estimate = prefill_bytes(plan.shape, plan.workload)
     assert 0.75 * estimate < temporary <= estimate
+
+
+def test_what_the_profile_copies_is_copied_whole(monkeypatch):
+    """And as often as its seconds are divided by."""
+    traced, trace = [], profile_machine._traced
+    monkeypatch.setattr(profile_machine, "_traced", lambda *given: traced.append(trace(*given)) or traced[-1])
+    profile_machine._copy_timer(MIB, 3, True, 2)
+    profile_machine._to_device_timer(2**24, lambda run, repeats: 0.0)
+    texts = [compile_traced(own)[0] for own in traced]
+    copies = [re.findall(r" copy-start\((\S+)\)", text) for text in texts]
+    assert [len(own) for own in copies] == [3 * 2, 3 * 8, 2, 4]
+    for text, blocks in zip(texts, (3, 3, 2, 4), strict=True):
+        assert len(re.findall(r"S\(5\)\} parameter\(", text)) == blocks
