@@ -54,6 +54,7 @@ from kvrecomp.plan import (
 WINDOWS = tuple(DEFAULT_WINDOW >> shift for shift in (0, 2, 4, 6))
 WINDOW_SHARE = 1 / 8  # of the device memory beside the weights, at most, is window
 GRID = 8  # steps of the coarse grid of fractions; the finer one has as many within one of them
+ON_DEVICE_STEPS = (0, 1, 2, 3, 4, 6, 8)  # of these, for what the device holds: each makes the search longer
 TAIL_SHARE = 1 / 8  # of the device memory beside the weights, at most, is tail
 MOST_TAIL_BYTES = 4 * GIB
 SPLITS = (1, 2, 4, 8, 16)  # groups that rows are split into: a program of column order has the attention of each
@@ -71,7 +72,7 @@ class Settings:
     token behind the link; `activations` the fraction of the prompt behind the link that are activations. `tail` is the
     form of generated tokens, and `growth` the fraction of the written-out tails that could stay on the device for which
     room is kept; the prompt comes next, and what is left over is for more of them. Parts of a prompt of LEAST_ALIGNED
-    tokens or more are multiples of `unit`, but for the last.
+    tokens or more are multiples of `unit`, but for the last, of which the rest is a block of its own.
     """
 
     on_device: float | None
@@ -245,18 +246,20 @@ class _Search:
         """The plan to use. Raises `PlanError` where none fits."""
         window, grid = self.windows[0], [step / GRID for step in range(GRID + 1)]
         growth = (0.0, 0.25, 0.5, 0.75, 1.0) if self.workload.new > self.tail else (0.0,)
-        choices = itertools.product((None, 0.0, 0.5, 1.0), grid, ("absorb",), FORMS, growth)
+        here = (None, *(step / GRID for step in ON_DEVICE_STEPS))
+        choices = itertools.product(here, grid, ("absorb",), FORMS, growth)
         times = (layer_times(self.profile, layer, self.shape, self.workload.batch) for layer in self.shapes)
         unit = ALIGNED if any(map(slow_if_uneven, times)) else 1
         settings = [Settings(*choice, unit) for choice in choices]
         uniform = [(window, dict.fromkeys(self.shapes, own)) for own in settings]
-        best = self._choose([*uniform, *((own, self.least) for own in self.windows)])
+        even = {layer: dataclasses.replace(own, unit=unit) for layer, own in self.least.items()}
+        best = self._choose([*uniform, *itertools.product(self.windows, (self.least, even))])
         for layer in self.shapes:
             if len(self.shapes) > 1:
                 best = self._vary(best, layer, settings)
             for name, step in (("activations", 1), ("on_device", 4), ("growth", 4)):
                 best = self._refine(best, layer, name, step / GRID**2)
-            others = itertools.product((None, 0.0, 0.5, 1.0), grid, ("recompute",), FORMS, (best[1][layer].growth,))
+            others = itertools.product(here, grid, ("recompute",), FORMS, (best[1][layer].growth,))
             best = self._vary(best, layer, [Settings(*other, unit) for other in others])
             best = self._refine(best, layer, "activations", 1 / GRID**2)
             best = self._vary(best, layer, [dataclasses.replace(best[1][layer], unit=own) for own in (1, ALIGNED)])
@@ -451,17 +454,19 @@ class _Builder:
         here[smaller] += rest
         blocks = (
             *self._cut("keys_values", "device", here["keys_values"]),
-            *self._cut("activations", "device", here["activations"]),
-            *_mix(self._cut("activations", "host", sent), self._cut("keys_values", "host", behind - sent)),
+            *self._cut("activations", "device", here["activations"], unit),
+            *_mix(self._cut("activations", "host", sent, unit), self._cut("keys_values", "host", behind - sent)),
         )
         kept = min(write_outs, int((room - pairs * pair - rest * small) / grown))
         stays: list[Memory] = ["device"] * kept
         leaves: list[Memory] = ["host"] if kept < write_outs or behind else ["device"]
         return LayerPlan(blocks, settings.tail_form, (*stays, *leaves), settings.method)
 
-    def _cut(self, form: Form, memory: Memory, tokens: int) -> tuple[BlockSpec, ...]:
-        largest = self.window // BLOCKS_PER_WINDOW
-        return cut_runs([(form, memory, tokens)], self.layer, self.shape, self.workload, largest)
+    def _cut(self, form: Form, memory: Memory, tokens: int, unit: int = 1) -> tuple[BlockSpec, ...]:
+        """Blocks of so many tokens; where these are no multiple of `unit`, the rest is a block of its own."""
+        rest = tokens % unit if tokens >= LEAST_ALIGNED else 0
+        runs: list[tuple[Form, Memory, int]] = [(form, memory, tokens - rest), (form, memory, rest)]
+        return cut_runs(runs, self.layer, self.shape, self.workload, self.window // BLOCKS_PER_WINDOW)
 
     def _bytes(self, form: Form) -> int:
         """Of one token."""

@@ -33,7 +33,8 @@ def profile_of(document):
     [("h100_choices", 40), ("h100_choices_13b", 24), ("h200_choices", 24), ("h200_choices_again", 8)],
 )
 def test_what_was_chosen_is_chosen_now(file, count):
-    """By the profile that was measured then. Those of OPT-6.7B with 8 and 32 rows on the H200 are not in their file."""
+    """By the profile that was measured then, which knows nothing of uneven blocks: the same bytes cross the link.
+    Profiles of OPT-6.7B with 8 and 32 rows on the H200 are not in their file."""
     profile = profile_of(json.loads((RESULTS / f"{file}.json").read_text()))
     compared = 0
     for row in tables.predicted(tables.read_file(RESULTS / f"{file}.json")):
@@ -45,6 +46,6 @@ def test_what_was_chosen_is_chosen_now(file, count):
         work = Workload(row.batch, row.prompt, row.new)
         budget = sweep.budget_with_room(shape, work, row.room, HOST)
         plan = make_plan(shape, work, profile, budget, weights=["device"] * len(shape.layers), tail=sweep.NEW)
-        assert plan.link_bytes() == pytest.approx(row.link_bytes, rel=0.01), row
+        assert plan.link_bytes() == row.link_bytes, row
         compared += 1
     assert compared == count

@@ -416,6 +416,36 @@ def test_uneven_blocks_that_are_slow_in_either_memory_are_avoided(slower):
     assert took <= 1.01 * best
 
 
+@pytest.mark.parametrize("prompt", [1023, 2040])
+@pytest.mark.parametrize("slower", [(2, 2), (1, 2)])
+def test_what_is_left_of_an_odd_prompt_is_a_block_of_its_own(prompt, slower):
+    """All fits on the device as activations; in one block they would take twice as long."""
+    work = replace(WORK, prompt=prompt)
+    shape, profile = model(*[LEARNED] * 3), attending(1e-6, 1e-6, work, slower)
+    budget = Budget(least(shape, work) + 0.6 * cache_bytes(shape, work))
+    plan = make_plan(shape, work, profile, budget)
+    assert plan.link_bytes() == 0
+    even = BlockSpec(acts, "device", prompt // 32 * 32), BlockSpec(acts, "device", prompt % 32)
+    by_hand = replace(plan, layers=(LayerPlan(even, acts, ("device",)),) * 3)
+    assert fits(by_hand, budget)
+    took, best = seconds(profile, plan, by_hand)
+    assert took <= 1.001 * best
+
+
+def test_a_mix_on_the_device_is_found_between_the_steps_of_the_grid():
+    """Of Llama-2-7B's 768 tokens less than half of the room as keys and values, a few of them behind the link: with all
+    in the smaller form on the device attention takes longer, and with more of the larger the link does."""
+    shape = replace(models.preset("llama-2-7b").shape, dtype="bfloat16", positions=10**4)
+    work = Workload(32, 768, 500)
+    budget = Budget(least(shape, work) + 0.8 * cache_bytes(shape, work))
+    plan = make_plan(shape, work, machine("h100"), budget)
+    blocks = BlockSpec(kv, "device", 352), BlockSpec(acts, "device", 352), BlockSpec(kv, "host", 64)
+    by_hand = replace(plan, layers=(LayerPlan(blocks, kv, ("host",)),) * len(shape.layers))
+    assert fits(by_hand, budget)
+    took, best = seconds(machine("h100"), plan, by_hand)
+    assert took <= 1.01 * best
+
+
 @pytest.mark.parametrize("slower", [1.005, 1.2])
 def test_the_smaller_form_fits_where_the_larger_does_not(slower):
     """As activations all tokens stay on the device; where those are surely slower, no more are than must be."""
