@@ -247,8 +247,8 @@ def layer_times(profile: HardwareProfile, layer: LayerShape, shape: ModelShape, 
 def slow_if_uneven(times: LayerTimes) -> bool:
     """Whether absorbed activations of a number that is no multiple of ALIGNED take longer, in either memory."""
 
-    def seconds(place: Memory, tokens: int) -> float:
-        return times.work[attention_work("absorb", place, tokens)](2 * LEAST_ALIGNED)
+    def seconds(place: Memory, tokens: int) -> tuple[float, ...]:
+        return times.work[attention_work("absorb", place, tokens)].seconds
 
     return any(seconds(place, LEAST_ALIGNED + 1) > seconds(place, LEAST_ALIGNED) for place in MEMORIES)
 

@@ -11,13 +11,14 @@ from kvrecomp.cutting import BLOCKS_PER_WINDOW
 from kvrecomp.forward import Model
 from kvrecomp.hardware import ATTENTION, Attention, Curve, LayerTimes, Work, attention_work, project_work
 from kvrecomp.layer_bench import TAIL, LayerBench, Run
-from kvrecomp.plan import DEFAULT_WINDOW, LEAST_ALIGNED, MEMORIES, LayerShape, Memory, ModelShape
+from kvrecomp.plan import DEFAULT_WINDOW, LEAST_ALIGNED, MEMORIES, LayerShape, Memory, ModelShape, uneven
 from kvrecomp.programs import side_by_side
 from kvrecomp.timing import least_seconds
 
 FEW_LAYERS, MORE_LAYERS = 2, 6
 ATTENDING_LAYERS = 4  # fewer are compiled sooner
 SIZES, RATIO = 3, 4  # of blocks, each so many times as long as the one before
+SHORTER = 1  # sizes more on the device, for what a tail takes
 MORE_RECOMPUTED = 2  # half and an eighth of the longest: between the others kernels that recompute K and V differ most
 WHOLE = 8  # quarters of the window: 2 GiB, which is 4096 tokens' activations of 32 rows of OPT-13B, and some
 AWAITED, AWAITED_BYTES = 4, 2**17  # blocks of a layer that are copied: short, to be there before they are used
@@ -35,7 +36,7 @@ class _Runs(NamedTuple):
     beside: list[Run]  # a block that is absorbed, beside a tail of keys and values
     here: list[Run]  # AWAITED blocks, of fewer and of more layers
     copied: list[Run]  # the same, copied in the step
-    odd: dict[Memory, Run]  # the longest block that is absorbed, less one token
+    odd: dict[Memory, Run]  # the longest block that is absorbed, less one token, where that is uneven
 
     def every(self) -> list[Run]:
         several = (*self.alone.values(), *self.twice.values(), self.beside, self.here, self.copied, self.odd.values())
@@ -56,7 +57,7 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
     makers |= {layers: functools.partial(bench.finish_timer, layers) for layers in (FEW_LAYERS, MORE_LAYERS)}
     timers: dict[Run | int, Callable[[], float]] = {}
     # XLA keeps the kernels that it chose for later programs, but programs compiled at once choose each for themselves.
-    # What many have in common is compiled first, or differences between them would be of kernels, too.
+    # Most of what programs have in common is compiled first, or differences between them would be of kernels, too.
     of_kinds = [runs.alone[kind, "host"][0] for kind in ATTENTION]
     for stage in ([runs.fewer], of_kinds, makers):
         new = [what for what in stage if what not in timers]
@@ -69,7 +70,7 @@ def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
 def _runs_of(shape: ModelShape, layer: LayerShape, batch: int) -> _Runs:
     """What is to be timed of that layer."""
     sizes: dict[tuple[Attention, Memory], list[int]] = {
-        (kind, place): block_sizes(kind, shape, layer, batch, longest_block(kind, place))
+        (kind, place): block_sizes(kind, shape, layer, batch, longest_block(kind, place), place)
         for kind in ATTENTION
         for place in MEMORIES
     }
@@ -79,6 +80,7 @@ def _runs_of(shape: ModelShape, layer: LayerShape, batch: int) -> _Runs:
     kv, count = "keys_values", ATTENDING_LAYERS
     fewer, more = (Run(layers, kv, kv, shorter[kv][0]) for layers in (FEW_LAYERS, MORE_LAYERS))
     short = block_sizes(kv, shape, layer, batch, AWAITED_BYTES)[-1]
+    odd: dict[Memory, int] = {place: sizes["absorb", place][-1] - 1 for place in MEMORIES}
     here = [Run(layers, kv, kv, short, blocks=AWAITED) for layers in (FEW_LAYERS, MORE_LAYERS)]
     return _Runs(
         fewer=fewer,
@@ -88,7 +90,7 @@ def _runs_of(shape: ModelShape, layer: LayerShape, batch: int) -> _Runs:
         beside=[Run(count, kv, "absorb", size) for size in shorter["absorb"]],
         here=here,
         copied=[run._replace(copied=True) for run in here],
-        odd={own: Run(count, "absorb", "absorb", max(1, sizes["absorb", own][-1] - 1), own) for own in MEMORIES},
+        odd={place: Run(count, "absorb", "absorb", size, place) for place, size in odd.items() if uneven(size)},
     )
 
 
@@ -105,25 +107,26 @@ def _solved(runs: _Runs, seconds: Mapping[Run | int, float]) -> tuple[dict[Work,
         for kind, own in runs.twice.items()
     }
 
-    def added(run: Run, beside: Attention) -> float:
-        """A layer's seconds for the block, beside such a tail."""
-        return (seconds[run] - bare[beside]) / count
+    def added(run: Run) -> float:
+        """A layer's seconds for the block, beside its tail."""
+        return (seconds[run] - bare[run.tail]) / count
 
     work: dict[Work, Curve] = {}
     for (kind, place), own in runs.alone.items():
-        curve = curve_through([run.tokens for run in own], [added(run, kind) for run in own])
+        curve = curve_through([run.tokens for run in own], [added(run) for run in own])
         work[attention_work(kind, place)] = curve
     size, recomputed = runs.alone["recompute", "device"][0].tokens, work["recompute"]
     work["device_recompute"] = recomputed.plus(work["device_recompute"](size) - recomputed(size))
-    for place, run in runs.odd.items():
-        even = work[attention_work("absorb", place)]
-        slower = _slower(even, run.tokens, added(run, "absorb"))
+    for place in MEMORIES:
+        even, slower = work[attention_work("absorb", place)], 1.0
+        if place in runs.odd:
+            slower = _times_as_long(added(runs.odd[place]), even(runs.odd[place].tokens))
         work[attention_work("absorb", place, UNEVEN_TOKENS)] = even.times(slower)
 
     dense = max(0.0, (seconds[runs.more] - seconds[runs.fewer]) / further - work[kv](runs.more.tokens))
     finish = min(dense, max(0.0, seconds[MORE_LAYERS] - seconds[FEW_LAYERS]) / further)
     # Absorbing is part of what a tail takes that is absorbed.
-    prepare = max(0.0, statistics.mean(added(run, kv) - work["absorb"](run.tokens) for run in runs.beside))
+    prepare = max(0.0, statistics.mean(added(run) - work["absorb"](run.tokens) for run in runs.beside))
     here, copied = (seconds[more] - seconds[fewer] for fewer, more in (runs.here, runs.copied))
     awaiting = max(0.0, copied - here) / further / AWAITED
     for kind in ATTENTION:
@@ -134,11 +137,9 @@ def _solved(runs: _Runs, seconds: Mapping[Run | int, float]) -> tuple[dict[Work,
     return work, max(0.0, bare[kv] - count * dense)
 
 
-def _slower(even: Curve, tokens: int, took: float) -> float:
-    """How many times as long uneven blocks take, where one of so many tokens took so many seconds."""
-    if tokens <= LEAST_ALIGNED or even(tokens) <= 0:
-        return 1.0
-    slower = min(MOST_UNEVEN, took / even(tokens))
+def _times_as_long(uneven_seconds: float, even_seconds: float) -> float:
+    """How many times as long uneven blocks take; once where that is not sure."""
+    slower = min(MOST_UNEVEN, uneven_seconds / even_seconds) if even_seconds > 0 else 1.0
     return slower if slower > SURELY_UNEVEN else 1.0
 
 
@@ -154,12 +155,14 @@ def longest_block(kind: Attention, place: Memory) -> int:
     return max(copied, min(WHOLE * copied, room)) if whole else copied
 
 
-def block_sizes(kind: Attention, shape: ModelShape, layer: LayerShape, batch: int, longest: int) -> list[int]:
+def block_sizes(
+    kind: Attention, shape: ModelShape, layer: LayerShape, batch: int, longest: int, place: Memory = "host"
+) -> list[int]:
     """Tokens of the blocks that are timed, powers of two, as kernels for odd ones take longer; the longest has no more
     than the positions and `longest` bytes."""
     row_bytes = batch * layer.width("keys_values" if kind == "keys_values" else "activations") * shape.itemsize
     most = max(1, min(shape.positions, longest // row_bytes)).bit_length() - 1
-    sizes = [2**most // RATIO**part for part in range(SIZES)]
+    sizes = [2**most // RATIO**part for part in range(SIZES + SHORTER * (place == "device"))]
     if kind == "recompute":
         sizes += [2**most // 2 // RATIO**part for part in range(MORE_RECOMPUTED)]
     return sorted({max(1, size) for size in sizes})

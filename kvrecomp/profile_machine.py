@@ -20,8 +20,8 @@ from kvrecomp.window import Window
 HANDOFF_BYTES = 2 * MIB  # so long to copy that the host, which starts copies and kernels, is ahead
 COPY_PASSES = (2, 8)  # how often each block is copied when the rate of copies is measured
 
-Timer = Callable[[int], float]
-"""Measures the seconds of what was compiled for it, with so many repeats."""
+Timer = Callable[..., float]
+"""Measures the seconds of what was compiled for it, given how many repeats of it to time."""
 
 
 def this_machine() -> dict[str, Any]:
@@ -37,15 +37,14 @@ def this_machine() -> dict[str, Any]:
 
 
 def measure_machine() -> HardwareProfile:
-    """The profile of this machine, with no layers timed. All programs are compiled before the first is timed."""
+    """The profile of this machine, with no layers timed. Programs are compiled side by side before one is timed."""
     device = jax.devices()[0]
     gpu = device.platform == "gpu"
     dtype = _rate_dtype()
     sizes = [2**16, 2**19, 2**22, 2**25, 2**29] if gpu else [2**16, 2**19, 2**22, 2**24]
     beside_bytes, memory_bytes = min(sizes[-1], 256 * MIB), min(2 * sizes[-1], GIB)
-    timed = device_timer()
     makers: list[Callable[[], Timer]] = [
-        *(functools.partial(_to_device_timer, size, timed) for size in sizes),
+        *(functools.partial(_to_device_timer, size) for size in sizes),
         *(functools.partial(_to_host_timer, size) for size in sizes),
         *(functools.partial(_product_timer, size, dtype) for size in _product_sizes()),
         functools.partial(_copy_timer, beside_bytes, 4, True, 4),
@@ -56,7 +55,10 @@ def measure_machine() -> HardwareProfile:
     *timers, copy, handoff, kernel, moving = side_by_side(lambda make: make(), makers)
     to_device, to_host, products = timers[: len(sizes)], timers[len(sizes) : 2 * len(sizes)], timers[2 * len(sizes) :]
     stats = device.memory_stats() or {}
-    line, kernel_seconds = measured_line("copies to the device", sizes, to_device), kernel(9)
+    timed = device_timer()
+    line = measured_line("copies to the device", sizes, [functools.partial(own, timed=timed) for own in to_device])
+    del timed  # a large array
+    kernel_seconds = kernel(9)
     beside = beside_bytes / copy(3)
     return HardwareProfile(
         **this_machine(),
@@ -67,7 +69,7 @@ def measure_machine() -> HardwareProfile:
         beside_compute=beside,
         handoff_seconds=_handoff_seconds(handoff(9), line.base + HANDOFF_BYTES / beside, kernel_seconds),
         matmul_rate=_matmul_rate(products),
-        memory_rate=2 * 0.75 * memory_bytes / moving(9),  # read and written
+        memory_rate=1 / moving(9),
         kernel_seconds=kernel_seconds,
         source=f"measured, {jnp.dtype(dtype).name}",
     )
@@ -145,10 +147,10 @@ def _held_copies(
     return _traced(copy_all, block_bytes, blocks).lower().compile()
 
 
-def _to_device_timer(size: int, timed: Callable[[Callable[[], Any], int], float]) -> Timer:
+def _to_device_timer(size: int) -> Timer:
     """Of one copy among many in a program, none of which waits for anything but the link.
 
-    `timed` has the host ahead: launching a small copy takes it longer than the link.
+    The program is timed by `timed`, which has the host ahead: launching a small copy takes it longer than the link.
     """
     count = max(2, min(32, 2**25 // size))
 
@@ -157,7 +159,7 @@ def _to_device_timer(size: int, timed: Callable[[Callable[[], Any], int], float]
 
     few, many = (_traced(copy_all, size, copies).lower().compile() for copies in (count, 2 * count))
 
-    def seconds(repeats: int) -> float:
+    def seconds(repeats: int, timed: Callable[[Callable[[], Any], int], float]) -> float:
         arrays = _host_arrays(size, 2 * count)
         runs = functools.partial(few, arrays[:count]), functools.partial(many, arrays)
         return seconds_longer(runs[0], runs[1], repeats, timed) / count
@@ -165,10 +167,10 @@ def _to_device_timer(size: int, timed: Callable[[Callable[[], Any], int], float]
     return seconds
 
 
-def _handoff_seconds(each: float, copy_seconds: float, kernel_seconds: float) -> float:
+def _handoff_seconds(waiting_seconds: float, copy_seconds: float, kernel_seconds: float) -> float:
     """To compute and to the link. With room for one copy in the window, each waits until the one before was used: in
-    the seconds of `each` there are the copy, of HANDOFF_BYTES, a kernel and both handoffs."""
-    return max(0.0, (each - copy_seconds - kernel_seconds) / 2)
+    the `waiting_seconds` of each there are the copy, of HANDOFF_BYTES, a kernel and both handoffs."""
+    return max(0.0, (waiting_seconds - copy_seconds - kernel_seconds) / 2)
 
 
 def _to_host_timer(size: int) -> Timer:
@@ -224,14 +226,15 @@ def _chain_of_products(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array
 
 
 def _memory_timer(size: int) -> Timer:
-    """Of reading and writing so many bytes of the device's memory, less those of a quarter of them."""
+    """Of a byte read or written in the device's own memory: the slope from a quarter of the size to all of it."""
     shapes = [memory.describe((size // part // 4,), jnp.float32, "device") for part in (4, 1)]
     programs = [jax.jit(lambda array: array + 1).lower(like).compile() for like in shapes]
 
     def seconds(repeats: int) -> float:
         arrays = [memory.zeros(like.shape, like.dtype, "device") for like in shapes]
         few, many = map(functools.partial, programs, arrays)
-        return seconds_longer(few, many, repeats)
+        moved = 2 * (arrays[1].nbytes - arrays[0].nbytes)  # read and written
+        return seconds_longer(few, many, repeats) / moved
 
     return seconds
 

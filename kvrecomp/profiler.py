@@ -15,7 +15,7 @@ from kvrecomp.profile_layers import measure_layer
 from kvrecomp.profile_machine import measure_machine, this_machine
 
 LOG = logging.getLogger("kvrecomp")
-FORMAT = 12  # of the file, and of what its numbers mean; another one is measured anew
+FORMAT = 13  # of the file, and of what its numbers mean; another one is measured anew
 
 
 def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False) -> HardwareProfile:

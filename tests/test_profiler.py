@@ -155,11 +155,11 @@ def test_a_layer_is_found_again(monkeypatch, number):
         return 2**14 if (kind, place) == ("keys_values", "host") else 2**16
 
     monkeypatch.setattr(profile_layers, "longest_block", longest)
-    monkeypatch.setattr(profile_layers, "LEAST_ALIGNED", 7)  # or blocks so short would not count as uneven
+    monkeypatch.setattr(profile_layers, "uneven", lambda tokens: tokens % 2)  # of blocks so short, too
 
     def attention(kind, place):
-        sizes = profile_layers.block_sizes(kind, model.shape, layer, 3, longest(kind, place))
-        assert len(sizes) == (5 if kind == "recompute" else 3)
+        sizes = profile_layers.block_sizes(kind, model.shape, layer, 3, longest(kind, place), place)
+        assert len(sizes) == 3 + 2 * (kind == "recompute") + (place == "device")
         steps = rng.uniform(1e-6, 9e-6, len(sizes))
         line = 1e-5 + steps[0] * np.array([0, 1])  # no tokens are on the line through the first two sizes
         first = line[0] + steps[0] * sizes[0] / sizes[1], line[1]
@@ -219,26 +219,55 @@ def test_a_layer_is_found_again(monkeypatch, number):
 
 def test_what_programs_have_in_common_is_compiled_before_they_are(monkeypatch):
     """One, then one of each kind of attention: the others have the kernels that were chosen for these."""
-    events = []
+    begun, ended = [], []
 
     class Compiling:
         def __init__(self, *_):
             pass
 
         def timer(self, what):
-            events.append("begun")
+            begun.append((len(ended), what))
             time.sleep(0.01)  # in which others would begin
-            events.append("compiled")
+            ended.append(what)
             return lambda: 1.0
 
         step_timer = finish_timer = timer
 
     monkeypatch.setattr(profile_layers, "LayerBench", Compiling)
+    monkeypatch.setattr("kvrecomp.programs.os.cpu_count", lambda: 8)
     model = toy.model()
     profile_layers.measure_layer(model, model.shape.layers[0], batch=3)
-    assert events[:2] == ["begun", "compiled"]
-    assert sorted(events[2:8]) == ["begun"] * 3 + ["compiled"] * 3
-    assert events.count("begun") == events.count("compiled") > 20
+    first, *kinds = [what for _, what in begun[:4]]
+    assert begun[0] == (0, first) and [before for before, _ in begun[1:4]] == [1] * 3
+    assert sorted(run.kind for run in kinds) == sorted(run.tail for run in kinds) == sorted(ATTENTION)
+    assert all(before >= 4 for before, _ in begun[4:]) and len(begun) == len(set(ended)) > 20
+
+
+def test_a_profile_is_made_of_what_was_timed(monkeypatch):
+    """Each program's seconds are in the field that they are of, by the sizes that it is given."""
+
+    def copies(size):
+        return lambda repeats, timed: 3e-6 + size / 5e9
+
+    def held(block_bytes, blocks, computing, room):
+        waiting = 3e-6 + block_bytes / 4e9 + 2e-6 + 2 * 7e-6  # copy, kernel and two handoffs
+        return lambda repeats: waiting if room == 1 else block_bytes / 4e9
+
+    made = {
+        "_to_device_timer": copies,
+        "_to_host_timer": lambda size: lambda repeats: 11e-6 + size / 2e9,
+        "_copy_timer": held,
+        "_product_timer": lambda size, dtype: lambda repeats: 2 * size**3 / 9e12,
+        "_memory_timer": lambda size: lambda repeats: 1 / 7e11,
+        "_kernel_timer": lambda dtype: lambda repeats: 2e-6,
+    }
+    for name, timer in made.items():
+        monkeypatch.setattr(profile_machine, name, timer)
+    found = profile_machine.measure_machine()
+    assert (found.to_device.base, 1 / found.to_device.each) == pytest.approx((3e-6, 5e9))
+    assert (found.to_host.base, 1 / found.to_host.each) == pytest.approx((11e-6, 2e9))
+    assert (found.beside_compute, found.matmul_rate, found.memory_rate) == pytest.approx((4e9, 9e12, 7e11))
+    assert (found.handoff_seconds, found.kernel_seconds) == pytest.approx((7e-6, 2e-6))
 
 
 @pytest.mark.parametrize("copied", [True, False])
@@ -299,16 +328,17 @@ def test_sizes_are_powers_of_two_as_far_as_they_fit(monkeypatch):
     monkeypatch.setattr(memory, "free_device_bytes", lambda: 60 * GIB)
     found = {
         (kind, batch, place): profile_layers.block_sizes(
-            kind, shape, shape.layers[0], batch, profile_layers.longest_block(kind, place)
+            kind, shape, shape.layers[0], batch, profile_layers.longest_block(kind, place), place
         )
         for place in MEMORIES
         for kind in ATTENTION
         for batch in (1, 32, 64, 10**7)
     }
-    assert found["keys_values", 1, "host"] == found["absorb", 1, "device"] == [128, 512, 2048]
+    assert found["keys_values", 1, "host"] == [128, 512, 2048]
+    assert found["absorb", 1, "device"] == [32, 128, 512, 2048]
     assert found["absorb", 32, "host"] == [64, 256, 1024]
     assert found["keys_values", 32, "host"] == [32, 128, 512]
-    assert found["keys_values", 64, "device"] == [128, 512, 2048]
+    assert found["keys_values", 64, "device"] == [32, 128, 512, 2048]
     assert found["recompute", 64, "host"] == [128, 256, 512, 1024, 2048]
     assert found["absorb", 10**7, "host"] == [1]
     monkeypatch.setattr(memory, "free_device_bytes", lambda: 5 * GIB)

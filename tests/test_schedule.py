@@ -310,7 +310,7 @@ def test_what_the_profile_copies_is_copied_whole(monkeypatch):
     traced, trace = [], profile_machine._traced
     monkeypatch.setattr(profile_machine, "_traced", lambda *given: traced.append(trace(*given)) or traced[-1])
     profile_machine._copy_timer(MIB, 3, True, 2)
-    profile_machine._to_device_timer(2**24, lambda run, repeats: 0.0)
+    profile_machine._to_device_timer(2**24)
     texts = [compile_traced(own)[0] for own in traced]
     copies = [re.findall(r" copy-start\((\S+)\)", text) for text in texts]
     assert [len(own) for own in copies] == [3 * 2, 3 * 8, 2, 4]
