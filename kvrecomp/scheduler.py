@@ -23,8 +23,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvrecomp.budget import MARGIN, check_within, memory_needed, prefill_bytes, weights_in
-from kvrecomp.cost import StepCost, decode_seconds, layer_times, plan_costs, slow_if_uneven
+from kvrecomp.cost import StepCost, decode_seconds, plan_costs
 from kvrecomp.cutting import BLOCKS_PER_WINDOW, cut_runs, default_tail
+from kvrecomp.estimate import layer_times, slow_if_uneven
 from kvrecomp.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 from kvrecomp.holds import in_flight_bytes
 from kvrecomp.named import named_plan, spread, with_weights

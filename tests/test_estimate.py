@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from kvrecomp.cost import estimate
+from kvrecomp.estimate import estimate
 from kvrecomp.hardware import ATTENTION, HardwareProfile, Line, attention_work
 from kvrecomp.plan import GIB, LayerShape
 

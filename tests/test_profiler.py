@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 import kvrecomp
 import models
-from kvrecomp import cost, forward, layer_bench, memory, profile_layers, profile_machine, profiler, timing
+from kvrecomp import forward, layer_bench, memory, profile_layers, profile_machine, profiler, timing
+from kvrecomp.estimate import estimate
 from kvrecomp.hardware import ATTENTION, WORKS, Curve, HardwareProfile, attention_work, project_work
 from kvrecomp.plan import GIB, MEMORIES
 from kvrecomp.timing import fit_line, measured_line
@@ -128,7 +129,7 @@ def test_layers_are_timed_again_for_more_positions(cache, counted, known_machine
         return estimated(known_machine, model.shape, layer, batch)
 
     def estimated(machine, shape, layer, batch):
-        found = cost.estimate(machine, layer, 4, batch)
+        found = estimate(machine, layer, 4, batch)
         return dataclasses.replace(found, dtype=shape.dtype, vocab=shape.vocab, positions=shape.positions)
 
     def with_positions(count):

@@ -15,6 +15,7 @@ from kvrecomp import cost, scheduler
 from kvrecomp.budget import memory_needed
 from kvrecomp.cost import plan_costs
 from kvrecomp.cutting import BLOCKS_PER_WINDOW
+from kvrecomp.estimate import estimate
 from kvrecomp.hardware import LEAST_DEVICE, WORKS, Curve, HardwareProfile, LayerTimes, Line, attention_work
 from kvrecomp.named import named_plan
 from kvrecomp.plan import GIB, MIB, BlockSpec, Budget, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
@@ -689,7 +690,7 @@ def test_rows_are_split_where_their_prefill_is_large():
 def test_times_measured_for_one_batch_split_no_rows():
     """Measured, a layer takes twice what is estimated: of 32 rows, but nobody has timed 16."""
     work, budget, estimated = Workload(32, 1024, 32), Budget.of_gib(35, 1000), machine("h200")
-    times = cost.estimate(estimated, OPT.layers[0], 2, 32)
+    times = estimate(estimated, OPT.layers[0], 2, 32)
     curves = {kind: Curve.line(2 * own(0), 2 * (own(1) - own(0))) for kind, own in times.work.items()}
     measured = estimated.with_times(replace(times, dtype="bfloat16", work=curves))
     plan, other = (scheduler.make_plan(OPT, work, own, budget, groups=None) for own in (measured, estimated))
