@@ -194,7 +194,7 @@ def test_ours_damaged_or_mismatched(tmp_path):
     file.write_text(json.dumps(original))
     longest = max((tmp_path / "model" / "params").rglob("?" * 32), key=lambda part: part.stat().st_size)
     longest.write_bytes(longest.read_bytes()[: longest.stat().st_size // 2])
-    fails(tmp_path / "model", r"params cannot be read \(\w+: Error reading .*layers")  # as its cause says
+    fails(tmp_path / "model", r'params cannot be read \(\w+: Error reading "[a-z]\w+\.')  # as its cause says
     for part in (tmp_path / "model" / "params").rglob("*"):
         if part.is_file() and part.stat().st_size > 1000:
             part.write_bytes(part.read_bytes()[:100])
@@ -220,6 +220,8 @@ def test_a_damaged_file_is_one_line_and_no_tracebacks(tmp_path):
 
 def test_what_python_says_of_other_errors_is_still_said(monkeypatch, caplog):
     """Dropped are a closed loop, coroutines of Orbax, and results that nobody asked for; after an error, too."""
+    asked_for_by_nobody = [f"{kind} exception was never retrieved" for kind in ("Future", "Task", "_GatheringFuture")]
+    asked_for_by_nobody.append("Task was destroyed but it is pending!")
     said = []
     monkeypatch.setattr(sys, "unraisablehook", said.append)
     monkeypatch.setattr(logging.getLogger("asyncio"), "filters", [])
@@ -228,14 +230,14 @@ def test_what_python_says_of_other_errors_is_still_said(monkeypatch, caplog):
         for text, file in (("Event loop is closed", "a.py"), ("orbax", "/b/orbax/c.py"), ("another", "d.py")):
             coroutine = types.SimpleNamespace(cr_code=types.SimpleNamespace(co_filename=file))
             sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text), object=coroutine))
-        for text in ("Future exception was never retrieved", "another"):
+        for text in (*asked_for_by_nobody, "another"):
             logging.getLogger("asyncio").error(text)
         told = [str(own.exc_value) for own in said], [record.getMessage() for record in caplog.records]
         said.clear()
         caplog.clear()
         return told
 
-    everything = ["Event loop is closed", "orbax", "another"], ["Future exception was never retrieved", "another"]
+    everything = ["Event loop is closed", "orbax", "another"], [*asked_for_by_nobody, "another"]
     assert say() == everything
     with models.checkpoint._late_reads_dropped():
         assert say() == (["another"], ["another"])
