@@ -82,7 +82,8 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
 
 @dataclass(frozen=True)
 class Alternative:
-    """A plan and its predicted step; `link_bytes` cross the link in it, `needed` is memory at the end of the workload.
+    """A plan and its predicted mean step; `link_bytes` cross the link in it, `needed` is memory at the end of the
+    workload.
 
     `misfit` says which memory of the budget is too small for the plan, and by how much; empty where the plan fits.
     """
@@ -174,7 +175,7 @@ def what_if(
     }
     others = [make("keys_values"), make("activations"), make("device")]
     plans = [chosen, *others, *(plan for curve in curves.values() for plan in curve)]
-    first, *rest = [float(seconds) for seconds in cost.plan_costs(profile, plans).seconds]
+    first, *rest = [float(seconds) for seconds in cost.mean_costs(profile, plans).seconds]
     named, rest = rest[: len(others)], iter(rest[len(others) :])
     seconds = {name: tuple(next(rest) for _ in curve) for name, curve in curves.items()}
 
@@ -207,7 +208,8 @@ def judged(plan: Plan, seconds: float, budget: Budget) -> Alternative:
     needed: dict[Memory, int] = {place: sum(items.values()) for place, items in memory_needed(plan).items()}
     excess = {place: needed[place] - getattr(budget, place) for place in MEMORIES}
     misfit = " and ".join(f"{place} lacks {format_bytes(size)}" for place, size in excess.items() if size > 0)
-    return Alternative(plan, seconds, plan.link_bytes(cost.median_write_outs(plan)), needed, misfit)
+    sent = sum(share * plan.link_bytes(write_outs) for write_outs, share in cost.step_shares(plan).items())
+    return Alternative(plan, seconds, round(sent), needed, misfit)
 
 
 def sent_fraction(name: str) -> float | None:

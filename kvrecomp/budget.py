@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from kvrecomp import memory
 from kvrecomp.attention import chunk_of_queries
 from kvrecomp.holds import in_flight_bytes
-from kvrecomp.plan import MEMORIES, Budget, Memory, ModelShape, Plan, PlanError, Workload, format_bytes
+from kvrecomp.plan import GIB, MEMORIES, Budget, Memory, ModelShape, Plan, PlanError, Workload, format_bytes
 
 MARGIN = 0.05  # of what is free: fragmentation, and the programs themselves
 
@@ -15,8 +15,8 @@ MARGIN = 0.05  # of what is free: fragmentation, and the programs themselves
 def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dict[str, int]]:
     """Bytes by memory and item, after that many write-outs (default: at the end of the workload).
 
-    A prefill and a window are not in use at the same time; the larger one counts. A prefill has the host weights of two
-    layers on the device at once.
+    A prefill and a step do not happen at the same time; the larger one counts. A prefill has the host weights of two
+    layers on the device at once, a step its window and what it recomputes.
     """
     write_outs = plan.write_outs if write_outs is None else write_outs
     shape = plan.shape
@@ -26,9 +26,9 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
             "weights": weights["device"],
             "blocks": plan.bytes_in("device", write_outs),
             "tail": plan.tail_bytes,
-            "prefill or window": max(
+            "prefill or step": max(
                 prefill_bytes(shape, plan.workload) + 2 * max(plan.weight_bytes(*kind) for kind in plan.kinds),
-                _in_flight(plan, write_outs),
+                _in_flight(plan, write_outs) + recomputed_bytes(plan, write_outs),
             ),
         },
         "host": {"weights": weights["host"], "blocks": plan.bytes_in("host", write_outs)},
@@ -56,17 +56,35 @@ def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
 def _in_flight(plan: Plan, write_outs: int) -> int:
     """Most bytes from the host on their way or in use: layer by layer all that one needs, of the groups that go through
     it together; else those copied ahead, a block in use and weights."""
-    most = 0
+    layerwise = largest = kept = 0
     for layer, layer_shape in plan.kinds:
         blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
         sizes = [plan.bytes_of(layer_shape, block) for block in blocks if block.memory == "host"]
         weights = plan.weight_bytes(layer, layer_shape)
-        if plan.schedule == "layerwise":
-            most = max(most, plan.together * sum(sizes) + weights)
-        else:
-            matrix = max(map(max, layer_shape.matrices)) * plan.shape.itemsize if weights else 0
-            most = max(most, in_flight_bytes(plan.whole_window, max([*sizes, matrix]), weights))
+        matrix = max(map(max, layer_shape.matrices)) * plan.shape.itemsize if weights else 0
+        layerwise = max(layerwise, plan.together * sum(sizes) + weights)
+        largest, kept = max(largest, matrix, *sizes), max(kept, weights)  # copies ahead may be of another kind of layer
+    pipelined = in_flight_bytes(plan.whole_window, largest, kept)
+    most = layerwise if plan.schedule == "layerwise" else pipelined
     return min(most, plan.bytes_in("host", write_outs, in_sight=True) + plan.host_weight_bytes)
+
+
+def recomputed_bytes(plan: Plan, write_outs: int) -> int:
+    """An estimate of what a step computes from the activations on the device, of one layer at a time, from above; tests
+    compare it with what XLA needs for an H200.
+
+    Where K is not absorbed, or neither K nor V is: the activations of all blocks as one, and twice K.
+    """
+    most = 0
+    for layer, layer_shape in plan.kinds:
+        if layer_shape.absorbs_keys and layer.method == "absorb":
+            continue
+        blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
+        tokens = sum(block.tokens for block in blocks if (block.form, block.memory) == ("activations", "device"))
+        tokens += plan.tail * (layer.tail_form == "activations")
+        row = layer_shape.width("activations") + layer_shape.width("keys_values")
+        most = max(most, tokens * plan.workload.batch * row * plan.shape.itemsize)
+    return most
 
 
 def weights_in(shape: ModelShape, memories: Sequence[Memory]) -> dict[Memory, int]:
@@ -138,6 +156,6 @@ def _pool_hint(place: Memory, total: float) -> str:
     if place == "device" or total <= memory.pinned_limit():
         return ""
     return (
-        f"; the pinned pool is capped at {memory.pinned_limit() / 1e9:.0f} GB: set {memory.LIMIT_VARIABLE} before jax "
+        f"; the pinned pool is capped at {memory.pinned_limit() / GIB:.0f} GiB: set {memory.LIMIT_VARIABLE} before jax "
         "starts its backend"
     )

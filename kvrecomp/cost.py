@@ -16,7 +16,7 @@ the plain sum, for comparison.
 import collections
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +28,8 @@ from kvrecomp.estimate import layer_times
 from kvrecomp.hardware import ATTENTION, WORKS, Attention, Curve, HardwareProfile, Work, attention_work, project_work
 from kvrecomp.holds import Copy, events_before
 from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
+
+MOST_LENGTHS = 4  # of a cache that grows, for which a step is predicted
 
 
 class Tasks(NamedTuple):
@@ -72,8 +74,8 @@ class StepCost(NamedTuple):
 def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
     """The tasks of one step under the plan, after that many write-outs: of one group where each takes its own."""
     shapes = list(dict.fromkeys(plan.shape.layers))
-    kinds = {kind: _layer_tasks(plan, *kind, write_outs, shapes.index(kind[1])) for kind in plan.kinds}
-    own = [kinds[kind] for kind in zip(plan.layers, plan.shape.layers)]
+    kinds = [_layer_tasks(plan, *kind, write_outs, shapes.index(kind[1])) for kind in plan.kinds]
+    own = plan.of_each_layer(kinds)
     starts = list(itertools.accumulate((len(layer.columns.T) for layer in own), initial=0))
     # A step outside its layers: embedding, unembedding and sampling, at the end.
     outside = np.array([[len(shapes) * len(WORKS)], [0], [plan.together], [0], [0]], float)
@@ -247,18 +249,53 @@ def plan_costs(profile: HardwareProfile, plans: Sequence[Plan], write_outs: int 
 
     `write_outs` None: half way through the new tokens, as the median step of a run.
     """
-    first = plans[0]
-    if any((plan.shape, plan.workload) != (first.shape, first.workload) for plan in plans):
-        raise PlanError("plan_costs: the plans are for different models or workloads; predict them one by one")
-    tasks = [make_tasks(plan, median_write_outs(plan) if write_outs is None else write_outs) for plan in plans]
-    costs = step_seconds(profile, first.shape, first.workload, stack_tasks(tasks))
-    steps = np.array([plan.groups // plan.together for plan in plans])
-    return StepCost(*(seconds[: len(plans)] * steps for seconds in costs))
+    lengths = [median_write_outs(plan) if write_outs is None else write_outs for plan in plans]
+    return _costs(profile, list(zip(plans, lengths)))
+
+
+def mean_costs(profile: HardwareProfile, plans: Sequence[Plan]) -> StepCost:
+    """Predicted seconds of the mean of all of the workload's steps, of all groups of each plan, float32[plans].
+
+    A cache that grows out of the device makes later steps longer, which the step half way does not show.
+    """
+    shares = [step_shares(plan) for plan in plans]
+    costs = _costs(profile, [(plan, write_outs) for plan, own in zip(plans, shares) for write_outs in own])
+    weights = np.array([share for own in shares for share in own.values()], np.float32)
+    starts = list(itertools.accumulate(map(len, shares[:-1]), initial=0))
+    return StepCost(*(np.add.reduceat(weights * seconds, starts) for seconds in costs))
+
+
+def _costs(profile: HardwareProfile, steps: Sequence[tuple[Plan, int]]) -> StepCost:
+    """Predicted seconds of a step of all groups of each plan, after so many write-outs."""
+    first, _ = steps[0]
+    if any((plan.shape, plan.workload) != (first.shape, first.workload) for plan, _ in steps):
+        raise PlanError("the plans are for different models or workloads; predict them one by one")
+    costs = step_seconds(profile, first.shape, first.workload, stack_tasks([make_tasks(*step) for step in steps]))
+    passes = np.array([plan.groups // plan.together for plan, _ in steps])
+    return StepCost(*(seconds[: len(steps)] * passes for seconds in costs))
 
 
 def median_write_outs(plan: Plan, new: int | None = None) -> int:
     """How often the tail was written out when half of the new tokens are there, the plan's or so many."""
     return min(plan.write_outs, (plan.workload.new if new is None else new) // 2 // plan.tail)
+
+
+def step_shares(plan: Plan) -> Mapping[int, float]:
+    """Which share of the workload's steps is taken after so many write-outs.
+
+    Of up to MOST_LENGTHS, at even distances: where there are more, a step between two counts for both, the more for the
+    nearer one, as if its seconds were on the line between theirs.
+    """
+    return _step_shares(max(1, plan.workload.new - 1), plan.tail)
+
+
+@functools.cache
+def _step_shares(steps: int, tail: int) -> Mapping[int, float]:
+    counts = np.array([min(tail, steps - start) for start in range(0, steps, tail)])
+    every = np.arange(len(counts))
+    chosen = np.unique(np.linspace(0, every[-1], min(MOST_LENGTHS, len(every))).round().astype(int))
+    near = [counts @ np.interp(every, chosen, unit) for unit in np.eye(len(chosen))]
+    return {int(write_outs): float(count) / steps for write_outs, count in zip(chosen, near)}
 
 
 # Of compiling a step's program on the machines of an H100 and an H200, a layer, and for each further group that goes
@@ -270,7 +307,7 @@ COMPILE_BLOCK_SECONDS = 0.2
 
 
 def decode_seconds(plan: Plan, step: float) -> float:
-    """Seconds of all of the workload's steps at `step` seconds each, and of waiting for programs.
+    """Seconds of all of the workload's steps, of `step` seconds in the mean, and of waiting for programs.
 
     A write-out needs a program with one more block. It is compiled while the tail fills, and waited for where that
     takes longer. A workload of one new token has no step, and takes nothing.

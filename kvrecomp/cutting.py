@@ -40,9 +40,10 @@ def cut_runs(
 
 
 def default_tail(shape: ModelShape, workload: Workload, window: int, most_bytes: float = TAIL_BYTES) -> int:
-    """Tokens of a tail of at most `most_bytes` in all layers, and a fraction of the window in one: a power of two.
+    """Tokens of a tail of at most `most_bytes` in all layers, and a fraction of the window in one: a power of two, or
+    `new`, which is the most.
 
-    At least 16 and at most 1024 or `new` where the window allows.
+    At least 16 and at most 1024 where the window allows.
 
     A write-out needs a new program, and compiling it takes longer than a few steps. Steps that send little are short
     and their tails long, so the tail fills while the next program is compiled.

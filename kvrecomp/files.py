@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import uuid
 from typing import Any
 
 
@@ -10,7 +11,7 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     """Writes the text, and the directories above it where they are missing."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # nobody else's, on any machine
     try:
         beside.write_text(text, encoding="utf-8")
         os.replace(beside, path)

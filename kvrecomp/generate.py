@@ -21,7 +21,7 @@ from kvrecomp.auto import plan_for
 from kvrecomp.forward import Model
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
-from kvrecomp.prompt import as_ids, as_row_ids, split_groups
+from kvrecomp.prompt import as_ids, as_mask, as_row_ids, check_tokens, split_groups
 from kvrecomp.runtime import Decoder
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
 from kvrecomp.weights import weight_memories
@@ -88,7 +88,9 @@ def generate(
     another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
-    batch, prompt = as_ids(input_ids).shape
+    ids = as_ids(input_ids)
+    check_tokens(ids, as_mask(attention_mask, ids), model.shape.vocab)  # before anything that takes long
+    batch, prompt = ids.shape
     if isinstance(plan, str):
         work, placed = Workload(batch, prompt, max_new_tokens), weight_memories(model)
         plan = plan_for(plan, model.shape, work, budget=budget, profile=profile, weights=placed, groups=None)
@@ -133,6 +135,7 @@ class TokenLoop:
         prompt = as_ids(input_ids).astype(np.int32)
         rows = as_row_ids(row_ids, len(prompt))
         new, logits, link_bytes, arrivals = [], [], [], [time.perf_counter()]
+        ended = np.zeros(len(prompt), bool)
         if self.streamer is not None:
             self.streamer.put(prompt)
         dispatched = Ahead(self._dispatch(input_ids, attention_mask, max_new_tokens, rows), LEAD)
@@ -153,7 +156,8 @@ class TokenLoop:
                     if self.streamer is not None:
                         self.streamer.put(tokens)
                     advance()
-                    if self.eos and self._new_tokens(np.stack(new))[1].all():
+                    ended |= np.isin(tokens, self.eos)
+                    if ended.all():
                         break
         finally:
             self.decoder.finish()  # what was to be compiled ahead would delay others, and the exit
@@ -162,7 +166,7 @@ class TokenLoop:
         seconds = np.diff(arrivals)
         return Generated(
             sequences=np.concatenate([prompt, np.stack(new, axis=1)], axis=1),
-            new_tokens=self._new_tokens(np.stack(new))[0],
+            new_tokens=self._new_tokens(np.stack(new)),
             plan=self.decoder.plan,
             logits=np.stack(logits) if self.output_logits else None,
             prefill_seconds=float(seconds[0]),
@@ -198,11 +202,10 @@ class TokenLoop:
                 caches, logits = decoder.step_groups(caches, tokens)
                 sent = plan.link_bytes(index // plan.tail)
 
-    def _new_tokens(self, new: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """int32[new, batch] -> how many of them are each row's own, and whether the row has ended."""
+    def _new_tokens(self, new: np.ndarray) -> np.ndarray:
+        """int32[new, batch] -> int32[batch]: how many of them are each row's own."""
         ends = np.isin(new, self.eos)
-        ended = np.logical_or.reduce(ends, axis=0)
-        return np.where(ended, ends.argmax(axis=0) + 1, len(new)), ended
+        return np.where(ends.any(axis=0), ends.argmax(axis=0) + 1, len(new)).astype(np.int32)
 
 
 class _progress:

@@ -1,15 +1,16 @@
 """Device and host memory: shardings of each kind, the pinned pool, and how much is free.
 
 Host blocks live in pinned memory, which the GPU's copy engines read at the link's full rate. XLA caps its pinned pool
-at 64 GB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB is set before the backend starts. Importing kvrecomp sets it to most
-of what is free when it still can.
+at 64 GiB unless XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB, which is in GiB too, is set before the backend starts. Importing
+kvrecomp sets it to most of what is free when it still can.
 
-The pool grows by as much again as it has, up to its cap: 34 GB of blocks pin 64, and 66 pin 128, which a machine may
-not have. Who knows what will be needed says so with `limit_pinned`.
+The pool grows by as much again as it has, up to its cap: 34 GiB of blocks pin 64, and 66 pin 128, which a machine may
+not have. Who knows what will be needed says so with `limit_pinned`. What the pool has it keeps, for later arrays.
 """
 
 import contextlib
 import functools
+import math
 import os
 import pathlib
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from kvrecomp.plan import GIB, Memory
 
 LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 GIVEN_LIMIT = os.environ.get(LIMIT_VARIABLE)  # what a user set
-_DEFAULT_LIMIT_GB = 64
+_DEFAULT_LIMIT_GIB = 64
 _UNPINNED = 0.15  # of what is free is left: a process had 11 GiB more when compiling OPT-30B's groups, on 125 GiB
 _WASTE = 4 * GIB  # of the pool: ends of its ten or so large pieces that are too short for a block of 256 MiB
 _KINDS = {"device": "device", "host": "pinned_host"}
@@ -62,7 +63,21 @@ def reserve(memory: Memory, shapes: Sequence[tuple[tuple[int, ...], jnp.dtype]])
 
     Pinning gigabytes takes seconds, and stalls every other use of the device meanwhile.
     """
-    jax.block_until_ready([zeros(shape, dtype, memory) for shape, dtype in shapes])
+    made = jax.block_until_ready([zeros(shape, dtype, memory) for shape, dtype in shapes])
+    _note_pool()  # `made` is still there
+    del made
+
+
+_pool_bytes = 0  # the pinned pool has at least so many
+
+
+def _note_pool() -> int:
+    """Bytes of what is in the pinned pool now; more than ever before is noted."""
+    global _pool_bytes
+    arrays = [array for array in jax.live_arrays() if array.sharding.memory_kind == _KINDS["host"]]
+    used = sum(array.nbytes for array in arrays if not array.is_deleted())
+    _pool_bytes = max(_pool_bytes, used)
+    return used
 
 
 def describe(shape: tuple[int, ...], dtype: Any, memory: Memory) -> Any:
@@ -83,7 +98,7 @@ def _one_number(memory: Memory, dtype: str) -> jax.Array:
 def limit_pinned_to_free() -> None:
     """Lets the pinned pool grow to most of what is free, unless the variable is set or the backend has started."""
     if LIMIT_VARIABLE not in os.environ and not backend_started():
-        os.environ[LIMIT_VARIABLE] = str(max(1, int(_available() * (1 - _UNPINNED) / 10**9)))
+        os.environ[LIMIT_VARIABLE] = str(max(1, int(_available() * (1 - _UNPINNED) / GIB)))
 
 
 def limit_pinned(needed: float) -> None:
@@ -92,12 +107,12 @@ def limit_pinned(needed: float) -> None:
     What is pinned in excess takes seconds, and memory from others.
     """
     if not backend_started():
-        os.environ[LIMIT_VARIABLE] = str(int(min(pinned_limit(), needed + _WASTE) / 10**9))
+        os.environ[LIMIT_VARIABLE] = str(math.ceil(min(pinned_limit(), needed + _WASTE) / GIB))
 
 
 def pinned_limit() -> int:
     """Bytes that the pinned pool may hold."""
-    return int(os.environ.get(LIMIT_VARIABLE, _DEFAULT_LIMIT_GB)) * 10**9
+    return int(os.environ.get(LIMIT_VARIABLE, _DEFAULT_LIMIT_GIB)) * GIB
 
 
 def total_host_bytes() -> int:
@@ -106,8 +121,10 @@ def total_host_bytes() -> int:
 
 
 def free_host_bytes() -> int:
-    """Host memory that is available now, in bytes; half of it where the device is the CPU, which has the other half."""
-    return _available() if _device_limits() else _available() // 2
+    """Host memory that is available now, in bytes, to this process, whose pinned pool may have some left over; half of
+    it where the device is the CPU, which has the other half, and no such pool."""
+    used = _note_pool()
+    return _available() + _pool_bytes - used if _device_limits() else _available() // 2
 
 
 def _available() -> int:

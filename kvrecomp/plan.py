@@ -41,6 +41,7 @@ class _Sized(Protocol):
 
 
 AnyBlock = TypeVar("AnyBlock", bound=_Sized)
+Made = TypeVar("Made")
 """A block, or what a plan says of one."""
 
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -308,7 +309,29 @@ class Plan:
     @functools.cached_property
     def kinds(self) -> dict[tuple[LayerPlan, LayerShape], int]:
         """How many layers there are of each kind: planned alike and of the same shape."""
-        return dict(collections.Counter(zip(self.layers, self.shape.layers)))
+        kinds, numbers = self._numbered
+        counts = collections.Counter(numbers)
+        return {kind: counts[number] for number, kind in enumerate(kinds)}
+
+    def of_each_layer(self, made: Sequence[Made]) -> list[Made]:
+        """What was made for each of `kinds`, in their order, for each layer."""
+        return [made[number] for number in self._numbered[1]]
+
+    @functools.cached_property
+    def _numbered(self) -> tuple[list[tuple[LayerPlan, LayerShape]], list[int]]:
+        """The kinds of layers, and for each layer the number of its kind.
+
+        Layers that are the very same objects are told to be alike by that: hashing all of many layers takes long.
+        """
+        kinds: dict[tuple[LayerPlan, LayerShape], int] = {}
+        known: dict[tuple[int, int], int] = {}
+        numbers = []
+        for kind in zip(self.layers, self.shape.layers):
+            objects = id(kind[0]), id(kind[1])
+            if objects not in known:
+                known[objects] = kinds.setdefault(kind, len(kinds))
+            numbers.append(known[objects])
+        return list(kinds), numbers
 
     def bytes_of(self, layer_shape: LayerShape, block: BlockSpec) -> int:
         """Bytes of a block of that layer."""

@@ -32,7 +32,10 @@ def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False
             if refresh or not _covers(known.times(layer, model.shape.dtype, batch), model.shape.positions):
                 known = known.with_times(measure_layer(model, layer, batch))
     if known is not found:
-        keep(known)
+        try:
+            keep(known)
+        except OSError as error:
+            LOG.warning("the profile cannot be kept (%s), and is measured again next time: set XDG_CACHE_HOME", error)
     return known
 
 

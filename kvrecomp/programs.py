@@ -70,7 +70,7 @@ class Programs:
     def start(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str] = NO_OPTIONS) -> None:
         """Compiles in the background, with these options of XLA's, unless that was begun before."""
         with self._lock:
-            if name not in self._futures:
+            if not self._is_begun(name):
                 self._futures[name] = _BACKGROUND.submit(self._compile_beside_steps, name, trace, options)
 
     def cancel(self) -> None:
@@ -81,16 +81,22 @@ class Programs:
     def get(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str] = NO_OPTIONS) -> Any:
         """The compiled program; compiles it now, in this thread, or waits for it, where that was begun."""
         with self._lock:
-            mine = name not in self._futures
-            future = self._futures.setdefault(name, Future())
+            mine = not self._is_begun(name)
             if mine:
-                future.set_running_or_notify_cancel()
+                self._futures[name] = Future()
+                self._futures[name].set_running_or_notify_cancel()
+            future = self._futures[name]
         if mine:
             try:
                 future.set_result(self._compile(name, trace, options))
             except BaseException as error:
                 future.set_exception(error)
         return future.result()
+
+    def _is_begun(self, name: Hashable) -> bool:
+        """Whether the program is made or is being made. What failed is tried again: memory may be free by then."""
+        future = self._futures.get(name)
+        return future is not None and not (future.done() and future.exception() is not None)
 
     def _compile_beside_steps(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str]) -> Any:
         with _short_turns():

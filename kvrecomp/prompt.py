@@ -29,10 +29,11 @@ def as_row_ids(row_ids: Any, batch: int) -> np.ndarray:
     """Names of rows as uint32[batch], None for 0, 1, ...; raises `PromptError` if they are not that many whole numbers
     of 32 bits."""
     ids = np.arange(batch) if row_ids is None else np.asarray(jax.device_get(row_ids))
-    if ids.shape != (batch,) or not np.issubdtype(ids.dtype, np.integer) or ids.min() < 0 or ids.max() >= 2**32:
-        raise PromptError(
-            f"row_ids is {ids.dtype}{list(ids.shape)}; it must be integers [{batch}] from 0 to 2**32 - 1, one for a row"
-        )
+    expected = f"it must be integers [{batch}] from 0 to 2**32 - 1, one for a row"
+    if ids.shape != (batch,) or not np.issubdtype(ids.dtype, np.integer):
+        raise PromptError(f"row_ids is {ids.dtype}{list(ids.shape)}; {expected}")
+    if (wrong := (ids < 0) | (ids >= 2**32)).any():
+        raise PromptError(f"row_ids has {ids[wrong][0]}; {expected}")
     return ids.astype(np.uint32)
 
 
@@ -76,17 +77,21 @@ def check_prompt(input_ids: Any, attention_mask: Any, plan: Plan) -> tuple[np.nd
             "prompts on the left to that length, or make a plan for this one"
         )
     mask = as_mask(attention_mask, ids)
+    check_tokens(ids, mask, plan.shape.vocab)
+    return np.where(mask, ids, 0).astype(np.int32), (~mask).sum(axis=1, dtype=np.int32)
+
+
+def check_tokens(ids: np.ndarray, mask: np.ndarray, vocab: int) -> None:
+    """Raises `PromptError` where the mask is not left-padded, a row is empty or a token id is not of the vocabulary."""
     for row, own in enumerate(mask):
         if not own.any():
             raise PromptError(f"row {row} is empty: its mask has no token; give every row at least one")
         if not own[own.argmax() :].all():
             raise PromptError(f"row {row} is not left-padded: its mask has a 0 after a 1; move the padding to the left")
-    vocab = plan.shape.vocab
     wrong = (ids < 0) | (ids >= vocab)
     if (wrong & mask).any():
         row, column = np.argwhere(wrong & mask)[0]
         raise PromptError(f"token id {ids[row, column]} in row {row} is outside the vocabulary of {vocab} tokens")
-    return np.where(mask, ids, 0).astype(np.int32), (~mask).sum(axis=1, dtype=np.int32)
 
 
 def check_step(length: Array, token_ids: Any, plan: Plan) -> None:

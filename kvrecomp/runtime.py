@@ -70,6 +70,7 @@ class Decoder:
         self._graph, state = nnx.split(model)
         self._weights, self._structure = jax.tree.flatten(state)  # a plain list: jax flattens a State in Python
         self._programs = Programs()
+        self._precision = jax.config.jax_default_matmul_precision  # of this thread; others trace, too
 
     @property
     def compiled(self) -> dict[Hashable, Compiled]:
@@ -178,12 +179,15 @@ class Decoder:
 
     def _options(self, kind: str, *which: Any) -> Mapping[str, str]:
         """XLA's, of a program."""
-        later = kind == "step" and which[0] > 0
-        return NO_GRAPHS if later and self.plan.link_bytes(which[0]) >= NO_GRAPHS_FROM else {}
+        if kind != "step" or which[0] == 0:
+            return {}
+        sent = self.plan.link_bytes(which[0]) * self.plan.together // self.plan.groups
+        return NO_GRAPHS if sent >= NO_GRAPHS_FROM else {}
 
     def _trace(self, kind: str, *which: Any) -> Any:
         trace = {"prefill": self._trace_prefill, "step": self._trace_step, "write-out": self._trace_write_out}
-        return trace[kind](*which)
+        with jax.default_matmul_precision(self._precision):
+            return trace[kind](*which)
 
     def _model(self, weights: Sequence[Array]) -> Any:
         return nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))

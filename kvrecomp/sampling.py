@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-NAN_TOKEN = -1  # reported in place of a token id where a row's logits are NaN
+NAN_TOKEN = -(2**31)  # reported in place of a token id where a row's logits are NaN; -1 pads in some configurations
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Sampling:
             raise ValueError(f"top_k is {self.top_k}; it must be zero (all tokens) or more")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p is {self.top_p}; it must be greater than 0 and at most 1")
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; it must be from 0 to 2**32 - 1")
 
 
 class Rows(NamedTuple):

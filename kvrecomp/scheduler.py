@@ -1,4 +1,4 @@
-"""Chooses the plan: of many candidates that fit the budget, the one whose predicted step is shortest.
+"""Chooses the plan: of many candidates that fit the budget, the one whose predicted steps are shortest in the mean.
 
 Tails, orders and numbers of groups are compared by the whole workload, in which steps may have to wait for programs.
 
@@ -21,9 +21,9 @@ import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
-from kvrecomp.budget import MARGIN, check_within, memory_needed, prefill_bytes, weights_in
+from kvrecomp.budget import MARGIN, check_within, memory_needed, prefill_bytes, recomputed_bytes, weights_in
 from kvrecomp.builder import Builder, Settings, smaller_form
-from kvrecomp.cost import StepCost, decode_seconds, plan_costs
+from kvrecomp.cost import StepCost, decode_seconds, mean_costs, plan_costs
 from kvrecomp.cutting import BLOCKS_PER_WINDOW, default_tail
 from kvrecomp.estimate import layer_times, slow_if_uneven
 from kvrecomp.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
@@ -80,7 +80,8 @@ def make_plan(
     tail: int | None = None,
     window: int | None = None,
 ) -> Plan:
-    """The plan with the shortest predicted step that fits in the budget; with the shortest workload, where steps wait.
+    """The plan that fits in the budget with the shortest predicted steps, in the mean of the workload's; with the
+    shortest workload, where steps wait.
 
     What the budget leaves open is the profile's: its device memory and its host memory, less a margin. Chosen where
     they are not given: the memory of each layer's `weights`, the `order` of the groups, the `tail`, in tokens, by its
@@ -105,7 +106,7 @@ def make_plan(
         make = functools.partial(_Search, shape, work, profile, budget, tail, window, count, order)
         own = _with_fewest_hosted(make, len(shape.layers)) if weights is None else make(tuple(weights))
         plan = own.best()
-        return _Found(decode_seconds(plan, float(plan_costs(comparable, [plan]).seconds[0])), own, plan)
+        return _Found(decode_seconds(plan, float(mean_costs(comparable, [plan]).seconds[0])), own, plan)
 
     found: list[_Found] = []
     misfits: list[PlanError] = []
@@ -260,9 +261,9 @@ class _Search:
         return dataclasses.replace(plan, order=self.order)
 
     def costs(self, plans: Sequence[Plan]) -> list[StepCost]:
-        """What a step costs under each of the plans."""
+        """What the mean step costs under each of the plans."""
         if new := {key: plan for plan in plans if (key := _key(plan)) not in self._costs}:
-            costs = plan_costs(self.profile, list(new.values()))
+            costs = mean_costs(self.profile, list(new.values()))
             self._costs.update(zip(new, itertools.starmap(StepCost, zip(*costs))))
         return [self._costs[_key(plan)] for plan in plans]
 
@@ -300,17 +301,24 @@ class _Search:
         return self._vary(best, layer, [dataclasses.replace(centre, **{name: own}) for own in near if 0 <= own <= 1])
 
     def _choose(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The candidate with the shortest step; of those alike within a thousandth, the one that sends least; of those
-        within `SURE` that send no more, the one with one form on the device, and with the fewest activations.
+        """The candidate with the shortest mean step; of those alike within a thousandth, the one that sends least; of
+        those within `SURE` that send no more, the one with one form on the device, and with the fewest activations.
 
         Two forms have more kernels, and attention over activations does `hidden / head_dim` times the arithmetic of
         that over keys and values, in kernels that XLA chooses by timing them: both are predicted less surely. Raises
         `PlanError` where none fits.
         """
         made: dict[Key, tuple[Plan, Candidate]] = {}
+        misfits: list[PlanError] = []
         for candidate in candidates:
-            plan = self._plan(*candidate)
-            made.setdefault(_key(plan), (plan, candidate))
+            try:
+                plan = self._plan(*candidate)
+            except PlanError as misfit:  # a tail that was asked for, and is longer than the window in one of the forms
+                misfits.append(misfit)
+            else:
+                made.setdefault(_key(plan), (plan, candidate))
+        if not made:
+            raise misfits[0]
         fitting = [own for own in made.values() if self._excess(own[0]) == 0]
         if not fitting:
             closest = min((plan for plan, _ in made.values()), key=self._excess)
@@ -322,8 +330,17 @@ class _Search:
         return min((own for own in near if own[0].bytes_in("host") <= sent), key=lambda own: _unsure(own[0]))[1]
 
     def _plan(self, window: int, settings: dict[LayerShape, Settings]) -> Plan:
-        """The plan with these settings; layers share the room so that each keeps as many tokens as the others."""
-        room = (self.spare - self.prefill) / self.groups
+        """The plan with these settings, which leaves room for what it recomputes."""
+        plan = self._fill(window, settings, self.spare)
+        if recomputed_bytes(plan, plan.write_outs):
+            over = sum(memory_needed(plan)["device"].values()) - (self.budget.device or 0.0)
+            plan = self._fill(window, settings, self.spare - over) if over > 0 else plan
+        return plan
+
+    def _fill(self, window: int, settings: dict[LayerShape, Settings], spare: float) -> Plan:
+        """The plan with these settings in so many bytes beside the weights; layers share the room so that each keeps as
+        many tokens as the others."""
+        room = (spare - self.prefill) / self.groups
         largest = max(window // BLOCKS_PER_WINDOW, self.sent_matrix)
         in_flight = in_flight_bytes(window + 2 * self.sent_layer, largest, self.sent_layer)
         window_room = room - max(0, in_flight - self.prefill) / self.groups
@@ -386,8 +403,11 @@ def _reason(plan: Plan, search: _Search) -> str:
     (cost,) = search.costs([plan])
     copying, computing = float(cost.copying), float(cost.computing)
     bound = "link" if copying > computing else "device"
+    ends = 0, max(0, plan.workload.new - 2) // plan.tail  # write-outs before the first step and before the last
+    first, last = (1e3 * float(plan_costs(search.profile, [plan], own).seconds[0]) for own in ends)
+    grows = f" ({first:.2f} the first, {last:.2f} the last)" if last > SURE * first else ""
     text = (
-        f"{1e3 * float(cost.seconds):.2f} ms a step predicted, bound by the {bound}: copies take "
+        f"{1e3 * float(cost.seconds):.2f} ms a step predicted{grows}, bound by the {bound}: copies take "
         f"{1e3 * copying:.2f} ms, compute {1e3 * computing:.2f} ms"
     )
     rivals = [(float(rival.seconds), plan.name) for plan, rival in search.rivals(plan)]

@@ -16,6 +16,7 @@ import logging
 import os
 import shutil
 import sys
+import uuid
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -149,8 +150,8 @@ def save(model: CausalLM, path: str | os.PathLike[str], *, tokenizer: Tokenizer 
     if target.exists() and not is_ours(target) and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not a checkpoint of ours; choose another path or remove it")
     config = {"family": model.config.family, "dtype": model.shape.dtype, **dataclasses.asdict(model.config)}
-    beside = target.with_name(f".{target.name}.saving-{os.getpid()}")
-    replaced = target.with_name(f".{target.name}.replaced-{os.getpid()}")
+    mine = uuid.uuid4().hex
+    beside, replaced = (target.with_name(f".{target.name}.{what}-{mine}") for what in ("saving", "replaced"))
     beside.mkdir(parents=True)
     try:
         (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -174,7 +175,7 @@ def describe(path: Path, config: Mapping[str, Any], dtype: str | None) -> tuple[
     """The model that `save` wrote and the dtype to read it in; `config` is the contents of its config.json, `dtype`
     None as stored."""
     fields = dict(config)
-    family, stored = fields.pop("family"), fields.pop("dtype", None)
+    family, stored = fields.pop("family"), fields.pop("dtype", "missing")
     if family not in FAMILIES:
         raise CheckpointError(f"{path}/config.json: family is {family!r}; expected one of {', '.join(FAMILIES)}")
     try:
@@ -209,25 +210,28 @@ def _late_reads_dropped() -> Iterator[None]:
     """A context for reading in which Python says nothing of arrays that were still being read when another failed.
 
     Orbax closes its event loop then, and Python would print a traceback for each of them, thousands of lines around our
-    own. They may end after the context, so after an error that stays so.
+    own. They may end after the context, so after an error that stays so, until something is read.
     """
-    before, log = sys.unraisablehook, logging.getLogger("asyncio")
-
-    def hook(unraisable: "sys.UnraisableHookArgs") -> None:
-        code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
-        orbax = code is not None and "orbax" in code.co_filename
-        if not orbax and str(unraisable.exc_value) != "Event loop is closed":
-            before(unraisable)
-
-    def wanted(record: logging.LogRecord) -> bool:
-        said = record.getMessage().split("\n")[0]  # of any kind of future: a Task, a _GatheringFuture
-        return not said.endswith("exception was never retrieved") and not said.startswith("Task was destroyed")
-
+    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
+    if getattr(hook, "func", None) is not _say_unless_late:
+        hook = functools.partial(_say_unless_late, hook)
     sys.unraisablehook = hook
-    log.addFilter(wanted)
+    log.addFilter(_is_wanted)
     yield
-    sys.unraisablehook = before
-    log.removeFilter(wanted)
+    sys.unraisablehook = hook.args[0]
+    log.removeFilter(_is_wanted)
+
+
+def _say_unless_late(say: Callable[["sys.UnraisableHookArgs"], Any], unraisable: "sys.UnraisableHookArgs") -> None:
+    code = getattr(unraisable.object, "cr_code", None)  # of a coroutine
+    orbax = code is not None and "orbax" in code.co_filename
+    if not orbax and str(unraisable.exc_value) != "Event loop is closed":
+        say(unraisable)
+
+
+def _is_wanted(record: logging.LogRecord) -> bool:
+    said = record.getMessage().split("\n")[0]  # of any kind of future: a Task, a _GatheringFuture
+    return not said.endswith("exception was never retrieved") and not said.startswith("Task was destroyed")
 
 
 def check_names(where: str, given: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:

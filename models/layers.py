@@ -176,7 +176,8 @@ class RMSNorm(nnx.Module):
 
 
 def _rows(table: Array, ids: Array) -> Array:
-    """Rows of table [rows, width] at ids int32[...]; NaN beyond it."""
+    """Rows of table [rows, width] at ids int32[...]; NaN beyond it, and below zero."""
+    ids = jnp.where(ids < 0, table.shape[0], ids)  # or they would count from the end
     return jnp.take(table, ids, axis=0, mode="fill", fill_value=jnp.nan)
 
 

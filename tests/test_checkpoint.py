@@ -219,32 +219,46 @@ def test_a_damaged_file_is_one_line_and_no_tracebacks(tmp_path):
 
 
 def test_what_python_says_of_other_errors_is_still_said(monkeypatch, caplog):
-    """Dropped are a closed loop, coroutines of Orbax, and results that nobody asked for; after an error, too."""
-    asked_for_by_nobody = [f"{kind} exception was never retrieved" for kind in ("Future", "Task", "_GatheringFuture")]
-    asked_for_by_nobody.append("Task was destroyed but it is pending!")
-    said = []
+    """Dropped are a closed loop, coroutines of Orbax, and results that nobody asked for; after an error, too, until
+    something is read."""
+    late = [f"{kind} exception was never retrieved\nfuture: ..." for kind in ("Future", "Task", "_GatheringFuture")]
+    late.append("Task was destroyed but it is pending!")
+    said, log = [], logging.getLogger("asyncio")
     monkeypatch.setattr(sys, "unraisablehook", said.append)
-    monkeypatch.setattr(logging.getLogger("asyncio"), "filters", [])
+    monkeypatch.setattr(log, "filters", [])
+    hook = sys.unraisablehook
 
     def say():
         for text, file in (("Event loop is closed", "a.py"), ("orbax", "/b/orbax/c.py"), ("another", "d.py")):
             coroutine = types.SimpleNamespace(cr_code=types.SimpleNamespace(co_filename=file))
             sys.unraisablehook(types.SimpleNamespace(exc_value=RuntimeError(text), object=coroutine))
-        for text in (*asked_for_by_nobody, "another"):
-            logging.getLogger("asyncio").error(text)
+        for text in (*late, "another"):
+            log.error(text)
         told = [str(own.exc_value) for own in said], [record.getMessage() for record in caplog.records]
         said.clear()
         caplog.clear()
         return told
 
-    everything = ["Event loop is closed", "orbax", "another"], [*asked_for_by_nobody, "another"]
+    everything, wanted = (["Event loop is closed", "orbax", "another"], [*late, "another"]), (["another"], ["another"])
     assert say() == everything
     with models.checkpoint._late_reads_dropped():
-        assert say() == (["another"], ["another"])
+        assert say() == wanted
     assert say() == everything
-    with pytest.raises(ValueError), models.checkpoint._late_reads_dropped():
-        raise ValueError
-    assert say() == (["another"], ["another"])
+    for _ in range(3):
+        with pytest.raises(ValueError), models.checkpoint._late_reads_dropped():
+            raise ValueError
+        assert say() == wanted and len(log.filters) == 1
+    with models.checkpoint._late_reads_dropped():
+        assert say() == wanted
+    assert say() == everything and sys.unraisablehook == hook and not log.filters
+
+
+def test_a_configuration_of_ours_without_a_dtype(tmp_path):
+    models.save(models.create(CONFIG), tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps({name: value for name, value in config.items() if name != "dtype"}))
+    fails(tmp_path / "model", "dtype is missing; expected one of float32")
 
 
 def test_a_rotation_of_ours_that_is_damaged(tmp_path):

@@ -137,6 +137,14 @@ def test_a_program_that_sends_much_and_is_first_run_while_decoding_has_no_graphs
     }
 
 
+@pytest.mark.parametrize(("order", "expected"), [("row", {}), ("column", runtime.NO_GRAPHS)])
+def test_a_program_of_one_group_sends_what_is_its_own(monkeypatch, order, expected):
+    plan = kvrecomp.named_plan("activations", toy.model().shape, Workload(BATCH, PROMPT, 7), tail=TAIL)
+    plan = dataclasses.replace(plan, groups=3, order=order)
+    monkeypatch.setattr(runtime, "NO_GRAPHS_FROM", plan.link_bytes(1))
+    assert kvrecomp.Decoder(toy.model(), plan)._options("step", 1) == expected
+
+
 def test_the_next_program_is_there_before_it_is_needed():
     decoder = toy.named_decoder("activations", batch=BATCH, prompt=PROMPT, new=7, tail=TAIL)
     given = toy.texts(BATCH, PROMPT + 7)
@@ -144,10 +152,10 @@ def test_the_next_program_is_there_before_it_is_needed():
     cache, _ = decoder.prefill(given.ids[:, :PROMPT])
     assert set(decoder.compiled) == {("prefill",), ("step", 0)}
     write_out = ("write-out", ("host", "host"))
-    for write_outs in (0, 1):
+    for _ in range(2):
         # One step into a tail, with two to go until it is full.
         cache, _ = decoder.step(cache, toy.put(given.ids[:, -1]))
-        wait_for(("step", write_outs + 1), decoder)
+        wait_for(("step", 2), decoder)  # the last; both are begun after the first step
         wait_for(write_out, decoder)
         before = len(COMPILED)
         for _ in range(TAIL - 1):
@@ -229,6 +237,32 @@ def test_whoever_asks_compiles_side_by_side(monkeypatch):
     made = side_by_side(lambda name: programs.get(name, lambda: trace(name)), names)
     made.append(programs.get("four", lambda: trace("four")))
     assert [float(toy.get(program(toy.put(np.float32(1))))) for program in made] == [2, 4, 5]
+
+
+def test_what_failed_is_tried_again():
+    """Memory may be free by then, and what was interrupted may be wanted."""
+    programs, errors = Programs(), [RuntimeError("no memory"), KeyboardInterrupt(), RuntimeError("no memory")]
+
+    def trace():
+        if errors:
+            raise errors.pop()
+        return jax.jit(lambda x: x + x).trace(jax.ShapeDtypeStruct((), np.float32))
+
+    programs.start("sum", trace)
+    for error in (RuntimeError, KeyboardInterrupt, RuntimeError):
+        with pytest.raises(error):
+            programs.get("sum", trace)
+    assert programs.get("sum", trace) is programs.get("sum", trace) and not errors
+
+
+def test_programs_are_of_the_precision_that_was_asked_for():
+    """Where the decoder is made; they are traced in other threads."""
+    with jax.default_matmul_precision("highest"):
+        precise = toy.named_decoder("activations", batch=BATCH, prompt=PROMPT, new=3)
+    plain = toy.named_decoder("activations", batch=BATCH, prompt=PROMPT, new=3)
+    for name in (("prefill",), ("step", 0)):
+        (said,) = side_by_side(lambda name: str(precise._trace(*name).jaxpr), [name])
+        assert "HIGHEST" in said and "HIGHEST" not in str(plain._trace(*name).jaxpr)
 
 
 @pytest.mark.parametrize("begun", [True, False])

@@ -17,6 +17,7 @@ from kvrecomp.cost import (
     WORKS,
     Tasks,
     make_tasks,
+    mean_costs,
     plan_costs,
     stack_tasks,
     step_seconds,
@@ -680,6 +681,19 @@ def test_half_way_through_the_new_tokens():
     middle = plan_costs(MACHINE, [plan]).seconds[0]
     assert middle == plan_costs(MACHINE, [plan], 4).seconds[0]  # 14 tokens: four tails of 3, and 2 in the tail
     assert plan_costs(MACHINE, [plan], 0).seconds[0] < middle < plan_costs(MACHINE, [plan], 9).seconds[0]
+
+
+@pytest.mark.parametrize("new", [1, 2, 4, 5, 13, 16, 17, 29])
+def test_the_mean_of_all_steps(new):
+    """Of up to four lengths exactly; of more, four stand for all."""
+    plans = [named_plan(name, SHAPE, replace(WORK, new=new), tail=3) for name in ("activations", "keys_values")]
+    steps = [step // 3 for step in range(max(1, new - 1))]
+    assert sum(cost.step_shares(plans[0]).values()) == pytest.approx(1)
+    assert len(cost.step_shares(plans[0])) == min(4, len(set(steps)))
+    means = mean_costs(MACHINE, plans)
+    for field, mean in zip(("seconds", "copying", "computing"), means):
+        every = np.array([getattr(plan_costs(MACHINE, plans, own), field) for own in steps])
+        assert mean == pytest.approx(every.mean(axis=0), rel=1e-5 if len(set(steps)) <= 4 else 0.02)
 
 
 def test_compiling_takes_as_long_as_there_are_blocks():

@@ -86,7 +86,8 @@ def test_generate_wants_rows_of_tokens(ids):
 
 @pytest.mark.parametrize("row_ids", [[0], [[0, 1]], [0, -1], [0, 2**32], [0.0, 1.0]])
 def test_row_ids(row_ids):
-    with one_line(PromptError, "row_ids is", "integers [2] from 0 to 2**32 - 1"):
+    given = "row_ids " + {"[0, -1]": "has -1;", "[0, 4294967296]": "has 4294967296;"}.get(str(row_ids), "is ")
+    with one_line(PromptError, given, "integers [2] from 0 to 2**32 - 1"):
         kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="device", row_ids=row_ids)
 
 
@@ -213,7 +214,29 @@ def test_on_a_cpu_both_memories_are_the_same(monkeypatch):
     monkeypatch.setattr(memory, "_control_groups", lambda: [])
     assert memory.free_host_bytes() == memory.free_device_bytes() == 500
     monkeypatch.setattr(memory, "_device_limits", lambda: {"bytes_limit": 70, "bytes_in_use": 11})
+    monkeypatch.setattr(memory, "_pool_bytes", 0)
     assert (memory.free_host_bytes(), memory.free_device_bytes()) == (1000, 59)
+
+
+def test_what_the_pinned_pool_has_left_over_is_free(monkeypatch):
+    """XLA keeps it for later arrays; the system has it no more."""
+    monkeypatch.setattr(memory, "_device_limits", lambda: {"bytes_limit": 70, "bytes_in_use": 11})
+    monkeypatch.setattr(memory, "_control_groups", lambda: [])
+    monkeypatch.setattr(memory, "_pool_bytes", 0)
+    monkeypatch.setattr(memory, "_proc_meminfo", lambda field: 10**6)
+    assert memory.free_host_bytes() == 10**6
+    kept = memory.zeros((3, 7, 1001), np.dtype("int16"), "host")
+    memory.reserve("host", [((5, 1009), np.dtype("int8"))] * 2)
+    monkeypatch.setattr(memory, "_proc_meminfo", lambda field: 10**6 - kept.nbytes - 2 * 5 * 1009)
+    assert memory.free_host_bytes() == 10**6 - kept.nbytes
+    kept.delete()
+    assert memory.free_host_bytes() == 10**6
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds(seed):
+    with one_line(ValueError, f"seed is {seed}", "from 0 to 2**32 - 1"):
+        kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="device", seed=seed)
 
 
 @pytest.mark.parametrize(("device", "host"), [(0, None), (-1.0, 1), (1, -1)])
@@ -225,7 +248,7 @@ def test_budgets(device, host):
 def test_the_pinned_pool_is_named_where_it_is_the_limit(monkeypatch):
     monkeypatch.setenv(memory.LIMIT_VARIABLE, "6")
     plenty = kvrecomp.Budget.of_gib(device=100, host=100)
-    with one_line(PlanError, "of host memory", "capped at 6 GB", "set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB before jax"):
+    with one_line(PlanError, "of host memory", "capped at 6 GiB", "set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB before jax"):
         budget.check_memory(large(), plenty)
     monkeypatch.setenv(memory.LIMIT_VARIABLE, "9")
     budget.check_memory(large(), plenty)
@@ -247,7 +270,7 @@ def test_the_pinned_pool_is_named_where_it_is_the_limit(monkeypatch):
 )
 def test_the_pinned_pool_may_grow_to_what_is_free_and_then_to_what_is_needed(before, given, expected):
     """Unless the backend has started: then it is what XLA took it to be, and plans are held to that."""
-    available = 10**6 if before == "tiny" else 10**11
+    available = 2**20 if before == "tiny" else 100 * 2**30
     program = f"""
 {before.replace("tiny", "")}
 import os, pathlib
@@ -259,9 +282,9 @@ import kvrecomp
 from kvrecomp import memory
 for step in range(2):
     limit = os.environ.get(memory.LIMIT_VARIABLE)
-    assert memory.pinned_limit() == int(limit or 64) * 10**9
+    assert memory.pinned_limit() == int(limit or 64) * 2**30
     print(limit)
-    memory.limit_pinned(3 * 10**9)  # and 4 GiB
+    memory.limit_pinned(3 * 2**30 - 5)  # and 4 GiB
 """
     environment = {name: value for name, value in os.environ.items() if name != memory.LIMIT_VARIABLE}
     environment |= {"PYTHONPATH": str(Path(kvrecomp.__file__).parent.parent), "JAX_PLATFORMS": "cpu"}
@@ -302,6 +325,7 @@ def test_a_process_has_the_memory_of_its_control_groups(monkeypatch, tmp_path, v
     monkeypatch.setattr(memory, "_control_groups", lambda: found)
     monkeypatch.setattr(memory, "_proc_meminfo", {"MemTotal": 1000, "MemAvailable": 600}.get)
     monkeypatch.setattr(memory, "_device_limits", lambda: {"bytes_limit": 70, "bytes_in_use": 11})
+    monkeypatch.setattr(memory, "_pool_bytes", 0)
     assert (memory.total_host_bytes(), memory.free_host_bytes()) == (700, 510)
 
 

@@ -136,9 +136,9 @@ def test_any_of_several_ends_stops_and_all_rows_end_the_loop(decoder):
     assert len(result.logits) == max(lengths) == len(result.step_seconds) + 1 == len(result.link_bytes) + 1
 
 
-@pytest.mark.parametrize(("given", "pad"), [({"pad_token_id": 9}, 9), ({}, None)])
+@pytest.mark.parametrize(("given", "pad"), [({"pad_token_id": 9}, 9), ({"pad_token_id": -1}, -1), ({}, None)])
 def test_what_rows_are_padded_with(decoder, given, pad):
-    """The token that is asked for, or the first end token."""
+    """The token that is asked for, or the first end token; some configurations have -1, which is none."""
     free = run(decoder).sequences[:, PROMPT:]
     eos = ends_of(free)
     result = kvrecomp.generate(toy.model(), PROMPTS.ids, PROMPTS.mask, max_new_tokens=NEW, eos_token_id=eos, **given)

@@ -97,7 +97,7 @@ def test_layer_by_layer_the_blocks_of_all_groups_that_go_together_are_in_flight(
     sent = 4 * 199 * (404 * 28 + 605 * 56)  # bytes of a layer and group: activations, then keys and values
     prefill = prefill_bytes(shape, work) + 2 * MATRICES
     assert sent < prefill < 29 * sent
-    assert needed["device"]["prefill or window"] == max(prefill, together * sent + MATRICES)
+    assert needed["device"]["prefill or step"] == max(prefill, together * sent + MATRICES)
 
 
 def test_in_row_order_a_step_takes_as_often_as_there_are_groups(known_machine):

@@ -177,7 +177,8 @@ def test_what_the_library_asks_of_a_model():
 
 def test_ids_beyond_the_tables_are_seen():
     model = models.create(TINY, dtype="float32")
-    assert np.isnan(model(jax.device_put(np.full((1, 2), 97, np.int32)))).any()
+    for beyond in (97, -1):
+        assert np.isnan(model(jax.device_put(np.full((1, 2), beyond, np.int32)))).any()
 
 
 @pytest.mark.parametrize(

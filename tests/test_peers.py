@@ -200,7 +200,7 @@ def test_memory_that_is_needed():
     """OPT-6.7B with 32 rows of 1024 and 32: K and V are 16.5 GiB, of a layer 0.52, and the rest is what we need."""
     shape, work = models.preset("opt-6.7b").shape, Workload(32, 1024, 32)
     ours = memory_needed(named_plan("device", shape, work))["device"]
-    rest = ours["weights"] + ours["prefill or window"]
+    rest = ours["weights"] + ours["prefill or step"]
     here, away = (PEERS[name].memory_needed(shape, work) for name in ("huggingface", "huggingface_offloaded"))
     assert here == {"device": rest + 16.5 * GIB * 33 / 32, "host": 0}
     assert away == {"device": rest + 16.5 * GIB * 3 / 32, "host": 16.5 * GIB}

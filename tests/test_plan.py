@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import kvrecomp
 from kvrecomp import budget
+from kvrecomp.budget import recomputed_bytes
 from kvrecomp.cutting import cut_runs
 from kvrecomp.named import named_plan
 from kvrecomp.plan import (
@@ -150,10 +151,28 @@ def test_memory_needed_by_hand():
     assert kvrecomp.memory_needed(PLAN, 0)["host"] == {"weights": 0, "blocks": PLAN.bytes_in("host")}
     # At a long prompt, hidden states, Q, K, V and a feed-forward of it count; at a large window, the window.
     long = named_plan("activations", replace(SHAPE, positions=10**6), Workload(3, 10**5, 8), window=2 * GIB)
-    prefill = kvrecomp.memory_needed(long)["device"]["prefill or window"]
+    prefill = kvrecomp.memory_needed(long)["device"]["prefill or step"]
     assert prefill > 3 * 10**5 * 2 * (4 * 35 + 59) and prefill < 2 * GIB
     more = named_plan("keys_values", replace(SHAPE, positions=10**8), Workload(3, 10**7, 8), window=GIB)
-    assert kvrecomp.memory_needed(more)["device"]["prefill or window"] >= GIB
+    assert kvrecomp.memory_needed(more)["device"]["prefill or step"] >= GIB
+
+
+def test_what_is_recomputed_by_hand():
+    """Of activations on the device, the tail's too, where K or both are not absorbed: they as one, and twice K."""
+    rotary = replace(PLAN.shape.layers[0], absorbs_keys=False)
+    for layer, method, expected in [
+        (PLAN.shape.layers[0], "absorb", 0),
+        (PLAN.shape.layers[0], "recompute", 1),
+        (rotary, "absorb", 1),
+    ]:
+        blocks = block("a", "device", 5), block("kv", "device", 2), block("a", "host", 4)
+        own = LayerPlan(blocks, "activations", ("device", "host"), method)
+        plan = Plan("some", replace(SHAPE, layers=(layer,)), replace(WORK, prompt=11, new=8), (own,), tail=3)
+        row = layer.width("activations") + layer.width("keys_values")
+        for write_outs, tokens in ((0, 5 + 3), (1, 5 + 3 + 3), (2, 5 + 3 + 3)):
+            assert recomputed_bytes(plan, write_outs) == expected * tokens * WORK.batch * row * 2
+        sent = kvrecomp.memory_needed(replace(plan, window=10**6), 0)["device"]["prefill or step"]
+        assert sent >= recomputed_bytes(plan, 0)
 
 
 @pytest.mark.parametrize("name", ["device", "activations", "device:0.5"])

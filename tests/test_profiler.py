@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import threading
 import time
 import types
 
@@ -88,6 +89,14 @@ def test_a_corrupt_file_is_measured_anew_and_said(cache, counted, caplog, conten
     (record,) = caplog.records
     assert str(path) in record.message and "measuring it anew" in record.message and "\n" not in record.message
     assert profiler.profile() and counted == ["measured"]
+
+
+def test_a_profile_that_cannot_be_kept_is_used_and_said(cache, counted, caplog, known_machine):
+    (cache / "kvrecomp").write_text("no directory")
+    with caplog.at_level(logging.WARNING):
+        assert profiler.profile() == known_machine
+    record = caplog.records[-1]
+    assert "cannot be kept" in record.message and "set XDG_CACHE_HOME" in record.message
 
 
 def test_a_profile_of_another_machine_is_not_used(cache, counted, caplog):
@@ -221,6 +230,9 @@ def test_a_layer_is_found_again(monkeypatch, number):
 def test_what_programs_have_in_common_is_compiled_before_they_are(monkeypatch):
     """One, then one of each kind of attention: the others have the kernels that were chosen for these."""
     begun, ended = [], []
+    model, together = toy.model(), threading.Barrier(3, timeout=60)
+    runs = profile_layers._runs_of(model.shape, model.shape.layers[0], 3)
+    of_kinds = [runs.alone[kind, "host"][0] for kind in ATTENTION]
 
     class Compiling:
         def __init__(self, *_):
@@ -228,7 +240,8 @@ def test_what_programs_have_in_common_is_compiled_before_they_are(monkeypatch):
 
         def timer(self, what):
             begun.append((len(ended), what))
-            time.sleep(0.01)  # in which others would begin
+            if what in of_kinds:
+                together.wait()  # for the others of them
             ended.append(what)
             return lambda: 1.0
 
@@ -236,10 +249,9 @@ def test_what_programs_have_in_common_is_compiled_before_they_are(monkeypatch):
 
     monkeypatch.setattr(profile_layers, "LayerBench", Compiling)
     monkeypatch.setattr("kvrecomp.programs.os.cpu_count", lambda: 8)
-    model = toy.model()
     profile_layers.measure_layer(model, model.shape.layers[0], batch=3)
-    first, *kinds = [what for _, what in begun[:4]]
-    assert begun[0] == (0, first) and [before for before, _ in begun[1:4]] == [1] * 3
+    assert begun[0] == (0, runs.fewer) and [before for before, _ in begun[1:4]] == [1] * 3
+    kinds = [what for _, what in begun[1:4]]
     assert sorted(run.kind for run in kinds) == sorted(run.tail for run in kinds) == sorted(ATTENTION)
     assert all(before >= 4 for before, _ in begun[4:]) and len(begun) == len(set(ended)) > 20
 

@@ -18,10 +18,10 @@ import kvrecomp
 import models
 from experiments.support import xplane
 from kvrecomp import profile_machine, runtime
-from kvrecomp.budget import prefill_bytes
+from kvrecomp.budget import prefill_bytes, recomputed_bytes
 from kvrecomp.holds import COPIES_AHEAD
 from kvrecomp.named import named_plan
-from kvrecomp.plan import BlockSpec, LayerPlan
+from kvrecomp.plan import BlockSpec, LayerPlan, Plan
 from models import LlamaConfig, OPTConfig
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax's CUDA 13 plugin: pip install '.[schedule]'")
@@ -303,6 +303,18 @@ def test_a_prefill_has_the_intermediate_results_of_one_layer_on_the_device(confi
     _, temporary = compile_traced(decoder._trace_prefill())
     estimate = prefill_bytes(plan.shape, plan.workload)
     assert 0.75 * estimate < temporary <= estimate
+
+
+@pytest.mark.parametrize(("config", "method"), [(LLAMA, "absorb"), (LLAMA, "recompute"), (CONFIG, "recompute")])
+def test_what_is_recomputed_on_the_device_is_of_one_layer(config, method):
+    """A short prompt, and many tokens written out: what is said is enough."""
+    config = dataclasses.replace(config, layers=3)
+    layer = LayerPlan((BlockSpec("activations", "device", 64),), "activations", ("device",), method)
+    plan = Plan("some", config.shape, kvrecomp.Workload(8, 64, 1400), (layer,) * 3, tail=512)
+    _, temporary = compile_plan(runtime.Decoder(config.build(dtype="bfloat16", rngs=None), plan), 2)
+    estimate = recomputed_bytes(plan, 2)
+    assert 0.4 * estimate < temporary <= estimate
+    assert estimate <= kvrecomp.memory_needed(plan)["device"]["prefill or step"]
 
 
 def test_what_the_profile_copies_is_copied_whole(monkeypatch):

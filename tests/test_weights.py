@@ -97,7 +97,7 @@ def test_memory_is_counted_where_the_weights_are():
     needed = memory_needed(plan)
     assert needed["host"]["weights"] == matrices
     plans = {"host": plan, "device": planned(OPT, "activations", 0.0)}
-    beside = {name: memory_needed(own)["device"]["prefill or window"] for name, own in plans.items()}
+    beside = {name: memory_needed(own)["device"]["prefill or step"] for name, own in plans.items()}
     assert beside["host"] == beside["device"] + 2 * matrices  # a prefill's, with the weights of two layers
     assert needed["device"]["weights"] == 2 * matrices + table == shape.parameters * 4 - matrices
 

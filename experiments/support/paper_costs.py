@@ -18,7 +18,7 @@ from typing import Literal, get_args
 from experiments.support import predictions, tables
 from experiments.support.paper import Paper, PaperRow, PaperTable, Setting, read
 from kvrecomp import scheduler
-from kvrecomp.cost import kvpr_seconds, kvpr_split, plan_costs
+from kvrecomp.cost import kvpr_seconds, kvpr_split, mean_costs, plan_costs
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.named import named_plan, with_host_weights
 from kvrecomp.plan import AUTO, GIB, Memory, Plan, PlanError, Workload
@@ -134,7 +134,7 @@ def ours(setting: Setting, weights: Memory, profile: HardwareProfile) -> tuple[P
         plan = scheduler.make_plan(setting.shape, work, profile, weights=there, groups=setting.groups)
     except PlanError:
         return None, None
-    return plan, 1e3 * float(plan_costs(profile, [plan]).seconds[0])
+    return plan, 1e3 * float(mean_costs(profile, [plan]).seconds[0])
 
 
 def placed(plan: Plan, setting: Setting, fraction: float) -> Plan:
