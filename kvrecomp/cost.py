@@ -63,9 +63,9 @@ class WorkTable(NamedTuple):
 class StepCost(NamedTuple):
     """Predicted seconds of a step, of its copies alone and of its compute alone."""
 
-    seconds: Array
-    copying: Array
-    computing: Array
+    seconds: Any  # arrays of jax's or of NumPy's, or a number of one plan
+    copying: Any
+    computing: Any
 
 
 # --- a plan as tasks --------------------------------------------------------------------------------------------------

@@ -70,7 +70,7 @@ class Decoder:
         self._graph, state = nnx.split(model)
         self._weights, self._structure = jax.tree.flatten(state)  # a plain list: jax flattens a State in Python
         self._programs = Programs()
-        self._precision = jax.config.jax_default_matmul_precision  # of this thread; others trace, too
+        self._precision = jax.config.values["jax_default_matmul_precision"]  # of this thread
 
     @property
     def compiled(self) -> dict[Hashable, Compiled]:

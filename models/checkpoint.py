@@ -212,13 +212,13 @@ def _late_reads_dropped() -> Iterator[None]:
     Orbax closes its event loop then, and Python would print a traceback for each of them, thousands of lines around our
     own. They may end after the context, so after an error that stays so, until something is read.
     """
-    log, hook = logging.getLogger("asyncio"), sys.unraisablehook
-    if getattr(hook, "func", None) is not _say_unless_late:
-        hook = functools.partial(_say_unless_late, hook)
-    sys.unraisablehook = hook
+    log, before = logging.getLogger("asyncio"), sys.unraisablehook
+    if isinstance(before, functools.partial) and before.func is _say_unless_late:
+        (before,) = before.args
+    sys.unraisablehook = functools.partial(_say_unless_late, before)
     log.addFilter(_is_wanted)
     yield
-    sys.unraisablehook = hook.args[0]
+    sys.unraisablehook = before
     log.removeFilter(_is_wanted)
 
 
