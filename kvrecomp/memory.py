@@ -63,9 +63,9 @@ def reserve(memory: Memory, shapes: Sequence[tuple[tuple[int, ...], jnp.dtype]])
 
     Pinning gigabytes takes seconds, and stalls every other use of the device meanwhile.
     """
-    made = jax.block_until_ready([zeros(shape, dtype, memory) for shape, dtype in shapes])
-    _note_pool()  # `made` is still there
-    del made
+    made = [zeros(shape, dtype, memory) for shape, dtype in shapes]
+    jax.block_until_ready(made)
+    _note_pool()  # while they are there
 
 
 _pool_bytes = 0  # the pinned pool has at least so many

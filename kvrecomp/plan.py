@@ -15,7 +15,6 @@ block, in the memory that the layer's `grown` says.
 Nothing here imports jax: a plan can be made, printed and compared anywhere.
 """
 
-import collections
 import dataclasses
 import functools
 import io
@@ -293,8 +292,7 @@ class Plan:
                 f"a prompt of {self.workload.prompt} and {self.workload.new} new tokens need {total} positions; "
                 f"{self.shape.name} has {self.shape.positions}: shorten one of them"
             )
-        for layer, layer_shape in self.kinds:
-            number = next(i for i, own in enumerate(zip(self.layers, self.shape.layers)) if own == (layer, layer_shape))
+        for (layer, layer_shape), (number, *_) in self._members.items():
             tokens = sum(block.tokens for block in layer.prompt)
             if tokens != (cached := layer_shape.cached(self.workload.prompt)):
                 raise PlanError(f"layer {number}: its blocks hold {tokens} tokens; of the prompt {cached} are cached")
@@ -309,29 +307,27 @@ class Plan:
     @functools.cached_property
     def kinds(self) -> dict[tuple[LayerPlan, LayerShape], int]:
         """How many layers there are of each kind: planned alike and of the same shape."""
-        kinds, numbers = self._numbered
-        counts = collections.Counter(numbers)
-        return {kind: counts[number] for number, kind in enumerate(kinds)}
+        return {kind: len(numbers) for kind, numbers in self._members.items()}
 
     def of_each_layer(self, made: Sequence[Made]) -> list[Made]:
         """What was made for each of `kinds`, in their order, for each layer."""
-        return [made[number] for number in self._numbered[1]]
+        own = {number: each for numbers, each in zip(self._members.values(), made) for number in numbers}
+        return [own[number] for number in range(len(self.layers))]
 
     @functools.cached_property
-    def _numbered(self) -> tuple[list[tuple[LayerPlan, LayerShape]], list[int]]:
-        """The kinds of layers, and for each layer the number of its kind.
+    def _members(self) -> dict[tuple[LayerPlan, LayerShape], list[int]]:
+        """The numbers of the layers of each kind.
 
         Layers that are the very same objects are told to be alike by that: hashing all of many layers takes long.
         """
-        kinds: dict[tuple[LayerPlan, LayerShape], int] = {}
-        known: dict[tuple[int, int], int] = {}
-        numbers = []
-        for kind in zip(self.layers, self.shape.layers):
+        members: dict[tuple[LayerPlan, LayerShape], list[int]] = {}
+        known: dict[tuple[int, int], list[int]] = {}
+        for number, kind in enumerate(zip(self.layers, self.shape.layers)):
             objects = id(kind[0]), id(kind[1])
             if objects not in known:
-                known[objects] = kinds.setdefault(kind, len(kinds))
-            numbers.append(known[objects])
-        return list(kinds), numbers
+                known[objects] = members.setdefault(kind, [])
+            known[objects].append(number)
+        return members
 
     def bytes_of(self, layer_shape: LayerShape, block: BlockSpec) -> int:
         """Bytes of a block of that layer."""
@@ -406,7 +402,7 @@ class Plan:
             table.add_column(f"{form.replace('_', ' and ')}\non the {memory}", justify="right")
         table.add_column("tail", justify="right")
         table.add_column("method")
-        for (layer, layer_shape), numbers in self._members().items():
+        for (layer, layer_shape), numbers in self._members.items():
             cells = []
             for form, memory in columns:
                 blocks = [b for b in layer.prompt if (b.form, b.memory) == (form, memory)]
@@ -424,13 +420,6 @@ class Plan:
         table.caption = f"{caption}\n{self.reason}" if self.reason else caption
         table.caption_justify = "left"
         return table
-
-    def _members(self) -> dict[tuple[LayerPlan, LayerShape], list[int]]:
-        """The numbers of the layers of each kind."""
-        members: dict[tuple[LayerPlan, LayerShape], list[int]] = {kind: [] for kind in self.kinds}
-        for number, kind in enumerate(zip(self.layers, self.shape.layers)):
-            members[kind].append(number)
-        return members
 
     def __str__(self) -> str:
         console = Console(width=120, record=True, file=io.StringIO(), force_jupyter=False)

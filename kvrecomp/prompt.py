@@ -82,7 +82,8 @@ def check_prompt(input_ids: Any, attention_mask: Any, plan: Plan) -> tuple[np.nd
 
 
 def check_tokens(ids: np.ndarray, mask: np.ndarray, vocab: int) -> None:
-    """Raises `PromptError` where the mask is not left-padded, a row is empty or a token id is not of the vocabulary."""
+    """Raises `PromptError` where bool[batch, prompt] `mask` is not left-padded or has an empty row, or one of the
+    int[batch, prompt] ids in it is not of the vocabulary."""
     for row, own in enumerate(mask):
         if not own.any():
             raise PromptError(f"row {row} is empty: its mask has no token; give every row at least one")

@@ -38,6 +38,7 @@ PROGRAMS_AHEAD = 2  # steps' programs made while the tail fills: a later one tak
 # which a step after a write-out would wait for in the middle of decoding. Launched one by one, kernels take the host
 # several ms a step; so many bytes take 20 ms on PCIe 5.0 x16.
 NO_GRAPHS, NO_GRAPHS_FROM = {"xla_gpu_enable_command_buffer": ""}, 2**30
+PRECISION = "jax_default_matmul_precision"  # a context of one thread: programs are traced in others
 LONG_SECONDS = 300  # of compiling: more is said beforehand
 
 
@@ -48,7 +49,8 @@ class Decoder:
         cache, logits = decoder.prefill(input_ids, attention_mask)
         cache, logits = decoder.step(cache, token_ids)
 
-    A cache given to `step` is used up: its tail is written in place.
+    A cache given to `step` is used up: its tail is written in place. Programs have the `jax.default_matmul_precision`
+    that holds where the decoder is made.
     """
 
     def __init__(self, model: Model, plan: Plan, *, budget: Budget | None = None):
@@ -70,7 +72,7 @@ class Decoder:
         self._graph, state = nnx.split(model)
         self._weights, self._structure = jax.tree.flatten(state)  # a plain list: jax flattens a State in Python
         self._programs = Programs()
-        self._precision = jax.config.values["jax_default_matmul_precision"]  # of this thread
+        self._precision = getattr(jax.config, PRECISION)
 
     @property
     def compiled(self) -> dict[Hashable, Compiled]:

@@ -5,6 +5,8 @@ import os
 import pathlib
 from typing import TYPE_CHECKING
 
+from kvrecomp.files import replacing
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
@@ -46,9 +48,5 @@ def save(figure: "Figure", path: str | os.PathLike, source: str | None = None) -
     """
     path = pathlib.Path(path)
     check_path(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
+    with replacing(path) as beside:
         figure.savefig(beside, format="png", metadata={"Source": source})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)

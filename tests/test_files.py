@@ -1,0 +1,38 @@
+"""Files in one piece, whoever else writes them."""
+
+import json
+import threading
+
+import pytest
+
+from kvrecomp.files import replacing, write_json
+
+
+def test_writers_at_once_leave_one_whole_file(tmp_path):
+    """Of processes with one number too, as two containers' may be that share a folder: here of one process."""
+    path, together = tmp_path / "a" / "b.json", threading.Barrier(7, timeout=60)
+
+    def write(number: int) -> None:
+        together.wait()
+        for _ in range(13):
+            write_json(path, [number] * 10_007)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    together.wait()
+    while any(thread.is_alive() for thread in threads):
+        if path.exists():
+            assert len(set(json.loads(path.read_text()))) == 1
+    for thread in threads:
+        thread.join()
+    assert list(path.parent.iterdir()) == [path] and len(json.loads(path.read_text())) == 10_007
+
+
+def test_an_error_leaves_the_old_file_alone(tmp_path):
+    path = tmp_path / "a"
+    path.write_text("old")
+    with pytest.raises(ZeroDivisionError), replacing(path) as beside:
+        beside.write_text("new")
+        raise ZeroDivisionError
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
