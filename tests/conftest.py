@@ -2,12 +2,16 @@
 
 import gc
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # see below; for programs that tests start too
+# Not what is free when tests begin, or what fits would depend on who else uses the machine.
+os.environ.setdefault("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "64")
 
 import jax
 import pytest
+from hypothesis import settings
 
 from kvrecomp import profiler
 from kvrecomp.hardware import HardwareProfile, Line
@@ -24,6 +28,17 @@ gc.set_threshold(200_000, 50, 50)
 
 # Global, so it holds for the threads that compile in the background too. `toy.put` and `toy.get` copy explicitly.
 jax.config.update("jax_transfer_guard", "disallow")
+
+
+# The same examples in every run, and no limit to the time of one: a machine may be busy.
+settings.register_profile("ours", deadline=None, derandomize=True)
+settings.load_profile("ours")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_turns(tmp_path_factory):
+    """A folder of these tests' own for the lock of those that measure: they wait for nobody else on this machine."""
+    os.environ["TMPDIR"] = tempfile.tempdir = str(tmp_path_factory.mktemp("temporary"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -60,7 +60,7 @@ MACHINE = HardwareProfile(
 )
 
 kv, acts = "keys_values", "activations"
-many = settings(max_examples=100, deadline=None, derandomize=True)
+many = settings(max_examples=100)
 
 
 def times(layer, curves=(), dtype="bfloat16", batch=3, outside=0.0):

@@ -48,7 +48,7 @@ PROFILE = HardwareProfile(
     source="measured",
 )
 
-many = settings(max_examples=100, deadline=None, derandomize=True)
+many = settings(max_examples=100)
 positive = st.floats(1e-12, 1e18)
 lines = st.builds(Line, st.floats(0, 1e3), st.floats(0, 1e3))
 curves = st.builds(

@@ -27,7 +27,7 @@ ROTARY = LayerShape(4096, 32, 32, 128, 11008, gated=True, absorbs_keys=False)  #
 GROUPED = LayerShape(4096, 32, 8, 128, 14336, gated=True, absorbs_keys=False)  # Llama-3-8B's
 LAYERS = {"learned": LEARNED, "rotary": ROTARY, "grouped": GROUPED}
 
-few = settings(max_examples=50, deadline=None, derandomize=True, phases=(Phase.explicit, Phase.generate))
+few = settings(max_examples=50, phases=(Phase.explicit, Phase.generate))
 
 
 def model(*layers, **options):

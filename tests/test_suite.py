@@ -473,17 +473,18 @@ def test_rows_of_several_workloads_of_a_process_are_told_apart(benchmark, tmp_pa
 
 
 def test_a_process_that_hangs_is_ended(benchmark, tmp_path):
+    """Once it has begun, at the latest; a busy machine may take a while to start it."""
     tasks, results = tasks_of(small("split:0.4", new=600)), results_at(tmp_path / "a.json")
-    measured(tasks, results, console(), timeout=0.5)
-    assert results.noted("failed", tasks[0]) == "no row in 0.5 s (--timeout_s)"
-    assert not running(benchmark)
+    measured(tasks, results, console(), timeout=5)
+    assert results.noted("failed", tasks[0]) == "no row in 5 s (--timeout_s)"
+    assert not log_of(benchmark) or not running(benchmark)
 
 
 def test_a_process_may_take_its_time_for_every_row(benchmark, tmp_path):
-    slow = benchmark.read_text().replace("    with log.open", "    time.sleep(1.2)\n    with log.open")
+    slow = benchmark.read_text().replace("    with log.open", "    time.sleep(4)\n    with log.open")
     benchmark.write_text(slow)
     tasks, results = tasks_of(small("activations", "device", "split:0.5")), results_at(tmp_path / "a.json")
-    measured(tasks, results, console(), timeout=3)
+    measured(tasks, results, console(), timeout=10)
     assert all(results.row(task) for task in tasks) and len(processes_of(benchmark)) == 1
 
 
@@ -549,6 +550,9 @@ suite.main([], values)
 
 def test_killed_it_goes_on(benchmark, tmp_path):
     """Killed at the second plan; its process is there for a while yet, which the next suite waits for."""
+    waits = benchmark.with_name("waits")  # what the second plan's process waits for, the first time
+    hanging = "while not log.with_name('waits').exists(): time.sleep(0.02)"
+    benchmark.write_text(benchmark.read_text().replace('time.sleep(float(given["new"]))', hanging))
     mine, path = tmp_path / "mine.json", tmp_path / "results" / "a.json"
     case = small("activations", "split:0.4", "device", new=2)
     mine.write_text(json.dumps([dataclasses.asdict(case)]))
@@ -559,6 +563,8 @@ def test_killed_it_goes_on(benchmark, tmp_path):
             time.sleep(0.02)
         first.send_signal(signal.SIGKILL)
     tasks, results, out = tasks_of(case), results_at(path), console()
+    print_out = out.print
+    out.print = lambda *words, **options: (print_out(*words, **options), waits.touch())  # it is said, then it ends
     measured(suite.to_measure(tasks, results, HERE, "bfloat16"), results, out)
     assert out.file.getvalue().startswith(f"waiting for another suite with results in {path.parent}")
     assert log_of(benchmark) == ["activations", "split:0.4", "split:0.4", "device"]

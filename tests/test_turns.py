@@ -8,12 +8,6 @@ import pytest
 from experiments.support import turns
 
 
-@pytest.fixture(autouse=True)
-def own_lock(tmp_path, monkeypatch):
-    """What else is measured on this machine has nothing to do with these tests."""
-    monkeypatch.setattr(turns, "lock_path", lambda: tmp_path / "lock")
-
-
 def would_wait(kind: int) -> bool:
     """Whether another process would, which has opened the file for itself as this does."""
     with turns.lock_path().open("w") as file:
