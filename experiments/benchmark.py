@@ -93,6 +93,7 @@ class Row:
     new: int
     asked: str
     plan: str
+    dtype: str
     weights: str
     groups: int
     order: str
@@ -178,6 +179,7 @@ def measure(
         new=work.new,
         asked=asked,
         plan=plan.name,
+        dtype=plan.shape.dtype,
         weights={0: "device", 1: "host"}.get(hosted, f"{hosted:.3g}"),
         groups=plan.groups,
         order=plan.order,

@@ -25,7 +25,7 @@ from kvrecomp.plan import Workload
 from models.config import Config
 
 
-def row_of(name: str, config: Config, work: Workload, steps: Steps) -> dict[str, Any]:
+def row_of(name: str, config: Config, dtype: str, work: Workload, steps: Steps) -> dict[str, Any]:
     """The row of a results file: the fields of `benchmark.Row`."""
     seconds = after_warm_up(steps.seconds)
     median = statistics.median(seconds)
@@ -36,6 +36,7 @@ def row_of(name: str, config: Config, work: Workload, steps: Steps) -> dict[str,
         "new": work.new,
         "asked": name,
         "plan": name,
+        "dtype": dtype,
         "weights": None,
         "groups": None,
         "order": None,
@@ -73,14 +74,14 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
     config, works = models.preset(given.model), script.workloads(given.batch, given.prompt, given.new)
-    tables.check_out(given.out)
+    tables.check_out(given.out, "link_efficiency")
     peer = PEERS[given.peer]
     if reason := peer.unavailable(False):
         raise ValueError(f"{given.peer}: {reason}")
     rows, document = [], {}
     with turns.measuring():
         for work, steps in zip(works, peer.run(config, given.dtype, works, given.seed), strict=True):
-            rows.append(row_of(given.peer, config, work, steps))
+            rows.append(row_of(given.peer, config, given.dtype, work, steps))
             document = run_info(given.commit, device=steps.device) | {"versions": versions(), "rows": rows}
             if given.out:
                 write_json(given.out, document)  # what was measured is not lost with what comes after

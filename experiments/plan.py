@@ -30,13 +30,13 @@ from rich.console import Console
 from rich.table import Table
 
 import models
-from experiments.support import plots, script
+from experiments.support import plots, script, tables
 from experiments.support.report import run_info
 from kvrecomp import cost, scheduler
 from kvrecomp.budget import limits, memory_needed
 from kvrecomp.cutting import default_tail
 from kvrecomp.hardware import DATASHEETS, LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
-from kvrecomp.named import named_plan, with_weights
+from kvrecomp.named import named_plan, named_weights, with_weights
 from kvrecomp.plan import (
     AUTO,
     GIB,
@@ -262,30 +262,24 @@ def read_window(mib: float | None) -> int | None:
     return None if mib is None else int(mib * MIB)
 
 
-def read_measured(path: str | Path, shape: ModelShape, workload: Workload) -> Measured:
-    """The rows of a results file of experiments/benchmark.py that are of this model, workload and dtype.
+def measured_as(plan: Plan, rows: Sequence[tables.Row], file: str) -> Measured:
+    """Those rows of a results file that are of this plan's model, dtype, workload and groups, with the same weights in
+    host memory. Rows that do not say one of these are as benchmark.py has it by default.
 
     Those of plan `auto` are left out: chosen for another machine or budget, it is another plan of the same name.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no such file.
     """
-    wanted = {"model": shape.name, **dataclasses.asdict(workload)}
-    try:
-        document = json.loads(Path(path).read_text(encoding="utf-8"))
-        own = [row for row in document["rows"] if wanted.items() <= {key: row[key] for key in wanted}.items()]
-        # Rows did not always say their dtype.
-        own = [row for row in own if row.get("dtype", shape.dtype) == shape.dtype and row["plan"] != AUTO]
-        points = tuple((str(row["plan"]), float(row["median_ms"])) for row in own)
-        device = str(document.get("device", "unknown device"))
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(
-            f"{path} is not a results file of experiments/benchmark.py ({type(error).__name__}: {error})"
-        ) from error
-    if not all(0 < milliseconds < math.inf for _, milliseconds in points):
-        raise ValueError(f"{path} has a row whose median_ms is not a time: measure it again")
-    return Measured(device, points, str(path))
+    order = plan.order if plan.groups > 1 else "row"
+    wanted = {"model": plan.shape.name, "dtype": plan.shape.dtype, **dataclasses.asdict(plan.workload)}
+    wanted |= {"weights": tuple(layer.weights for layer in plan.layers), "groups": plan.groups, "order": order}
+
+    def said(row: tables.Row) -> dict[str, Any]:
+        given = {"dtype": "bfloat16", "weights": "device", "groups": 1, "order": "row"}
+        given |= {key: row[key] for key in wanted if row.get(key) is not None}
+        return given | {"weights": named_weights(given["weights"], len(plan.layers))}
+
+    own = [row for row in rows if row.get("plan") != AUTO and said(row) == wanted]
+    points = tuple((str(row.get("plan")), float(row["median_ms"])) for row in own)
+    return Measured(str(rows[0].get("device", "unknown device")) if rows else "unknown device", points, file)
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
@@ -308,7 +302,7 @@ def show(found: WhatIf, measured: Measured | None = None, console: Console | Non
     if measured is not None:
         count = len(measured.points)
         own = f"{count} row{'' if count == 1 else 's'}" if count else "no row"
-        say(f"{measured.file}: {own} of this model and workload, measured on {measured.device}")
+        say(f"{measured.file}: {own} of this model, workload and placement of weights, measured on {measured.device}")
 
 
 def _budget_text(budget: Budget) -> str:
@@ -458,11 +452,12 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     shape = dataclasses.replace(models.preset(given.model).shape, dtype=given.dtype)
     workload = Workload(given.batch, given.prompt, given.new)
     budget, window = read_budget(given.device_memory_gib, given.host_memory_gib), read_window(given.window_mib)
-    measured = None if given.measured is None else read_measured(given.measured, shape, workload)
+    rows = None if given.measured is None else tables.read_file(given.measured)
     profile = read_hardware(given.hardware)
     if given.hardware == THIS:
         budget = Budget(**limits(budget))  # what is free, as no weights are there
     found = what_if(shape, workload, profile, budget, groups=given.groups, window=window)
+    measured = None if rows is None else measured_as(found.chosen.plan, rows, given.measured)
     show(found, measured)
     if given.plot is not None:
         draw(found, given.plot, measured)

@@ -57,7 +57,7 @@ SIZES = ("--model=tiny", "--batch=3", "--prompt=7", "--new=11")
 
 def test_a_row_has_the_fields_of_ours():
     seconds = [9.0, 8.0, 7.0, 0.1, 0.3, 0.2, 0.4]  # the first three warm up
-    row = peers.row_of("huggingface", TINY["opt"], WORK, Steps("Some GPU", 0.5, seconds, 123))
+    row = peers.row_of("huggingface", TINY["opt"], "float32", WORK, Steps("Some GPU", 0.5, seconds, 123))
     assert list(row) == [field.name for field in dataclasses.fields(benchmark.Row)]
     known = {name: value for name, value in row.items() if value is not None}
     assert known == {
@@ -67,6 +67,7 @@ def test_a_row_has_the_fields_of_ours():
         "new": 11,
         "asked": "huggingface",
         "plan": "huggingface",
+        "dtype": "float32",
         "median_ms": 250.0,
         "p95_ms": pytest.approx(385.0),
         "worst_ms": 400.0,
@@ -76,7 +77,10 @@ def test_a_row_has_the_fields_of_ours():
         "prefill_s": 0.5,
         "step_ms": [9000.0, 8000.0, 7000.0, 100.0, 300.0, 200.0, 400.0],
     }
-    assert peers.row_of("huggingface_offloaded", TINY["opt"], WORK, Steps("", 0.5, seconds, None))["link_bytes"] is None
+    assert (
+        peers.row_of("huggingface_offloaded", TINY["opt"], "float32", WORK, Steps("", 0.5, seconds, None))["link_bytes"]
+        is None
+    )
 
 
 def test_the_command_measures(torch, preset, tmp_path, capsys):

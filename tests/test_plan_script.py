@@ -15,12 +15,12 @@ from absl import flags
 
 import models
 from experiments import plan as script
-from experiments.support import plots
+from experiments.support import plots, tables
 from experiments.support.script import in_one_line
 from kvrecomp import profiler
 from kvrecomp.cost import plan_costs
 from kvrecomp.hardware import HardwareProfile
-from kvrecomp.named import named_plan
+from kvrecomp.named import named_plan, with_weights
 from kvrecomp.plan import GIB, Budget, Workload
 
 ROOT = Path(__file__).parent.parent
@@ -61,10 +61,12 @@ def results(tmp_path) -> Path:
         row,
         row | {"plan": "keys_values", "median_ms": 20.0},
         row | {"plan": "keys_values", "median_ms": 22.0, "dtype": "bfloat16"},
-        row | {"plan": "device", "median_ms": 3.0},
+        row | {"plan": "device", "median_ms": 3.0, "weights": "device", "groups": 1, "order": "row"},
         *(row | {key: 1} for key in ("batch", "prompt", "new")),
         row | {"model": "opt-1.3b"},
         row | {"dtype": "float32"},
+        row | {"groups": 8, "order": "column"},
+        row | {"weights": "host"},
         row | {"plan": "auto"},
     ]
     path = tmp_path / "results.json"
@@ -210,12 +212,23 @@ def test_measured_rows_of_the_same_workload_are_shown(results, capsys):
     assert document["measured_on"] == "Some GPU"
     assert [each["plan"] for each in document["measured"]] == ["split:0.5", "keys_values", "keys_values", "device"]
     assert any("keys_values" in line and "21.00" in line for line in human)
-    assert human[-1] == f"{results}: 4 rows of this model and workload, measured on Some GPU"
+    assert human[-1] == f"{results}: 4 rows of this model, workload and placement of weights, measured on Some GPU"
+
+
+def test_rows_of_the_groups_and_weights_that_a_plan_has():
+    """In the committed file 32 x 256 of OPT-6.7B is there in one group, and in eight with weights in host memory."""
+    rows = tables.read_file(ROOT / "experiments/results/h200_suite.json")
+    plan = named_plan("keys_values", models.preset("opt-6.7b").shape, Workload(32, 256, 32))
+    eight = dataclasses.replace(with_weights(plan, ("host",) * 32), groups=8, order="column")
+    columns = script.measured_as(eight, rows, "").of("keys_values")
+    assert columns is not None and 800 < columns < 900
+    for other in (plan, dataclasses.replace(eight, order="row"), dataclasses.replace(eight, groups=4)):
+        assert script.measured_as(other, rows, "").of("keys_values") is None
 
 
 def test_no_row_of_the_workload_is_said(results, capsys):
     command(*SMALL[:-1], "--hardware=t4", "--batch=17", f"--measured={results}")
-    assert "no row of this model and workload" in capsys.readouterr().out
+    assert "no row of this model, workload and" in capsys.readouterr().out
 
 
 def test_where_plans_are_on_the_axis():
@@ -245,7 +258,7 @@ def test_plot_has_a_curve_for_each_schedule_and_the_measured_points(found, resul
     pytest.importorskip("matplotlib")
     drawn = []
     monkeypatch.setattr(plots, "save", lambda figure, _: drawn.append(figure))
-    measured = script.read_measured(results, found.chosen.plan.shape, WORK)
+    measured = script.measured_as(found.chosen.plan, tables.read_file(results), str(results))
     script.draw(found, "unwritten.png", measured)
     (axes,) = drawn[0].axes
     *curves, chosen, crosses = axes.get_lines()
@@ -309,9 +322,9 @@ def test_plot_that_cannot_be_written_leaves_the_older_one(found, tmp_path, monke
         (["--plot={tmp}/folder.png"], "is a directory"),
         (["--measured={tmp}/missing.json"], "No such file or directory"),
         (["--measured={tmp}/folder.png"], "Is a directory"),
-        (["--measured={tmp}/text"], "is not a results file of experiments/benchmark.py"),
-        (["--measured={tmp}/list"], "is not a results file of experiments/benchmark.py"),
-        (["--measured={tmp}/untimed"], "has a row whose median_ms is not a time"),
+        (["--measured={tmp}/text"], "is not a results file (UnicodeDecodeError"),
+        (["--measured={tmp}/list"], "is not a results file (AttributeError"),
+        (["--measured={tmp}/untimed"], "is not a results file (ValueError: nan ms measured"),
     ],
 )
 def test_refusals_are_one_line(tmp_path, arguments, message):

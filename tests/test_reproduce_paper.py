@@ -261,6 +261,7 @@ def test_results_of_a_setting_are_shown_and_no_others(rows, columns):
     places = {"weights": "host", "groups": 8, "order": "column"}
     others = [places | {"order": "row"}, places | {"groups": 4}, places | {"weights": "0.5"}, {}]
     results = [result(setting, "keys_values", 1.0, **other) for other in others]
+    results.append(result(setting, "auto", 1.0, device_budget=columns.profile.device_bytes))  # a step of one group
     results.append(result(setting, "keys_values", 5.0, **places))
     assert paper_costs.measured(columns, results).rows[0].measured == {"keys_values": 5.0}
     assert all(not row.measured for row in paper_costs.measured(columns, results[:-1]).rows)

@@ -176,18 +176,20 @@ def test_what_is_no_results_file_is_said(tmp_path, text):
 
 def test_results_replace_results_only(tmp_path, read):
     path = tmp_path / "a.json"
-    tables.check_out(None)
-    tables.check_out(path)
+    tables.check_out(None, "plan")
+    tables.check_out(path, "plan")
     read(ROW)
-    tables.check_out(path)
     tables.check_out(path, "plan")
     with pytest.raises(ValueError, match=r"--out: .*a\.json has other results, without spans, that would be lost"):
         tables.check_out(path, "spans")
+    read(ROW | {"workload": "w1"})
+    with pytest.raises(ValueError, match=r"--out: .*a\.json has a suite's results, that would be lost"):
+        tables.check_out(path, "plan")
     path.write_text("# notes\n")
     for wrong, message in (
         (path, r"--out: .*a\.json is not a results file .*lost; give another"),
         (tmp_path, "folder"),
     ):
         with pytest.raises(ValueError, match=message):
-            tables.check_out(wrong)
+            tables.check_out(wrong, "plan")
     assert path.read_text() == "# notes\n"

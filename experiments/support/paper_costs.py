@@ -180,7 +180,7 @@ def is_of(result: tables.Row, setting: Setting, table: PaperTable, device_bytes:
     if result.get("plan") in (AUTO, table.peer):
         given = result.get("device_budget") or 0.0
         fair = result.get("plan") == table.peer or abs(given / device_bytes - 1) <= 0.1
-        return fair and sizes and (result.get("groups") or 1) in (1, setting.groups)
+        return fair and sizes and (result.get("groups") or 1) == setting.groups
     groups, order = result.get("groups") or 1, result.get("order") or "row"
     same = groups == setting.groups and (groups == 1 or order == "column")
     return sizes and same and (result.get("weights") or "device") == table.weights

@@ -52,10 +52,11 @@ def read_file(path: str | os.PathLike) -> list[Row]:
     return rows
 
 
-def check_out(path: str | os.PathLike | None, field: str = "median_ms") -> None:
+def check_out(path: str | os.PathLike | None, field: str) -> None:
     """Raises ValueError where results would replace something else: before they are measured, and it is lost.
 
-    What is alike has the `field` in its rows; those of other scripts do not.
+    What is alike has the `field` in its rows; those of other scripts do not. The suite's, which adds to its file, may
+    have it, and say their workload.
     """
     if path is None or not Path(path).exists():
         return
@@ -67,6 +68,8 @@ def check_out(path: str | os.PathLike | None, field: str = "median_ms") -> None:
         raise ValueError(f"--out: {error}, and would be lost; give another file") from error
     if any(field not in row for row in rows):
         raise ValueError(f"--out: {path} has other results, without {field}, that would be lost; give another file")
+    if any("workload" in row for row in rows):
+        raise ValueError(f"--out: {path} has a suite's results, that would be lost; give another file")
 
 
 # --- words and numbers ------------------------------------------------------------------------------------------------
