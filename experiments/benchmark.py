@@ -254,7 +254,9 @@ def main(_: list[str]) -> None:
     hosted = [sum(kvrecomp.memory_needed(plan)["host"].values()) for plan in named]
     memory.limit_pinned(max(_COPY_GIB.value * GIB, min(max(hosted), budget.host or math.inf)))
     if chosen:
-        weights = tuple(layer.weights for layer in plan_for(AUTO, shape, works[0]).layers)
+        with turns.measuring():  # where the machine never was
+            machine = kvrecomp.profile()
+        weights = tuple(layer.weights for layer in plan_for(AUTO, shape, works[0], profile=machine).layers)
     sharding = kvrecomp.placement(plan_for("device", shape, works[0], weights=weights))  # the same for all plans
     with turns.preparing():
         model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value, sharding=sharding)

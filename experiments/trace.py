@@ -139,9 +139,11 @@ def run(given: flags.FlagValues) -> list[Timeline]:
     for name in names:  # mistakes are said before the weights are made
         if name != AUTO:
             kvrecomp.plan_for(name, shape, work, tail=one_step.NEW)
-    model = models.create(config, dtype=given.dtype)
+    with turns.preparing():
+        model = models.create(config, dtype=given.dtype)
     budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
-    machine = kvrecomp.profile(model, batch=work.batch) if AUTO in names else None
+    with turns.measuring():
+        machine = kvrecomp.profile(model, batch=work.batch) if AUTO in names else None
     rows, weights = [], kvrecomp.weight_memories(model)
     for name in names:
         plan = kvrecomp.plan_for(
