@@ -43,7 +43,7 @@ def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
     had two hidden states more on an H200, whose kernels XLA chooses by timing them.
     """
     tokens, most = workload.batch * workload.prompt, 0
-    for layer in dict.fromkeys(shape.layers):
+    for layer in shape.kinds:
         pairs = 3 * layer.width("keys_values")
         attention = 2 * layer.hidden + 2 * layer.heads * layer.head_dim + pairs
         feed_forward = (5 + 2 * layer.gated) * layer.hidden + (1 + layer.gated) * layer.intermediate + pairs

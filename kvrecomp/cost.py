@@ -13,7 +13,6 @@ of `kvrecomp.estimate`; awaiting takes the end of a CUDA graph. `kvpr_seconds` i
 the plain sum, for comparison.
 """
 
-import collections
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
@@ -29,15 +28,19 @@ from kvrecomp.hardware import ATTENTION, WORKS, Attention, Curve, HardwareProfil
 from kvrecomp.holds import Copy, events_before
 from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
 
+PLANS, KINDS, TASKS = 64, 64, 512  # of what is predicted in one call; of the last two at least
 MOST_LENGTHS = 4  # of a cache that grows, for which a step is predicted
 
 
 class Tasks(NamedTuple):
-    """A plan as arrays, [..., tasks]: what a step does, in the order of compute.
+    """A plan as arrays: what a step does.
 
-    `work` int32 is the row of the `WorkTable`, `tokens` the size there and `blocks` what its base is multiplied with;
-    work on weights has other groups than the first in place of tokens. `copies` counts the blocks awaited, none or one,
-    of `copy_bytes`; `hold` int32 is the task whose end lets the copy start, -1 for the start of the step.
+    Of each kind of task, [..., kinds]: `work` int32 is the row of the `WorkTable`, `tokens` the size there and `blocks`
+    what its base is multiplied with; work on weights has other groups than the first in place of tokens. `copies`
+    counts the blocks awaited, none or one, of `copy_bytes`. Layers alike have tasks of the same kinds.
+
+    Of each task, in the order of compute, int32[..., tasks]: its `kind`, and as `hold` the task whose end lets the copy
+    start, -1 for the start of the step.
     """
 
     work: np.ndarray
@@ -45,13 +48,14 @@ class Tasks(NamedTuple):
     blocks: np.ndarray
     copies: np.ndarray
     copy_bytes: np.ndarray
+    kind: np.ndarray
     hold: np.ndarray
 
 
 class WorkTable(NamedTuple):
     """Seconds of compute: WORKS of each distinct layer shape, then outside layers.
 
-    `base` float32[rows] is what no tokens take; `sizes` and `added` float32[rows, KNOTS] are the knots of what tokens
+    `base` float64[rows] is what no tokens take; `sizes` and `added` float64[rows, KNOTS] are the knots of what tokens
     add, of work on weights other groups.
     """
 
@@ -73,29 +77,46 @@ class StepCost(NamedTuple):
 
 def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
     """The tasks of one step under the plan, after that many write-outs: of one group where each takes its own."""
-    shapes = list(dict.fromkeys(plan.shape.layers))
-    kinds = [_layer_tasks(plan, *kind, write_outs, shapes.index(kind[1])) for kind in plan.kinds]
-    own = plan.of_each_layer(kinds)
-    starts = list(itertools.accumulate((len(layer.columns.T) for layer in own), initial=0))
-    # A step outside its layers: embedding, unembedding and sampling, at the end.
-    outside = np.array([[len(shapes) * len(WORKS)], [0], [plan.together], [0], [0]], float)
-    columns = np.concatenate([*(layer.columns for layer in own), outside], axis=1)
-    work, tokens, blocks, copies, copy_bytes = columns
-    hold = np.full(len(work), -1)
-    copied = np.flatnonzero(copies)
-    before = np.array(events_before([layer.copies for layer in own], plan.whole_window, plan.schedule), int)
-    events = np.concatenate([[-1], *(layer.events + start for layer, start in zip(own, starts))]).astype(int)
-    hold[copied] = events[before]
-    return Tasks(work.astype(np.int32), tokens, blocks, copies, copy_bytes, hold.astype(np.int32))
+    *alike, outside = _kinds_of_tasks(plan, write_outs)
+    work, tokens, blocks, copies, copy_bytes = np.concatenate([*(own.columns for own in alike), outside.columns], 1)
+    layers = np.array(plan.kind_numbers)
+    task, counts = _of_layers([own.columns.shape[1] for own in alike], layers)
+    copy, copy_counts = _of_layers([len(own.copies) for own in alike], layers)
+    event, event_counts = _of_layers([len(own.events) for own in alike], layers)
+    sent = np.concatenate([own.copies for own in alike])[copy]
+    ends = np.concatenate([own.events for own in alike])[event] + np.repeat(np.cumsum(counts) - counts, event_counts)
+    kind = np.append(task, len(work) - 1).astype(np.int32)
+    hold = np.full(len(kind), -1, np.int32)
+    before = events_before(sent, copy_counts, plan.whole_window, plan.schedule)
+    hold[copies[kind] > 0] = np.append(ends, -1)[before - 1]  # of none before it, the start of the step
+    return Tasks(work.astype(np.int32), tokens, blocks, copies, copy_bytes, kind, hold)
+
+
+def _of_layers(lengths: Sequence[int], layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where in a list of each kind of layer's things, of which there are `lengths`, those of every layer are, and how
+    many each has. `layers` has the kind of each."""
+    of_kinds = np.array(lengths)
+    counts = of_kinds[layers]
+    shift = (np.cumsum(of_kinds) - of_kinds)[layers] - (np.cumsum(counts) - counts)
+    return np.arange(counts.sum()) + np.repeat(shift, counts), counts
 
 
 class _LayerTasks(NamedTuple):
-    """A layer's tasks: float[5, tasks] of work, tokens, blocks, copies and copy_bytes; its copies; and int[events], the
-    task that ends at each event of `holds.events_before`."""
+    """A layer's tasks: float[5, tasks] of work, tokens, blocks, copies and copy_bytes; its copies, int[copies, 2]; and
+    int[events], the task that ends at each event of `holds.events_before`."""
 
     columns: np.ndarray
-    copies: list[Copy]
+    copies: np.ndarray
     events: np.ndarray
+
+
+def _kinds_of_tasks(plan: Plan, write_outs: int) -> list[_LayerTasks]:
+    """The tasks of each of the plan's kinds of layers, and of a step outside its layers: embedding, unembedding and
+    sampling, at the end."""
+    shapes = list(plan.shape.kinds)
+    outside = np.array([[len(shapes) * len(WORKS)], [0], [plan.together], [0], [0]], float)
+    alike = [_layer_tasks(plan, *kind, write_outs, shapes.index(kind[1])) for kind in plan.kinds]
+    return [*alike, _LayerTasks(outside, np.zeros((0, 2), int), np.zeros(0, int))]
 
 
 def _layer_tasks(
@@ -144,26 +165,31 @@ def _layer_tasks(
     for count in late:
         await_copy(count * plan.shape.itemsize, kept=True)
     compute("finish", others)
-    return _LayerTasks(np.array(tasks, float).T, copies, np.array([*events, len(tasks) - 1]))
+    events.append(len(tasks) - 1)
+    return _LayerTasks(np.array(tasks, float).T, np.array(copies, int).reshape(-1, 2), np.array(events))
 
 
 def stack_tasks(tasks: Sequence[Tasks]) -> Tasks:
-    """Tasks of several plans as one, [plans, tasks], filled up with plans and tasks that take no time.
+    """Tasks of several plans as one, [plans, kinds] and [plans, tasks], filled up with what takes no time.
 
-    Filled to powers, of four and of two, so that few shapes, and so few compilations, occur.
+    Filled to multiples of PLANS, and from KINDS and TASKS on to powers of four and of two times these, so that few
+    shapes, and so few compilations, occur.
     """
-    longest = 1 << (max(len(own.work) for own in tasks) - 1).bit_length()
-    plans = 16
-    while plans < len(tasks):
-        plans *= 4
+    plans = -(-len(tasks) // PLANS) * PLANS
+    kinds, longest = KINDS, TASKS
+    while kinds < 1 + max(len(own.work) for own in tasks):  # the last one of each plan takes no time
+        kinds *= 4
+    while longest < max(len(own.kind) for own in tasks):
+        longest *= 2
 
-    def stack(*columns: np.ndarray) -> np.ndarray:
-        filled = np.zeros((plans, longest), columns[0].dtype)
+    def stack(name: str, *columns: np.ndarray) -> np.ndarray:
+        dtype, size = (np.int32, longest) if name in ("kind", "hold") else (columns[0].dtype, kinds)
+        filled = np.full((plans, size), kinds - 1 if name == "kind" else 0, dtype)
         for row, column in zip(filled, columns):
             row[: len(column)] = column
         return filled
 
-    return Tasks(*map(stack, *tasks))  # what is filled in has no tokens, blocks or copies
+    return Tasks(*map(stack, Tasks._fields, *tasks))
 
 
 # --- seconds of compute -----------------------------------------------------------------------------------------------
@@ -173,7 +199,7 @@ def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) 
     """The table of that model and workload; layers that were not timed are estimated."""
     curves: list[Curve] = []
     outside = None
-    for layer in dict.fromkeys(shape.layers):
+    for layer in shape.kinds:
         times = layer_times(profile, layer, shape, workload.batch)
         if times.dtype and times.vocab in (None, shape.vocab):
             outside = times.outside
@@ -190,7 +216,7 @@ def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) 
         outside = table_bytes / profile.memory_rate + 10 * profile.kernel_seconds
     sizes, seconds = np.array([curve.knots for curve in (*curves, Curve.line(outside))]).swapaxes(0, 1)
     base = seconds[:, :1]
-    return WorkTable(*(column.astype(np.float32) for column in (base[:, 0], sizes, seconds - base)))
+    return WorkTable(base[:, 0], sizes, seconds - base)
 
 
 # --- seconds of a step ------------------------------------------------------------------------------------------------
@@ -199,13 +225,18 @@ def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) 
 def step_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload, plan_arrays: Tasks) -> StepCost:
     """Predicted seconds of a step for each of the plans in `plan_arrays` (`stack_tasks`): float32[plans] each.
 
-    A copy takes the link's latency and its bytes at the rate measured beside compute. Computed on the CPU; compiled
-    once per number of plans and of tasks.
+    A copy takes the link's latency and its bytes at the rate measured beside compute. Computed on the CPU, PLANS at a
+    time; compiled once per number of tasks and of their kinds.
     """
+    computing, copying = _seconds_of_kinds(profile, work_table(profile, shape, workload), *plan_arrays[:5])
+    arrays = computing, copying, plan_arrays.copies > 0, plan_arrays.kind, plan_arrays.hold
+    found: list[StepCost] = []
     with jax.default_device(_cpu()):
-        arrays = Tasks(*(column if column.dtype == np.int32 else column.astype(np.float32) for column in plan_arrays))
-        link = np.array([profile.to_device.base, 1 / profile.beside_compute, profile.handoff_seconds], np.float32)
-        return jax.device_get(_step_seconds(*jax.device_put((work_table(profile, shape, workload), link, arrays))))
+        handoff = jax.device_put(np.float32(profile.handoff_seconds))
+        for start in range(0, len(computing), PLANS):
+            some = jax.device_put([column[start : start + PLANS] for column in arrays])
+            found.append(_step_seconds(handoff, *some))
+        return StepCost(*map(np.concatenate, zip(*jax.device_get(found))))
 
 
 def _cpu() -> Any:
@@ -217,31 +248,48 @@ def _cpu() -> Any:
 
 
 @jax.jit
-def _step_seconds(table: WorkTable, link: Array, tasks: Tasks) -> StepCost:
-    return jax.vmap(functools.partial(_pipeline, table, link))(tasks)
+def _step_seconds(handoff: Array, *plans: Array) -> StepCost:
+    return jax.vmap(functools.partial(_pipeline, handoff))(*plans)
 
 
-def _pipeline(table: WorkTable, link: Array, tasks: Tasks) -> StepCost:
+def _pipeline(
+    handoff: Array, computing: Array, copying: Array, has_copy: Array, kinds: Array, holds: Array
+) -> StepCost:
     """The recurrence over one plan's tasks."""
-    interpolate = jax.vmap(functools.partial(jnp.interp, right="extrapolate"))
-    added = interpolate(tasks.tokens, table.sizes[tasks.work], table.added[tasks.work])
-    computing = jnp.maximum(0.0, table.base[tasks.work] * tasks.blocks + added)
-    copying = link[0] * tasks.copies + link[1] * tasks.copy_bytes
 
     def advance(carry, task):
         copied, computed, ends = carry
-        number, compute, copy, hold, has_copy = task
-        held = jnp.where(hold < 0, 0.0, ends[hold] + link[2])
-        copied = jnp.where(has_copy, jnp.maximum(copied, held) + copy, copied)
-        ended = jnp.where(has_copy, jnp.maximum(computed, copied), computed + compute)
-        computed = jnp.where(has_copy, jnp.maximum(computed + compute, copied + link[2]), ended)
+        number, compute, copy, awaits, hold = task
+        held = jnp.where(hold < 0, 0.0, ends[hold] + handoff)
+        copied = jnp.where(awaits, jnp.maximum(copied, held) + copy, copied)
+        ended = jnp.where(awaits, jnp.maximum(computed, copied), computed + compute)
+        computed = jnp.where(awaits, jnp.maximum(computed + compute, copied + handoff), ended)
         return (copied, computed, ends.at[number].set(ended)), None
 
-    count = tasks.work.shape[0]
-    xs = (jnp.arange(count), computing, copying, tasks.hold, tasks.copies > 0)
-    zero = jnp.zeros(())
-    (_, seconds, _), _ = jax.lax.scan(advance, (zero, zero, jnp.zeros(count)), xs)
-    return StepCost(seconds, copying.sum(), computing.sum())
+    each = [own[kinds] for own in (computing, copying, has_copy)]
+    count, zero = kinds.shape[0], jnp.zeros(())
+    (_, seconds, _), _ = jax.lax.scan(advance, (zero, zero, jnp.zeros(count)), (jnp.arange(count), *each, holds))
+    return StepCost(seconds, each[1].sum(), each[0].sum())
+
+
+def _seconds_of_kinds(
+    profile: HardwareProfile,
+    table: WorkTable,
+    work: np.ndarray,
+    tokens: np.ndarray,
+    blocks: np.ndarray,
+    copies: np.ndarray,
+    copy_bytes: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What each kind of task computes, and what the copy that it awaits takes, float32[..., kinds]; see `Tasks`."""
+    sizes, added = table.sizes[work], table.added[work]
+    after = np.clip(np.sum(sizes < tokens[..., None], axis=-1, keepdims=True), 1, sizes.shape[-1] - 1)
+    (x0, y0), (x1, y1) = (
+        [np.take_along_axis(own, end, -1)[..., 0] for own in (sizes, added)] for end in (after - 1, after)
+    )
+    computing = table.base[work] * blocks + y0 + (tokens - x0) * (y1 - y0) / (x1 - x0)
+    copying = profile.to_device.base * copies + copy_bytes / profile.beside_compute
+    return np.maximum(0, computing).astype(np.float32), copying.astype(np.float32)
 
 
 def plan_costs(profile: HardwareProfile, plans: Sequence[Plan], write_outs: int | None = None) -> StepCost:
@@ -258,21 +306,52 @@ def mean_costs(profile: HardwareProfile, plans: Sequence[Plan]) -> StepCost:
 
     A cache that grows out of the device makes later steps longer, which the step half way does not show.
     """
+    costs = _costs(profile, [(plan, write_outs) for plan in plans for write_outs in step_shares(plan)])
+    return StepCost(*(_means(plans, seconds) for seconds in costs))
+
+
+def mean_bounds(profile: HardwareProfile, plans: Sequence[Plan]) -> np.ndarray:
+    """Seconds that the mean of `mean_costs` is no shorter than, float[plans]: all copies, or all compute, of each step.
+
+    Takes a fraction of the time that `mean_costs` does.
+    """
+    shape, workload = _one_work(plans)
+    columns: list[np.ndarray] = []
+    often: list[np.ndarray] = []  # how many layers have each kind of task, and for how many groups in turn
+    for plan in plans:
+        for write_outs in step_shares(plan):
+            kinds = [own.columns for own in _kinds_of_tasks(plan, write_outs)]
+            columns.append(np.concatenate(kinds, axis=1))
+            counts = np.repeat([*plan.kinds.values(), 1], [own.shape[1] for own in kinds])
+            often.append(counts * (plan.groups // plan.together))
+    work, *others = np.concatenate(columns, axis=1)
+    seconds = _seconds_of_kinds(profile, work_table(profile, shape, workload), work.astype(int), *others)
+    starts = list(itertools.accumulate(map(len, often[:-1]), initial=0))
+    sums = np.add.reduceat(np.array(seconds, float) * np.concatenate(often), starts, axis=1)
+    return _means(plans, sums.max(axis=0))
+
+
+def _means(plans: Sequence[Plan], seconds: np.ndarray) -> np.ndarray:
+    """The mean of each plan's steps, whose seconds are those of its `step_shares`, plan by plan."""
     shares = [step_shares(plan) for plan in plans]
-    costs = _costs(profile, [(plan, write_outs) for plan, own in zip(plans, shares) for write_outs in own])
-    weights = np.array([share for own in shares for share in own.values()], np.float32)
-    starts = list(itertools.accumulate(map(len, shares[:-1]), initial=0))
-    return StepCost(*(np.add.reduceat(weights * seconds, starts) for seconds in costs))
+    weights = np.array([share for own in shares for share in own.values()], seconds.dtype)
+    return np.add.reduceat(weights * seconds, list(itertools.accumulate(map(len, shares[:-1]), initial=0)))
 
 
 def _costs(profile: HardwareProfile, steps: Sequence[tuple[Plan, int]]) -> StepCost:
     """Predicted seconds of a step of all groups of each plan, after so many write-outs."""
-    first, _ = steps[0]
-    if any((plan.shape, plan.workload) != (first.shape, first.workload) for plan, _ in steps):
-        raise PlanError("the plans are for different models or workloads; predict them one by one")
-    costs = step_seconds(profile, first.shape, first.workload, stack_tasks([make_tasks(*step) for step in steps]))
+    shape, workload = _one_work([plan for plan, _ in steps])
+    costs = step_seconds(profile, shape, workload, stack_tasks([make_tasks(*step) for step in steps]))
     passes = np.array([plan.groups // plan.together for plan, _ in steps])
     return StepCost(*(seconds[: len(steps)] * passes for seconds in costs))
+
+
+def _one_work(plans: Sequence[Plan]) -> tuple[ModelShape, Workload]:
+    """The model and workload of all these plans."""
+    shape, workload = plans[0].shape, plans[0].workload
+    if any((plan.shape, plan.workload) != (shape, workload) for plan in plans):
+        raise PlanError("the plans are for different models or workloads; predict them one by one")
+    return shape, workload
 
 
 def median_write_outs(plan: Plan, new: int | None = None) -> int:
@@ -336,7 +415,7 @@ def kvpr_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload
     """
     b, s, p = workload.batch, workload.prompt, shape.itemsize
     total = 0.0
-    for layer, count in collections.Counter(shape.layers).items():
+    for layer, count in shape.kinds.items():
         kv = layer.width("keys_values")
         sent = b * recomputed * layer.hidden * p / profile.beside_compute
         computed = 2 * b * recomputed * layer.hidden * kv / profile.matmul_rate

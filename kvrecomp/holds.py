@@ -3,10 +3,10 @@
 Plain numbers, as in `kvrecomp.plan`.
 """
 
-import collections
-import math
-from collections.abc import Sequence
 from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
 
 from kvrecomp.plan import Schedule
 
@@ -20,33 +20,43 @@ class Copy(NamedTuple):
     kept: bool = False
 
 
-def events_before(layers: Sequence[Sequence[Copy]], window: float, schedule: Schedule) -> list[int]:
-    """For each copy, layer by layer in the order of use, how many events come before it may start.
+def events_before(copies: ArrayLike, counts: ArrayLike, window: float, schedule: Schedule) -> np.ndarray:
+    """For each copy, layer by layer in the order of use, how many events come before it may start: int[copies].
 
     The events are, layer by layer: a copy has arrived; it has been used, unless it is kept; and, after those of all its
     copies, the layer is done, and what it kept no longer in use. In a pipeline at most COPIES_AHEAD copies are on their
     way, and at most `window` bytes on their way or in use. Layer by layer one copy is on its way, and a layer's first
     waits for the layer before.
+
+    `copies` are `Copy`s, or an array of them, int[copies, 2], and `counts` says how many each layer has.
     """
-    pipelined = schedule == "pipelined"
-    ahead, most = (COPIES_AHEAD, window) if pipelined else (1, math.inf)
-    before: list[int] = []
-    to_come: collections.deque[tuple[int, int]] = collections.deque()  # of each event: arrivals, bytes no longer in use
-    on_the_way = in_use = events = 0
-    for own in layers:
-        for number, copy in enumerate(own):
-            while (
-                on_the_way == ahead
-                or (in_use and in_use + copy.nbytes > most)
-                or (to_come and number == 0 and not pipelined)
-            ):
-                arrived, freed = to_come.popleft()
-                on_the_way, in_use, events = on_the_way - arrived, in_use - freed, events + 1
-            before.append(events)
-            on_the_way, in_use = on_the_way + 1, in_use + copy.nbytes
-            to_come += [(1, 0)] if copy.kept else [(1, 0), (0, copy.nbytes)]
-        to_come.append((0, sum(copy.nbytes for copy in own if copy.kept)))
-    return before
+    nbytes, kept = np.reshape(np.asarray(copies, np.int64), (-1, 2)).T
+    counts = np.asarray(counts, np.int64)
+    layer = np.repeat(np.arange(len(counts)), counts)
+    own_events = 2 - kept
+    # The number of each copy's arrival, and of each layer's end, among the events.
+    arrives = np.cumsum(own_events) - own_events + layer
+    done = np.cumsum(_summed(own_events, layer, len(counts)) + 1) - 1
+    ahead = COPIES_AHEAD if schedule == "pipelined" else 1
+    before = np.zeros(len(nbytes), np.int64)
+    before[ahead:] = arrives[:-ahead] + 1
+    if schedule == "pipelined":
+        frees = np.zeros(np.sum(own_events) + len(counts), np.int64)
+        frees[(arrives + 1)[kept == 0]] = nbytes[kept == 0]
+        frees[done] = _summed(nbytes * kept, layer, len(counts))
+        freed = np.concatenate([[0], np.cumsum(frees)])  # by so many events
+        sent = np.cumsum(nbytes)
+        # Enough that it fits beside what is still in use, or all of it: a copy may be larger than the window.
+        before = np.maximum(before, np.searchsorted(freed, np.minimum(sent - window, sent - nbytes)))
+    else:
+        first = np.flatnonzero(np.diff(layer, prepend=0))
+        before[first] = done[layer[first] - 1] + 1
+    return np.maximum.accumulate(before)
+
+
+def _summed(values: np.ndarray, layer: np.ndarray, layers: int) -> np.ndarray:
+    """int[layers]: the values of each layer's copies."""
+    return np.bincount(layer, values, layers).astype(np.int64)  # exact below 2**53
 
 
 def in_flight_bytes(window: int, largest: int, kept: int) -> int:

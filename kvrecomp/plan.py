@@ -15,6 +15,7 @@ block, in the memory that the layer's `grown` says.
 Nothing here imports jax: a plan can be made, printed and compared anywhere.
 """
 
+import collections
 import dataclasses
 import functools
 import io
@@ -40,7 +41,6 @@ class _Sized(Protocol):
 
 
 AnyBlock = TypeVar("AnyBlock", bound=_Sized)
-Made = TypeVar("Made")
 """A block, or what a plan says of one."""
 
 FORMS: tuple[Form, ...] = get_args(Form)
@@ -174,7 +174,13 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """Weights of the model, biases and norms left out."""
-        return sum(layer.parameters for layer in self.layers) + self.vocab * self.embedding * (1 if self.tied else 2)
+        layers = sum(count * layer.parameters for layer, count in self.kinds.items())
+        return layers + self.vocab * self.embedding * (1 if self.tied else 2)
+
+    @functools.cached_property
+    def kinds(self) -> dict[LayerShape, int]:
+        """How many layers there are of each shape, in the order in which they occur."""
+        return dict(collections.Counter(self.layers))
 
 
 @dataclass(frozen=True)
@@ -249,10 +255,12 @@ class LayerPlan:
 
     def blocks(self, write_outs: int, tail_tokens: int) -> tuple[BlockSpec, ...]:
         """The layer's blocks after that many write-outs of the tail."""
-        last = len(self.grown) - 1
-        return self.prompt + tuple(
-            BlockSpec(self.tail_form, self.grown[min(i, last)], tail_tokens) for i in range(write_outs)
-        )
+        grown = {memory: BlockSpec(self.tail_form, memory, tail_tokens) for memory in set(self.grown)}
+        return self.prompt + tuple(grown[self.written_to(number)] for number in range(write_outs))
+
+    def written_to(self, write_outs: int) -> Memory:
+        """Where the tail goes when it is written out the given time, counted from 0."""
+        return self.grown[min(write_outs, len(self.grown) - 1)]
 
 
 @dataclass(frozen=True)
@@ -292,7 +300,8 @@ class Plan:
                 f"a prompt of {self.workload.prompt} and {self.workload.new} new tokens need {total} positions; "
                 f"{self.shape.name} has {self.shape.positions}: shorten one of them"
             )
-        for (layer, layer_shape), (number, *_) in self._members.items():
+        for kind, (layer, layer_shape) in enumerate(self.kinds):
+            number = self.kind_numbers.index(kind)
             tokens = sum(block.tokens for block in layer.prompt)
             if tokens != (cached := layer_shape.cached(self.workload.prompt)):
                 raise PlanError(f"layer {number}: its blocks hold {tokens} tokens; of the prompt {cached} are cached")
@@ -307,27 +316,28 @@ class Plan:
     @functools.cached_property
     def kinds(self) -> dict[tuple[LayerPlan, LayerShape], int]:
         """How many layers there are of each kind: planned alike and of the same shape."""
-        return {kind: len(numbers) for kind, numbers in self._members.items()}
+        return {kind: self.kind_numbers.count(number) for number, kind in enumerate(self._numbered[0])}
 
-    def of_each_layer(self, made: Sequence[Made]) -> list[Made]:
-        """What was made for each of `kinds`, in their order, for each layer."""
-        own = {number: each for numbers, each in zip(self._members.values(), made) for number in numbers}
-        return [own[number] for number in range(len(self.layers))]
+    @property
+    def kind_numbers(self) -> tuple[int, ...]:
+        """For each layer, which of `kinds` it is."""
+        return self._numbered[1]
 
     @functools.cached_property
-    def _members(self) -> dict[tuple[LayerPlan, LayerShape], list[int]]:
-        """The numbers of the layers of each kind.
+    def _numbered(self) -> tuple[list[tuple[LayerPlan, LayerShape]], tuple[int, ...]]:
+        """The kinds, in the order in which they occur, and `kind_numbers`.
 
         Layers that are the very same objects are told to be alike by that: hashing all of many layers takes long.
         """
-        members: dict[tuple[LayerPlan, LayerShape], list[int]] = {}
-        known: dict[tuple[int, int], list[int]] = {}
-        for number, kind in enumerate(zip(self.layers, self.shape.layers)):
+        numbers: dict[tuple[LayerPlan, LayerShape], int] = {}
+        known: dict[tuple[int, int], int] = {}
+        of_layers: list[int] = []
+        for kind in zip(self.layers, self.shape.layers):
             objects = id(kind[0]), id(kind[1])
             if objects not in known:
-                known[objects] = members.setdefault(kind, [])
-            known[objects].append(number)
-        return members
+                known[objects] = numbers.setdefault(kind, len(numbers))
+            of_layers.append(known[objects])
+        return list(numbers), tuple(of_layers)
 
     def bytes_of(self, layer_shape: LayerShape, block: BlockSpec) -> int:
         """Bytes of a block of that layer."""
@@ -340,7 +350,7 @@ class Plan:
 
     def written_to(self, write_outs: int) -> tuple[Memory, ...]:
         """Where each layer's tail goes when it is written out the given time, counted from 0."""
-        return tuple(layer.grown[min(write_outs, len(layer.grown) - 1)] for layer in self.layers)
+        return tuple(layer.written_to(write_outs) for layer in self.layers)
 
     def blocks(self, write_outs: int = 0) -> tuple[tuple[BlockSpec, ...], ...]:
         """The blocks of every layer after that many write-outs."""
@@ -402,7 +412,8 @@ class Plan:
             table.add_column(f"{form.replace('_', ' and ')}\non the {memory}", justify="right")
         table.add_column("tail", justify="right")
         table.add_column("method")
-        for (layer, layer_shape), numbers in self._members.items():
+        for kind, (layer, layer_shape) in enumerate(self.kinds):
+            numbers = [number for number, own in enumerate(self.kind_numbers) if own == kind]
             cells = []
             for form, memory in columns:
                 blocks = [b for b in layer.prompt if (b.form, b.memory) == (form, memory)]

@@ -28,7 +28,7 @@ def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False
     found = None if refresh else _read(profile_path())
     known = found or measure_machine()
     if model is not None:
-        for layer in dict.fromkeys(model.shape.layers):
+        for layer in model.shape.kinds:
             if refresh or not _covers(known.times(layer, model.shape.dtype, batch), model.shape.positions):
                 known = known.with_times(measure_layer(model, layer, batch))
     if known is not found:

@@ -18,12 +18,13 @@ import bisect
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from kvrecomp.budget import MARGIN, check_within, memory_needed, prefill_bytes, recomputed_bytes, weights_in
 from kvrecomp.builder import Builder, Settings, smaller_form
-from kvrecomp.cost import StepCost, decode_seconds, mean_costs, plan_costs
+from kvrecomp.cost import MOST_LENGTHS, PLANS, StepCost, decode_seconds, mean_bounds, mean_costs, plan_costs
 from kvrecomp.cutting import BLOCKS_PER_WINDOW, default_tail
 from kvrecomp.estimate import layer_times, slow_if_uneven
 from kvrecomp.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
@@ -58,6 +59,7 @@ MOST_TAIL_BYTES = 4 * GIB
 SPLITS = (1, 2, 4, 8, 16)  # groups that rows are split into: a program of column order has the attention of each
 ALIKE = 1.03  # times the shortest workload, with fewer groups or in row order, whose program is smaller, is as good
 SURE = 1.01  # times the shortest step: predictions that differ by less do not tell which is shorter
+PLANS_AT_ONCE = PLANS // MOST_LENGTHS  # of a search, predicted in one call of the cost function
 SMALL_PREFILL = 1 / 16  # of the device memory
 RIVALS = ("activations", "recompute", "keys_values", "split:0.5", "device")  # what the choice is compared with
 
@@ -197,7 +199,9 @@ class _Search:
         self.weights, self.groups = weights, groups
         self.order: Order = order or default_order("host" in weights, groups)
         self.any_order = order is None
-        self.shapes = list(dict.fromkeys(shape.layers))
+        self.shapes = list(shape.kinds)
+        self.shape_numbers = [self.shapes.index(layer) for layer in shape.layers]  # hashing each again takes long
+        self.smaller_widths = sum(layer.width(smaller_form(layer)) for layer in shape.layers)
         sent = [own for own, place in zip(shape.layers, weights) if place == "host"]
         self.sent_layer = max((own.parameters * shape.itemsize for own in sent), default=0)  # bytes
         self.sent_matrix = max((max(map(max, own.matrices)) * shape.itemsize for own in sent), default=0)
@@ -225,7 +229,7 @@ class _Search:
     def best(self) -> Plan:
         """The plan to use. Raises `PlanError` where none fits."""
         window, grid = self.windows[0], [step / GRID for step in range(GRID + 1)]
-        growth = (0.0, 0.25, 0.5, 0.75, 1.0) if self.workload.new > self.tail else (0.0,)
+        growth = (0.0, 0.5, 1.0) if self.workload.new > self.tail else (0.0,)
         here = (None, *(step / GRID for step in ON_DEVICE_STEPS))
         choices = itertools.product(here, grid, ("absorb",), FORMS, growth)
         times = (layer_times(self.profile, layer, self.shape, self.workload.batch) for layer in self.shapes)
@@ -266,6 +270,18 @@ class _Search:
             costs = mean_costs(self.profile, list(new.values()))
             self._costs.update(zip(new, itertools.starmap(StepCost, zip(*costs))))
         return [self._costs[_key(plan)] for plan in plans]
+
+    def _seconds(self, plans: Sequence[Plan]) -> tuple[list[float], float]:
+        """Of each plan's mean step, or infinite where it is surely longer than SURE times the shortest; and of that."""
+        bounds = mean_bounds(self.profile, plans)
+        seconds, shortest = [math.inf] * len(plans), math.inf
+        waiting = sorted(range(len(plans)), key=lambda number: float(bounds[number]))
+        while waiting and bounds[waiting[0]] <= SURE * shortest:
+            some, waiting = waiting[:PLANS_AT_ONCE], waiting[PLANS_AT_ONCE:]
+            for number, cost in zip(some, self.costs([plans[number] for number in some])):
+                seconds[number] = float(cost.seconds)
+                shortest = min(shortest, seconds[number])
+        return seconds, shortest
 
     def rivals(self, plan: Plan) -> list[tuple[Plan, StepCost]]:
         """The plans by name that fit, with the tail and window of this one."""
@@ -323,8 +339,7 @@ class _Search:
         if not fitting:
             closest = min((plan for plan, _ in made.values()), key=self._excess)
             check_within(closest, {place: getattr(self.budget, place) for place in MEMORIES})
-        seconds = [float(cost.seconds) for cost in self.costs([plan for plan, _ in fitting])]
-        shortest = min(seconds)
+        seconds, shortest = self._seconds([plan for plan, _ in fitting])
         sent = min(own[0].bytes_in("host") for own, each in zip(fitting, seconds) if each <= 1.001 * shortest)
         near = [own for own, each in zip(fitting, seconds) if each <= SURE * shortest]
         return min((own for own in near if own[0].bytes_in("host") <= sent), key=lambda own: _unsure(own[0]))[1]
@@ -344,15 +359,13 @@ class _Search:
         largest = max(window // BLOCKS_PER_WINDOW, self.sent_matrix)
         in_flight = in_flight_bytes(window + 2 * self.sent_layer, largest, self.sent_layer)
         window_room = room - max(0, in_flight - self.prefill) / self.groups
-        widths = {layer: layer.width(smaller_form(layer)) for layer in self.shapes}
-        total = sum(widths[layer] for layer in self.shape.layers)
-        own: dict[tuple[LayerShape, Memory], LayerPlan] = {}
+        made: list[dict[Memory, LayerPlan]] = []
         for layer in self.shapes:
-            share = widths[layer] / total
+            share = layer.width(smaller_form(layer)) / self.smaller_widths
             builder = Builder(layer, self.shape, self.workload, window, self.tail, room * share, window_room * share)
-            made = builder.plan(settings[layer])
-            own |= {(layer, place): dataclasses.replace(made, weights=place) for place in MEMORIES}
-        layers = tuple(own[kind] for kind in zip(self.shape.layers, self.weights))
+            own = builder.plan(settings[layer])
+            made.append({place: dataclasses.replace(own, weights=place) for place in MEMORIES})
+        layers = tuple(made[number][place] for number, place in zip(self.shape_numbers, self.weights))
         groups, order = self.groups, self.order
         return Plan(AUTO, self.shape, self.workload, layers, self.tail, window, groups=groups, order=order)
 

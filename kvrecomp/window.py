@@ -1,6 +1,7 @@
 """The window: copies from host memory to the device within a step, in the order of use, held so that they overlap."""
 
 import collections
+import itertools
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -30,9 +31,10 @@ class Window:
 
     def __init__(self, layers: Sequence[Sequence[tuple[Array, Copy]]], size: int, schedule: Schedule):
         """`layers` lists what every layer needs from the host, in the order of use."""
-        copies = [[copy for _, copy in layer] for layer in layers]
-        self._waiting = collections.deque(array for layer in layers for array, _ in layer)
-        self._before = collections.deque(events_before(copies, size, schedule))
+        pairs = list(itertools.chain(*layers))
+        self._waiting = collections.deque(array for array, _ in pairs)
+        before = events_before([copy for _, copy in pairs], list(map(len, layers)), size, schedule)
+        self._before = collections.deque(before.tolist())
         self._events = 0
         self._copied: collections.deque[Array] = collections.deque()
         self._start(None)

@@ -3,7 +3,7 @@
 import heapq
 import itertools
 from dataclasses import replace
-from typing import get_args
+from typing import NamedTuple, get_args
 from unittest import mock
 
 import jax
@@ -17,6 +17,7 @@ from kvrecomp.cost import (
     WORKS,
     Tasks,
     make_tasks,
+    mean_bounds,
     mean_costs,
     plan_costs,
     stack_tasks,
@@ -114,6 +115,27 @@ def simulate(computing, copying, hold, handoff=0.0):
             {"copied": copied, "arrived": arrived, "over": over, "ended": ended}[what].add(task)
 
 
+class EachTask(NamedTuple):
+    """What every task of a step is, in the order of compute: `Tasks` with its kinds written out."""
+
+    work: np.ndarray
+    tokens: np.ndarray
+    blocks: np.ndarray
+    copies: np.ndarray
+    copy_bytes: np.ndarray
+    hold: np.ndarray
+
+
+def each_task(plan, write_outs=0):
+    *columns, kind, hold = make_tasks(plan, write_outs)
+    return EachTask(*(column[kind] for column in columns), hold)
+
+
+def stacked(tasks):
+    """For the cost function, every task being of a kind of its own."""
+    return stack_tasks([Tasks(*own[:5], np.arange(len(own.hold), dtype=np.int32), own.hold) for own in tasks])
+
+
 seconds_of = st.sampled_from([0.0, 1e-5, 3e-4, 7e-3]) | st.floats(1e-6, 1e-2)
 
 
@@ -136,7 +158,7 @@ def task_lists(draw):
         )
     work, tokens, blocks, copies, copy_bytes, hold = map(np.array, zip(*rows))
     floats = (column.astype(float) for column in (tokens, blocks, copies, copy_bytes))
-    return Tasks(work.astype(np.int32), *floats, hold.astype(np.int32))
+    return EachTask(work.astype(np.int32), *floats, hold.astype(np.int32))
 
 
 ONE = replace(SHAPE, layers=(PLAIN,))
@@ -169,7 +191,7 @@ def seconds_at(curve, size):
 @many
 @given(machines(), st.lists(task_lists(), min_size=1, max_size=3))
 def test_as_an_event_simulation(machine, tasks):
-    predicted = step_seconds(machine, ONE, WORK, stack_tasks(tasks))
+    predicted = step_seconds(machine, ONE, WORK, stacked(tasks))
     own = machine.layers[0]
     curves = [*(own.work[work] for work in WORKS), Curve.line(own.outside)]
     # Three rows of another group, through Q, K and V, the last two of which can be absorbed, and through the output
@@ -270,7 +292,7 @@ def test_more_work_takes_longer(machine, tasks, data):
     more[number] += data.draw(st.integers(1, 10**6))
     if what == "copy_bytes" and not tasks.copies[number]:
         return  # nothing is copied
-    both = step_seconds(machine, ONE, WORK, stack_tasks([tasks, tasks._replace(**{what: more})]))
+    both = step_seconds(machine, ONE, WORK, stacked([tasks, tasks._replace(**{what: more})]))
     assert both.seconds[1] >= both.seconds[0]
 
 
@@ -281,7 +303,7 @@ def test_more_work_takes_longer(machine, tasks, data):
 def test_an_infinite_link_leaves_the_compute(name):
     machine = replace(MACHINE, beside_compute=1e30, to_device=Line(0.0, 0.0))
     (plan,) = [named_plan(name, SHAPE, WORK, tail=3)]
-    tasks, table = make_tasks(plan, 1), work_table(machine, SHAPE, WORK)
+    tasks, table = each_task(plan, 1), work_table(machine, SHAPE, WORK)
     slopes = table.added[:, 1] / table.sizes[:, 1]  # estimates are lines
     expected = (table.base[tasks.work] * tasks.blocks + slopes[tasks.work] * tasks.tokens).sum()
     assert plan_costs(machine, [plan], 1).seconds[0] == pytest.approx(expected, rel=1e-5)
@@ -310,7 +332,7 @@ def test_without_overlap_it_is_the_sum(machine, tasks):
     held = tasks._replace(hold=np.arange(-1, count - 1, dtype=np.int32))
     held = held._replace(tokens=tasks.tokens * computes, blocks=tasks.blocks * computes, work=tasks.work * computes)
     machine = replace(machine, handoff_seconds=0.0)
-    predicted = step_seconds(machine, ONE, WORK, stack_tasks([held]))
+    predicted = step_seconds(machine, ONE, WORK, stacked([held]))
     assert predicted.seconds[0] == pytest.approx(predicted.copying[0] + predicted.computing[0], rel=1e-5)
 
 
@@ -318,9 +340,9 @@ def test_without_overlap_it_is_the_sum(machine, tasks):
 def test_the_plain_sum(name):
     """The same plan's tasks, one after the other."""
     plan = named_plan(name, SHAPE, WORK, tail=3, window=5000)
-    tasks = make_tasks(plan, 2)
+    tasks = each_task(plan, 2)
     held = tasks._replace(hold=np.arange(-1, len(tasks.work) - 1, dtype=np.int32))
-    predicted = step_seconds(MACHINE, SHAPE, WORK, stack_tasks([held]))
+    predicted = step_seconds(MACHINE, SHAPE, WORK, stacked([held]))
     assert sum_seconds(MACHINE, plan, 2) == pytest.approx(predicted.seconds[0], rel=1e-5)
     assert sum_seconds(MACHINE, plan) == pytest.approx(sum_seconds(MACHINE, plan, 1), rel=1e-6)  # at half of 8 tokens
 
@@ -419,17 +441,17 @@ def test_tasks_by_hand():
         (row(1, "finish"), 0, 1, 0, 0, -1),
         (2 * len(WORKS), 0, 1, 0, 0, -1),
     ]
-    np.testing.assert_array_equal(np.stack(make_tasks(BY_HAND), axis=1), expected)
+    np.testing.assert_array_equal(np.stack(each_task(BY_HAND), axis=1), expected)
     layerwise = list(zip(*expected))
     layerwise[5] = (*[-1] * 6, 4, *[-1] * 5, 8, *[-1] * 3)  # after the first copy, and after the first layer
-    np.testing.assert_array_equal(np.stack(make_tasks(replace(BY_HAND, schedule="layerwise"))), layerwise)
+    np.testing.assert_array_equal(np.stack(each_task(replace(BY_HAND, schedule="layerwise"))), layerwise)
 
 
 def test_uneven_blocks_by_hand():
     """257 and 259 activations, absorbed, and 263 keys and values; of a tail of 300 it is not known."""
     blocks = BlockSpec(acts, "device", 257), BlockSpec(acts, "host", 259), BlockSpec(kv, "host", 263)
     shape, work = replace(SHAPE, layers=(GROUPED,), positions=2000), replace(WORK, prompt=779, new=300)
-    tasks = make_tasks(Plan("uneven", shape, work, (LayerPlan(blocks, acts),), 300, 10**6))
+    tasks = each_task(Plan("uneven", shape, work, (LayerPlan(blocks, acts),), 300, 10**6))
     sizes = [(WORKS[number], size) for number, size in zip(tasks.work[:-1], tasks.tokens) if size]
     expected = [("uneven_device_absorb", 257), ("device_absorb", 300), ("uneven_absorb", 259), (kv, 263)]
     assert sizes == expected
@@ -437,7 +459,7 @@ def test_uneven_blocks_by_hand():
 
 def test_tasks_after_write_outs_by_hand():
     """The first layer's tail became a block on the device, then one on the host; the second's are on the host."""
-    tasks = make_tasks(BY_HAND, 2)
+    tasks = each_task(BY_HAND, 2)
     rows = [tuple(task) for task in np.stack(tasks, axis=1)]
     attending = {WORKS.index(attention_work(kind, place)) for kind in ATTENTION for place in ("host", "device")}
     assert [task for task in rows if task[0] % len(WORKS) in attending and task[0] < 2 * len(WORKS)] == [
@@ -467,7 +489,7 @@ def test_tasks_after_write_outs_by_hand():
 def test_blocks_on_the_device_of_another_form_than_the_tail_have_a_partial_result_of_their_own(tail, other, size):
     """Keys and values of 6 tokens, and activations of 5: what no tokens from the host take, and what those here add."""
     own = LayerPlan((BlockSpec(kv, "device", 6), BlockSpec(acts, "device", 5)), tail_form=tail)
-    tasks = make_tasks(Plan("some", replace(SHAPE, layers=(PLAIN,)), WORK, (own,), tail=3))
+    tasks = each_task(Plan("some", replace(SHAPE, layers=(PLAIN,)), WORK, (own,), tail=3))
     found = list(zip(tasks.work, tasks.tokens, tasks.blocks))
     assert {(row(0, other), 0, 1), (row(0, f"device_{other}"), size, 0)} <= set(found)
     same = {kv: "absorb", "absorb": kv}[other]
@@ -482,17 +504,17 @@ def test_absorption_is_prepared_once_a_layer(where):
     for method, times in [("absorb", 1), ("recompute", 0)]:
         own = LayerPlan((BlockSpec(form, memory, 6), BlockSpec(form, memory, 5)), tail_form=tail, method=method)
         plan = Plan("some", replace(SHAPE, layers=(PLAIN,)), WORK, (own,), tail=3)
-        assert list(make_tasks(plan).work).count(row(0, "prepare")) == times
-    assert row(0, "prepare") not in make_tasks(named_plan(kv, SHAPE, WORK)).work
+        assert list(each_task(plan).work).count(row(0, "prepare")) == times
+    assert row(0, "prepare") not in each_task(named_plan(kv, SHAPE, WORK)).work
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("write_outs", [0, 1, 2])
 def test_every_token_and_byte_is_there(name, write_outs):
     plan = named_plan(name, SHAPE, WORK, tail=3, window=5000)
-    tasks = make_tasks(plan, write_outs)
+    tasks = each_task(plan, write_outs)
     assert tasks.copy_bytes.sum() == plan.bytes_in("host", write_outs) == plan.link_bytes(write_outs)
-    hosted = make_tasks(with_host_weights(plan, 0.5), write_outs)
+    hosted = each_task(with_host_weights(plan, 0.5), write_outs)
     assert hosted.copy_bytes.sum() == tasks.copy_bytes.sum() + 2 * GROUPED.parameters
     assert tasks.tokens.sum() == 2 * (11 + 3 * write_outs + 3)
     kinds = [kv if own.tail_form == kv else own.method for own in plan.layers]
@@ -506,7 +528,7 @@ def test_what_is_out_of_sight_is_neither_sent_nor_attended_to(name):
     """Of 4 cached tokens of the prompt and three tails of 3, those in the last two, and the present one."""
     shape = replace(SHAPE, layers=(replace(PLAIN, sliding_window=5),))
     plan = named_plan(name, shape, replace(WORK, new=11), tail=3)
-    tasks = make_tasks(plan, 3)
+    tasks = each_task(plan, 3)
     assert tasks.tokens.sum() == 3 + 3 + 3
     sent = plan.bytes_in("host", 3) * 6 / 13
     assert tasks.copy_bytes.sum() == plan.link_bytes(3) == sent
@@ -545,7 +567,7 @@ def plans(draw):
 @given(plans(), st.integers(0, 3))
 def test_copies_are_held_as_the_runtime_holds_them(plan, write_outs):
     """The runtime's own window, driven task by task; what it copies is recorded with the task that has just ended."""
-    tasks = make_tasks(plan, write_outs)
+    tasks = each_task(plan, write_outs)
     host: list[list[tuple[np.ndarray, Copy]]] = []
     for number, (own, layer) in enumerate(zip(plan.blocks(write_outs), plan.shape.layers)):
         blocks = [Copy(plan.bytes_of(layer, spec)) for spec in own if spec.memory == "host"]
@@ -591,8 +613,8 @@ def test_copies_start_as_early_as_the_window_lets_them(layers, more):
     layers = [[Copy(*each) for each in own] for own in layers]
     kept = [sum(copy.nbytes for copy in own if copy.kept) for own in layers]
     window = max(kept, default=0) + 20 * any(kept) + more
-    before = events_before(layers, window, "pipelined")
     copies = [copy for own in layers for copy in own]
+    before = events_before(copies, [len(own) for own in layers], window, "pipelined")
     assert len(before) == len(copies)
     numbers = itertools.count()
     events = []  # what has arrived, and what is free then
@@ -694,6 +716,19 @@ def test_the_mean_of_all_steps(new):
     for field, mean in zip(("seconds", "copying", "computing"), means):
         every = np.array([getattr(plan_costs(MACHINE, plans, own), field) for own in steps])
         assert mean == pytest.approx(every.mean(axis=0), rel=1e-5 if len(set(steps)) <= 4 else 0.02)
+
+
+@many
+@given(plans(), st.sampled_from([1, 2, 8]), machines())
+def test_no_mean_step_is_shorter_than_its_copies_or_its_compute(plan, groups, machine):
+    """Of each step the longer of both, with those of all layers and groups."""
+    some = [plan, replace(plan, groups=groups, order="row")]
+    bounds = mean_bounds(machine, some)
+    assert (bounds <= mean_costs(machine, some).seconds * (1 + 1e-5)).all()
+    for plan, bound in zip(some, bounds, strict=True):
+        steps = {own: plan_costs(machine, [plan], own) for own in cost.step_shares(plan)}
+        longer = [max(own.copying[0], own.computing[0]) * cost.step_shares(plan)[at] for at, own in steps.items()]
+        assert bound == pytest.approx(sum(longer), rel=1e-5)
 
 
 def test_compiling_takes_as_long_as_there_are_blocks():

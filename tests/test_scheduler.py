@@ -598,6 +598,17 @@ def test_the_next_best_fits_too():
     assert plan.reason.endswith("; no plan by name fits beside it") and "copies take 0.00 ms" in plan.reason
 
 
+def test_few_candidates_are_predicted(monkeypatch):
+    """Of those that are surely worse it is not asked how much."""
+    asked = []
+    monkeypatch.setattr(scheduler, "mean_costs", lambda *given: asked.extend(given[1]) or cost.mean_costs(*given))
+    bounded = []
+    monkeypatch.setattr(scheduler, "mean_bounds", lambda *given: bounded.extend(given[1]) or cost.mean_bounds(*given))
+    shape = model(*[LEARNED] * 5)
+    make_plan(shape, WORK, machine("h200"), Budget(least(shape, WORK) + 0.3 * cache_bytes(shape, WORK)))
+    assert 0 < 2 * len(asked) < len(bounded)
+
+
 def test_few_compilations():
     """A few sizes of candidates' lists; a second budget of the same model compiles nothing more."""
     cost._step_seconds.clear_cache()
