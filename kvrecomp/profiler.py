@@ -1,11 +1,15 @@
 """The profile of this machine: measured once, kept as JSON under the user's cache directory."""
 
+import dataclasses
+import functools
 import json
 import logging
 import os
 import pathlib
 import re
-from typing import Any
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from kvrecomp.files import write_json
 from kvrecomp.forward import Model
@@ -13,6 +17,8 @@ from kvrecomp.hardware import HardwareProfile, LayerTimes
 from kvrecomp.plan import PlanError
 from kvrecomp.profile_layers import measure_layer
 from kvrecomp.profile_machine import measure_machine, this_machine
+
+Measured = TypeVar("Measured", HardwareProfile, LayerTimes)
 
 LOG = logging.getLogger("kvrecomp")
 FORMAT = 13  # of the file, and of what its numbers mean; another one is measured anew
@@ -26,17 +32,24 @@ def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False
     and driver; `refresh` forgets the layers timed before.
     """
     found = None if refresh else _read(profile_path())
-    known = found or measure_machine()
+    known = found or _timed(measure_machine)
     if model is not None:
         for layer in model.shape.kinds:
             if refresh or not _covers(known.times(layer, model.shape.dtype, batch), model.shape.positions):
-                known = known.with_times(measure_layer(model, layer, batch))
+                known = known.with_times(_timed(functools.partial(measure_layer, model, layer, batch)))
     if known is not found:
         try:
             keep(known)
         except OSError as error:
             LOG.warning("the profile cannot be kept (%s), and is measured again next time: set XDG_CACHE_HOME", error)
     return known
+
+
+def _timed(measure: Callable[[], Measured]) -> Measured:
+    """What was measured, with the seconds that it took."""
+    started = time.perf_counter()
+    measured = measure()
+    return dataclasses.replace(measured, measured_in=time.perf_counter() - started)
 
 
 def _covers(times: LayerTimes | None, positions: int) -> bool:

@@ -81,6 +81,7 @@ def test_a_profile_survives_json():
         kernel_seconds=st.floats(0, 1),
         host_bytes=st.none() | positive,
         count=st.integers(1, 8),
+        measured_in=st.none() | positive,
         layers=st.lists(
             st.builds(
                 LayerTimes,
@@ -91,6 +92,7 @@ def test_a_profile_survives_json():
                 outside=st.floats(0, 1),
                 vocab=st.none() | st.integers(1, 99),
                 positions=st.none() | st.integers(1, 99),
+                measured_in=st.none() | positive,
             ),
             max_size=2,
         ).map(tuple),

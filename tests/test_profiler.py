@@ -68,6 +68,24 @@ def test_measured_once(cache, counted):
     assert counted == ["measured"] * 2
 
 
+def test_a_profile_says_what_measuring_took(cache, counted, monkeypatch, known_machine):
+    """The machine 5 seconds and the layers 11, by a clock that the measuring moves."""
+    clock = [100.0]
+    monkeypatch.setattr(profiler, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
+
+    def measure(taking, found):
+        clock[0] += taking
+        return found
+
+    model = toy.model()
+    times = estimate(known_machine, model.shape.layers[0], 4, 2)
+    monkeypatch.setattr(profiler, "measure_machine", lambda: measure(5, known_machine))
+    monkeypatch.setattr(profiler, "measure_layer", lambda *given: measure(11, times))
+    found = profiler.profile(model, batch=2)
+    assert found.measured_in == 5 and {own.measured_in for own in found.layers} == {11}
+    assert profiler.profile() == found  # also as it was read
+
+
 @pytest.mark.parametrize(
     "content",
     [
@@ -94,7 +112,7 @@ def test_a_corrupt_file_is_measured_anew_and_said(cache, counted, caplog, conten
 def test_a_profile_that_cannot_be_kept_is_used_and_said(cache, counted, caplog, known_machine):
     (cache / "kvrecomp").write_text("no directory")
     with caplog.at_level(logging.WARNING):
-        assert profiler.profile() == known_machine
+        assert dataclasses.replace(profiler.profile(), measured_in=None) == known_machine
     record = caplog.records[-1]
     assert "cannot be kept" in record.message and "set XDG_CACHE_HOME" in record.message
 
