@@ -26,7 +26,10 @@ READS = {
     "tests/test_results.py": 'glob(["experiments/results/*"])',
 }
 # What it runs in processes of their own.
-RUNS = {"experiments/suite.py": {"experiments/benchmark.py", "experiments/peers.py"}}
+RUNS = {
+    "experiments/suite.py": {"experiments/benchmark.py", "experiments/peers.py"},
+    "tests/test_notebook.py": {"experiments/support/split_plot.py"},
+}
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 
 

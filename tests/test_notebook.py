@@ -12,7 +12,7 @@ import pytest
 import kvrecomp
 import models
 from experiments import generate
-from experiments import plan as what_if
+from experiments.support import what_if
 from kvrecomp.cost import plan_costs
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.plan import format_bytes

@@ -15,7 +15,7 @@ from absl import flags
 
 import models
 from experiments import plan as script
-from experiments.support import plots, tables
+from experiments.support import plots, split_plot, tables, what_if
 from experiments.support.script import in_one_line
 from kvrecomp import profiler
 from kvrecomp.cost import plan_costs
@@ -42,13 +42,13 @@ def command(*arguments: str) -> None:
         script.main([], values)
 
 
-def small(budget: Budget | None = None, machine: str = "a100", **changes) -> script.WhatIf:
+def small(budget: Budget | None = None, machine: str = "a100", **changes) -> what_if.WhatIf:
     profile = dataclasses.replace(HardwareProfile.from_datasheet(machine), **changes)
-    return script.what_if(models.preset("opt-125m").shape, WORK, profile, budget)
+    return what_if.what_if(models.preset("opt-125m").shape, WORK, profile, budget)
 
 
 @pytest.fixture(scope="module")
-def found() -> script.WhatIf:
+def found() -> what_if.WhatIf:
     """With room for some of the cache: with all of it in host memory a plan needs 1.09 GiB, on the device 1.37."""
     return small(Budget.of_gib(0.85))
 
@@ -135,11 +135,11 @@ def test_curves_are_the_plans_by_name(found):
         "recompute": ("keys_values", "", "recompute"),
         "kvpr": ("kvpr:0", "kvpr:0.25", "kvpr:1"),
     }.items():
-        for position, name in zip((0, script.STEPS // 4, script.STEPS), names):
+        for position, name in zip((0, what_if.STEPS // 4, what_if.STEPS), names):
             if name:
                 assert found.curves[curve][position] == pytest.approx(predicted(name), rel=1e-5)
-    assert all(len(curve) == len(script.FRACTIONS) for curve in found.curves.values())
-    assert set(found.curves) == set(script.CURVES)
+    assert all(len(curve) == len(what_if.FRACTIONS) for curve in found.curves.values())
+    assert set(found.curves) == set(what_if.CURVES)
     # Recomputing is work that absorbing does not have.
     assert all(less <= more * 1.0001 for less, more in zip(found.curves["absorb"], found.curves["recompute"]))
 
@@ -150,7 +150,7 @@ def test_more_memory_and_a_faster_link_are_not_slower(found):
     assert all(later <= 1.001 * earlier for earlier, later in itertools.pairwise(seconds)) and seconds[-1] < seconds[0]
     assert [each.link_bytes for each in by_memory] == sorted((each.link_bytes for each in by_memory), reverse=True)
     faster = small(Budget.of_gib(0.85), beside_compute=2 * LINK)
-    for name in script.CURVES:
+    for name in what_if.CURVES:
         assert all(new < old * 1.0001 for new, old in zip(faster.curves[name], found.curves[name]))
 
 
@@ -172,7 +172,7 @@ def test_everything_on_the_device_is_chosen_where_it_fits():
 
 def test_grouped_queries_are_best_sent_as_keys_and_values():
     profile = HardwareProfile.from_datasheet("rtx4090")
-    grouped = script.what_if(models.preset("llama-3.1-8b").shape, Workload(2, 8000, 50), profile, Budget.of_gib(18.5))
+    grouped = what_if.what_if(models.preset("llama-3.1-8b").shape, Workload(2, 8000, 50), profile, Budget.of_gib(18.5))
     _, pairs, activations, kvpr, _ = grouped.alternatives
     assert pairs.link_bytes * 2 == activations.link_bytes and kvpr.plan.name == "kvpr:0"
     assert grouped.chosen.seconds < pairs.seconds < activations.seconds
@@ -181,7 +181,7 @@ def test_grouped_queries_are_best_sent_as_keys_and_values():
 def test_window_is_that_of_the_plans_by_name(capsys):
     command(*SMALL, "--window_mib=64", "--json")
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    windowed = script.what_if(
+    windowed = what_if.what_if(
         models.preset("opt-125m").shape, WORK, HardwareProfile.from_datasheet("a100"), window=64 * 2**20
     )
     assert {each.plan.window for each in windowed.alternatives[1:]} == {64 * 2**20}
@@ -220,10 +220,10 @@ def test_rows_of_the_groups_and_weights_that_a_plan_has():
     rows = tables.read_file(ROOT / "experiments/results/h200_suite.json")
     plan = named_plan("keys_values", models.preset("opt-6.7b").shape, Workload(32, 256, 32))
     eight = dataclasses.replace(with_weights(plan, ("host",) * 32), groups=8, order="column")
-    columns = script.measured_as(eight, rows, "").of("keys_values")
+    columns = what_if.measured_as(eight, rows, "").of("keys_values")
     assert columns is not None and 800 < columns < 900
     for other in (plan, dataclasses.replace(eight, order="row"), dataclasses.replace(eight, groups=4)):
-        assert script.measured_as(other, rows, "").of("keys_values") is None
+        assert what_if.measured_as(other, rows, "").of("keys_values") is None
 
 
 def test_no_row_of_the_workload_is_said(results, capsys):
@@ -233,9 +233,9 @@ def test_no_row_of_the_workload_is_said(results, capsys):
 
 def test_where_plans_are_on_the_axis():
     names = ("activations", "recompute", "keys_values", "split:0.25", "kvpr:1")
-    assert [script.sent_fraction(name) for name in names] == [1, 1, 0, 0.25, 1]
+    assert [what_if.sent_fraction(name) for name in names] == [1, 1, 0, 0.25, 1]
     for name in ("device", "device:0.5", "split:x", "kvpr:", "split:2", "split:nan", "auto"):
-        assert script.sent_fraction(name) is None
+        assert what_if.sent_fraction(name) is None
 
 
 # --- the plot ---------------------------------------------------------------------------------------------------------
@@ -258,12 +258,12 @@ def test_plot_has_a_curve_for_each_schedule_and_the_measured_points(found, resul
     pytest.importorskip("matplotlib")
     drawn = []
     monkeypatch.setattr(plots, "save", lambda figure, _: drawn.append(figure))
-    measured = script.measured_as(found.chosen.plan, tables.read_file(results), str(results))
-    script.draw(found, "unwritten.png", measured)
+    measured = what_if.measured_as(found.chosen.plan, tables.read_file(results), str(results))
+    split_plot.draw(found, "unwritten.png", measured)
     (axes,) = drawn[0].axes
     *curves, chosen, crosses = axes.get_lines()
-    for name, line in zip(script.CURVES, curves, strict=True):
-        assert list(line.get_xdata()) == list(script.FRACTIONS)
+    for name, line in zip(what_if.CURVES, curves, strict=True):
+        assert list(line.get_xdata()) == list(what_if.FRACTIONS)
         assert list(line.get_ydata()) == [1e3 * seconds for seconds in found.curves[name]]
         (marked,) = line.get_markevery()
         assert found.curves[name][marked] == min(found.curves[name])
@@ -289,7 +289,7 @@ def test_plot_that_cannot_be_written_leaves_the_older_one(found, tmp_path, monke
 
     monkeypatch.setattr(matplotlib_figure.Figure, "savefig", fail)
     with pytest.raises(OSError, match="no space left"):
-        script.draw(found, path)
+        split_plot.draw(found, path)
     assert path.read_text() == "an older one" and len(list(tmp_path.iterdir())) == 1
 
 

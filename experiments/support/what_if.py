@@ -1,0 +1,196 @@
+"""What if: the scheduler's plan for a model, a workload and a machine, and what others are predicted to take.
+
+found = what_if(models.preset("opt-6.7b").shape, Workload(32, 1024, 32), HardwareProfile.from_datasheet("a100"))
+"""
+
+import dataclasses
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from experiments.support import tables
+from kvrecomp import cost, scheduler
+from kvrecomp.budget import memory_needed
+from kvrecomp.cutting import default_tail
+from kvrecomp.hardware import HardwareProfile
+from kvrecomp.named import named_plan, named_weights, with_weights
+from kvrecomp.plan import (
+    AUTO,
+    MEMORIES,
+    Budget,
+    Memory,
+    Method,
+    ModelShape,
+    Plan,
+    Workload,
+    format_bytes,
+)
+
+STEPS = 80  # of the fraction
+FRACTIONS = tuple(step / STEPS for step in range(STEPS + 1))
+CURVES = ("absorb", "recompute", "kvpr", "kvpr_formula")
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """A plan and its predicted mean step; `link_bytes` cross the link in it, `needed` is memory at the end of the
+    workload.
+
+    `misfit` says which memory of the budget is too small for the plan, and by how much; empty where the plan fits.
+    """
+
+    plan: Plan
+    seconds: float
+    link_bytes: int
+    needed: dict[Memory, int]
+    misfit: str
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Of all rows together."""
+        return self.plan.rows / self.seconds
+
+
+@dataclass(frozen=True)
+class WhatIf:
+    """What `what_if` found. `alternatives` begin with the chosen plan.
+
+    `curves` are the predicted seconds of a step at each of `FRACTIONS`, the fraction of the prompt's tokens that are
+    sent as activations: `absorb` and `recompute` in the pipelined schedule, `kvpr` in KVPR's, and `kvpr_formula`.
+    `kvpr_tokens` are recomputed at the optimum of that formula.
+    """
+
+    profile: HardwareProfile
+    budget: Budget
+    alternatives: tuple[Alternative, ...]
+    curves: dict[str, tuple[float, ...]]
+    kvpr_tokens: int
+    kvpr_seconds: float
+
+    @property
+    def chosen(self) -> Alternative:
+        """The scheduler's plan."""
+        return self.alternatives[0]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Median milliseconds of a step by plan, of one model and workload, and the device that they were measured on."""
+
+    device: str
+    points: tuple[tuple[str, float], ...]
+    file: str = ""
+
+    def of(self, plan: str) -> float | None:
+        """The plan's time, the median where it was measured more than once."""
+        own = [milliseconds for name, milliseconds in self.points if name == plan]
+        return statistics.median(own) if own else None
+
+
+def what_if(
+    shape: ModelShape,
+    workload: Workload,
+    profile: HardwareProfile,
+    budget: Budget | None = None,
+    *,
+    weights: Sequence[Memory] | None = None,
+    groups: int = 1,
+    window: int | None = None,
+) -> WhatIf:
+    """The plan that the scheduler makes for so many groups of the workload's rows, and the predicted steps of others
+    with as many, and with weights where it has them; `window` in bytes is theirs. Where layers' `weights` are is chosen
+    too, unless it is given.
+
+    Raises:
+        PlanError: the model has too few positions, or nothing fits in the budget; the message says what would.
+    """
+    named_plan("device", shape, workload)  # its one block costs nothing to make, however long a prompt is asked for
+    budget = scheduler.resolve_budget(budget or Budget(), profile)
+    chosen = scheduler.make_plan(shape, workload, profile, budget, weights=weights, groups=groups)
+    weights = [layer.weights for layer in chosen.layers]
+    window = chosen.window if window is None else window
+    tail = min(chosen.tail, default_tail(shape, workload, window))
+
+    def make(name: str) -> Plan:
+        plan = with_weights(named_plan(name, shape, workload, tail=tail, window=window), weights)
+        return dataclasses.replace(plan, groups=chosen.groups, order=chosen.order)
+
+    absorb = [make(f"split:{fraction:g}") for fraction in FRACTIONS]
+    curves = {
+        "absorb": absorb,
+        "recompute": [with_method(plan, "recompute") for plan in absorb],
+        "kvpr": [make(f"kvpr:{fraction:g}") for fraction in FRACTIONS],
+    }
+    others = [make("keys_values"), make("activations"), make("device")]
+    plans = [chosen, *others, *(plan for curve in curves.values() for plan in curve)]
+    first, *rest = [float(seconds) for seconds in cost.mean_costs(profile, plans).seconds]
+    named, rest = rest[: len(others)], iter(rest[len(others) :])
+    seconds = {name: tuple(next(rest) for _ in curve) for name, curve in curves.items()}
+
+    best = min(range(len(FRACTIONS)), key=seconds["kvpr"].__getitem__)
+    compared = [*zip(others, named)]
+    compared.insert(2, (curves["kvpr"][best], seconds["kvpr"][best]))  # everything on the device comes last
+
+    def formula(recomputed: float) -> float:
+        return groups * cost.kvpr_seconds(profile, shape, workload, recomputed)
+
+    tokens = cost.kvpr_split(profile, shape, workload)
+    return WhatIf(
+        profile=profile,
+        budget=budget,
+        alternatives=tuple(judged(plan, each, budget) for plan, each in [(chosen, first), *compared]),
+        curves=seconds | {"kvpr_formula": tuple(formula(fraction * workload.prompt) for fraction in FRACTIONS)},
+        kvpr_tokens=tokens,
+        kvpr_seconds=formula(tokens),
+    )
+
+
+def with_method(plan: Plan, method: Method) -> Plan:
+    """The plan with its activations used that way in every layer."""
+    layers = tuple(dataclasses.replace(layer, method=method) for layer in plan.layers)
+    return dataclasses.replace(plan, layers=layers)
+
+
+def judged(plan: Plan, seconds: float, budget: Budget) -> Alternative:
+    """The plan with what it sends and needs, and whether that is within the budget."""
+    needed: dict[Memory, int] = {place: sum(items.values()) for place, items in memory_needed(plan).items()}
+    excess = {place: needed[place] - getattr(budget, place) for place in MEMORIES}
+    misfit = " and ".join(f"{place} lacks {format_bytes(size)}" for place, size in excess.items() if size > 0)
+    sent = sum(share * plan.link_bytes(write_outs) for write_outs, share in cost.step_shares(plan).items())
+    return Alternative(plan, seconds, round(sent), needed, misfit)
+
+
+def sent_fraction(name: str) -> float | None:
+    """Where on the axis of splits the plan of that name is: its fraction of the prompt sent as activations.
+
+    None for plans that keep tokens on the device, and for names that are no plan's.
+    """
+    kind, _, argument = name.partition(":")
+    if kind not in ("split", "kvpr"):
+        return {"activations": 1.0, "recompute": 1.0, "keys_values": 0.0}.get(name)
+    try:
+        fraction = float(argument)
+    except ValueError:
+        return None
+    return fraction if 0 <= fraction <= 1 else None
+
+
+def measured_as(plan: Plan, rows: Sequence[tables.Row], file: str) -> Measured:
+    """Those rows of a results file that are of this plan's model, dtype, workload and groups, with the same weights in
+    host memory. Rows that do not say one of these are as benchmark.py has it by default.
+
+    Those of plan `auto` are left out: chosen for another machine or budget, it is another plan of the same name.
+    """
+    order = plan.order if plan.groups > 1 else "row"
+    wanted = {"model": plan.shape.name, "dtype": plan.shape.dtype, **dataclasses.asdict(plan.workload)}
+    wanted |= {"weights": tuple(layer.weights for layer in plan.layers), "groups": plan.groups, "order": order}
+
+    def said(row: tables.Row) -> dict[str, Any]:
+        given = {"dtype": "bfloat16", "weights": "device", "groups": 1, "order": "row"}
+        given |= {key: row[key] for key in wanted if row.get(key) is not None}
+        return given | {"weights": named_weights(given["weights"], len(plan.layers))}
+
+    own = [row for row in rows if row.get("plan") != AUTO and said(row) == wanted]
+    points = tuple((str(row.get("plan")), float(row["median_ms"])) for row in own)
+    return Measured(str(rows[0].get("device", "unknown device")) if rows else "unknown device", points, file)
