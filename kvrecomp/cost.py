@@ -79,6 +79,7 @@ def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
     """The tasks of one step under the plan, after that many write-outs: of one group where each takes its own."""
     *alike, outside = _kinds_of_tasks(plan, write_outs)
     work, tokens, blocks, copies, copy_bytes = np.concatenate([*(own.columns for own in alike), outside.columns], 1)
+    # What layers alike have in common is there once; here it is laid out for every layer.
     layers = np.array(plan.kind_numbers)
     task, counts = _of_layers([own.columns.shape[1] for own in alike], layers)
     copy, copy_counts = _of_layers([len(own.copies) for own in alike], layers)
