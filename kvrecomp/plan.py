@@ -412,6 +412,9 @@ class Plan:
             table.add_column(f"{form.replace('_', ' and ')}\non the {memory}", justify="right")
         table.add_column("tail", justify="right")
         table.add_column("method")
+        hosted = sum(layer.weights == "host" for layer in self.layers)
+        if hosted:
+            table.add_column("weights")
         for kind, (layer, layer_shape) in enumerate(self.kinds):
             numbers = [number for number, own in enumerate(self.kind_numbers) if own == kind]
             cells = []
@@ -420,9 +423,10 @@ class Plan:
                 tokens, size = sum(b.tokens for b in blocks), sum(self.bytes_of(layer_shape, b) for b in blocks)
                 cells.append(f"{tokens} ({format_bytes(size)})" if blocks else "-")
             tail_size = self.bytes_of(layer_shape, BlockSpec(layer.tail_form, "device", self.tail))
-            table.add_row(_spans(numbers), *cells, f"{self.tail} ({format_bytes(tail_size)})", layer.method)
+            cells += [f"{self.tail} ({format_bytes(tail_size)})", layer.method, *([layer.weights] if hosted else [])]
+            table.add_row(_spans(numbers), *cells)
         total = [f"{format_bytes(self.bytes_in(memory))} in blocks on the {memory}" for memory in MEMORIES]
-        if hosted := sum(layer.weights == "host" for layer in self.layers):
+        if hosted:
             own = f"{hosted} layer{'s' if hosted > 1 else ''} ({format_bytes(self.host_weight_bytes)})"
             total.append(f"weights of {own} in host memory")
         if self.groups > 1:

@@ -94,6 +94,8 @@ def test_memory_is_counted_where_the_weights_are():
     plan = planned(OPT, "activations", 0.34)
     assert plan.host_weight_bytes == matrices
     assert f"weights of 1 layer ({matrices / 1024:.1f} KiB) in host memory" in " ".join(str(plan).split())
+    where = [line.split()[-1] for line in str(plan).splitlines() if line.strip()[:1].isdigit() and "absorb" in line]
+    assert sorted(where) == ["device", "host"] and "weights" not in str(planned(OPT, "activations", 0.0))
     needed = memory_needed(plan)
     assert needed["host"]["weights"] == matrices
     plans = {"host": plan, "device": planned(OPT, "activations", 0.0)}
