@@ -28,7 +28,7 @@ from kvrecomp.hardware import ATTENTION, WORKS, Attention, Curve, HardwareProfil
 from kvrecomp.holds import Copy, events_before
 from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
 
-PLANS, KINDS, TASKS = 64, 64, 512  # of what is predicted in one call; of the last two at least
+PLANS, KINDS, TASKS = 64, 64, 1024  # of what is predicted in one call; of the last two at least
 MOST_LENGTHS = 4  # of a cache that grows, for which a step is predicted
 
 
@@ -173,15 +173,15 @@ def _layer_tasks(
 def stack_tasks(tasks: Sequence[Tasks]) -> Tasks:
     """Tasks of several plans as one, [plans, kinds] and [plans, tasks], filled up with what takes no time.
 
-    Filled to multiples of PLANS, and from KINDS and TASKS on to powers of four and of two times these, so that few
-    shapes, and so few compilations, occur.
+    Filled to multiples of PLANS, and to KINDS and TASKS, or a power of four times these, so that few shapes, and so few
+    compilations, occur.
     """
     plans = -(-len(tasks) // PLANS) * PLANS
     kinds, longest = KINDS, TASKS
     while kinds < 1 + max(len(own.work) for own in tasks):  # the last one of each plan takes no time
         kinds *= 4
     while longest < max(len(own.kind) for own in tasks):
-        longest *= 2
+        longest *= 4
 
     def stack(name: str, *columns: np.ndarray) -> np.ndarray:
         dtype, size = (np.int32, longest) if name in ("kind", "hold") else (columns[0].dtype, kinds)
