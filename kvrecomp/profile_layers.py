@@ -23,7 +23,7 @@ MORE_RECOMPUTED = 2  # half and an eighth of the longest: between the others ker
 WHOLE = 8  # quarters of the window: 2 GiB, which is 4096 tokens' activations of 32 rows of OPT-13B, and some
 AWAITED, AWAITED_BYTES = 4, 2**17  # blocks of a layer that are copied: short, to be there before they are used
 UNEVEN_TOKENS = LEAST_ALIGNED + 1
-SURELY_UNEVEN, MOST_UNEVEN = 1.25, 4.0  # times as long: less is noise, and so is more
+SURELY_UNEVEN, MOST_UNEVEN = 1.25, 10.0  # times as long: less is noise, and so is more; 5.8 was seen
 
 
 class _Runs(NamedTuple):
@@ -33,14 +33,14 @@ class _Runs(NamedTuple):
     more: Run  # of layers, which are alike otherwise
     alone: dict[tuple[Attention, Memory], list[Run]]  # a block, of several sizes
     twice: dict[Attention, list[Run]]  # two blocks of the host, some of which are alone above
-    beside: list[Run]  # a block that is absorbed, beside a tail of keys and values
+    beside: Run  # a block that is absorbed, beside a tail of keys and values
     here: list[Run]  # AWAITED blocks, of fewer and of more layers
     copied: list[Run]  # the same, copied in the step
     odd: dict[Memory, Run]  # the longest block that is absorbed, less one token, where that is uneven
 
     def every(self) -> list[Run]:
-        several = (*self.alone.values(), *self.twice.values(), self.beside, self.here, self.copied, self.odd.values())
-        return [self.fewer, self.more, *itertools.chain(*several)]
+        several = (*self.alone.values(), *self.twice.values(), self.here, self.copied, self.odd.values())
+        return [self.fewer, self.more, self.beside, *itertools.chain(*several)]
 
 
 def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
@@ -77,6 +77,8 @@ def _runs_of(shape: ModelShape, layer: LayerShape, batch: int) -> _Runs:
     shorter = {kind: sizes[kind, "host"][:2] for kind in ATTENTION}
     # K and V of what is on the device are recomputed by the same kernels as of what was copied: one size tells.
     sizes["recompute", "device"] = shorter["recompute"][:1]
+    # Of the shortest blocks differences are noise, most of all; recomputing differs most from size to size.
+    doubled = {kind: shorter[kind] if kind == "recompute" else shorter[kind][-1:] for kind in ATTENTION}
     kv, count = "keys_values", ATTENDING_LAYERS
     fewer, more = (Run(layers, kv, kv, shorter[kv][0]) for layers in (FEW_LAYERS, MORE_LAYERS))
     short = block_sizes(kv, shape, layer, batch, AWAITED_BYTES)[-1]
@@ -86,8 +88,8 @@ def _runs_of(shape: ModelShape, layer: LayerShape, batch: int) -> _Runs:
         fewer=fewer,
         more=more,
         alone={key: [Run(count, key[0], key[0], size, key[1]) for size in own] for key, own in sizes.items()},
-        twice={kind: [Run(count, kind, kind, size, blocks=2) for size in shorter[kind]] for kind in ATTENTION},
-        beside=[Run(count, kv, "absorb", size) for size in shorter["absorb"]],
+        twice={kind: [Run(count, kind, kind, size, blocks=2) for size in doubled[kind]] for kind in ATTENTION},
+        beside=Run(count, kv, "absorb", shorter["absorb"][-1]),
         here=here,
         copied=[run._replace(copied=True) for run in here],
         odd={place: Run(count, "absorb", "absorb", size, place) for place, size in odd.items() if uneven(size)},
@@ -126,7 +128,7 @@ def _solved(runs: _Runs, seconds: Mapping[Run | int, float]) -> tuple[dict[Work,
     dense = max(0.0, (seconds[runs.more] - seconds[runs.fewer]) / further - work[kv](runs.more.tokens))
     finish = min(dense, max(0.0, seconds[MORE_LAYERS] - seconds[FEW_LAYERS]) / further)
     # Absorbing is part of what a tail takes that is absorbed.
-    prepare = max(0.0, statistics.mean(added(run) - work["absorb"](run.tokens) for run in runs.beside))
+    prepare = max(0.0, added(runs.beside) - work["absorb"](runs.beside.tokens))
     here, copied = (seconds[more] - seconds[fewer] for fewer, more in (runs.here, runs.copied))
     awaiting = max(0.0, copied - here) / further / AWAITED
     for kind in ATTENTION:

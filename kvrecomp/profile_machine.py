@@ -59,7 +59,7 @@ def measure_machine() -> HardwareProfile:
     line = measured_line("copies to the device", sizes, [functools.partial(own, timed=timed) for own in to_device])
     del timed  # a large array
     kernel_seconds = kernel(9)
-    beside = beside_bytes / copy(3)
+    beside = beside_bytes / copy(1)  # a quarter of a second each time
     return HardwareProfile(
         **this_machine(),
         device_bytes=float(stats.get("bytes_limit", memory.total_host_bytes())),
