@@ -235,13 +235,11 @@ def main(_: list[str]) -> None:
     window = None if _WINDOW.value is None else int(_WINDOW.value * MIB)
     shape = dataclasses.replace(models.preset(_MODEL.value).shape, dtype=_DTYPE.value)
     tables.check_out(_OUT.value, "link_efficiency")
-    if not _PLANS.value:
-        raise ValueError("--plans is empty: give one plan or more")
     budget = kvrecomp.Budget.of_gib(_DEVICE_GIB.value, _HOST_GIB.value)
     options = {"groups": _GROUPS.value, "order": _ORDER.value, "tail": _TAIL.value, "window": window, "budget": budget}
     plan_for = functools.partial(kvrecomp.plan_for, **options)
     # Mistakes are said before the weights are made, and what is pinned is limited before there is a backend.
-    asked = [(each, *within(each, budget)) for each in _PLANS.value]
+    asked = [(each, *within(each, budget)) for each in script.names("plans", _PLANS.value)]
     names = {"device", *(name for _, name, _ in asked)}
     forms = {"keys_values", "activations"} if AUTO in names else set()  # in which AUTO may keep the cache
     chosen = _WEIGHTS.value == AUTO

@@ -117,7 +117,7 @@ def budget_with_room(shape: ModelShape, work: kvrecomp.Workload, percent: float,
 
 
 def run(
-    names: list[str],
+    configs: Sequence[Any],
     batches: list[int],
     cached: list[int],
     rooms: list[float],
@@ -128,8 +128,7 @@ def run(
 ) -> Iterator[tuple[HardwareProfile, list[Measured]]]:
     """Measures a workload after the other, but for what was measured `before`, and says by which profile it was
     predicted; what needs more than `host` bytes of pinned memory is left out, and said."""
-    for name in names:
-        config = with_positions(models.preset(name), max(cached) + NEW)
+    for config in configs:
         config = config if layers is None else dataclasses.replace(config, layers=layers)
         left: dict[int, dict[kvrecomp.Workload, list[float]]] = {}  # by batch: workloads and their rooms
         for batch, prompt in itertools.product(sorted(batches, reverse=True), sorted(cached, reverse=True)):
@@ -304,6 +303,8 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     else:
         batches, cached = (script.whole_numbers(name, given[name].value) for name in ("batches", "cached"))
         rooms = script.percentages("rooms", given.rooms)
+        configs = [models.preset(name) for name in script.names("models", given.models)]  # a mistake is said first
+        configs = [with_positions(config, max(cached) + NEW) for config in configs]
         host = given.host_memory_gib * GIB
         memory.limit_pinned(host)
         about = run_info(given.commit)
@@ -312,7 +313,7 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
         if rows:
             console.print(summary(rows))
         document = document_of(rows, None, about)
-        for machine, own in run(given.models, batches, cached, rooms, given.layers, host, console, list(rows)):
+        for machine, own in run(configs, batches, cached, rooms, given.layers, host, console, list(rows)):
             rows += own
             document = document_of(rows, machine, about)
             if given.out:  # after every workload: what was measured is not lost with what comes after

@@ -126,13 +126,13 @@ def timeline_of(plan: kvrecomp.Plan, median: float, spans: Sequence[xplane.Span]
 
 def run(given: flags.FlagValues) -> list[Timeline]:
     """Traces every plan."""
+    names = COMPARED if given.compare else script.names("plans", given.plans)
     platform = jax.devices()[0].platform
     if platform != "gpu":
         raise ValueError(
             f"a trace of copies and compute needs a GPU, and jax runs on {platform}: run it on one (README.md says how "
             "to install jax for it), or draw what was traced before with --from=FILE.json"
         )
-    names = COMPARED if given.compare else given.plans
     config = one_step.with_positions(models.preset(given.model), given.prompt + one_step.NEW)
     shape = dataclasses.replace(config.shape, dtype=given.dtype)
     work = kvrecomp.Workload(given.batch, given.prompt, one_step.NEW)

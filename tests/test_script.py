@@ -21,6 +21,7 @@ script.run(main)
 
 
 EXPECTED = "expected whole numbers from 1 on, with commas between them"
+NAMES = "give one name or more, with commas between them"
 PER_CENT = "expected percentages from 0 on, with commas between them"
 
 
@@ -52,6 +53,8 @@ def start(body: str, *words: str) -> subprocess.Popen:
             "",
         ),
         ("script.percentages('rooms', ['5', 'x'])", [], 1, "begun\n", f"error: --rooms has '5,x'; {PER_CENT}\n"),
+        ("print(script.names('plans', ['a', 'b']))", [], 0, "begun\n['a', 'b']\n", ""),
+        ("script.names('plans', [])", [], 1, "begun\n", f"error: --plans is empty: {NAMES}\n"),
         ("script.percentages('rooms', ['-5'])", [], 1, "begun\n", f"error: --rooms has '-5'; {PER_CENT}\n"),
         ("script.percentages('rooms', ['nan'])", [], 1, "begun\n", f"error: --rooms has 'nan'; {PER_CENT}\n"),
         ("sys.exit(7)", [], 7, "begun\n", ""),

@@ -234,6 +234,8 @@ def test_refusals(results, tmp_path):
         ([f"--from={results[0]}", f"--out={tmp_path}/x.json"], "nothing is: give one of them"),
         ([f"--from={results[0]}", f"--plot_choices={tmp_path}/x.png"], "no plan was chosen"),
         ([f"--from={tmp_path}/missing.json"], "missing.json"),
+        (["--models="], "--models is empty: give one name or more"),
+        (["--models=opt-125m,opt-126m"], "unknown model 'opt-126m'"),
     ):
         with pytest.raises((ValueError, OSError), match=message):
             command(*arguments)

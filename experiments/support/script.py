@@ -43,6 +43,17 @@ def whole_numbers(flag: str, words: Sequence[str]) -> list[int]:
     return [int(word) for word in words]
 
 
+def names(flag: str, words: Sequence[str]) -> Sequence[str]:
+    """What a flag that takes several names was given.
+
+    Raises:
+        ValueError: it was given none.
+    """
+    if not words:
+        raise ValueError(f"--{flag} is empty: give one name or more, with commas between them")
+    return words
+
+
 def workloads(batches: Sequence[str], prompts: Sequence[str], new: int) -> list[Workload]:
     """What is measured: every batch of --batch with every prompt of --prompt, and --new tokens.
 
