@@ -2,6 +2,7 @@
 
 import functools
 import logging
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -16,13 +17,13 @@ from kvrecomp.hardware import Line
 
 LOG = logging.getLogger("kvrecomp")
 POOR_FIT = 0.1  # a line further than this fraction from what it was fitted to is measured again
-ROUNDS = 3
+ROUNDS, REPEATS = 3, 5
 LEAST_SLOPE = 0.01
 BUSY_BYTES, FEW_ADDITIONS = 2**28, 8  # more than a GPU caches; as many as can be timed
 AHEAD_SECONDS = 0.01  # that the device is kept busy while the host launches what is timed
 
 
-def median_seconds(run: Callable[[], Any], repeats: int = 5) -> float:
+def median_seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
     """Median wall-clock seconds of `run`, its arrays awaited, after one call that is not counted."""
     jax.block_until_ready(run())
     times = []
@@ -42,7 +43,7 @@ def least_seconds(timers: Sequence[Callable[[], float]]) -> list[float]:
 def seconds_longer(
     few: Callable[[], Any],
     many: Callable[[], Any],
-    repeats: int = 5,
+    repeats: int = REPEATS,
     timed: Callable[[Callable[[], Any], int], float] | None = None,
 ) -> float:
     """How much longer `many` takes than `few`, which does the same less often: what both take once does not count.
@@ -111,18 +112,18 @@ def _one_part(column: np.ndarray, target: np.ndarray) -> float:
 
 
 def measured_line(what: str, sizes: Sequence[float], timers: Sequence[Callable[[int], float]]) -> Line:
-    """A line through what each size's timer gives for so many repeats; measured again, longer, where it is none."""
-    for repeats in (5, 15):
-        seconds = [timer(repeats) for timer in timers]
+    """A line through what each size's timer gives for REPEATS repeats. Where that is no line, all are measured again,
+    and the line is through the less that each took."""
+    seconds = [math.inf] * len(sizes)
+    for say, outcome in ((LOG.info, "measuring it again"), (LOG.warning, "predictions may be as far off")):
+        seconds = [min(before, timer(REPEATS)) for before, timer in zip(seconds, timers, strict=True)]
         line = fit_line(sizes, seconds)
         offs = [line(size) / took - 1 for size, took in zip(sizes, seconds)]
         worst = max(offs, key=abs)
         if abs(worst) <= POOR_FIT:
             break
-        again = "measuring it again" if repeats == 5 else "predictions may be as far off"
-        say = LOG.info if repeats == 5 else LOG.warning
         size, took = sizes[offs.index(worst)], seconds[offs.index(worst)]
-        say("%s: a line is %+.0f %% off the %.3g ms measured at %d; %s", what, 100 * worst, 1e3 * took, size, again)
+        say("%s: a line is %+.0f %% off the %.3g ms measured at %d; %s", what, 100 * worst, 1e3 * took, size, outcome)
     return line
 
 

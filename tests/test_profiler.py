@@ -1,6 +1,7 @@
 """Measuring the machine: what is measured is plausible, kept, and measured anew only when it must be."""
 
 import dataclasses
+import functools
 import json
 import logging
 import threading
@@ -441,12 +442,17 @@ def test_a_handoff_is_found_again(monkeypatch):
 
 
 def test_a_poor_fit_is_measured_again_and_said(caplog):
-    asked = []
+    """What was slow at one of the two times does not count."""
 
-    def timer(seconds):
-        return lambda repeats: asked.append(repeats) or seconds
+    def line(*of_sizes):
+        caplog.clear()
+        timers = [functools.partial(lambda left, repeats: left.pop(0), list(own)) for own in of_sizes]
+        with caplog.at_level(logging.INFO, logger="kvrecomp"):
+            found = measured_line("copies", (1, 2, 3), timers)
+        return found(0), found(10)
 
-    with caplog.at_level(logging.INFO, logger="kvrecomp"):
-        measured_line("copies", (1, 2, 3), [timer(1.0), timer(5.0), timer(1.0)])
-    assert asked == [5] * 3 + [15] * 3
+    assert line([1.0], [2.0], [3.0]) == pytest.approx((0.0, 10.0)) and not caplog.text
+    assert line([1.0, 9.0], [5.0, 2.0], [3.0, 3.0]) == pytest.approx((0.0, 10.0))
+    assert "at 2; measuring it again" in caplog.text and "predictions" not in caplog.text
+    line([1.0, 1.0], [5.0, 5.0], [1.0, 1.0])
     assert "at 2; measuring it again" in caplog.text and "predictions may be as far off" in caplog.text
