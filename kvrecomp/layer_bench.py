@@ -48,7 +48,7 @@ class LayerBench:
         """`numbers` are those of the layers; what they have in host memory is copied to the device."""
         self._shape, self._numbers, self._batch = model.shape, numbers, batch
         part = nnx.clone(model)
-        part.layers = nnx.List([part.layers[number] for number in numbers])  # merging all takes longer than tracing few
+        part.layers = nnx.List([part.layers[number] for number in numbers])  # programs are given no others' weights
         self._graph, state = nnx.split(part)
         weights, self._structure = jax.tree.flatten(state)
         self._weights = jax.device_put(weights, memory.sharding("device"))
