@@ -46,12 +46,12 @@ class LayerBench:
 
     def __init__(self, model: Model, numbers: Sequence[int], batch: int):
         """`numbers` are those of the layers; what they have in host memory is copied to the device."""
-        self._shape, self._numbers, self._batch = model.shape, numbers, batch
-        part = nnx.clone(model)
-        part.layers = nnx.List([part.layers[number] for number in numbers])  # programs are given no others' weights
-        self._graph, state = nnx.split(part)
+        self._model, self._numbers, self._batch = model, numbers, batch
+        self._graph, state = nnx.split(model)
         weights, self._structure = jax.tree.flatten(state)
-        self._weights = jax.device_put(weights, memory.sharding("device"))
+        paths, here = [path for path, _ in nnx.to_flat_state(state)], memory.sharding("device")
+        self._needed = [path[0] != "layers" or path[1] in numbers for path in paths]
+        self._weights = [jax.device_put(own, here) for own, needed in zip(weights, self._needed) if needed]
         self._timed = device_timer()
 
     def step_timer(self, run: Run) -> Callable[[], float]:
@@ -100,7 +100,7 @@ class LayerBench:
                 hidden = layer(hidden, lambda x, projections, own=own: own)
             return hidden
 
-        shape, first = self._shape, self._shape.layers[self._numbers[0]]
+        shape, first = self._model.shape, self._model.shape.layers[self._numbers[0]]
         mixed = random((self._batch, first.heads * first.head_dim), jnp.dtype(shape.dtype))
         token_ids = jax.device_put(np.zeros(self._batch, np.int32), memory.sharding("device"))
         program = jax.jit(finish).lower(self._weights, mixed, token_ids).compile()
@@ -120,11 +120,14 @@ class LayerBench:
 
     def _part(self, weights: Sequence[Array], count: int) -> Any:
         """The model with so many of the layers."""
-        model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
-        return types.SimpleNamespace(embed=model.embed, unembed=model.unembed, layers=model.layers[:count])
+        own = iter(weights)
+        leaves = [next(own) if needed else None for needed in self._needed]
+        model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
+        layers = [model.layers[number] for number in self._numbers[:count]]
+        return types.SimpleNamespace(embed=model.embed, unembed=model.unembed, layers=layers)
 
     def _plan(self, run: Run) -> Plan:
-        shape, numbers = self._shape, self._numbers[: run.layers]
+        shape, numbers = self._model.shape, self._numbers[: run.layers]
         block = BlockSpec(_form_of(run.kind), run.place, run.tokens)
         method: Method = "recompute" if "recompute" in (run.tail, run.kind) else "absorb"
         # A window may be shorter than the blocks that are to be timed; positions do not matter to the time of a step.
