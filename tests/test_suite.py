@@ -309,7 +309,7 @@ def test_mistakes_in_workloads_of_ones_own(tmp_path, given, message):
         ("auto", None, 12, 100, r"w1 auto needs about 16.\d* GiB of device memory; 12.00 GiB may be used"),
         ("auto", None, 17, 7, r"w1 auto needs about 7.\d* GiB of host memory; 7.00 GiB may be used"),
         ("huggingface", None, 12, 100, r"w1 huggingface needs about 33.15 GiB of device memory; 12.00 GiB may"),
-        ("huggingface_offloaded", None, 40, 10, r"w1 huggingface_offloaded needs about 16.50 GiB of host memory"),
+        ("huggingface_offloaded", None, 40, 10, r"w1 huggingface_offloaded needs about 76.80 GiB of host memory"),
     ],
 )
 def test_what_does_not_fit_is_left_out_with_a_reason(tmp_path, plan, room, device, host, message):
