@@ -115,8 +115,8 @@ def limits(budget: Budget, loaded: Mapping[Memory, int] | None = None) -> dict[M
 
 
 def check_memory(plan: Plan, budget: Budget | None = None) -> None:
-    """Raises `PlanError` if the plan, whose weights are loaded, needs more than the budget and this machine have; see
-    `check_within`."""
+    """Raises `PlanError` if the plan, whose weights are loaded, needs more than the budget has or, where that leaves it
+    open, this machine; see `check_within`."""
     loaded = weights_in(plan.shape, [layer.weights for layer in plan.layers])
     check_within(plan, limits(budget or Budget(), loaded))
 

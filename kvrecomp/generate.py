@@ -132,13 +132,14 @@ class TokenLoop:
                 f"max_new_tokens is {max_new_tokens}, the plan is for {self.decoder.plan.workload.new} new tokens: "
                 "ask for at least one, or make a plan with a larger Workload.new"
             )
-        prompt = as_ids(input_ids).astype(np.int32)
-        rows = as_row_ids(row_ids, len(prompt))
+        ids = as_ids(input_ids)
+        parts, rows = split_groups(ids, attention_mask, self.decoder.plan), as_row_ids(row_ids, len(ids))
+        prompt = ids.astype(np.int32)
         new, logits, link_bytes, arrivals = [], [], [], [time.perf_counter()]
         ended = np.zeros(len(prompt), bool)
         if self.streamer is not None:
             self.streamer.put(prompt)
-        dispatched = Ahead(self._dispatch(input_ids, attention_mask, max_new_tokens, rows), LEAD)
+        dispatched = Ahead(self._dispatch(parts, max_new_tokens, rows), LEAD)
         try:
             with _progress(max_new_tokens, self.progress) as advance, dispatched as steps:
                 for step in steps:
@@ -175,11 +176,10 @@ class TokenLoop:
         )
 
     def _dispatch(
-        self, input_ids: Any, attention_mask: Any, max_new_tokens: int, row_ids: np.ndarray
+        self, parts: Sequence[tuple[np.ndarray, np.ndarray]], max_new_tokens: int, row_ids: np.ndarray
     ) -> Iterator[_Dispatched]:
         """Prefill and steps, one item a token, as they are dispatched; nothing here waits for the device."""
         plan, decoder = self.decoder.plan, self.decoder
-        parts = split_groups(input_ids, attention_mask, plan)
         caches, logits = map(list, zip(*(decoder.prefill(*part) for part in parts)))
         eos, pad, seed, names = jax.device_put(
             (

@@ -32,7 +32,7 @@ _KINDS = {"device": "device", "host": "pinned_host"}
 
 
 def sharding(memory: Memory) -> Sharding:
-    """Where arrays of that memory live; `device` is the one that computes, by default jax's first."""
+    """Where arrays of that memory live, those of `device` on the one that computes: jax's first."""
     return SingleDeviceSharding(jax.devices()[0], memory_kind=_KINDS[memory])
 
 

@@ -42,6 +42,8 @@ def named_plan(
 ) -> Plan:
     """The plan of that name; `tail` in tokens, `window` in bytes. Raises `PlanError` if there is no such plan."""
     kind, colon, argument = name.partition(":")
+    if name == AUTO:
+        raise PlanError("what plan auto is goes by the machine: use plan_for or make_plan")
     if kind not in _ACCEPTS or bool(argument) not in _ACCEPTS[kind] or (colon and not argument):
         raise PlanError(f"there is no plan {name!r}; the plans are {', '.join((AUTO, *NAMES))}, with F from 0 to 1")
     fraction = _fraction(name, argument) if argument else 1.0

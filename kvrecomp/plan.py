@@ -173,7 +173,8 @@ class ModelShape:
 
     @property
     def parameters(self) -> int:
-        """Weights of the model, biases and norms left out."""
+        """Weights of the layers, the token table and the head; biases, norms and OPT's positions, 1.3 % of OPT-125M and
+        less of larger models, are left out."""
         layers = sum(count * layer.parameters for layer, count in self.kinds.items())
         return layers + self.vocab * self.embedding * (1 if self.tied else 2)
 

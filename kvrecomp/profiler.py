@@ -33,11 +33,16 @@ def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False
     """
     found = None if refresh else _read(profile_path())
     known = found or _timed(measure_machine)
+    timed: list[LayerTimes] = []
     if model is not None:
         for layer in model.shape.kinds:
             if refresh or not _covers(known.times(layer, model.shape.dtype, batch), model.shape.positions):
-                known = known.with_times(_timed(functools.partial(measure_layer, model, layer, batch)))
-    if known is not found:
+                timed.append(_timed(functools.partial(measure_layer, model, layer, batch)))
+    if timed and found:
+        known = _read(profile_path()) or known  # another process may have timed other layers meanwhile
+    for times in timed:
+        known = known.with_times(times)
+    if timed or not found:
         try:
             keep(known)
         except OSError as error:

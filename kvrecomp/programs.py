@@ -79,9 +79,12 @@ class Programs:
             self._futures = {name: future for name, future in self._futures.items() if not future.cancel()}
 
     def get(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str] = NO_OPTIONS) -> Any:
-        """The compiled program; compiles it now, in this thread, or waits for it, where that was begun."""
+        """The compiled program; compiles it now, in this thread, or waits for it, where that was begun.
+
+        What still waits for others in the background is compiled here, so nobody waits for what `cancel` gives up.
+        """
         with self._lock:
-            mine = not self._is_begun(name)
+            mine = not self._is_begun(name) or self._futures[name].cancel()
             if mine:
                 self._futures[name] = Future()
                 self._futures[name].set_running_or_notify_cancel()

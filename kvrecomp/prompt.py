@@ -13,12 +13,16 @@ class PromptError(ValueError):
     """Token ids or a mask that cannot be decoded; the message says which row and why."""
 
 
+def _as_array(name: str, given: Any) -> np.ndarray:
+    try:
+        return np.asarray(jax.device_get(given))
+    except ValueError:
+        raise PromptError(f"the rows of {name} differ in length: pad the shorter ones on the left") from None
+
+
 def as_ids(input_ids: Any) -> np.ndarray:
     """Token ids as int[batch, prompt]; raises `PromptError` if they are none, or a row or the batch is empty."""
-    try:
-        ids = np.asarray(jax.device_get(input_ids))
-    except ValueError:
-        raise PromptError("the rows of input_ids differ in length: pad the shorter ones on the left") from None
+    ids = _as_array("input_ids", input_ids)
     if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
         given = f"{ids.dtype}{list(ids.shape)}{', which is empty' if 0 in ids.shape else ''}"
         raise PromptError(f"input_ids must be integers [batch, prompt] with at least one token a row; got {given}")
@@ -28,7 +32,7 @@ def as_ids(input_ids: Any) -> np.ndarray:
 def as_row_ids(row_ids: Any, batch: int) -> np.ndarray:
     """Names of rows as uint32[batch], None for 0, 1, ...; raises `PromptError` if they are not that many whole numbers
     of 32 bits."""
-    ids = np.arange(batch) if row_ids is None else np.asarray(jax.device_get(row_ids))
+    ids = np.arange(batch) if row_ids is None else _as_array("row_ids", row_ids)
     expected = f"it must be integers [{batch}] from 0 to 2**32 - 1, one for a row"
     if ids.shape != (batch,) or not np.issubdtype(ids.dtype, np.integer):
         raise PromptError(f"row_ids is {ids.dtype}{list(ids.shape)}; {expected}")
@@ -39,7 +43,7 @@ def as_row_ids(row_ids: Any, batch: int) -> np.ndarray:
 
 def as_mask(attention_mask: Any, ids: np.ndarray) -> np.ndarray:
     """The mask as bool[batch, prompt], None for no padding; raises `PromptError` if it is not of the shape of `ids`."""
-    mask = np.ones(ids.shape, bool) if attention_mask is None else np.asarray(jax.device_get(attention_mask)) != 0
+    mask = np.ones(ids.shape, bool) if attention_mask is None else _as_array("attention_mask", attention_mask) != 0
     if mask.shape != ids.shape:
         raise PromptError(f"attention_mask is {list(mask.shape)}, input_ids {list(ids.shape)}: they must be the same")
     return mask

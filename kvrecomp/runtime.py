@@ -28,7 +28,7 @@ from kvrecomp.cost import compile_seconds
 from kvrecomp.forward import Model, decode_step, prefill
 from kvrecomp.plan import Budget, Memory, Plan, PlanError
 from kvrecomp.programs import Compiled, Programs, side_by_side
-from kvrecomp.prompt import check_prompt, check_step
+from kvrecomp.prompt import PromptError, check_prompt, check_step
 from kvrecomp.weights import check_placement
 
 LOG = logging.getLogger("kvrecomp")
@@ -117,15 +117,11 @@ class Decoder:
         return cache, logits
 
     def step_groups(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> tuple[list[Cache], list[Array]]:
-        """`step` for the caches of all groups of the plan, which are of one length, in the plan's order.
+        """`step` for the caches of all groups of the plan, which are at the same step, in the plan's order.
 
         In row order each group takes a step after the other, in column order they go through the layers together.
         """
-        if len(caches) != self.plan.groups or len(token_ids) != self.plan.groups:
-            raise PlanError(
-                f"plan {self.plan.name} has {self.plan.groups} groups; got {len(caches)} caches and tokens of "
-                f"{len(token_ids)}: give step_groups as many"
-            )
+        self._check_step(caches, token_ids)  # of all groups, before one of them is used up
         if caches[0].in_tail == 0:  # it is the first step: the blocks of all groups' prompts are there
             self._reserve_growth()
         if self.plan.together == 1:
@@ -133,15 +129,31 @@ class Decoder:
             return [cache for (cache,), _ in steps], [logits for _, (logits,) in steps]
         return self._step(caches, token_ids)
 
-    def _step(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> tuple[list[Cache], list[Array]]:
+    def _check_step(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> None:
+        """Raises `PlanError` or `PromptError` unless each group has tokens and a cache, all at one step, with room."""
+        plan = self.plan
+        if len(caches) != plan.groups or len(token_ids) != plan.groups:
+            raise PlanError(
+                f"plan {plan.name} has {plan.groups} groups; got {len(caches)} caches and tokens of {len(token_ids)}: "
+                "give step_groups as many"
+            )
         for cache, ids in zip(caches, token_ids):
-            check_step(cache.length, ids, self.plan)
-        plan, write_outs = self.plan, len(caches[0].layers[0].blocks) - len(self.plan.layers[0].prompt)
-        if write_outs * plan.tail + caches[0].in_tail >= plan.workload.new:
+            check_step(cache.length, ids, plan)
+        cached = [self._write_outs(cache) * plan.tail + cache.in_tail for cache in caches]
+        if len(set(cached)) > 1:
+            raise PromptError(f"the groups' caches have {cached} new tokens: give step_groups those of the same step")
+        if cached[0] >= plan.workload.new:
             raise PlanError(
                 f"the plan is for {plan.workload.new} new tokens and all of them are cached: make a plan with a larger "
                 "Workload.new"
             )
+
+    def _write_outs(self, cache: Cache) -> int:
+        """How often the cache's tail was written out."""
+        return len(cache.layers[0].blocks) - len(self.plan.layers[0].prompt)
+
+    def _step(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> tuple[list[Cache], list[Array]]:
+        plan, write_outs = self.plan, self._write_outs(caches[0])
         if caches[0].in_tail == plan.tail:
             caches, write_outs = [self._write_out(cache, write_outs) for cache in caches], write_outs + 1
         given = [(cache.blocks, cache.tails, cache.padding, cache.length) for cache in caches]

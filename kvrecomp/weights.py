@@ -94,26 +94,44 @@ def _order_of_use(
     return [n for n in numbers if first[n][0] <= attended], [n for n in numbers if first[n][0] > attended]
 
 
+def _matrices(layer: nnx.Module, shape: LayerShape) -> list[Array]:
+    """The layer's matrices."""
+    return [array for array in jax.tree.leaves(nnx.state(layer)) if is_matrix(array.shape, shape)]
+
+
 def weight_memories(model: Any) -> tuple[Memory, ...]:
     """The memory that each layer of a model has its matrices in; `host` if any of them is there."""
 
     def hosted(layer: nnx.Module, own: LayerShape) -> bool:
-        matrices = [array for array in jax.tree.leaves(nnx.state(layer)) if is_matrix(array.shape, own)]
-        return any(array.sharding.memory_kind == memory.sharding("host").memory_kind for array in matrices)
+        there = memory.sharding("host").memory_kind
+        return any(array.sharding.memory_kind == there for array in _matrices(layer, own))
 
     layers = zip(model.layers, model.shape.layers, strict=True)
     return tuple("host" if hosted(layer, own) else "device" for layer, own in layers)
 
 
 def check_placement(model: Any, plan: Plan) -> None:
-    """Raises `PlanError` where a parameter of the model is not in the memory that the plan has it in."""
+    """Raises `PlanError` where a parameter of the model is on another device, or not in the memory that the plan has it
+    in, and where a layer with weights in host memory has more of them than its shape says."""
     where = placement(plan)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
         name, array = ".".join(map(str, path)), variable.get_value()
-        if isinstance(array, Array) and array.sharding.memory_kind != where(name, array.shape).memory_kind:
+        if not isinstance(array, Array):
+            continue
+        expected = where(name, array.shape)
+        if array.sharding.device_set != expected.device_set:
+            there, here = (", ".join(map(str, own.device_set)) for own in (array.sharding, expected))
+            raise PlanError(f"{name} is on {there}; what decodes is {here}, jax's first device: load the model there")
+        if array.sharding.memory_kind != expected.memory_kind:
             raise PlanError(
-                f"plan {plan.name} has {name} in memory {where(name, array.shape).memory_kind!r}, the model in "
+                f"plan {plan.name} has {name} in memory {expected.memory_kind!r}, the model in "
                 f"{array.sharding.memory_kind!r}: load it with sharding=kvrecomp.placement(plan)"
+            )
+    for number, (layer, own, shape) in enumerate(zip(model.layers, plan.layers, plan.shape.layers, strict=True)):
+        if own.weights == "host" and (held := sum(array.size for array in _matrices(layer, shape))) > shape.parameters:
+            raise PlanError(
+                f"layer {number} has {held} weights, and its LayerShape says {shape.parameters}, by which copies are "
+                "planned: keep them on the device, or give it a larger `intermediate`"
             )
 
 

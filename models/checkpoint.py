@@ -176,7 +176,7 @@ def describe(path: Path, config: Mapping[str, Any], dtype: str | None) -> tuple[
     None as stored."""
     fields = dict(config)
     family, stored = fields.pop("family"), fields.pop("dtype", "missing")
-    if family not in FAMILIES:
+    if not isinstance(family, str) or family not in FAMILIES:
         raise CheckpointError(f"{path}/config.json: family is {family!r}; expected one of {', '.join(FAMILIES)}")
     try:
         return FAMILIES[family](**fields), dtype_name(dtype or stored)

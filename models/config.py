@@ -1,5 +1,6 @@
 """What the configurations of all families share: what they offer, and checks of sizes and of Hugging Face's fields."""
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol, Self
 
@@ -41,6 +42,12 @@ def check_sizes(family: str, config: object, names: Sequence[str]) -> None:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
             raise ValueError(f"{family}: {name} is {value!r}; expected a positive integer")
+
+
+def check_epsilon(family: str, epsilon: Any) -> None:
+    """Raise ValueError unless it is a positive number."""
+    if not isinstance(epsilon, (int, float)) or isinstance(epsilon, bool) or not 0 < epsilon < math.inf:
+        raise ValueError(f"{family}: epsilon is {epsilon!r}; expected a positive number")
 
 
 def read_fields(family: str, config: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from jax import Array
 
 from kvrecomp.attention import Attend
 from kvrecomp.plan import LayerShape, ModelShape
-from models.config import check_sizes, check_supported, read_fields
+from models.config import check_epsilon, check_sizes, check_supported, read_fields
 from models.layers import CausalLM, Embedding, GatedFeedForward, divided_by_root_mean_square, parameter
 from models.rotary import Rotary, RotaryAttention
 
@@ -50,6 +50,7 @@ class GemmaConfig:
         object.__setattr__(self, "rotary", Rotary.of(self.rotary))  # JSON has no dataclasses
         sizes = ("layers", "hidden", "heads", "kv_heads", "intermediate", "head_dim", "vocab", "positions")
         check_sizes("Gemma", self, sizes)
+        check_epsilon("Gemma", self.epsilon)
         if self.heads % self.kv_heads:
             raise ValueError(f"Gemma: {self.heads} heads do not divide into {self.kv_heads} key-value heads")
         if self.head_dim % 2:

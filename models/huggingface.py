@@ -169,13 +169,13 @@ def describe(path: Path, config: Mapping[str, Any], dtype: str | None) -> Descri
         CheckpointError: an unsupported configuration or dtype; damaged files.
     """
     kind = config.get("model_type")
-    if kind not in MODEL_TYPES:
+    if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise CheckpointError(f"{path}/config.json: model_type is {kind!r}; expected one of {', '.join(MODEL_TYPES)}")
     family, table = MODEL_TYPES[kind]
-    name = Path(config.get("_name_or_path") or path.resolve()).name
     try:
+        name = Path(config.get("_name_or_path") or path.resolve()).name
         model_config = family.from_huggingface(config, name)
-    except ValueError as error:
+    except (TypeError, ValueError) as error:  # a field may be of any type
         raise CheckpointError(f"{path}/config.json: {error}") from error
 
     tensors = {given: tensor for given, tensor in _open_weights(path).items() if not given.endswith(BUFFERS)}

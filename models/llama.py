@@ -21,7 +21,7 @@ from jax import Array
 
 from kvrecomp.attention import Attend, Projections
 from kvrecomp.plan import LayerShape, ModelShape
-from models.config import check_sizes, check_supported, read_fields
+from models.config import check_epsilon, check_sizes, check_supported, read_fields
 from models.layers import CausalLM, Embedding, GatedFeedForward, RMSNorm
 from models.rotary import Rotary, RotaryAttention
 
@@ -58,6 +58,7 @@ class LlamaConfig:
 
     def __post_init__(self):
         check_sizes("Llama", self, ("layers", "hidden", "heads", "intermediate", "vocab", "positions"))
+        check_epsilon("Llama", self.epsilon)
         if not self.head_dim and self.hidden % self.heads:
             raise ValueError(f"Llama: hidden size {self.hidden} does not divide into {self.heads} heads")
         given = {

@@ -186,6 +186,7 @@ def test_ours_damaged_or_mismatched(tmp_path):
         ({"layers": 1}, r"unknown layers\.1\.attention"),
         ({"layers": 3}, r"missing layers\.2\.attention"),
         ({"family": "mamba"}, "family is 'mamba'; expected one of opt, llama, gemma"),
+        ({"family": ["opt"]}, r"family is \['opt'\]; expected one of opt, llama, gemma"),
         ({"colour": "red"}, "colour"),
         ({"dtype": "int8"}, "dtype is int8"),
     ]:
@@ -583,6 +584,15 @@ def test_directories_that_are_not_models(directory):
     fails(directory, "model_type is 'mamba'; expected one of opt, llama, mistral, qwen2, qwen3, phi3, gemma$")
     (directory / "config.json").write_text(json.dumps(LLAMA_LIKE | {"model_type": "phi3", "rope_scaling": LONG}))
     fails(directory, "config.json: phi3: rope scaling is 'longrope'; supported are default, linear, llama3")
+    for config, message in (
+        (LLAMA_LIKE | {"model_type": ["llama"]}, r"model_type is \['llama'\]; expected one of opt"),
+        (LLAMA_LIKE | {"model_type": "llama", "_name_or_path": 3}, "config.json: "),
+        (LLAMA_LIKE | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": "1"}, "config.json: "),
+        (LLAMA_LIKE | {"model_type": "llama", "rms_norm_eps": "1e-5"}, "epsilon is '1e-5'; expected a positive number"),
+        (LLAMA_LIKE | {"model_type": "gemma", "head_dim": 14, "rms_norm_eps": -1}, "epsilon is -1; expected a posit"),
+    ):
+        (directory / "config.json").write_text(json.dumps(config))
+        fails(directory, message)
     (directory / "config.json").write_text(json.dumps(HUGGINGFACE | {"enable_bias": False}))
     fails(directory, "config.json: OPT: enable_bias is False")
     (directory / "config.json").write_text("{")

@@ -16,8 +16,10 @@ from flax import nnx
 import kvrecomp
 import models
 from kvrecomp import budget, memory
+from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import GIB, BlockSpec, LayerPlan, Plan, PlanError, Workload
 from kvrecomp.prompt import PromptError, check_prompt
+from kvrecomp.sampling import Sampling
 
 
 @contextlib.contextmanager
@@ -50,6 +52,7 @@ IDS = np.arange(10, dtype=np.int32).reshape(2, 5)
         (IDS[:, :0], None, ["empty", "[2, 0]", "at least one token"]),
         (IDS[:, :4], None, ["[2, 4]", "[2, 5]", "pad the prompts on the left"]),
         (IDS[:1], None, ["[1, 5]", "[2, 5]", "make a plan for this one"]),
+        (IDS, [[1, 1, 1], [1, 1]], ["the rows of attention_mask differ in length"]),
         (IDS, np.ones((2, 4)), ["attention_mask is [2, 4]", "input_ids [2, 5]", "must be the same"]),
         (IDS, [[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]], ["row 1 is empty", "at least one"]),
         (IDS, [[0, 0, 1, 1, 1], [1, 1, 1, 1, 0]], ["row 1 is not left-padded", "move the padding to the left"]),
@@ -91,6 +94,21 @@ def test_row_ids(row_ids):
         kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="device", row_ids=row_ids)
 
 
+def test_rows_of_row_ids():
+    with one_line(PromptError, "the rows of row_ids differ in length"):
+        kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="device", row_ids=[[0], [1, 2]])
+
+
+def test_a_streamer_gets_no_prompts_that_are_refused():
+    class Streamer:
+        def put(self, value):
+            raise AssertionError("it got them")
+
+    loop = TokenLoop(kvrecomp.Decoder(toy.model(), plan_of(prompt=4)), Sampling(), eos=(), pad=0, streamer=Streamer())
+    with one_line(PromptError, "is [2, 5]", "of at most 4 tokens"):
+        loop.run(IDS, None, 2)
+
+
 def test_prompt_longer_than_the_positions():
     with one_line(PlanError, "prompt of 39", "3 new tokens", "need 42 positions", "toy has 41", "shorten"):
         plan_of(prompt=39)
@@ -112,6 +130,11 @@ def test_prompt_longer_than_the_positions():
 def test_unknown_plans(name):
     with one_line(PlanError, repr(name), "from 0 to 1"):
         plan_of(name)
+
+
+def test_auto_is_not_made_by_its_name():
+    with one_line(PlanError, "goes by the machine", "plan_for or make_plan"):
+        plan_of("auto")
 
 
 def test_unknown_plans_are_listed_by_generate():
@@ -162,6 +185,22 @@ def test_stepping_past_the_workload():
         decoder.step(cache, token_ids)
     assert np.isfinite(toy.get(logits)).all()  # and what is there is still there
     assert all(np.isfinite(toy.get(array)).all() for tail in cache.tails for array in tail.arrays)
+
+
+def test_a_model_on_another_device_is_refused():
+    """Of two that a CPU pretends to be, in a process of its own."""
+    code = """
+import jax, numpy as np, kvrecomp, toy, models
+with jax.default_device(jax.devices()[1]):
+    model = models.create(toy.OPT, dtype="float32")
+    kvrecomp.generate(model, np.ones((2, 5), np.int32), max_new_tokens=2, plan="device")
+"""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    paths = os.pathsep.join([str(Path(__file__).parent), *sys.path])
+    run = subprocess.run(
+        [sys.executable, "-c", code], env={**environment, "PYTHONPATH": paths}, capture_output=True, text=True
+    )
+    assert run.stderr.strip().endswith("jax's first device: load the model there"), run.stderr
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

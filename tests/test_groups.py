@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import toy
@@ -131,6 +132,26 @@ def test_wrong_groups_are_said(known_machine):
             kvrecomp.plan_for(name, plan.shape, WORK, window=0)
     with pytest.raises(PlanError, match="'diagonal' is not one of row, column"):
         dataclasses.replace(plan, order="diagonal")
+
+
+@pytest.mark.parametrize("order", ["row", "column"])
+def test_groups_that_cannot_take_a_step_together_are_left_as_they_were(order):
+    """One has no tokens of its own, or is a step ahead: nobody's cache is used up, and decoding goes on."""
+    decoder = kvrecomp.Decoder(models.create(OPT, dtype="float32"), planned("activations", order, 0.0))
+    ids, mask = prompts()
+    size = WORK.batch
+    caches = [decoder.prefill(ids[at : at + size], mask[at : at + size])[0] for at in range(0, len(ids), size)]
+    tokens = [jax.device_put(np.full(size, number, np.int32)) for number in range(GROUPS)]
+    with pytest.raises(PromptError, match=rf"token_ids is int32\[{size + 1}\]"):
+        decoder.step_groups(caches, [*tokens[:-1], np.zeros(size + 1, np.int32)])
+    after, logits = decoder.step_groups(caches, tokens)
+    again = [decoder.prefill(ids[at : at + size], mask[at : at + size])[0] for at in range(0, len(ids), size)]
+    with pytest.raises(PromptError, match=r"caches have \[1, 0, 0\] new tokens: give step_groups those of the same"):
+        decoder.step_groups([after[0], *again[1:]], tokens)
+    _, expected = decoder.step_groups(again, tokens)
+    for one, other in zip(logits, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(decoder.step_groups(after, tokens)[0]) == GROUPS
 
 
 def test_auto_goes_by_where_the_weights_are(known_machine):

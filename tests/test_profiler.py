@@ -148,6 +148,23 @@ def test_layers_are_timed_once_a_batch(cache, counted, monkeypatch):
     assert profiler.profile() == first  # kept with the machine
 
 
+def test_what_others_timed_meanwhile_is_kept(cache, counted, known_machine, monkeypatch):
+    """Another process times the same layers for another batch, while they are timed here."""
+    model, batches = toy.model(), [5, 3]
+
+    def measure(model, layer, batch):
+        if batches:
+            profiler.profile(model, batch=batches.pop())
+        found = estimate(known_machine, layer, 4, batch)
+        return dataclasses.replace(found, dtype=model.shape.dtype, vocab=model.shape.vocab, batch=batch)
+
+    profiler.profile()
+    monkeypatch.setattr(profiler, "measure_layer", measure)
+    profiler.profile(model, batch=2)
+    kept = profiler.profile()
+    assert {times.batch for times in kept.layers} == {2, 3, 5} and counted == ["measured"]
+
+
 def test_layers_are_timed_again_for_more_positions(cache, counted, known_machine, monkeypatch):
     """As a longer cache has more tokens than were timed; fewer are covered."""
     model, asked = toy.model(), []

@@ -2,13 +2,15 @@
 
 import dataclasses
 
+import jax
 import numpy as np
 import pytest
 import toy
+from flax import nnx
 
 import kvrecomp
 import models
-from kvrecomp import weights
+from kvrecomp import memory, weights
 from kvrecomp.budget import memory_needed
 from kvrecomp.named import named_weights, with_host_weights
 from kvrecomp.plan import PlanError
@@ -116,6 +118,19 @@ def test_wrong_places_are_said():
     with pytest.raises(
         PlanError, match=r"layers\.0\.attention\.key\.kernel in memory 'pinned_host', the model in 'device'"
     ):
+        kvrecomp.Decoder(model, plan)
+
+
+def test_more_weights_than_the_shape_says_are_refused():
+    """Copies are planned by the shape: those of a wider layer would not fit in the window."""
+    plan = planned(OPT, "activations", 1.0)
+    model = models.create(OPT, dtype="float32", sharding=kvrecomp.placement(plan))
+    kvrecomp.Decoder(model, plan)
+    layer, shape = model.layers[2], OPT.shape.layers[2]
+    further = np.zeros((shape.hidden, shape.intermediate), np.float32)
+    layer.further = nnx.Param(jax.device_put(further, memory.sharding("host")))
+    held = shape.parameters + shape.hidden * shape.intermediate
+    with pytest.raises(PlanError, match=rf"layer 2 has {held} weights, and its LayerShape says {shape.parameters}"):
         kvrecomp.Decoder(model, plan)
 
 
