@@ -242,15 +242,16 @@ def test_whoever_asks_compiles_side_by_side(monkeypatch):
 def test_what_waits_in_the_background_is_compiled_by_whoever_needs_it():
     """Behind what has the only thread there; so it does not matter to them that it is given up."""
     programs, traced, needed = Programs(), Traced(), Traced()
-    programs.start("first", lambda: traced)
+    begun = []
+    programs.start("first", lambda: begun.append("first") or traced)
     programs.start("second", lambda: needed)
     needed.go.set()
     program = programs.get("second", lambda: needed)
     programs.cancel()
     assert set(programs.compiled) == {"second"} and programs.get("second", lambda: needed) is program
     traced.go.set()
-    programs.get("first", lambda: traced)
-    assert (traced.count, needed.count) == (1, 1)
+    programs.get("first", lambda: begun.append("again") or traced)
+    assert (traced.count, needed.count) == (1, 1) and begun == ["first"]
 
 
 def test_what_failed_is_tried_again():
