@@ -16,12 +16,13 @@ from kvrecomp import memory as _memory
 
 _memory.limit_pinned_to_free()  # before anything below starts the backend
 
+from kvrecomp.attention import Projection, Projections  # noqa: E402
 from kvrecomp.auto import plan_for  # noqa: E402
 from kvrecomp.budget import memory_needed  # noqa: E402
 from kvrecomp.generate import Generated, generate  # noqa: E402
 from kvrecomp.hardware import HardwareProfile  # noqa: E402
 from kvrecomp.named import named_plan, with_host_weights  # noqa: E402
-from kvrecomp.plan import Budget, ModelShape, Plan, PlanError, Workload  # noqa: E402
+from kvrecomp.plan import Budget, LayerShape, ModelShape, Plan, PlanError, Workload  # noqa: E402
 from kvrecomp.profiler import profile  # noqa: E402
 from kvrecomp.prompt import PromptError  # noqa: E402
 from kvrecomp.runtime import Decoder  # noqa: E402
@@ -33,9 +34,12 @@ __all__ = [
     "Decoder",
     "Generated",
     "HardwareProfile",
+    "LayerShape",
     "ModelShape",
     "Plan",
     "PlanError",
+    "Projection",
+    "Projections",
     "PromptError",
     "Workload",
     "generate",

@@ -105,6 +105,8 @@ def limits(budget: Budget, loaded: Mapping[Memory, int] | None = None) -> dict[M
 
     What is `loaded` already, of the weights, counts as available.
     """
+    if not isinstance(budget, Budget):
+        raise PlanError(f"the budget is {budget!r}; expected a Budget, as kvrecomp.Budget.of_gib(20) is one")
     there: Mapping[Memory, int] = loaded or {"device": 0, "host": 0}
     device, host = budget.device, budget.host
     if device is None:

@@ -88,6 +88,8 @@ def generate(
     another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
+    if max_new_tokens < 1:
+        raise PlanError(f"max_new_tokens is {max_new_tokens}: ask for at least one")
     ids = as_ids(input_ids)
     check_tokens(ids, as_mask(attention_mask, ids), model.shape.vocab)  # before anything that takes long
     batch, prompt = ids.shape

@@ -20,6 +20,7 @@ import dataclasses
 import functools
 import io
 import itertools
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, get_args
@@ -207,6 +208,9 @@ class Budget:
     host: float | None = None
 
     def __post_init__(self):
+        for name, size in (("device", self.device), ("host", self.host)):
+            if size is not None and not isinstance(size, numbers.Real):
+                raise PlanError(f"Budget: {name} is {size!r}; it must be a number, or None for what is free")
         if self.device is not None and not self.device > 0:
             raise PlanError(f"Budget: device is {self.device} bytes; it must be greater than zero")
         if self.host is not None and not self.host >= 0:
@@ -215,7 +219,7 @@ class Budget:
     @classmethod
     def of_gib(cls, device: float | None = None, host: float | None = None) -> "Budget":
         """From GiB, as flags give them."""
-        return cls(*(None if size is None else size * GIB for size in (device, host)))
+        return cls(*(size * GIB if isinstance(size, numbers.Real) else size for size in (device, host)))
 
 
 @dataclass(frozen=True)

@@ -22,13 +22,14 @@ READS = {
     "tests/test_build.py": "ALL_SOURCES",
     "tests/test_job.py": 'glob(["experiments/checkpoints/pydoc/**"])',
     "tests/test_notebook.py": '["experiments/decode.ipynb"]',
-    "tests/test_readme.py": '["README.md"] + glob(["experiments/results/*"])',
+    "tests/test_readme.py": '["README.md"] + glob(["experiments/results/*", "experiments/checkpoints/pydoc/**"])',
     "tests/test_results.py": 'glob(["experiments/results/*"])',
 }
 # What it runs in processes of their own.
 RUNS = {
     "experiments/suite.py": {"experiments/benchmark.py", "experiments/peers.py"},
     "tests/test_notebook.py": {"experiments/support/split_plot.py"},
+    "tests/test_readme.py": {"kvrecomp/__init__.py", "models/__init__.py"},
 }
 SOURCES = sorted(path.relative_to(ROOT).as_posix() for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 

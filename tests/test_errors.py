@@ -94,6 +94,16 @@ def test_row_ids(row_ids):
         kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="device", row_ids=row_ids)
 
 
+@pytest.mark.parametrize("budget", [20, "20"])
+def test_budgets_of_other_types(budget):
+    with one_line(PlanError, f"the budget is {budget!r}", "Budget.of_gib(20)"):
+        kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="device", budget=budget)
+    for name in ("device", "host"):
+        for make in (kvrecomp.Budget, kvrecomp.Budget.of_gib):
+            with one_line(PlanError, f"Budget: {name} is '20'", "a number, or None"):
+                make(**{name: "20"})
+
+
 def test_rows_of_row_ids():
     with one_line(PromptError, "the rows of row_ids differ in length"):
         kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="device", row_ids=[[0], [1, 2]])
@@ -401,7 +411,7 @@ def test_nan_logits_name_the_row_and_the_token(position, row, token):
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
-        ({"max_new_tokens": 0}, "new is 0; it must be greater than zero"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0: ask for at least one"),
     ],
 )
 def test_options_out_of_range(options, part):

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -269,3 +270,28 @@ def test_program_needs_no_device_and_refuses_with_one_line(root):
     (root / "README.md").write_text("<!-- end -->")
     with pytest.raises(SystemExit, match=r"^error: README.md:1: <!-- end --> without the other half of the marker$"):
         command()
+
+
+# --- its examples -----------------------------------------------------------------------------------------------------
+
+CHECK = """
+model, ids = Model(nnx.Rngs(0)), [[7, 2, 3]]
+cached = kvrecomp.generate(model, ids, max_new_tokens=5, plan="activations", output_logits=True)
+for new in range(5):
+    before = cached.sequences[:, : 3 + new]
+    whole = kvrecomp.generate(model, before, max_new_tokens=1, plan="device", output_logits=True)
+    difference = abs(whole.logits[0] - cached.logits[new]).max()
+    assert difference < 1e-5 * abs(whole.logits).max(), (new, difference)
+"""
+
+
+@pytest.mark.parametrize(("says", "check"), [("tokenizer.encode", ""), ("class Model(nnx.Module)", CHECK)])
+def test_an_example_runs(says, check):
+    """As it is pasted; a model of one's own gives the logits with a cache that it gives without."""
+    examples = re.findall(r"```python\n(.*?)```", (readme.ROOT / readme.README).read_text(), re.DOTALL)
+    (example,) = [each for each in examples if says in each]
+    own = {**os.environ, "PYTHONPATH": str(readme.ROOT)}
+    told = subprocess.run(
+        [sys.executable, "-c", example + check], cwd=readme.ROOT, env=own, capture_output=True, text=True
+    )
+    assert told.returncode == 0 and told.stdout, told.stderr
