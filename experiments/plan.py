@@ -211,6 +211,7 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     show(found, measured)
     if given.plot is not None:
         split_plot.draw(found, given.plot, measured)
+        print(f"drawn to {given.plot}")
     if given.json:
         print(json.dumps(document(found, measured)))
 

@@ -31,7 +31,7 @@ from kvrecomp.cost import kvpr_split
 from kvrecomp.hardware import DATASHEETS
 from kvrecomp.plan import AUTO
 
-WIDTH = 120
+WIDTH = 160
 COLUMNS = {BASELINE: "K and V", "kvpr": "KVPR", "activations": "activ.", AUTO: "ours"}
 LEGEND = (
     "Below a number is its gain: the paper's over its baseline, others over K and V. K and V: all keys and values from "
@@ -180,7 +180,7 @@ def summed_up(found: Sequence[Found]) -> Table:
     out = _table("Gains")
     lines = paper_costs.summary(found)
     for key in (shown := [key for key in lines[0] if any(line[key] != "-" for line in lines)]):
-        out.add_column(key.replace(", ", "\n").replace("`", ""))
+        out.add_column(key.replace(", ", "\n").replace("`", ""), overflow="fold")
     for line in lines:
         out.add_row(*(line[key] for key in shown))
     return out

@@ -251,8 +251,10 @@ def _key(plan: Plan) -> Any:
 
 
 def summary(rows: list[Measured]) -> Table:
-    """How far predictions are off, or how far choices are from the best rival."""
-    table = Table(title="predicted against measured", title_justify="left")
+    """How far predictions are off, or how far choices are from the best rival, which are not shown themselves."""
+    rivals = sum(row.room is not None and not row.chosen for row in rows)
+    title = f"predicted against measured; not shown: {rivals} steps of plans by hand that choices are compared with"
+    table = Table(title=title if rivals else title.partition(";")[0], title_justify="left")
     headings = ("model", "batch", "cached", "room %", "plan", "measured ms", "predicted ms", "off %", "against best")
     for heading in headings:
         table.add_column(heading)
@@ -260,8 +262,9 @@ def summary(rows: list[Measured]) -> Table:
     for row in rows:
         if row.room is not None and not row.chosen:
             continue
+        room = "" if row.room is None else f"{row.room:.0f}"
         table.add_row(
-            row.model, str(row.batch), str(row.prompt), "" if row.room is None else f"{row.room:.0f}", row.plan,
+            predictions.model_of(row), str(row.batch), str(row.prompt), room, row.plan,
             f"{row.median_ms:.2f}", f"{row.predicted_ms:.2f}", f"{100 * row.off:+.1f}", against.get(id(row), ""),
         )  # fmt: skip
     return table

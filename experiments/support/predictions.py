@@ -145,10 +145,10 @@ def regret(rows: Sequence[Measured]) -> str:
 
 def described(row: Measured) -> str:
     """The workload in a few words."""
-    return f"{_model(row)}, batch {row.batch}, {row.prompt} cached"
+    return f"{model_of(row)}, batch {row.batch}, {row.prompt} cached"
 
 
-def _model(row: Measured) -> str:
+def model_of(row: Measured) -> str:
     """Its title, and how many layers it was cut to."""
     return title(row.model) + (f" of {row.layers} layers" if row.layers else "")
 
@@ -173,7 +173,7 @@ def draw_predictions(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     said, points = accuracy(rows), distinct(rows)
-    models = ", ".join(dict.fromkeys(_model(row) for row in points))
+    models = ", ".join(dict.fromkeys(model_of(row) for row in points))
     batches = ", ".join(map(str, sorted({row.batch for row in points})))
     figure = plots.figure()
     axes = figure.add_subplot()
