@@ -94,16 +94,6 @@ def test_row_ids(row_ids):
         kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="device", row_ids=row_ids)
 
 
-@pytest.mark.parametrize("budget", [20, "20"])
-def test_budgets_of_other_types(budget):
-    with one_line(PlanError, f"the budget is {budget!r}", "Budget.of_gib(20)"):
-        kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="device", budget=budget)
-    for name in ("device", "host"):
-        for make in (kvrecomp.Budget, kvrecomp.Budget.of_gib):
-            with one_line(PlanError, f"Budget: {name} is '20'", "a number, or None"):
-                make(**{name: "20"})
-
-
 def test_rows_of_row_ids():
     with one_line(PromptError, "the rows of row_ids differ in length"):
         kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="device", row_ids=[[0], [1, 2]])
@@ -258,40 +248,20 @@ def test_what_is_free_bounds_a_plan_without_a_budget(monkeypatch):
     kvrecomp.Decoder(toy.model(), plan_of(), budget=kvrecomp.Budget(host=10**6))
 
 
-def test_on_a_cpu_both_memories_are_the_same(monkeypatch):
-    monkeypatch.setattr(memory, "_proc_meminfo", lambda field: 1000)
-    monkeypatch.setattr(memory, "_control_groups", lambda: [])
-    assert memory.free_host_bytes() == memory.free_device_bytes() == 500
-    monkeypatch.setattr(memory, "_device_limits", lambda: {"bytes_limit": 70, "bytes_in_use": 11})
-    monkeypatch.setattr(memory, "_pool_bytes", 0)
-    assert (memory.free_host_bytes(), memory.free_device_bytes()) == (1000, 59)
-
-
-def test_what_the_pinned_pool_has_left_over_is_free(monkeypatch):
-    """XLA keeps it for later arrays; the system has it no more."""
-    monkeypatch.setattr(memory, "_device_limits", lambda: {"bytes_limit": 70, "bytes_in_use": 11})
-    monkeypatch.setattr(memory, "_control_groups", lambda: [])
-    monkeypatch.setattr(memory, "_pool_bytes", 0)
-    monkeypatch.setattr(memory, "_proc_meminfo", lambda field: 10**6)
-    assert memory.free_host_bytes() == 10**6
-    kept = memory.zeros((3, 7, 1001), np.dtype("int16"), "host")
-    memory.reserve("host", [((5, 1009), np.dtype("int8"))] * 2)
-    monkeypatch.setattr(memory, "_proc_meminfo", lambda field: 10**6 - kept.nbytes - 2 * 5 * 1009)
-    assert memory.free_host_bytes() == 10**6 - kept.nbytes
-    kept.delete()
-    assert memory.free_host_bytes() == 10**6
-
-
-@pytest.mark.parametrize("seed", [-1, 2**32])
-def test_seeds(seed):
-    with one_line(ValueError, f"seed is {seed}", "from 0 to 2**32 - 1"):
-        kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="device", seed=seed)
-
-
 @pytest.mark.parametrize(("device", "host"), [(0, None), (-1.0, 1), (1, -1)])
 def test_budgets(device, host):
     with one_line(PlanError, "Budget", "it must"):
         kvrecomp.Budget(device, host)
+
+
+@pytest.mark.parametrize("budget", [20, "20"])
+def test_budgets_of_other_types(budget):
+    with one_line(PlanError, f"the budget is {budget!r}", "Budget.of_gib(20)"):
+        kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="device", budget=budget)
+    for name in ("device", "host"):
+        for make in (kvrecomp.Budget, kvrecomp.Budget.of_gib):
+            with one_line(PlanError, f"Budget: {name} is '20'", "a number, or None"):
+                make(**{name: "20"})
 
 
 def test_the_pinned_pool_is_named_where_it_is_the_limit(monkeypatch):
@@ -306,83 +276,13 @@ def test_the_pinned_pool_is_named_where_it_is_the_limit(monkeypatch):
     assert memory.LIMIT_VARIABLE not in str(raised.value)  # raising it would not help
 
 
-@pytest.mark.parametrize(
-    ("before", "given", "expected"),
-    [
-        ("", None, ["85", "7"]),
-        ("tiny", None, ["1", "1"]),
-        ("", "17", ["17", "7"]),
-        ("", "5", ["5", "5"]),
-        ("import jax; jax.devices()", None, ["None", "None"]),
-    ],
-    ids=["what is free", "hardly anything is", "the user's own", "less than what is needed", "too late"],
-)
-def test_the_pinned_pool_may_grow_to_what_is_free_and_then_to_what_is_needed(before, given, expected):
-    """Unless the backend has started: then it is what XLA took it to be, and plans are held to that."""
-    available = 2**20 if before == "tiny" else 100 * 2**30
-    program = f"""
-{before.replace("tiny", "")}
-import os, pathlib
-read = pathlib.Path.read_text
-mine = "MemTotal: 300000000 kB\\nMemAvailable: {available // 1024} kB"
-files = {{"/proc/meminfo": mine, "/proc/self/cgroup": ""}}
-pathlib.Path.read_text = lambda self, *given: files[str(self)] if str(self) in files else read(self, *given)
-import kvrecomp
-from kvrecomp import memory
-for step in range(2):
-    limit = os.environ.get(memory.LIMIT_VARIABLE)
-    assert memory.pinned_limit() == int(limit or 64) * 2**30
-    print(limit)
-    memory.limit_pinned(3 * 2**30 - 5)  # and 4 GiB
-"""
-    environment = {name: value for name, value in os.environ.items() if name != memory.LIMIT_VARIABLE}
-    environment |= {"PYTHONPATH": str(Path(kvrecomp.__file__).parent.parent), "JAX_PLATFORMS": "cpu"}
-    environment |= {memory.LIMIT_VARIABLE: given} if given else {}
-    done = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == expected, done.stderr
-
-
-def control_group(folder: Path, version: int, limit: object, used: int, dropped: int) -> None:
-    """Files as the kernel has them."""
-    folder.mkdir(exist_ok=True, parents=True)
-    names = (
-        ("limit_in_bytes", "usage_in_bytes", "total_inactive_file")
-        if version == 1
-        else ("max", "current", "inactive_file")
-    )
-    (folder / f"memory.{names[0]}").write_text(f"{limit}\n")
-    (folder / f"memory.{names[1]}").write_text(f"{used}\n")
-    (folder / "memory.stat").write_text(f"anon 150\n{names[2]} {dropped}\n")
-
-
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("seen", [True, False], ids=["of the machine", "of a container"])
-def test_a_process_has_the_memory_of_its_control_groups(monkeypatch, tmp_path, version, seen):
-    """Where it has less than the machine; a container sees its own group as the root. What the system may drop from its
-    cache is not used."""
-    own = tmp_path / "own"
-    own.write_text("5:cpu:/\n" + ("4:memory,blkio:/a/b\n" if version == 1 else "0::/a/b\n"))
-    base = tmp_path / "memory" if version == 1 else tmp_path
-    if seen:
-        control_group(base / "a", version, 700, 300, 110)
-        control_group(base / "a" / "b", version, 900, 290, 0)
-        control_group(base, version, 2**63 - 4096 if version == 1 else "max", 5000, 0)
-    else:
-        control_group(base, version, 700, 300, 110)
-    found = memory._control_groups(tmp_path, own)
-    assert sorted(found) == [(700, 190), (900, 290)][: 1 + seen]
-    monkeypatch.setattr(memory, "_control_groups", lambda: found)
-    monkeypatch.setattr(memory, "_proc_meminfo", {"MemTotal": 1000, "MemAvailable": 600}.get)
-    monkeypatch.setattr(memory, "_device_limits", lambda: {"bytes_limit": 70, "bytes_in_use": 11})
-    monkeypatch.setattr(memory, "_pool_bytes", 0)
-    assert (memory.total_host_bytes(), memory.free_host_bytes()) == (700, 510)
-
-
-def test_a_machine_without_control_groups(tmp_path):
-    assert memory._control_groups(tmp_path, tmp_path / "missing") == []
-
-
 # --- numbers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds(seed):
+    with one_line(ValueError, f"seed is {seed}", "from 0 to 2**32 - 1"):
+        kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan="device", seed=seed)
 
 
 def with_nan_at(position):
