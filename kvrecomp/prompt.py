@@ -14,10 +14,11 @@ class PromptError(ValueError):
 
 
 def _as_array(name: str, given: Any) -> np.ndarray:
+    """On the host; raises `PromptError` where it has rows of different lengths."""
     try:
         return np.asarray(jax.device_get(given))
     except ValueError:
-        raise PromptError(f"the rows of {name} differ in length: pad the shorter ones on the left") from None
+        raise PromptError(f"the rows of {name} differ in length: prompts are padded on the left to one") from None
 
 
 def as_ids(input_ids: Any) -> np.ndarray:

@@ -119,7 +119,11 @@ class Decoder:
     def step_groups(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> tuple[list[Cache], list[Array]]:
         """`step` for the caches of all groups of the plan, which are at the same step, in the plan's order.
 
-        In row order each group takes a step after the other, in column order they go through the layers together.
+        `token_ids` int32[batch] each -> caches, logits float32[batch, vocab] of each group. In row order each group
+        takes a step after the other, in column order they go through the layers together.
+
+        Raises as `step` does, and `PlanError` if there are not as many caches and tokens as groups, `PromptError` if
+        the caches are at different steps; all caches are as they were then.
         """
         self._check_step(caches, token_ids)  # of all groups, before one of them is used up
         if caches[0].in_tail == 0:  # it is the first step: the blocks of all groups' prompts are there
