@@ -414,9 +414,15 @@ def test_another_machine_is_warned_of(files, monkeypatch, capsys):
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def test_progress_is_for_terminals(files, capfd, monkeypatch):
+def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(files, capfd, monkeypatch):
     files.anew()
-    assert capfd.readouterr() == ("", "")
+    assert capfd.readouterr() == ("", "")  # it is done within a minute
+    monkeypatch.setattr(job_meter, "SAID_EVERY", 0)
+    files.anew()
+    out, error = capfd.readouterr()
+    said = re.findall(r"^decoding: (\d) of 8 records, [1-9]\d* tokens a second$", error, re.M)
+    assert not out and len(said) == error.count("\n") >= NEW  # one a step
+    assert said == sorted(said) and said[0] == "0" and said[-1] == "8"
     monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
     monkeypatch.setattr(job_meter, "SHOWN_EVERY", 0)
     files.anew()
