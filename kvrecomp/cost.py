@@ -378,31 +378,32 @@ def _step_shares(steps: int, tail: int) -> Mapping[int, float]:
     return {int(write_outs): float(count) / steps for write_outs, count in zip(chosen, near)}
 
 
-# Of compiling a step's program on the machines of an H100 and an H200, a layer, and for each further group that goes
-# through it with the others: h100_suite.json and h200_suite.json have 11 to 16 s for 32 layers of one group, with
-# weights in host memory or several groups in row order, and 36 to 48 s for those of eight together.
-COMPILE_SECONDS, COMPILE_GROUP_SECONDS = 0.4, 0.13
-# Where layers have many blocks, those tell: a step of 4 layers of 64 took 47 s on 2 cores.
-COMPILE_BLOCK_SECONDS = 0.2
+# Of compiling a step's program on an H100's machine: a layer, and each block or tail that a group attends to in it.
+# h100_compiling_ff14225.txt has 6 to 32 s for 32 layers of 1 to 16 blocks, and 48 s for eight groups together.
+COMPILE_LAYER_SECONDS, COMPILE_BLOCK_SECONDS = 0.08, 0.055
+
+
+def program_seconds(plan: Plan, write_outs: int) -> float:
+    """Seconds of compiling the program of a step after that many write-outs, each of which adds a block a layer."""
+    layers = len(plan.layers)
+    attended = sum(len(layer.prompt) for layer in plan.layers) + layers * (write_outs + 1)
+    return COMPILE_LAYER_SECONDS * layers + COMPILE_BLOCK_SECONDS * plan.together * attended
+
+
+def compile_seconds(plan: Plan) -> float:
+    """Seconds of compiling all of the workload's programs of steps, one more for each write-out."""
+    return sum(program_seconds(plan, write_outs) for write_outs in range(plan.write_outs + 1))
 
 
 def decode_seconds(plan: Plan, step: float) -> float:
     """Seconds of all of the workload's steps, of `step` seconds in the mean, and of waiting for programs.
 
-    A write-out needs a program with one more block. It is compiled while the tail fills, and waited for where that
-    takes longer. A workload of one new token has no step, and takes nothing.
+    A write-out needs a program of its own. It is compiled while the tail fills, and waited for where that takes longer.
+    A workload of one new token has no step, and takes nothing.
     """
     steps = plan.workload.new - 1
-    waited_for = max(0, steps - 1) // plan.tail
-    compiling = len(plan.layers) * (COMPILE_SECONDS + COMPILE_GROUP_SECONDS * (plan.together - 1))
-    return steps * step + waited_for * max(0.0, compiling - plan.tail * step)
-
-
-def compile_seconds(plan: Plan) -> float:
-    """Seconds of compiling all of the workload's programs of steps, one more for each write-out, by their blocks."""
-    prompt, layers, programs = sum(len(layer.prompt) for layer in plan.layers), len(plan.layers), plan.write_outs + 1
-    blocks = programs * prompt + layers * programs * (programs - 1) // 2  # each write-out adds one a layer
-    return COMPILE_BLOCK_SECONDS * plan.together * blocks
+    needed = range(1, max(0, steps - 1) // plan.tail + 1)
+    return steps * step + sum(max(0.0, program_seconds(plan, own) - plan.tail * step) for own in needed)
 
 
 # --- for comparison ---------------------------------------------------------------------------------------------------

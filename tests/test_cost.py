@@ -732,13 +732,26 @@ def test_no_mean_step_is_shorter_than_its_copies_or_its_compute(plan, groups, ma
 
 
 def test_compiling_takes_as_long_as_there_are_blocks():
-    """Of every program: those of the prompt, and of each write-out before it one a layer; of all groups together."""
+    """Of every program: those of the prompt, of each write-out before it one a layer, and the tail; of all groups."""
     plan = named_plan("activations", SHAPE, replace(WORK, new=29), tail=3, window=3000)
-    blocks = [len(own) for write_outs in range(plan.write_outs + 1) for own in plan.blocks(write_outs)]
-    assert len(blocks) == 2 * 10 and sum(blocks) > sum(range(10)) * 2
-    assert cost.compile_seconds(plan) == pytest.approx(cost.COMPILE_BLOCK_SECONDS * sum(blocks))
+    layers, programs, prompt = len(plan.layers), plan.write_outs + 1, sum(len(layer.prompt) for layer in plan.layers)
+    blocks = [len(own) for write_outs in range(programs) for own in plan.blocks(write_outs)]
+    assert prompt > layers > 1 and len(blocks) == layers * 10 and sum(blocks) > prompt * 10
+    dense, attending = 0.08 * layers * programs, 0.055 * (sum(blocks) + layers * programs)
+    assert cost.compile_seconds(plan) == pytest.approx(dense + attending)
     grouped = replace(plan, groups=3, order="column")
-    assert cost.compile_seconds(grouped) == pytest.approx(3 * cost.compile_seconds(plan))
+    assert cost.compile_seconds(grouped) == pytest.approx(dense + 3 * attending)
+    assert cost.compile_seconds(replace(grouped, order="row")) == cost.compile_seconds(plan)
+
+
+def test_programs_that_are_not_ready_in_time_are_waited_for():
+    """28 steps fill nine tails of three tokens; a step so short is waited for at each, and a long one at none."""
+    plan = named_plan("activations", SHAPE, replace(WORK, new=29), tail=3, window=3000)
+    longest = cost.program_seconds(plan, 9)
+    assert cost.decode_seconds(plan, longest) == 28 * longest
+    compiling = sum(cost.program_seconds(plan, write_outs) for write_outs in range(1, 10))
+    assert cost.decode_seconds(plan, 1e-3) == pytest.approx(28e-3 + compiling - 9 * 3e-3)
+    assert cost.decode_seconds(replace(plan, workload=replace(WORK, new=1)), 1.0) == 0
 
 
 def test_plans_for_different_work_are_refused():
