@@ -21,7 +21,7 @@ from models.config import Config
 from models.rotary import FIELDS, NEEDED, Rotary
 
 PACKAGES = ("torch", "transformers")
-# Times an offloaded cache's tensors: 96 GiB for the 40 of OPT-13B, 64 rows of 544 tokens (h100_suite_8feb1e9.txt).
+# Times an offloaded cache's tensors: 96 GiB for the 40 of OPT-13B, 64 rows of 544 tokens (h100_suite.txt).
 PINNED = 2.4
 
 
