@@ -176,6 +176,11 @@ CASES = (
         for prompt in (512, 256, 128)
         if (size, prompt, new) != ("6.7b", 512, 32)  # which is w2
     ),
+    # Beside table 4's, what the scheduler makes of the memory of the paper's card.
+    *(
+        Case(f"kvpr-13b-{prompt}-auto", "opt-13b", 64, prompt, plans=(AUTO,), sets=("kvpr",), steps=SOME, device_gib=40)
+        for prompt in (512, 256, 128)
+    ),
 )
 
 
