@@ -28,7 +28,7 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
             "tail": plan.tail_bytes,
             "prefill or step": max(
                 prefill_bytes(shape, plan.workload) + 2 * max(plan.weight_bytes(*kind) for kind in plan.kinds),
-                _in_flight(plan, write_outs) + recomputed_bytes(plan, write_outs),
+                in_flight(plan, write_outs) + recomputed_bytes(plan, write_outs),
             ),
         },
         "host": {"weights": weights["host"], "blocks": plan.bytes_in("host", write_outs)},
@@ -53,7 +53,7 @@ def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
     return most
 
 
-def _in_flight(plan: Plan, write_outs: int) -> int:
+def in_flight(plan: Plan, write_outs: int) -> int:
     """Most bytes from the host on their way or in use: layer by layer all that one needs, of the groups that go through
     it together; else those copied ahead, a block in use and weights."""
     layerwise = largest = kept = 0

@@ -33,15 +33,12 @@ def events_before(copies: ArrayLike, counts: ArrayLike, window: float, schedule:
     nbytes, kept = np.reshape(np.asarray(copies, np.int64), (-1, 2)).T
     counts = np.asarray(counts, np.int64)
     layer = np.repeat(np.arange(len(counts)), counts)
-    own_events = 2 - kept
-    # The number of each copy's arrival, and of each layer's end, among the events.
-    arrives = np.cumsum(own_events) - own_events + layer
-    done = np.cumsum(_summed(own_events, layer, len(counts)) + 1) - 1
+    arrives, done = _events(kept, layer, counts)
     ahead = COPIES_AHEAD if schedule == "pipelined" else 1
     before = np.zeros(len(nbytes), np.int64)
     before[ahead:] = arrives[:-ahead] + 1
     if schedule == "pipelined":
-        frees = np.zeros(np.sum(own_events) + len(counts), np.int64)
+        frees = np.zeros(np.sum(2 - kept) + len(counts), np.int64)
         frees[(arrives + 1)[kept == 0]] = nbytes[kept == 0]
         frees[done] = _summed(nbytes * kept, layer, len(counts))
         freed = np.concatenate([[0], np.cumsum(frees)])  # by so many events
@@ -52,6 +49,28 @@ def events_before(copies: ArrayLike, counts: ArrayLike, window: float, schedule:
         first = np.flatnonzero(np.diff(layer, prepend=0))
         before[first] = done[layer[first] - 1] + 1
     return np.maximum.accumulate(before)
+
+
+def compute_before(copies: ArrayLike, counts: ArrayLike, before: np.ndarray) -> np.ndarray:
+    """For each copy, how many events come up to the last one of compute among those `before` it: int[copies].
+
+    That what is kept has arrived says nothing of compute: nothing waits for it but what uses it, later. Any other event
+    comes after all compute before it. 0 where there is none.
+    """
+    _, kept = np.reshape(np.asarray(copies, np.int64), (-1, 2)).T
+    counts = np.asarray(counts, np.int64)
+    layer = np.repeat(np.arange(len(counts)), counts)
+    arrives, _ = _events(kept, layer, counts)
+    computed = np.ones(np.sum(2 - kept) + len(counts), bool)
+    computed[arrives[kept == 1]] = False
+    numbers = np.concatenate([[0], np.flatnonzero(computed) + 1])
+    return numbers[np.searchsorted(numbers, before, side="right") - 1]
+
+
+def _events(kept: np.ndarray, layer: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The number of each copy's arrival, and of each layer's end, among the events; int[copies] and int[layers]."""
+    own = 2 - kept
+    return np.cumsum(own) - own + layer, np.cumsum(_summed(own, layer, len(counts)) + 1) - 1
 
 
 def _summed(values: np.ndarray, layer: np.ndarray, layers: int) -> np.ndarray:

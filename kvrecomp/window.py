@@ -3,15 +3,25 @@
 import collections
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 import jax
 from jax import Array
 
-from kvrecomp.holds import Copy, events_before
+from kvrecomp.holds import Copy, compute_before, events_before
 from kvrecomp.plan import Schedule
 
 Result = TypeVar("Result")  # arrays in any structure; a hold goes through all of them
+
+
+@dataclass
+class _Waiting:
+    """A host array whose copy waits for so many events, the last of compute among them being number `compute`."""
+
+    array: Array
+    before: int
+    compute: int
 
 
 class Window:
@@ -21,7 +31,8 @@ class Window:
     XLA starts a copy as early as its operands allow, so it is held: an optimization barrier ties it to the array
     that makes room for it, one that has arrived or the result of one that was used. The barrier's other output,
     that array, is what the step goes on with; XLA drops an operand of a barrier whose output nobody reads, and the hold
-    with it.
+    with it. A kept array that has arrived depends on no compute: a copy that waits for one is tied to the compute
+    before it, too, or copies of weights alone would all start at once.
     Without holds all copies of the step start at once and the whole cache is on the device. Blocks that would all fit
     are held too, `COPIES_AHEAD` at a time, because XLA's scheduler puts compute after all copies that could go first,
     and a step of small blocks then takes the sum of copies and compute. Layer by layer, KVPR's own schedule, one copy
@@ -32,9 +43,10 @@ class Window:
     def __init__(self, layers: Sequence[Sequence[tuple[Array, Copy]]], size: int, schedule: Schedule):
         """`layers` lists what every layer needs from the host, in the order of use."""
         pairs = list(itertools.chain(*layers))
-        self._waiting = collections.deque(array for array, _ in pairs)
-        before = events_before([copy for _, copy in pairs], list(map(len, layers)), size, schedule)
-        self._before = collections.deque(before.tolist())
+        copies, counts = [copy for _, copy in pairs], list(map(len, layers))
+        before = events_before(copies, counts, size, schedule)
+        holds = zip(before.tolist(), compute_before(copies, counts, before).tolist(), strict=True)
+        self._waiting = collections.deque(_Waiting(array, *hold) for (array, _), hold in zip(pairs, holds, strict=True))
         self._events = 0
         self._copied: collections.deque[Array] = collections.deque()
         self._start(None)
@@ -64,11 +76,11 @@ class Window:
         return self._start(result)
 
     def _start(self, result: Result) -> Result:
-        """Starts, once `result` is there, the copies that may start now."""
-        while self._before and self._before[0] <= self._events:
-            self._before.popleft()
-            array = self._waiting.popleft()
-            if result is not None:
-                result, array = jax.lax.optimization_barrier((result, array))
+        """Starts the copies that may start now; ties those to `result` that wait for no later compute."""
+        for waiting in itertools.takewhile(lambda each: each.compute <= self._events, self._waiting):
+            if result is not None and self._events in (waiting.compute, waiting.before):
+                result, waiting.array = jax.lax.optimization_barrier((result, waiting.array))
+        while self._waiting and self._waiting[0].before <= self._events:
+            array = self._waiting.popleft().array
             self._copied.append(jax.device_put(array, jax.memory.Space.Device))
         return result

@@ -2,7 +2,7 @@
 
 import heapq
 import itertools
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import NamedTuple, get_args
 from unittest import mock
 
@@ -563,47 +563,70 @@ def plans(draw):
     )
 
 
+@dataclass
+class Tied:
+    """An array, and the tasks that it cannot be there before."""
+
+    nbytes: int = 0
+    after: frozenset[int] = frozenset()
+
+
+def tie(operands):
+    """What an optimization barrier does: every output depends on all operands."""
+    after = frozenset().union(*(operand.after for operand in operands))
+    return tuple(replace(operand, after=after) for operand in operands)
+
+
 @many
 @given(plans(), st.integers(0, 3))
 def test_copies_are_held_as_the_runtime_holds_them(plan, write_outs):
-    """The runtime's own window, driven task by task; what it copies is recorded with the task that has just ended."""
+    """The runtime's own window, driven task by task: each copy depends on the task that it is held until, and on what
+    made room before that, but on nothing later. Compute depends on all tasks before it; a kept array on its copy."""
     tasks = each_task(plan, write_outs)
-    host: list[list[tuple[np.ndarray, Copy]]] = []
+    host: list[list[tuple[Tied, Copy]]] = []
     for number, (own, layer) in enumerate(zip(plan.blocks(write_outs), plan.shape.layers)):
         blocks = [Copy(plan.bytes_of(layer, spec)) for spec in own if spec.memory == "host"]
         matrices = layer.matrices if plan.layers[number].weights == "host" else ((), ())
         early, late = ([Copy(2 * count, kept=True) for count in part] for part in matrices)
         copies = [*early, *blocks * plan.together, *late]
-        host.append([(np.zeros(copy.nbytes, np.int8), copy) for copy in copies])
-    started, ended, taken = [], -1, False
+        host.append([(Tied(copy.nbytes), copy) for copy in copies])
+    started, taken, made_room = [], False, []
 
     def device_put(array, space):
-        started.append((array.nbytes, ended))
-        return array
+        number = len(started)
+        started.append(array)
+        return replace(array, after=array.after | {arrivals[number]})
 
+    arrivals = [number for number, copies in enumerate(tasks.copies) if copies]
     with (
-        mock.patch.object(jax.lax, "optimization_barrier", lambda operands: operands),
+        mock.patch.object(jax.lax, "optimization_barrier", tie),
         mock.patch.object(jax, "device_put", device_put),
     ):
         window = Window(host, plan.whole_window, plan.schedule)
         left = [copy for own in host for _, copy in own]
         for number, (work, copies, size) in enumerate(zip(tasks.work, tasks.copies, tasks.copy_bytes)):
-            ended = number
+            done = Tied(after=frozenset(range(number + 1)))
             if copies:
                 copy = left.pop(0)
                 assert copy.nbytes == size
                 if copy.kept:
                     window.fetch()
                 else:
-                    assert window.take(np.zeros(1))[1].nbytes == size
+                    assert window.take(Tied(after=frozenset(range(number))))[1].nbytes == size
                     taken = True
-            elif taken:
-                window.used(np.zeros(1))
+                continue
+            if taken:
+                window.used(done)
+                made_room.append(number)
                 taken = False
-            if not copies and work % len(WORKS) == WORKS.index("finish") and number < len(tasks.work) - 1:
-                window.layer_done(np.zeros(1))
+            if work % len(WORKS) == WORKS.index("finish") and number < len(tasks.work) - 1:
+                window.layer_done(done)
+                made_room.append(number)
     copied = tasks.copies > 0
-    assert started == list(zip(tasks.copy_bytes[copied], tasks.hold[copied]))
+    assert [array.nbytes for array in started] == tasks.copy_bytes[copied].tolist()
+    for array, hold in zip(started, tasks.hold[copied].tolist(), strict=True):
+        assert max(array.after, default=-1) == hold
+        assert array.after >= {number for number in made_room if number <= hold}
 
 
 @many

@@ -18,7 +18,7 @@ import kvrecomp
 import models
 from experiments.support import xplane
 from kvrecomp import profile_machine, runtime
-from kvrecomp.budget import prefill_bytes, recomputed_bytes
+from kvrecomp.budget import in_flight, prefill_bytes, recomputed_bytes
 from kvrecomp.holds import COPIES_AHEAD
 from kvrecomp.named import named_plan
 from kvrecomp.plan import BlockSpec, LayerPlan, Plan
@@ -182,6 +182,18 @@ def test_weights_are_copied_once_for_all_groups_and_under_compute():
     assert len(check_copies(text)[0]) == 3 * (6 + 2)
     assert not computed_without_a_copy(text)
     assert temporary <= plan.whole_window + 24 * MIB
+
+
+@pytest.mark.parametrize(("groups", "order"), [(1, "row"), (3, "column")])
+def test_weights_in_host_memory_are_on_the_device_a_few_at_a_time(groups, order):
+    """As many as are said to be in flight, where nothing but weights is copied."""
+    config = dataclasses.replace(CONFIG, layers=8, intermediate=4096)
+    plan = named_plan("device", config.shape, WORK, window=32 * MIB, tail=64)
+    plan = dataclasses.replace(kvrecomp.with_host_weights(plan, 1.0), groups=groups, order=order)
+    model = models.create(config, sharding=kvrecomp.placement(plan))
+    text, temporary = compile_plan(runtime.Decoder(model, plan))
+    assert len(check_copies(text)[0]) == 8 * 6
+    assert temporary <= in_flight(plan, 0) + 24 * MIB < plan.host_weight_bytes / 2
 
 
 def test_a_trace_can_tell_the_layer_of_every_kernel_and_copy():
