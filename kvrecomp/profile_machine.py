@@ -15,7 +15,7 @@ from kvrecomp.holds import Copy
 from kvrecomp.plan import GIB, MIB
 from kvrecomp.programs import side_by_side
 from kvrecomp.timing import device_timer, measured_line, median_seconds, random_maker, seconds_longer
-from kvrecomp.window import Window
+from kvrecomp.window import OVERLAPPING, Window
 
 HANDOFF_BYTES = 2 * MIB  # so long to copy that the host, which starts copies and kernels, is ahead
 COPY_PASSES = (2, 8)  # how often each block is copied when the rate of copies is measured
@@ -144,7 +144,7 @@ def _held_copies(
             result = window.used(result)
         return *ends, result
 
-    return _traced(copy_all, block_bytes, blocks).lower().compile()
+    return _traced(copy_all, block_bytes, blocks).lower().compile(compiler_options=dict(OVERLAPPING))
 
 
 def _to_device_timer(size: int) -> Timer:
@@ -157,7 +157,10 @@ def _to_device_timer(size: int) -> Timer:
     def copy_all(arrays):
         return [jax.device_put(array, jax.memory.Space.Device)[0, 0, -1] for array in arrays]
 
-    few, many = (_traced(copy_all, size, copies).lower().compile() for copies in (count, 2 * count))
+    few, many = (
+        _traced(copy_all, size, copies).lower().compile(compiler_options=dict(OVERLAPPING))
+        for copies in (count, 2 * count)
+    )
 
     def seconds(repeats: int, timed: Callable[[Callable[[], Any], int], float]) -> float:
         arrays = _host_arrays(size, 2 * count)

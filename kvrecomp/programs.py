@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-NO_OPTIONS: Mapping[str, str] = types.MappingProxyType({})
+NO_OPTIONS: Mapping[str, Any] = types.MappingProxyType({})
 MOST_SIDE_BY_SIDE = 8  # tracing and lowering need the interpreter, some 15 % of the time that a program takes
 TURN_SECONDS = 0.0005  # Python's own is ten times as long
 _BACKGROUND = ThreadPoolExecutor(1, thread_name_prefix="compile")  # more would keep the interpreter from the steps
@@ -67,7 +67,7 @@ class Programs:
         self._futures: dict[Hashable, Future] = {}
         self._lock = threading.Lock()
 
-    def start(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str] = NO_OPTIONS) -> None:
+    def start(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, Any] = NO_OPTIONS) -> None:
         """Compiles in the background, with these options of XLA's, unless that was begun before."""
         with self._lock:
             if not self._is_begun(name):
@@ -78,7 +78,7 @@ class Programs:
         with self._lock:
             self._futures = {name: future for name, future in self._futures.items() if not future.cancel()}
 
-    def get(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str] = NO_OPTIONS) -> Any:
+    def get(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, Any] = NO_OPTIONS) -> Any:
         """The compiled program; compiles it now, in this thread, or waits for it, where that was begun.
 
         What still waits for others in the background is compiled here, so nobody waits for what `cancel` gives up.
@@ -101,11 +101,11 @@ class Programs:
         future = self._futures.get(name)
         return future is not None and not (future.done() and future.exception() is not None)
 
-    def _compile_beside_steps(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str]) -> Any:
+    def _compile_beside_steps(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, Any]) -> Any:
         with _short_turns():
             return self._compile(name, trace, options)
 
-    def _compile(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, str]) -> Any:
+    def _compile(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, Any]) -> Any:
         start = time.perf_counter()
         program = trace().lower().compile(compiler_options=dict(options))
         analysis = program.memory_analysis()

@@ -30,6 +30,7 @@ from kvrecomp.plan import Budget, Memory, Plan, PlanError
 from kvrecomp.programs import Compiled, Programs, side_by_side
 from kvrecomp.prompt import PromptError, check_prompt, check_step
 from kvrecomp.weights import check_placement
+from kvrecomp.window import OVERLAPPING
 
 LOG = logging.getLogger("kvrecomp")
 
@@ -195,12 +196,12 @@ class Decoder:
         """Compiles a program in the background."""
         self._programs.start(name, functools.partial(self._trace, *name), self._options(*name))
 
-    def _options(self, kind: str, *which: Any) -> Mapping[str, str]:
+    def _options(self, kind: str, *which: Any) -> Mapping[str, Any]:
         """XLA's, of a program."""
         if kind != "step" or which[0] == 0:
-            return {}
+            return OVERLAPPING
         sent = self.plan.link_bytes(which[0]) * self.plan.together // self.plan.groups
-        return NO_GRAPHS if sent >= NO_GRAPHS_FROM else {}
+        return {**OVERLAPPING, **NO_GRAPHS} if sent >= NO_GRAPHS_FROM else OVERLAPPING
 
     def _trace(self, kind: str, *which: Any) -> Any:
         trace = {"prefill": self._trace_prefill, "step": self._trace_step, "write-out": self._trace_write_out}

@@ -1,10 +1,12 @@
-"""The window: copies from host memory to the device within a step, in the order of use, held so that they overlap."""
+"""The window: copies from host memory to the device within a step, in the order of use, held so that they overlap; and
+the option without which XLA overlaps none of them on some GPUs."""
 
 import collections
 import itertools
-from collections.abc import Sequence
+import types
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 from jax import Array
@@ -13,6 +15,10 @@ from kvrecomp.holds import Copy, compute_before, events_before
 from kvrecomp.plan import Schedule
 
 Result = TypeVar("Result")  # arrays in any structure; a hold goes through all of them
+
+# Options of XLA's for programs that copy from or to host memory. What puts compute between a copy's start and its end
+# is the latency hiding scheduler, which XLA has on by itself from Hopper on, and off on older GPUs.
+OVERLAPPING: Mapping[str, Any] = types.MappingProxyType({"xla_gpu_enable_latency_hiding_scheduler": True})
 
 
 @dataclass

@@ -19,9 +19,11 @@ from kvrecomp.plan import LayerPlan, Plan, Workload
 from kvrecomp.programs import Programs, side_by_side
 from kvrecomp.runtime import Decoder
 from kvrecomp.sampling import Sampling
+from kvrecomp.window import OVERLAPPING
 
 COMPILED = []  # the seconds that XLA took for each program of this process
 BATCH, PROMPT, TAIL = 2, 5, 3
+GRAPHLESS = {**OVERLAPPING, **runtime.NO_GRAPHS}
 
 
 def listen(event, seconds, **_):
@@ -124,7 +126,7 @@ def test_sampling_again_compiles_nothing(used):
     assert len(COMPILED) == before
 
 
-@pytest.mark.parametrize(("least", "expected"), [(1, runtime.NO_GRAPHS), (10**9, {})])
+@pytest.mark.parametrize(("least", "expected"), [(1, GRAPHLESS), (10**9, OVERLAPPING)])
 def test_a_program_that_sends_much_and_is_first_run_while_decoding_has_no_graphs(monkeypatch, least, expected):
     made = {}
     monkeypatch.setattr(runtime, "NO_GRAPHS_FROM", least)
@@ -138,7 +140,7 @@ def test_a_program_that_sends_much_and_is_first_run_while_decoding_has_no_graphs
     }
 
 
-@pytest.mark.parametrize(("order", "expected"), [("row", {}), ("column", runtime.NO_GRAPHS)])
+@pytest.mark.parametrize(("order", "expected"), [("row", OVERLAPPING), ("column", GRAPHLESS)])
 def test_a_program_of_one_group_sends_what_is_its_own(monkeypatch, order, expected):
     plan = kvrecomp.named_plan("activations", toy.model().shape, Workload(BATCH, PROMPT, 7), tail=TAIL)
     plan = dataclasses.replace(plan, groups=3, order=order)

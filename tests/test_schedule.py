@@ -8,6 +8,7 @@ jax are used here only, to compile for a device that is not there.
 import dataclasses
 import itertools
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -22,6 +23,7 @@ from kvrecomp.budget import in_flight, prefill_bytes, recomputed_bytes
 from kvrecomp.holds import COPIES_AHEAD
 from kvrecomp.named import named_plan
 from kvrecomp.plan import BlockSpec, LayerPlan, Plan
+from kvrecomp.window import OVERLAPPING
 from models import LlamaConfig, OPTConfig
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax's CUDA 13 plugin: pip install '.[schedule]'")
@@ -38,6 +40,7 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 7 }
 device_description_str: "NVIDIA H200"
 """
+A100 = H200.replace("major: 9 } regi", "major: 8 } regi").replace("H200", "A100")  # as far as XLA's scheduler knows it
 MIB = 2**20
 CONFIG = OPTConfig("guard", layers=4, hidden=1024, heads=8, intermediate=1024, vocab=512, positions=2048)
 BLOCK = 16 * MIB  # 1024 tokens of 8 rows in bfloat16
@@ -55,21 +58,22 @@ def compile_step(
     return compile_plan(runtime.Decoder(model, plan), write_outs)
 
 
-def compile_plan(decoder: runtime.Decoder, write_outs: int = 0) -> tuple[str, int]:
-    """The same of a decoder."""
-    return compile_traced(decoder._trace_step(write_outs))
+def compile_plan(decoder: runtime.Decoder, write_outs: int = 0, target: str = H200) -> tuple[str, int]:
+    """The same of a decoder, for that GPU."""
+    options = decoder._options("step", write_outs)
+    return compile_traced(decoder._trace_step(write_outs), options, target)
 
 
-def compile_traced(traced: Any) -> tuple[str, int]:
-    """The same of what `jax.jit(...).trace(...)` gives."""
+def compile_traced(traced: Any, options: Mapping[str, Any] = OVERLAPPING, target: str = H200) -> tuple[str, int]:
+    """The same of what `jax.jit(...).trace(...)` gives, compiled with these options of XLA's."""
     from jax._src import compiler
     from jax._src.lib import _jax
     from jax.experimental import topologies
 
-    device = topologies.get_topology_desc("h200", platform="cuda", target_config=H200, topology="1x1x1").devices[0]
-    options = compiler.get_compile_options(1, 1, device_assignment=np.zeros((1, 1), int))
+    device = topologies.get_topology_desc("gpu", platform="cuda", target_config=target, topology="1x1x1").devices[0]
+    given = {"device_assignment": np.zeros((1, 1), int), "env_options_overrides": dict(options)}
     module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
-    program = device.client.compile(module, _jax.DeviceList((device,)), options)
+    program = device.client.compile(module, _jax.DeviceList((device,)), compiler.get_compile_options(1, 1, **given))
     return program.hlo_modules()[0].to_string(), program.get_compiled_memory_stats().temp_size_in_bytes
 
 
@@ -239,6 +243,17 @@ def test_the_link_has_a_copy_to_carry_while_anything_is_computed(hidden, heads, 
     config = OPTConfig("wide", layers=3, hidden=hidden, heads=heads, intermediate=4 * hidden, vocab=512)
     text, _ = compile_step("activations", 1024 * MIB, config=config, work=kvrecomp.Workload(batch, prompt, 24))
     assert not computed_without_a_copy(text)
+
+
+@pytest.mark.parametrize(("name", "arrays"), [("activations", 4), ("kvpr:0.75", 8), ("device:0.5", 4)])
+def test_older_gpus_compute_under_copies_too(name, arrays, monkeypatch):
+    """XLA by itself lets nothing run between a copy's start and its end on an A100."""
+    model = CONFIG.build(dtype="bfloat16", rngs=None)
+    decoder = runtime.Decoder(model, named_plan(name, model.shape, WORK, window=4 * BLOCK, tail=64))
+    assert check_schedule(compile_plan(decoder, target=A100)[0]) == arrays
+    monkeypatch.setattr(decoder, "_options", lambda *program: {})
+    with pytest.raises(AssertionError, match="nothing is computed under"):
+        check_schedule(compile_plan(decoder, target=A100)[0])
 
 
 @pytest.mark.parametrize(("config", "form"), [(LLAMA, "keys_values"), (CONFIG, "activations")])
