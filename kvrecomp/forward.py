@@ -153,7 +153,8 @@ def prefill(model: Model, plan: Plan, token_ids: Array, padding: Array) -> tuple
 
         def attend(x: Array, projections: attention.Projections, own: LayerPlan = layer_plan) -> Array:
             mixed, key, value = attention.attend_causal(projections, x, padding)
-            blocks.append(tuple(_place(block) for block in cut(own.prompt, x, key, value)))
+            kept = [each.astype(plan.shape.dtype) for each in (x, key, value)]  # rotated in float32, K may be wider
+            blocks.append(tuple(_place(block) for block in cut(own.prompt, *kept)))
             return mixed
 
         hidden = layer(hidden, attend)

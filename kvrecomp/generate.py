@@ -4,6 +4,7 @@ Steps are dispatched in a thread of their own, before the tokens of earlier ones
 never waits for Python. Stopping is therefore seen late; the results of steps dispatched by then are dropped.
 """
 
+import numbers
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from kvrecomp.auto import plan_for
 from kvrecomp.forward import Model
 from kvrecomp.hardware import HardwareProfile
 from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
-from kvrecomp.prompt import as_ids, as_mask, as_row_ids, check_tokens, split_groups
+from kvrecomp.prompt import as_ids, as_mask, as_row_ids, as_token_ids, check_tokens, split_groups
 from kvrecomp.runtime import Decoder
 from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
 from kvrecomp.weights import weight_memories
@@ -88,8 +89,11 @@ def generate(
     another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
-    if max_new_tokens < 1:
-        raise PlanError(f"max_new_tokens is {max_new_tokens}: ask for at least one")
+    if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
+        raise PlanError(f"max_new_tokens is {max_new_tokens!r}: ask for at least one, a whole number")
+    if not isinstance(plan, (str, Plan)):
+        raise PlanError(f"the plan is {plan!r}; expected a Plan, or the name of one")
+    eos, pads = as_token_ids("eos_token_id", eos_token_id), as_token_ids("pad_token_id", pad_token_id)
     ids = as_ids(input_ids)
     check_tokens(ids, as_mask(attention_mask, ids), model.shape.vocab)  # before anything that takes long
     batch, prompt = ids.shape
@@ -97,8 +101,7 @@ def generate(
         work, placed = Workload(batch, prompt, max_new_tokens), weight_memories(model)
         plan = plan_for(plan, model.shape, work, budget=budget, profile=profile, weights=placed, groups=None)
     decoder = Decoder(model, plan, budget=budget)
-    eos = [] if eos_token_id is None else np.atleast_1d(np.asarray(eos_token_id)).tolist()
-    pad = pad_token_id if pad_token_id is not None else eos[0] if eos else 0
+    pad = (*pads, *eos, 0)[0]
     return TokenLoop(decoder, sampling, eos, pad, streamer, output_logits).run(
         input_ids, attention_mask, max_new_tokens, row_ids
     )

@@ -66,10 +66,10 @@ class PlanError(ValueError):
 
 def _check_positive(thing: object, **sizes: int) -> None:
     for name, size in sizes.items():
+        if not isinstance(size, numbers.Integral):
+            raise PlanError(f"{type(thing).__name__}: {name} is {size!r}; it must be a whole number")
         if size <= 0:
             raise PlanError(f"{type(thing).__name__}: {name} is {size}; it must be greater than zero")
-        if size != int(size):
-            raise PlanError(f"{type(thing).__name__}: {name} is {size}; it must be a whole number")
 
 
 def _check_choice(thing: object, choices: Any, *values: str) -> None:

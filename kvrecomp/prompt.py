@@ -42,6 +42,18 @@ def as_row_ids(row_ids: Any, batch: int) -> np.ndarray:
     return ids.astype(np.uint32)
 
 
+def as_token_ids(name: str, given: Any) -> list[int]:
+    """What ends or pads rows: a token id, several or None, as a list; raises `PromptError` if they are no whole numbers
+    of 32 bits."""
+    try:
+        ids = np.asarray([] if given is None else jax.device_get(list(given) if isinstance(given, set) else given))
+    except ValueError:
+        ids = np.zeros((1, 1))  # lists of different lengths
+    if ids.ndim > 1 or ids.size and (ids.dtype.kind not in "iu" or not (-(2**31) <= ids.min() <= ids.max() < 2**31)):
+        raise PromptError(f"{name} is {given!r}; expected a token id, or a list of them")
+    return np.atleast_1d(ids).astype(int).tolist()
+
+
 def as_mask(attention_mask: Any, ids: np.ndarray) -> np.ndarray:
     """The mask as bool[batch, prompt], None for no padding; raises `PromptError` if it is not of the shape of `ids`."""
     mask = np.ones(ids.shape, bool) if attention_mask is None else _as_array("attention_mask", attention_mask) != 0

@@ -5,6 +5,7 @@ depend on padding or on which rows were decoded beside it.
 """
 
 import functools
+import operator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -31,6 +32,16 @@ class Sampling:
     seed: int = field(default=0, compare=False)  # not part of the program
 
     def __post_init__(self):
+        for name, number, kind in (
+            ("temperature", float, "a number"),
+            ("top_p", float, "a number"),
+            ("top_k", operator.index, "a whole number"),
+            ("seed", operator.index, "a whole number"),
+        ):
+            try:
+                object.__setattr__(self, name, number(getattr(self, name)))  # of NumPy's and jax's, Python's own
+            except (TypeError, ValueError):
+                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {kind}") from None
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}; it must be above zero (greedy: do_sample=False)")
         if self.top_k < 0:
@@ -65,7 +76,8 @@ def choose(sampling: Sampling, eos: Array, pad: Array, rows: Rows, logits: Array
     """
     if sampling.do_sample:
         keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.positions)
-        tokens = jax.vmap(jax.random.categorical)(keys, truncate(sampling, logits / sampling.temperature))
+        below = logits - logits.max(axis=-1, keepdims=True)  # divided by very little, several would be infinite
+        tokens = jax.vmap(jax.random.categorical)(keys, truncate(sampling, below / sampling.temperature))
     else:
         tokens = jnp.argmax(logits, axis=-1)
     tokens = jnp.where(rows.finished, pad, tokens.astype(jnp.int32))

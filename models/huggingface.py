@@ -103,6 +103,7 @@ def _open_torch(file: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{file} holds a {type(loaded).__name__}; expected a dict of tensors")
 
         def read(tensor: Any) -> np.ndarray:
+            tensor = tensor.detach()  # a Parameter, where it was saved as one
             if tensor.dtype == torch.bfloat16:  # numpy has none, so the bits go through an integer of the same size
                 return tensor.contiguous().view(torch.int16).numpy().view(jnp.dtype("bfloat16"))
             return tensor.numpy()

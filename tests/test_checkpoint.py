@@ -437,7 +437,7 @@ def test_straight_to_its_sharding(directory):
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("layout", ["whole", "sharded", "before torch 1.6"])
+@pytest.mark.parametrize("layout", ["whole", "sharded", "parameters", "before torch 1.6"])
 def test_torch_files(directory, dtype, layout):
     torch = pytest.importorskip("torch", reason="reads torch's own files")
     whole = models.load(directory, dtype=dtype)
@@ -450,8 +450,10 @@ def test_torch_files(directory, dtype, layout):
             torch.save({name: given[name] for name in names if index[name] == file}, directory / file)
         (directory / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": index}))
     else:
+        if layout == "parameters":  # as of named_parameters, which need gradients
+            given = {name: torch.nn.Parameter(tensor) for name, tensor in given.items()}
         file = directory / "pytorch_model.bin"
-        torch.save(given, file, _use_new_zipfile_serialization=layout == "whole")
+        torch.save(given, file, _use_new_zipfile_serialization=layout != "before torch 1.6")
     assert equal(models.load(directory), whole)
 
 

@@ -311,7 +311,17 @@ def test_nan_logits_name_the_row_and_the_token(position, row, token):
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"temperature": "hot"}, "temperature is 'hot'; expected a number"),
+        ({"top_p": None}, "top_p is None; expected a number"),
+        ({"top_k": 2.5}, "top_k is 2.5; expected a whole number"),
+        ({"seed": None}, "seed is None; expected a whole number"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0: ask for at least one"),
+        ({"max_new_tokens": 4.0}, "max_new_tokens is 4.0: ask for at least one, a whole number"),
+        ({"eos_token_id": [[5, 6]]}, "eos_token_id is [[5, 6]]; expected a token id, or a list of them"),
+        ({"eos_token_id": [[5], [6, 7]]}, "eos_token_id is [[5], [6, 7]]; expected a token id"),
+        ({"eos_token_id": 5.5}, "eos_token_id is 5.5; expected a token id"),
+        ({"pad_token_id": 2**40}, "pad_token_id is 1099511627776; expected a token id"),
+        ({"plan": None}, "the plan is None; expected a Plan, or the name of one"),
     ],
 )
 def test_options_out_of_range(options, part):

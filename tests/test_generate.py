@@ -304,6 +304,12 @@ def test_a_row_that_keeps_its_id_keeps_its_text_in_any_batch(decoder):
     np.testing.assert_array_equal(result.sequences, moved)
 
 
+def test_next_to_no_temperature_is_greedy(decoder):
+    """Logits divided by that little would be infinite, several of a row."""
+    greedy = run(decoder, Sampling()).sequences
+    np.testing.assert_array_equal(run(decoder, Sampling(True, temperature=1e-38)).sequences, greedy)
+
+
 def test_sampled_texts_are_likely_ones(decoder):
     """With top_k=2 every token is one of the plain forward pass's two likeliest, and both occur."""
     result = run(decoder, Sampling(True, top_k=2, seed=1), output_logits=True)

@@ -386,6 +386,8 @@ def test_plans_are_plain_data_without_jax():
         (lambda: BlockSpec("activations", "disk", 3), "'disk' is not one of device, host"),
         (lambda: BlockSpec("activations", "host", 0), "tokens is 0; it must be greater than zero"),
         (lambda: replace(PLAN, tail=0), "tail is 0"),
+        (lambda: replace(PLAN, tail=2.0), "tail is 2.0; it must be a whole number"),
+        (lambda: replace(WORK, batch="2"), "batch is '2'; it must be a whole number"),
         (lambda: replace(PLAN, window=-1), "window is -1"),
         (lambda: replace(PLAN, layers=PLAN.layers[:1]), "1 layer plans for a model of 2 layers"),
         (
