@@ -21,6 +21,7 @@ from experiments.support.peer import Steps
 from experiments.support.programs import PEERS
 from experiments.support.report import after_warm_up, run_info, versions
 from kvrecomp.files import write_json
+from kvrecomp.named import named_plan
 from kvrecomp.plan import Workload
 from models.config import Config
 
@@ -65,7 +66,8 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_list("batch", ["8"], "Rows decoded together, or several such numbers.", flag_values=into)
     flags.DEFINE_list("prompt", ["256"], "Tokens in each prompt, or several such numbers.", flag_values=into)
     flags.DEFINE_integer("new", 32, "New tokens per row.", lower_bound=1, flag_values=into)
-    flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.", flag_values=into)
+    dtypes = ["bfloat16", "float16", "float32"]
+    flags.DEFINE_enum("dtype", "bfloat16", dtypes, "Of weights and cache.", flag_values=into)
     flags.DEFINE_integer("seed", 0, "Of weights and prompts.", flag_values=into)
     flags.DEFINE_string("out", None, "Also write the JSON document to this file.", flag_values=into)
     flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)
@@ -74,6 +76,8 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
     config, works = models.preset(given.model), script.workloads(given.batch, given.prompt, given.new)
+    for work in works:
+        named_plan("device", config.shape, work)  # raises where the model has too few positions
     tables.check_out(given.out, "link_efficiency")
     peer = PEERS[given.peer]
     if reason := peer.unavailable(False):

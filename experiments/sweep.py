@@ -308,6 +308,8 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
         rooms = script.percentages("rooms", given.rooms)
         configs = [models.preset(name) for name in script.names("models", given.models)]  # a mistake is said first
         configs = [with_positions(config, max(cached) + NEW) for config in configs]
+        if not given.host_memory_gib > 0:
+            raise ValueError(f"--host_memory_gib is {given.host_memory_gib:g}; it must be a size in GiB above zero")
         host = given.host_memory_gib * GIB
         memory.limit_pinned(host)
         about = run_info(given.commit)

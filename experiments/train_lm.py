@@ -118,6 +118,10 @@ class Config:
             path = getattr(self, name)
             if path is not None and output.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
                 raise ValueError(f"{name} {path} is inside output, which is replaced when saving; move it elsewhere")
+        if self.work_dir is not None and Path(self.work_dir).exists() and not Path(self.work_dir).is_dir():
+            raise ValueError(f"work_dir {self.work_dir} is a file; give the name of a directory")
+        if self.log is not None and Path(self.log).is_dir():
+            raise ValueError(f"log {self.log} is a directory; give the name of a file in it")
 
     @property
     def model(self) -> models.OPTConfig:

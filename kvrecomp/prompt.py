@@ -49,7 +49,8 @@ def as_token_ids(name: str, given: Any) -> list[int]:
         ids = np.asarray([] if given is None else jax.device_get(list(given) if isinstance(given, set) else given))
     except ValueError:
         ids = np.zeros((1, 1))  # lists of different lengths
-    if ids.ndim > 1 or ids.size and (ids.dtype.kind not in "iu" or not (-(2**31) <= ids.min() <= ids.max() < 2**31)):
+    whole = ids.dtype.kind in "iu" or not ids.size
+    if ids.ndim > 1 or not whole or not ((ids >= -(2**31)) & (ids < 2**31)).all():
         raise PromptError(f"{name} is {given!r}; expected a token id, or a list of them")
     return np.atleast_1d(ids).astype(int).tolist()
 

@@ -101,8 +101,11 @@ def test_refusals(preset, monkeypatch):
             command("--model=tiny", f"--{name}=3,0")
     with pytest.raises(ValueError, match="unknown model 'small'"):
         command("--model=small")
-    with pytest.raises(flags.IllegalFlagValueError):
-        command("--peer=somebody")
+    for wrong in ("--peer=somebody", "--dtype=x"):
+        with pytest.raises(flags.IllegalFlagValueError):
+            command(wrong)
+    with pytest.raises(ValueError, match="need 9999 positions; tiny has"):
+        command("--model=tiny", "--prompt=9990", "--new=9")
     away = Peer(lambda *_: pytest.fail("it was run"), lambda gpu: "not today", lambda *_: {})
     monkeypatch.setitem(PEERS, "huggingface", away)
     with pytest.raises(ValueError, match="huggingface: not today"):

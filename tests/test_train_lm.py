@@ -226,6 +226,10 @@ def test_paths_that_cannot_be(tiny, tmp_path):
         replace(tiny, output=str(tmp_path / "theirs"))
     with pytest.raises(ValueError, match=r"work_dir .* is inside output"):
         replace(tiny, work_dir=str(Path(tiny.output) / "state"))
+    with pytest.raises(ValueError, match=r"work_dir .* is a file; give the name of a directory"):
+        replace(tiny, work_dir=str(tmp_path / "theirs" / "thesis.txt"))
+    with pytest.raises(ValueError, match=r"log .* is a directory; give the name of a file in it"):
+        replace(tiny, log=str(tmp_path / "theirs"))
 
 
 def test_corpus_too_short(tiny):
