@@ -43,6 +43,20 @@ def test_blocks_that_leave_a_sliding_window(name):
     toy.assert_exact(decoder, toy.model("grouped"), toy.texts(3, 21, longest_padding=10))
 
 
+@pytest.mark.parametrize("name", ["device", "keys_values"])
+def test_keys_of_another_dtype_than_the_models(name):
+    """As where K is rotated in float32 and the model is narrower; here it is the other way round."""
+
+    def half(heads, positions):
+        return toy.rotate(heads, positions).astype("float16")
+
+    model = toy.randomised(toy.Grouped(), 1)
+    attention = model.layers[0].attention
+    attention.options = tuple((dict(attention.options) | {"encode_key": half}).items())
+    plan = kvrecomp.named_plan(name, model.shape, Workload(3, 11, 7), tail=3)
+    toy.assert_exact(kvrecomp.Decoder(model, plan), model, toy.texts(3, 18, longest_padding=10))
+
+
 def cuts(tokens, blocks):
     """How to cut so many tokens into so many blocks."""
     ends = st.lists(st.integers(1, tokens - 1), min_size=blocks - 1, max_size=blocks - 1, unique=True)
