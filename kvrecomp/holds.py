@@ -30,17 +30,14 @@ def events_before(copies: ArrayLike, counts: ArrayLike, window: float, schedule:
 
     `copies` are `Copy`s, or an array of them, int[copies, 2], and `counts` says how many each layer has.
     """
-    nbytes, kept = np.reshape(np.asarray(copies, np.int64), (-1, 2)).T
-    counts = np.asarray(counts, np.int64)
-    layer = np.repeat(np.arange(len(counts)), counts)
-    arrives, done = _events(kept, layer, counts)
+    nbytes, kept, layer, arrives, done = _numbered(copies, counts)
     ahead = COPIES_AHEAD if schedule == "pipelined" else 1
     before = np.zeros(len(nbytes), np.int64)
     before[ahead:] = arrives[:-ahead] + 1
     if schedule == "pipelined":
-        frees = np.zeros(np.sum(2 - kept) + len(counts), np.int64)
+        frees = np.zeros(np.sum(2 - kept) + len(done), np.int64)
         frees[(arrives + 1)[kept == 0]] = nbytes[kept == 0]
-        frees[done] = _summed(nbytes * kept, layer, len(counts))
+        frees[done] = _summed(nbytes * kept, layer, len(done))
         freed = np.concatenate([[0], np.cumsum(frees)])  # by so many events
         sent = np.cumsum(nbytes)
         # Enough that it fits beside what is still in use, or all of it: a copy may be larger than the window.
@@ -57,20 +54,21 @@ def compute_before(copies: ArrayLike, counts: ArrayLike, before: np.ndarray) -> 
     That what is kept has arrived says nothing of compute: nothing waits for it but what uses it, later. Any other event
     comes after all compute before it. 0 where there is none.
     """
-    _, kept = np.reshape(np.asarray(copies, np.int64), (-1, 2)).T
-    counts = np.asarray(counts, np.int64)
-    layer = np.repeat(np.arange(len(counts)), counts)
-    arrives, _ = _events(kept, layer, counts)
-    computed = np.ones(np.sum(2 - kept) + len(counts), bool)
+    _, kept, _, arrives, done = _numbered(copies, counts)
+    computed = np.ones(np.sum(2 - kept) + len(done), bool)
     computed[arrives[kept == 1]] = False
     numbers = np.concatenate([[0], np.flatnonzero(computed) + 1])
     return numbers[np.searchsorted(numbers, before, side="right") - 1]
 
 
-def _events(kept: np.ndarray, layer: np.ndarray, counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The number of each copy's arrival, and of each layer's end, among the events; int[copies] and int[layers]."""
-    own = 2 - kept
-    return np.cumsum(own) - own + layer, np.cumsum(_summed(own, layer, len(counts)) + 1) - 1
+def _numbered(copies: ArrayLike, counts: ArrayLike) -> tuple[np.ndarray, ...]:
+    """Of each copy its bytes, whether it is kept, its layer and its arrival's number among the events, int[copies],
+    and the numbers of the layers' ends, int[layers]."""
+    nbytes, kept = np.reshape(np.asarray(copies, np.int64), (-1, 2)).T
+    counts = np.asarray(counts, np.int64)
+    layer, events = np.repeat(np.arange(len(counts)), counts), 2 - kept
+    done = np.cumsum(_summed(events, layer, len(counts)) + 1) - 1
+    return nbytes, kept, layer, np.cumsum(events) - events + layer, done
 
 
 def _summed(values: np.ndarray, layer: np.ndarray, layers: int) -> np.ndarray:

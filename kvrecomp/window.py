@@ -34,7 +34,7 @@ class Window:
     """Copies host arrays to the device in the order of use, with at most `size` bytes on their way or in use; layer by
     layer with one on its way, and a layer's own bytes at most.
 
-    XLA starts a copy as early as its operands allow, so it is held: an optimization barrier ties it to the array
+    XLA may start a copy as early as its operands allow, so it is held: an optimization barrier ties it to the array
     that makes room for it, one that has arrived or the result of one that was used. The barrier's other output,
     that array, is what the step goes on with; XLA drops an operand of a barrier whose output nobody reads, and the hold
     with it. A kept array that has arrived depends on no compute: a copy that waits for one is tied to the compute
