@@ -232,7 +232,7 @@ def table(rows: list[Row], copy_gbps: float) -> Table:
 
 def main(_: list[str]) -> None:
     works = script.workloads(_BATCH.value, _PROMPT.value, _NEW.value)
-    window = None if _WINDOW.value is None else int(_WINDOW.value * MIB)
+    window = script.window_bytes(_WINDOW.value)
     shape = dataclasses.replace(models.preset(_MODEL.value).shape, dtype=_DTYPE.value)
     tables.check_out(_OUT.value, "link_efficiency")
     budget = kvrecomp.Budget.of_gib(_DEVICE_GIB.value, _HOST_GIB.value)

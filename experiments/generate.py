@@ -43,7 +43,7 @@ from experiments.support.report import run_info
 from experiments.support.source import SHIPPED, Source
 from kvrecomp.budget import check_within, limits
 from kvrecomp.named import NAMES
-from kvrecomp.plan import AUTO, MIB, format_bytes
+from kvrecomp.plan import AUTO, format_bytes
 from kvrecomp.prompt import split_groups
 from kvrecomp.sampling import Sampling
 
@@ -297,7 +297,7 @@ def continue_given(given: flags.FlagValues, budget: kvrecomp.Budget) -> Run:
             "--prompt='5 17 2'"
         )
     workload = kvrecomp.Workload(len(prompts), encode(tokenizer, prompts)[0].shape[1], given.max_new_tokens)
-    window = None if given.window_mib is None else int(given.window_mib * MIB)
+    window = script.window_bytes(given.window_mib)
     options = {"budget": budget, "groups": None, "tail": given.tail, "window": window}
     plan = kvrecomp.plan_for(given.plan, shape, workload, **options)
     check_within(plan, limits(budget))  # before the weights are read or made

@@ -23,6 +23,7 @@ from experiments.support.report import after_warm_up, run_info, versions
 from kvrecomp.files import write_json
 from kvrecomp.named import named_plan
 from kvrecomp.plan import Workload
+from models.checkpoint import DTYPES
 from models.config import Config
 
 
@@ -66,8 +67,7 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_list("batch", ["8"], "Rows decoded together, or several such numbers.", flag_values=into)
     flags.DEFINE_list("prompt", ["256"], "Tokens in each prompt, or several such numbers.", flag_values=into)
     flags.DEFINE_integer("new", 32, "New tokens per row.", lower_bound=1, flag_values=into)
-    dtypes = ["bfloat16", "float16", "float32"]
-    flags.DEFINE_enum("dtype", "bfloat16", dtypes, "Of weights and cache.", flag_values=into)
+    flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of weights and cache.", flag_values=into)
     flags.DEFINE_integer("seed", 0, "Of weights and prompts.", flag_values=into)
     flags.DEFINE_string("out", None, "Also write the JSON document to this file.", flag_values=into)
     flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)

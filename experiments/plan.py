@@ -34,7 +34,7 @@ from experiments.support.report import run_info
 from experiments.support.what_if import FRACTIONS, Measured, WhatIf, measured_as, what_if
 from kvrecomp.budget import limits
 from kvrecomp.hardware import DATASHEETS, LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
-from kvrecomp.plan import GIB, MEMORIES, MIB, Budget, PlanError, Workload, format_bytes
+from kvrecomp.plan import GIB, MEMORIES, Budget, PlanError, Workload, format_bytes
 
 THIS = "this"
 WIDTH = 120  # of what is printed into a file or a pipe
@@ -87,13 +87,6 @@ def read_budget(device_gib: float | None, host_gib: float | None) -> Budget:
         than = "more" if device_gib > 1 else "less"
         raise PlanError(f"--device_memory_gib is {device_gib:g}, {than} than any device has: it is in GiB")
     return Budget.of_gib(device_gib, host_gib)
-
-
-def read_window(mib: float | None) -> int | None:
-    """Bytes from MiB. Raises `PlanError` for what is no size."""
-    if mib is not None and not (math.isfinite(mib) and mib * MIB >= 1):
-        raise PlanError(f"--window_mib is {mib:g}; it must be a size in MiB")
-    return None if mib is None else int(mib * MIB)
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
@@ -201,7 +194,7 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
         plots.check_path(given.plot)
     shape = dataclasses.replace(models.preset(given.model).shape, dtype=given.dtype)
     workload = Workload(given.batch, given.prompt, given.new)
-    budget, window = read_budget(given.device_memory_gib, given.host_memory_gib), read_window(given.window_mib)
+    budget, window = read_budget(given.device_memory_gib, given.host_memory_gib), script.window_bytes(given.window_mib)
     rows = None if given.measured is None else tables.read_file(given.measured)
     profile = read_hardware(given.hardware)
     if given.hardware == THIS:

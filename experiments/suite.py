@@ -44,6 +44,7 @@ from experiments.support.report import command
 from experiments.support.suite_results import Results
 from experiments.support.workloads import CASES, Task
 from kvrecomp import memory
+from models.checkpoint import DTYPES
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "experiments" / "results"
@@ -60,7 +61,7 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_list("peers", list(PEERS), "Other programs to measure; --peers= for none.", flag_values=into)
     flags.DEFINE_string("workloads", None, "JSON file of workloads of your own, in place of ours.", flag_values=into)
     flags.DEFINE_string("out", None, "The results file; default: with ours, by the device.", flag_values=into)
-    flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "Of all.", flag_values=into)
+    flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of all.", flag_values=into)
     flags.DEFINE_float("host_memory_gib", None, "Host memory to use; default: what is free.", flag_values=into)
     flags.DEFINE_float("timeout_s", TIMEOUT, "Most seconds from row to row.", lower_bound=1, flag_values=into)
     flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)

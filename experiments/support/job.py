@@ -33,10 +33,11 @@ from experiments.support.job_input import Line, Reader, file_hash, survey
 from experiments.support.job_meter import Meter
 from experiments.support.job_output import Output, Record
 from experiments.support.prompts import ENDS, PADS, pad_left, special_tokens
+from experiments.support.script import window_bytes
 from experiments.support.source import Source
 from kvrecomp.budget import check_within, limits
 from kvrecomp.generate import TokenLoop
-from kvrecomp.plan import AUTO, MIB, Plan
+from kvrecomp.plan import AUTO, Plan
 from kvrecomp.sampling import Sampling
 
 BATCH = 32  # rows at once, at most, unless a flag says otherwise
@@ -69,8 +70,8 @@ class Settings:
 
     @property
     def window(self) -> int | None:
-        """Bytes."""
-        return None if self.window_mib is None else int(self.window_mib * MIB)
+        """Bytes. Raises ValueError where it is no size."""
+        return window_bytes(self.window_mib)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from absl import app, flags
 from absl import logging as absl_logging
 
-from kvrecomp.plan import Workload
+from kvrecomp.plan import MIB, Workload
 
 # The user's: flags that there are not, a plan that does not fit, a file that is not there, a package that is not
 # installed, sizes or losses beyond floating point. PlanError, PromptError and CheckpointError are ValueErrors.
@@ -64,6 +64,17 @@ def workloads(batches: Sequence[str], prompts: Sequence[str], new: int) -> list[
         raise ValueError(f"--new is {new}: the first token comes with the prompt; give at least 2 to time a step")
     sizes = itertools.product(whole_numbers("batch", batches), whole_numbers("prompt", prompts))
     return [Workload(batch, prompt, new) for batch, prompt in sizes]
+
+
+def window_bytes(mib: float | None) -> int | None:
+    """Bytes of the MiB that --window_mib was given, None where it was not.
+
+    Raises:
+        ValueError: it is no size.
+    """
+    if mib is not None and not 1 <= mib * MIB < float("inf"):
+        raise ValueError(f"--window_mib is {mib:g}; it must be a size in MiB")
+    return None if mib is None else int(mib * MIB)
 
 
 def percentages(flag: str, words: Sequence[str]) -> list[float]:
