@@ -28,18 +28,20 @@ from rich.table import Table
 
 import kvrecomp
 import models
-from experiments.support import script, tables, turns
-from experiments.support.report import after_warm_up, run_info
-from kvrecomp import memory
-from kvrecomp.cost import median_write_outs, plan_costs
+from experiments.support import script
+from experiments.support.results import tables
+from experiments.support.results.report import after_warm_up, run_info
+from experiments.support.suite import turns
 from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
-from kvrecomp.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
-from kvrecomp.named import named_weights
+from kvrecomp.measure.machine import copy_rate
 from kvrecomp.plan import AUTO, GIB, MIB, PlanError
-from kvrecomp.profile_machine import copy_rate
-from kvrecomp.programs import side_by_side
-from kvrecomp.sampling import Sampling
+from kvrecomp.plan.named import named_weights
+from kvrecomp.predict.cost import median_write_outs, plan_costs
+from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
+from kvrecomp.run import memory
+from kvrecomp.run.programs import side_by_side
+from kvrecomp.run.sampling import Sampling
 
 _MODEL = flags.DEFINE_string("model", "opt-125m", "Preset whose random weights are decoded with.")
 _BATCH = flags.DEFINE_list("batch", ["8"], "Rows decoded together, or several such numbers.")

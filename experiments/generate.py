@@ -9,7 +9,7 @@
 Without flags it loads the checkpoint that this repository ships, continues a left-padded batch, and prints the texts,
 the plan and why it was chosen, the time of a step, the bytes that crossed the link, and how far the logits are from
 those of a plan with the cache in the other memory. With --input it continues a file of prompts, and goes on where it
-was killed; see `experiments.support.job`. From a notebook:
+was killed; see `experiments.support.job.runner`. From a notebook:
 
     model, tokenizer = load("experiments/checkpoints/pydoc")
     run = continue_prompts(model, tokenizer, ["Return the"], plan="keys_values")
@@ -35,17 +35,19 @@ from tokenizers import Tokenizer
 
 import kvrecomp
 import models
-from experiments.support import job, script
-from experiments.support.job import BATCH
-from experiments.support.job_input import checkpoint_hash
+from experiments.support import script
+from experiments.support.job import runner as job
+from experiments.support.job.runner.input import checkpoint_hash
+from experiments.support.job.runner.runner import BATCH
 from experiments.support.prompts import ENDS, PADS, PROMPTS, encode, is_ids, read_prompts, special_tokens
-from experiments.support.report import run_info
+from experiments.support.results.report import run_info
 from experiments.support.source import SHIPPED, Source
-from kvrecomp.budget import check_within, limits
-from kvrecomp.named import NAMES
 from kvrecomp.plan import AUTO, format_bytes
-from kvrecomp.prompt import split_groups
-from kvrecomp.sampling import Sampling
+from kvrecomp.plan.footprint import check_within
+from kvrecomp.plan.named import NAMES
+from kvrecomp.run.limits import limits
+from kvrecomp.run.prompt import split_groups
+from kvrecomp.run.sampling import Sampling
 
 NEW_TOKENS = 200
 WIDTH = 120  # of what is printed into a file or a pipe
@@ -319,7 +321,7 @@ def source_of(given: flags.FlagValues) -> Source:
 
 
 def continue_file(given: flags.FlagValues, budget: kvrecomp.Budget) -> job.Summary:
-    """Continues a file of prompts into another; see `experiments.support.job`."""
+    """Continues a file of prompts into another; see `experiments.support.job.runner`."""
     settings = job.Settings(**{own.name: given[own.name].value for own in dataclasses.fields(job.Settings)})
     return job.run(
         Path(given.input),

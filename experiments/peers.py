@@ -16,13 +16,15 @@ import numpy as np
 from absl import flags
 
 import models
-from experiments.support import script, tables, turns
-from experiments.support.peer import Steps
-from experiments.support.programs import PEERS
-from experiments.support.report import after_warm_up, run_info, versions
+from experiments.support import script
+from experiments.support.peers.peer import Steps
+from experiments.support.peers.registry import PEERS
+from experiments.support.results import tables
+from experiments.support.results.report import after_warm_up, run_info, versions
+from experiments.support.suite import turns
 from kvrecomp.files import write_json
-from kvrecomp.named import named_plan
 from kvrecomp.plan import Workload
+from kvrecomp.plan.named import named_plan
 from models.checkpoint import DTYPES
 from models.config import Config
 

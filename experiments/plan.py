@@ -29,12 +29,15 @@ from rich.console import Console
 from rich.table import Table
 
 import models
-from experiments.support import plots, script, split_plot, tables
-from experiments.support.report import run_info
+from experiments.support import script
+from experiments.support.plots import figure as plots
+from experiments.support.plots import split as split_plot
+from experiments.support.results import tables
+from experiments.support.results.report import run_info
 from experiments.support.what_if import FRACTIONS, Measured, WhatIf, measured_as, what_if
-from kvrecomp.budget import limits
-from kvrecomp.hardware import DATASHEETS, LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 from kvrecomp.plan import GIB, MEMORIES, Budget, PlanError, Workload, format_bytes
+from kvrecomp.predict.hardware import DATASHEETS, LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
+from kvrecomp.run.limits import limits
 
 THIS = "this"
 WIDTH = 120  # of what is printed into a file or a pipe
@@ -67,7 +70,7 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
 def read_hardware(name: str) -> HardwareProfile:
     """The profile of a machine by its name. Raises `PlanError`, with the names, if there is none."""
     if name == THIS:
-        from kvrecomp.profiler import profile  # measures; a machine by its data sheet needs none of it
+        from kvrecomp.measure.profiler import profile  # measures; a machine by its data sheet needs none of it
 
         return profile()
     if name not in DATASHEETS:

@@ -43,8 +43,12 @@ from typing import Any, NamedTuple
 import jax
 from absl import flags
 
-from experiments.support import curves, paper_costs, predictions, script, tables, timeline
-from experiments.support.tables import Row
+from experiments.support import script
+from experiments.support.paper import costs as paper_costs
+from experiments.support.plots import curves
+from experiments.support.results import predictions, tables
+from experiments.support.results.tables import Row
+from experiments.support.traces import timeline
 from kvrecomp.files import write_text
 
 ROOT = Path(__file__).parent.parent

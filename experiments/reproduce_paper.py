@@ -6,7 +6,7 @@
 
 A row has the paper's numbers, the cost function's for the paper's machine by its data sheet, and those that were
 measured, each with its gain below it. Nothing is generated, and no device is needed. The paper's numbers are in
-experiments/support/paper.json.
+experiments/support/paper/paper.json.
 """
 
 import functools
@@ -21,15 +21,18 @@ from rich.console import Console
 from rich.table import Table
 
 from experiments.plan import read_hardware
-from experiments.support import paper_costs, paper_notes, script, tables
-from experiments.support.paper import Paper, PaperTable, Setting, read, records
-from experiments.support.paper_costs import BASELINE, PLACES, Found, Place, Row
-from experiments.support.paper_notes import Note
-from experiments.support.predictions import title
-from experiments.support.report import run_info
-from kvrecomp.cost import kvpr_split
-from kvrecomp.hardware import DATASHEETS
+from experiments.support import script
+from experiments.support.paper import costs as paper_costs
+from experiments.support.paper import notes as paper_notes
+from experiments.support.paper.numbers.costs import BASELINE, PLACES, Found, Place, Row
+from experiments.support.paper.numbers.notes import Note
+from experiments.support.paper.numbers.numbers import Paper, PaperTable, Setting, read, records
+from experiments.support.results import tables
+from experiments.support.results.predictions import title
+from experiments.support.results.report import run_info
 from kvrecomp.plan import AUTO
+from kvrecomp.predict.cost import kvpr_split
+from kvrecomp.predict.hardware import DATASHEETS
 
 WIDTH = 160
 COLUMNS = {BASELINE: "K and V", "kvpr": "KVPR", "activations": "activ.", AUTO: "ours"}

@@ -1,4 +1,4 @@
-"""Measures the workloads of `experiments.support.workloads` under our plans and other programs, into a file a machine.
+"""Measures the workloads of the suite under our plans and other programs, into a file a machine.
 
     python experiments/suite.py --quick
     python experiments/suite.py --only=w1,w5 --peers=huggingface_offloaded
@@ -36,14 +36,16 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.support import script, tables, workloads
-from experiments.support.machine import Machine, look
-from experiments.support.own_workloads import read_cases
-from experiments.support.programs import PEERS
-from experiments.support.report import command
-from experiments.support.suite_results import Results
-from experiments.support.workloads import CASES, Task
-from kvrecomp import memory
+from experiments.support import script
+from experiments.support.peers.registry import PEERS
+from experiments.support.results import tables
+from experiments.support.results.report import command
+from experiments.support.suite import workloads
+from experiments.support.suite.machine import Machine, look
+from experiments.support.suite.own_workloads import read_cases
+from experiments.support.suite.results import Results
+from experiments.support.suite.workloads import CASES, Task
+from kvrecomp.run import memory
 from models.checkpoint import DTYPES
 
 ROOT = Path(__file__).parent.parent

@@ -33,17 +33,15 @@ from rich.table import Table
 
 import kvrecomp
 import models
-from experiments.support import plots, predictions, script, tables, turns
-from experiments.support.one_step import NEW, step_seconds, with_positions
-from experiments.support.predictions import Measured
-from experiments.support.report import run_info
-from experiments.support.rooms import device_bytes
-from kvrecomp import memory
-from kvrecomp.cost import make_tasks, plan_costs
-from kvrecomp.cutting import BLOCKS_PER_WINDOW, cut_runs
+from experiments.support import script
+from experiments.support.plots import figure as plots
+from experiments.support.results import predictions, tables
+from experiments.support.results.predictions import Measured
+from experiments.support.results.report import run_info
+from experiments.support.suite import turns
+from experiments.support.suite.one_step import NEW, step_seconds, with_positions
+from experiments.support.suite.rooms import device_bytes
 from kvrecomp.files import write_json
-from kvrecomp.hardware import HardwareProfile
-from kvrecomp.named import named_plan
 from kvrecomp.plan import (
     DEFAULT_WINDOW,
     GIB,
@@ -56,7 +54,12 @@ from kvrecomp.plan import (
     PlanError,
     format_bytes,
 )
-from kvrecomp.programs import side_by_side
+from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
+from kvrecomp.plan.named import named_plan
+from kvrecomp.predict.cost import make_tasks, plan_costs
+from kvrecomp.predict.hardware import HardwareProfile
+from kvrecomp.run import memory
+from kvrecomp.run.programs import side_by_side
 
 # The most host memory first: pinning it takes long, and what is pinned for one plan serves the next.
 PLANS = ("keys_values", "split:0.5", "kvpr:0.75", "activations", "recompute", "device:0.5")

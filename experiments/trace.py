@@ -5,7 +5,7 @@
 
 Two steps are recorded by `jax.profiler`, dispatched one ahead as `generate` does, on caches of random numbers, and the
 second is drawn. `--compare` draws KVPR's schedule, keys and values, and activations below each other. `--out` keeps
-what the picture needs (`experiments.support.timeline` says how), so that `--from`, on any machine, and
+what the picture needs (`experiments.support.traces.timeline` says how), so that `--from`, on any machine, and
 experiments/readme.py can draw it again.
 
 Tracing can make a step take longer; its time without is given too. Of kernels that XLA launches as CUDA graphs no layer
@@ -33,13 +33,17 @@ from rich.table import Table
 
 import kvrecomp
 import models
-from experiments.support import one_step, plots, script, tables, timeline, turns, xplane
-from experiments.support.report import run_info
-from experiments.support.timeline import Timeline
-from kvrecomp import memory
-from kvrecomp.cache import Cache
+from experiments.support import script
+from experiments.support.plots import figure as plots
+from experiments.support.results import tables
+from experiments.support.results.report import run_info
+from experiments.support.suite import one_step, turns
+from experiments.support.traces import timeline, xplane
+from experiments.support.traces.timeline import Timeline
 from kvrecomp.files import write_json
 from kvrecomp.plan import AUTO
+from kvrecomp.run import memory
+from kvrecomp.run.cache import Cache
 
 COMPARED = ("kvpr:0.75", "keys_values", "activations")
 WARM_UP, STEPS = 3, 2

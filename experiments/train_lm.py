@@ -42,8 +42,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import models
 from experiments.support import corpus, script
-from kvrecomp.attention import causal
 from kvrecomp.files import write_json
+from kvrecomp.run.attention import causal
 from models.checkpoint import is_ours
 
 SAVED_DTYPES = ("bfloat16", "float16", "float32")

@@ -12,22 +12,22 @@ or, step by step,
     cache, logits = decoder.step(cache, token_ids)
 """
 
-from kvrecomp import memory as _memory
+from kvrecomp.run import memory as _memory
 
 _memory.limit_pinned_to_free()  # before anything below starts the backend
 
-from kvrecomp.attention import Projection, Projections  # noqa: E402
 from kvrecomp.auto import plan_for  # noqa: E402
-from kvrecomp.budget import memory_needed  # noqa: E402
 from kvrecomp.generate import Generated, generate  # noqa: E402
-from kvrecomp.hardware import HardwareProfile  # noqa: E402
-from kvrecomp.named import named_plan, with_host_weights  # noqa: E402
+from kvrecomp.measure.profiler import profile  # noqa: E402
 from kvrecomp.plan import Budget, LayerShape, ModelShape, Plan, PlanError, Workload  # noqa: E402
-from kvrecomp.profiler import profile  # noqa: E402
-from kvrecomp.prompt import PromptError  # noqa: E402
-from kvrecomp.runtime import Decoder  # noqa: E402
-from kvrecomp.scheduler import make_plan  # noqa: E402
-from kvrecomp.weights import placement, weight_memories  # noqa: E402
+from kvrecomp.plan.footprint import memory_needed  # noqa: E402
+from kvrecomp.plan.named import named_plan, with_host_weights  # noqa: E402
+from kvrecomp.predict.hardware import HardwareProfile  # noqa: E402
+from kvrecomp.predict.scheduler import make_plan  # noqa: E402
+from kvrecomp.run.attention import Projection, Projections  # noqa: E402
+from kvrecomp.run.decoder import Decoder  # noqa: E402
+from kvrecomp.run.prompt import PromptError  # noqa: E402
+from kvrecomp.run.weights import placement, weight_memories  # noqa: E402
 
 __all__ = [
     "Budget",

@@ -3,12 +3,13 @@
 import dataclasses
 from collections.abc import Sequence
 
-from kvrecomp import profiler
-from kvrecomp.budget import limits, weights_in
-from kvrecomp.hardware import HardwareProfile
-from kvrecomp.named import named_plan, with_weights
+from kvrecomp.measure import profiler
 from kvrecomp.plan import AUTO, DEFAULT_WINDOW, Budget, Memory, ModelShape, Order, Plan, Workload
-from kvrecomp.scheduler import default_order, make_plan
+from kvrecomp.plan.footprint import weights_in
+from kvrecomp.plan.named import named_plan, with_weights
+from kvrecomp.predict.hardware import HardwareProfile
+from kvrecomp.predict.scheduler import default_order, make_plan
+from kvrecomp.run.limits import limits
 
 
 def plan_for(

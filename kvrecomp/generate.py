@@ -16,16 +16,16 @@ from jax import Array
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvrecomp import memory
 from kvrecomp.ahead import Ahead
 from kvrecomp.auto import plan_for
-from kvrecomp.forward import Model
-from kvrecomp.hardware import HardwareProfile
 from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
-from kvrecomp.prompt import as_ids, as_mask, as_row_ids, as_token_ids, check_tokens, split_groups
-from kvrecomp.runtime import Decoder
-from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows
-from kvrecomp.weights import weight_memories
+from kvrecomp.predict.hardware import HardwareProfile
+from kvrecomp.run import memory
+from kvrecomp.run.decoder import Decoder
+from kvrecomp.run.forward import Model
+from kvrecomp.run.prompt import as_ids, as_mask, as_row_ids, as_token_ids, check_tokens, split_groups
+from kvrecomp.run.sampling import NAN_TOKEN, Sampling, choose, start_rows
+from kvrecomp.run.weights import weight_memories
 
 LEAD = 2  # unread steps: one that runs and one that waits
 

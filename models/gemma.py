@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from kvrecomp.attention import Attend
 from kvrecomp.plan import LayerShape, ModelShape
+from kvrecomp.run.attention import Attend
 from models.config import check_epsilon, check_sizes, check_supported, read_fields
 from models.layers import CausalLM, Embedding, GatedFeedForward, divided_by_root_mean_square, parameter
 from models.rotary import Rotary, RotaryAttention

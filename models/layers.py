@@ -7,7 +7,7 @@ A kernel is stored as it is used, so that no step transposes a weight:
     Embedding         [vocab, width]
 
 Modules work on `[..., hidden]`: `[tokens, batch, hidden]` in a forward pass or a prefill, `[batch, hidden]` in a decode
-step. What attention attends to is given to a layer as `attend` (see `kvrecomp.attention`), so one layer does all three.
+step. What is attended to is given to a layer as `attend` (see `kvrecomp.run.attention`), so one layer does all three.
 Every module takes `rngs`; with None it is made abstractly, its parameters being `jax.ShapeDtypeStruct`, to be filled
 from a checkpoint. A family subclasses `CausalLM` and brings `shape`, `embed`, `layers` and `unembed`.
 """
@@ -23,8 +23,8 @@ from flax import nnx
 from jax import Array
 from jax.core import Tracer
 
-from kvrecomp.attention import Attend, Projection, Projections, causal, positions_of
 from kvrecomp.plan import LayerShape, ModelShape
+from kvrecomp.run.attention import Attend, Projection, Projections, causal, positions_of
 
 INITIALIZERS = {
     "kernel": jax.nn.initializers.normal(0.02),
@@ -65,7 +65,7 @@ class HeadProjection(nnx.Module):
 
     @property
     def projection(self) -> Projection:
-        """The arrays that `kvrecomp.attention` computes with."""
+        """The arrays that `kvrecomp.run.attention` computes with."""
         return Projection(self.kernel[...], None if self.bias is None else self.bias[...])
 
 

@@ -19,8 +19,8 @@ import jax
 from flax import nnx
 from jax import Array
 
-from kvrecomp.attention import Attend, Projections
 from kvrecomp.plan import LayerShape, ModelShape
+from kvrecomp.run.attention import Attend, Projections
 from models.config import check_epsilon, check_sizes, check_supported, read_fields
 from models.layers import CausalLM, Embedding, GatedFeedForward, RMSNorm
 from models.rotary import Rotary, RotaryAttention

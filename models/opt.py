@@ -14,8 +14,8 @@ import jax
 from flax import nnx
 from jax import Array
 
-from kvrecomp.attention import Attend
 from kvrecomp.plan import LayerShape, ModelShape
+from kvrecomp.run.attention import Attend
 from models.config import check_sizes, check_supported, read_fields
 from models.layers import Attention, CausalLM, Embedding, FeedForward, LayerNorm, Linear
 

@@ -16,8 +16,8 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from kvrecomp.attention import Projections
 from kvrecomp.plan import LayerShape
+from kvrecomp.run.attention import Projections
 from models.layers import Attention
 
 Scaling = Literal["default", "linear", "llama3"]

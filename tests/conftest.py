@@ -13,8 +13,8 @@ import jax
 import pytest
 from hypothesis import settings
 
-from kvrecomp import profiler
-from kvrecomp.hardware import HardwareProfile, Line
+from kvrecomp.measure import profiler
+from kvrecomp.predict.hardware import HardwareProfile, Line
 
 # Most of the suite's time is LLVM's: unoptimised, the programs of a toy model compile twice as fast. The emitters of
 # fusions are another half; jax 0.11 has no choice of them, and XLA stops at flags that it does not know. Many small

@@ -15,11 +15,12 @@ from flax import nnx
 
 import kvrecomp
 import models
-from kvrecomp import budget, memory
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import GIB, BlockSpec, LayerPlan, Plan, PlanError, Workload
-from kvrecomp.prompt import PromptError, check_prompt
-from kvrecomp.sampling import Sampling
+from kvrecomp.run import memory
+from kvrecomp.run.limits import check_memory
+from kvrecomp.run.prompt import PromptError, check_prompt
+from kvrecomp.run.sampling import Sampling
 
 
 @contextlib.contextmanager
@@ -215,21 +216,21 @@ def large(name="activations", batch=32):
 def test_host_memory_too_small_says_the_sizes_and_what_fits():
     plan = large()
     with one_line(PlanError, "plan activations needs 8.00 GiB of host memory", "5.10 GiB may be used", "a batch of 20"):
-        budget.check_memory(plan, kvrecomp.Budget.of_gib(device=100, host=5.1))
-    budget.check_memory(large(batch=20), kvrecomp.Budget.of_gib(device=100, host=5.1))
+        check_memory(plan, kvrecomp.Budget.of_gib(device=100, host=5.1))
+    check_memory(large(batch=20), kvrecomp.Budget.of_gib(device=100, host=5.1))
     with one_line(PlanError, "of host memory"):
-        budget.check_memory(large(batch=21), kvrecomp.Budget.of_gib(device=100, host=5.1))
+        check_memory(large(batch=21), kvrecomp.Budget.of_gib(device=100, host=5.1))
     with one_line(PlanError, "not even a batch of 1 fits", "more memory"):
-        budget.check_memory(plan, kvrecomp.Budget.of_gib(device=100, host=0.2))
+        check_memory(plan, kvrecomp.Budget.of_gib(device=100, host=0.2))
 
 
 def test_device_memory_too_small_says_the_sizes():
     weights = large().shape.parameters * 2 / GIB
     sizes = f"weights {weights:.2f} GiB", "blocks 16.00 GiB", "tail 512.0 MiB", "20.00 GiB may be used"
     with one_line(PlanError, "plan device needs", "of device memory", *sizes):
-        budget.check_memory(large("device"), kvrecomp.Budget.of_gib(device=20))
+        check_memory(large("device"), kvrecomp.Budget.of_gib(device=20))
     with one_line(PlanError, "not even a batch of 1 fits"):
-        budget.check_memory(large("device"), kvrecomp.Budget.of_gib(device=weights))
+        check_memory(large("device"), kvrecomp.Budget.of_gib(device=weights))
 
 
 def test_memory_is_checked_before_anything_is_allocated():
@@ -268,11 +269,11 @@ def test_the_pinned_pool_is_named_where_it_is_the_limit(monkeypatch):
     monkeypatch.setenv(memory.LIMIT_VARIABLE, "6")
     plenty = kvrecomp.Budget.of_gib(device=100, host=100)
     with one_line(PlanError, "of host memory", "capped at 6 GiB", "set XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB before jax"):
-        budget.check_memory(large(), plenty)
+        check_memory(large(), plenty)
     monkeypatch.setenv(memory.LIMIT_VARIABLE, "9")
-    budget.check_memory(large(), plenty)
+    check_memory(large(), plenty)
     with pytest.raises(PlanError) as raised:
-        budget.check_memory(large(), kvrecomp.Budget.of_gib(device=100, host=1))
+        check_memory(large(), kvrecomp.Budget.of_gib(device=100, host=1))
     assert memory.LIMIT_VARIABLE not in str(raised.value)  # raising it would not help
 
 

@@ -11,8 +11,8 @@ import toy
 import kvrecomp
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import PlanError, Workload
-from kvrecomp.prompt import PromptError
-from kvrecomp.sampling import NAN_TOKEN, Sampling, choose, start_rows, truncate
+from kvrecomp.run.prompt import PromptError
+from kvrecomp.run.sampling import NAN_TOKEN, Sampling, choose, start_rows, truncate
 
 BATCH, PROMPT, NEW, TAIL = 3, 5, 11, 3
 

@@ -9,12 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.support import tables
-from kvrecomp import cost, scheduler
-from kvrecomp.budget import memory_needed
-from kvrecomp.cutting import default_tail
-from kvrecomp.hardware import HardwareProfile
-from kvrecomp.named import named_plan, named_weights, with_weights
+from experiments.support.results import tables
 from kvrecomp.plan import (
     AUTO,
     MEMORIES,
@@ -26,6 +21,11 @@ from kvrecomp.plan import (
     Workload,
     format_bytes,
 )
+from kvrecomp.plan.cutting import default_tail
+from kvrecomp.plan.footprint import memory_needed
+from kvrecomp.plan.named import named_plan, named_weights, with_weights
+from kvrecomp.predict import cost, scheduler
+from kvrecomp.predict.hardware import HardwareProfile
 
 STEPS = 80  # of the fraction
 FRACTIONS = tuple(step / STEPS for step in range(STEPS + 1))

@@ -1,0 +1,321 @@
+"""Continues a file of prompts: batches of similar length, records in the order of the file, going on after a kill.
+
+    run(Path("prompts.jsonl"), Path("out.jsonl"), Settings(max_new_tokens=100), "pydoc", Source())
+
+The input is read twice. The first time it is surveyed, and plans are made for a few shapes. The second time it is
+decoded in stretches: the prompts of a stretch are sorted by length and cut into batches; what is done early waits
+(`job_output`). A stretch bounds memory, and a kill loses the batch that is decoded.
+
+A record depends on its line, on that line's place among the lines, which keys the sampling, on model and settings, and,
+as far as numbers are rounded, on the batch and its plan. Plans are kept beside the output and batches follow from the
+input, so on one machine a job that was killed ends with the bytes of one that was not. On a GPU, XLA chooses kernels by
+timing them, anew in every process, unless JAX_COMPILATION_CACHE_DIR keeps what it compiled.
+"""
+
+import dataclasses
+import itertools
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from tokenizers import Tokenizer
+
+import kvrecomp
+import models
+from experiments.support.job.runner.batches import batches, largest_plan, padded_lengths, plan_document, plan_from
+from experiments.support.job.runner.input import Line, Reader, file_hash, survey
+from experiments.support.job.runner.meter import Meter
+from experiments.support.job.runner.output import Output, Record
+from experiments.support.prompts import ENDS, PADS, pad_left, special_tokens
+from experiments.support.script import window_bytes
+from experiments.support.source import Source
+from kvrecomp.generate import TokenLoop
+from kvrecomp.plan import AUTO, Plan
+from kvrecomp.plan.footprint import check_within
+from kvrecomp.run.limits import limits
+from kvrecomp.run.sampling import Sampling
+
+BATCH = 32  # rows at once, at most, unless a flag says otherwise
+SHAPES = 6  # at most
+BATCHES_PER_SHAPE = 4  # at least, on average, or compiling takes longer than padding would
+STRETCH = 64  # batches that are sorted together: one of them is not full, and some are of two shapes
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What records depend on beside the input and the model; named as the flags are."""
+
+    max_new_tokens: int
+    batch: int = BATCH
+    plan: str = AUTO
+    tail: int | None = None
+    window_mib: float | None = None
+    device_memory_gib: float | None = None
+    host_memory_gib: float | None = None
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    @property
+    def sampling(self) -> Sampling:
+        """Raises ValueError where a value is out of range."""
+        return Sampling(self.do_sample, self.temperature, self.top_k, self.top_p, self.seed)
+
+    @property
+    def window(self) -> int | None:
+        """Bytes. Raises ValueError where it is no size."""
+        return window_bytes(self.window_mib)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What a run did: of `records`, `errors` among them, `earlier` were written before it began; it decoded `prompts`.
+
+    `shapes` are [batch, prompt length] of the plans; `tokens` and `seconds` are this run's, compiling included.
+    """
+
+    output: str
+    records: int
+    errors: int
+    earlier: int
+    shapes: list[list[int]]
+    prompts: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def __str__(self) -> str:
+        if self.earlier == self.records and not self.prompts:
+            return f"{self.output} is complete: {self._counted()}; nothing was left to do"
+        shapes = ", ".join(f"{batch} x {prompt}" for batch, prompt in self.shapes)
+        before = f", {self.earlier} of them written earlier" if self.earlier else ""
+        speed = self.tokens / max(self.seconds, 1e-9)
+        return (
+            f"{self.output}: {self._counted()}{before}\n{self.prompts} prompts decoded in {self.seconds:.1f} s: "
+            f"{self.tokens} tokens, {speed:.0f} a second; rows x prompt length: {shapes}"
+        )
+
+    def _counted(self) -> str:
+        return f"{self.records} records, {self.errors} of them errors" if self.errors else f"{self.records} records"
+
+
+def run(
+    source: Path,
+    target: Path,
+    settings: Settings,
+    model_hash: str,
+    model_source: Source,
+    *,
+    any_text: bool = False,
+    budget: kvrecomp.Budget | None = None,
+) -> Summary:
+    """Continues the prompts of `source` into `target`, or goes on with it.
+
+    `model_hash` says which model `model_source` is, whose weights are read only where something is left to do.
+    `budget` is what `settings` say of memory, completed. `any_text` is for random weights; see `Reader`.
+
+    Raises:
+        ValueError: the output is not this job's, or two lines have the same id.
+        PlanError: not even one row of the longest prompts fits in the budget.
+        OSError: a file cannot be read or written.
+    """
+    kvrecomp.Workload(settings.batch, 1, settings.max_new_tokens)  # raises where these are none
+    sampling, state = settings.sampling, _state(source)
+    kind = {"model": model_hash, "dtype": model_source.read_dtype}
+    given = {"input": file_hash(source), **kind, **dataclasses.asdict(settings)}
+    with Output(target) as output:
+        known = output.description
+        if known is not None:
+            check_same(target, known, given)
+            if output.written == known["records"]:
+                return _summary(output, known)
+            warn_of_another_machine(target, known)
+        shape, tokenizer = model_source.describe()
+        reader = Reader(source, shape, tokenizer, settings.max_new_tokens, any_text)
+        if known is None:
+            known = describe(reader, settings, given, budget)
+            output.begin(known)
+        else:
+            _check_last(output, reader, known)
+        plans = [plan_from(plan, shape) for plan in known["plans"]]
+        model = model_source.load(plans[0] if plans else None)
+        summary = _summary(output, known)
+        with Meter(known["records"], settings.max_new_tokens) as meter:
+            decoding = Decoding(model, tokenizer, sampling, meter, budget)
+            for stretch in _stretches(reader, output.written, known["stretch"]):
+                if _state(source) != state:
+                    raise ValueError(f"{source} was changed since it was begun with: put back what it was")
+                _continue_stretch(stretch, plans, output, decoding)
+        return dataclasses.replace(summary, prompts=meter.prompts, tokens=meter.tokens, seconds=meter.seconds)
+
+
+def _state(source: Path) -> tuple[int, int]:
+    """What changes when somebody writes into a file."""
+    known = source.stat()
+    return known.st_size, known.st_mtime_ns
+
+
+# --- the description --------------------------------------------------------------------------------------------------
+
+
+def describe(
+    reader: Reader, settings: Settings, given: dict[str, Any], budget: kvrecomp.Budget | None
+) -> dict[str, Any]:
+    """Surveys the input and makes the plans: all that a restart must not decide again."""
+    shape, new = reader.shape, settings.max_new_tokens
+    kvrecomp.named_plan("device", shape, kvrecomp.Workload(1, 1, new))  # raises where no prompt has the positions
+    console = Console(stderr=True)
+    with console.status(f"reading {reader.path}") if console.is_terminal else nullcontext():
+        found = survey(reader, report)
+    prompts = found.lengths.total()
+    most = min(settings.batch, prompts)
+
+    allowed = limits(budget or kvrecomp.Budget())  # no weights are there yet
+    options = {"budget": kvrecomp.Budget(**allowed), "groups": None, "tail": settings.tail, "window": settings.window}
+    plans: list[Plan] = []
+
+    def make(length: int, batch: int) -> Plan:
+        weights = [layer.weights for layer in plans[0].layers] if plans else None  # the same for all
+        plan = kvrecomp.plan_for(
+            settings.plan, shape, kvrecomp.Workload(batch, length, new), weights=weights, **options
+        )
+        check_within(plan, allowed)
+        return plan
+
+    shapes = max(1, min(SHAPES, prompts // (BATCHES_PER_SHAPE * max(1, most))))
+    for length in reversed(padded_lengths(found.lengths, shapes)):  # the longest needs the most room
+        plans.append(largest_plan(partial(make, length), most))
+    return {
+        "settings": given,
+        "machine": machine(),
+        "records": found.records,
+        "errors": found.errors,
+        "stretch": STRETCH * max(1, most),
+        "plans": [plan_document(plan) for plan in reversed(plans)],
+    }
+
+
+def machine() -> dict[str, str]:
+    """What numbers are rounded by."""
+    return {"device": jax.devices()[0].device_kind, "jax": jax.__version__}
+
+
+def check_same(target: Path, known: dict[str, Any], given: dict[str, Any]) -> None:
+    """Raises ValueError where the output was begun with other settings."""
+    began = known["settings"]
+    differing = [name for name in given if began.get(name) != given[name]]
+    if differing:
+        said = [
+            f"another {name}" if name in ("input", "model") else f"{name} {began.get(name)}, not {given[name]}"
+            for name in differing
+        ]
+        raise ValueError(f"{target} was begun with {', '.join(said)}: give what it was begun with, or another --output")
+
+
+def warn_of_another_machine(target: Path, known: dict[str, Any]) -> None:
+    """Says so on standard error: the rest is worth having, but not what it would have been."""
+    if known["machine"] != machine():
+        print(
+            f"warning: {target} was begun on {known['machine']}, this is {machine()}: what is left may be rounded, and "
+            "so continued, differently",
+            file=sys.stderr,
+        )
+
+
+def _check_last(output: Output, reader: Reader, known: dict[str, Any]) -> None:
+    """Raises ValueError unless the last record written is the one of its line."""
+    if output.written:
+        line = next(reader.lines(skip=output.written - 1), None)
+        if output.written > known["records"] or line is None or output.last.get("id") != line.id:
+            raise ValueError(f"{output.path} was changed: its record {output.written} is not the one of its line")
+
+
+def _summary(output: Output, known: dict[str, Any]) -> Summary:
+    shapes = [[plan["groups"] * plan["workload"]["batch"], plan["workload"]["prompt"]] for plan in known["plans"]]
+    return Summary(str(output.path), known["records"], known["errors"], output.written, shapes)
+
+
+# --- decoding ---------------------------------------------------------------------------------------------------------
+
+
+def error_record(line: Line, error: str) -> Record:
+    """What is written in place of a continuation."""
+    return {"id": line.id, "line": line.number, "error": error, "finish_reason": "error"}
+
+
+def report(line: Line, error: str = "") -> None:
+    """Says on standard error what is wrong with a line."""
+    print(f"line {line.number}: {error or line.error}", file=sys.stderr)
+
+
+@dataclass
+class Decoding:
+    """Decodes batches, with a decoder for each plan, made when it is first needed."""
+
+    model: models.CausalLM
+    tokenizer: Tokenizer | None
+    sampling: Sampling
+    meter: Meter
+    budget: kvrecomp.Budget | None = None
+    decoders: dict[Plan, kvrecomp.Decoder] = field(default_factory=dict)
+
+    def records(self, plan: Plan, lines: Sequence[Line]) -> list[Record]:
+        """The records of lines that are one batch, or less. Lines whose logits are NaN get errors."""
+        try:
+            return self._records(plan, lines)
+        except FloatingPointError:
+            if len(lines) > 1:
+                half = len(lines) // 2
+                return [*self.records(plan, lines[:half]), *self.records(plan, lines[half:])]
+            told = "its logits are NaN: check the weights, or use a dtype with a larger range"
+            report(lines[0], told)
+            return [error_record(lines[0], told)]
+
+    def _records(self, plan: Plan, lines: Sequence[Line]) -> list[Record]:
+        if plan not in self.decoders:
+            self.decoders[plan] = kvrecomp.Decoder(self.model, plan, budget=self.budget)
+        ends, pads = special_tokens(self.tokenizer, ENDS), special_tokens(self.tokenizer, PADS)
+        # Rows that are wanting are copies of the first: they end when it does.
+        rows = [*lines, *itertools.repeat(lines[0], plan.rows - len(lines))]
+        ids, mask = pad_left([line.ids for line in rows], plan.workload.prompt)
+        self.meter.begin(len(lines), ends)
+        loop = TokenLoop(self.decoders[plan], self.sampling, ends, (*pads, *ends, 0)[0], self.meter, progress=False)
+        result = loop.run(ids, mask, plan.workload.new, [line.index for line in rows])
+        records = []
+        for line, row, count in zip(lines, result.sequences, result.new_tokens):
+            new = row[plan.workload.prompt :][:count].tolist()
+            text = None if self.tokenizer is None else self.tokenizer.decode(new)
+            reason = "stop" if new[-1] in ends else "length"
+            records.append({"id": line.id, "prompt": line.prompt, "text": text, "tokens": new, "finish_reason": reason})
+        self.meter.prompts += len(lines)
+        return records
+
+
+def _stretches(reader: Reader, written: int, size: int) -> Iterator[list[Line]]:
+    """The lines of each stretch of which not all is written; the same stretches whatever is."""
+    lines = reader.lines(skip=written - written % size)
+    while stretch := list(itertools.islice(lines, size)):
+        yield stretch
+
+
+def _continue_stretch(stretch: Sequence[Line], plans: Sequence[Plan], output: Output, decoding: Decoding) -> None:
+    """Decodes the batches of a stretch that are not done, and writes its records."""
+    wrong = {line.index: error_record(line, line.error) for line in stretch if line.error}
+    output.add({index: record for index, record in wrong.items() if not output.has(index)})
+    good = [line for line in stretch if not line.error]
+    for plan, members in batches([len(line.ids) for line in good], plans):
+        lines = [good[member] for member in members]
+        left = {line.index for line in lines if not output.has(line.index)}
+        decoding.meter.done(output.written + len(output.waiting))
+        if left:
+            # All of them, even where a kill left a part: what a row is rounded to depends on its batch.
+            records = zip(lines, decoding.records(plan, lines), strict=True)
+            output.add({line.index: record for line, record in records if line.index in left})
+    output.settle()

@@ -1,0 +1,153 @@
+"""The paper KVPR: its numbers, with the place of each in the paper, from paper.json.
+
+paper = read()
+paper.table("Table 3").rows[0].kvpr  # milliseconds a step
+
+What the paper says of steps, seconds of decoding or tokens/s, is made milliseconds of a step of all groups together.
+"""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import models
+from kvrecomp.plan import Memory, ModelShape, Workload
+from kvrecomp.predict.hardware import HardwareProfile, Line
+
+DATA = Path(__file__).with_name("paper.json")
+
+Unit = Literal["s", "tokens/s"]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """The work of one row of a table: `groups` batches that go through a layer together."""
+
+    model: str
+    batch: int
+    groups: int
+    prompt: int
+    new: int
+
+    def __str__(self) -> str:
+        return f"{f'{self.groups} x ' if self.groups > 1 else ''}{self.batch} x {self.prompt} + {self.new}"
+
+    @property
+    def shape(self) -> ModelShape:
+        """Of the model."""
+        return models.preset(self.model).shape
+
+    @property
+    def cached(self) -> int:
+        """Tokens of a row that are cached in the middle of the generation."""
+        return self.prompt + self.new // 2
+
+    @property
+    def work(self) -> Workload:
+        """One group's step in the middle of the generation, as a workload of one token."""
+        return Workload(self.batch, self.cached, 1)
+
+    def milliseconds(self, value: float, unit: Unit) -> float:
+        """A step's, from seconds of decoding new - 1 tokens or from tokens/s of all groups together."""
+        return 1e3 * (value / (self.new - 1) if unit == "s" else self.groups * self.batch / value)
+
+
+@dataclass(frozen=True)
+class PaperRow:
+    """A setting and the paper's milliseconds a step; None where it only draws them."""
+
+    setting: Setting
+    baseline: float | None
+    kvpr: float | None
+    data: dict[str, Any] = dataclasses.field(hash=False)
+
+
+@dataclass(frozen=True)
+class PaperTable:
+    """A table or figure, of steps.
+
+    `against` is the baseline, `peer` its name in results files. `most` has the largest gain by model in percent, where
+    the paper says no more.
+    """
+
+    name: str
+    title: str
+    source: str
+    machine: str
+    weights: Memory
+    unit: Unit
+    against: str
+    rows: tuple[PaperRow, ...]
+    peer: str = ""
+    most: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
+
+    def gain(self, base: float | None, other: float | None) -> float | None:
+        """What is won, in percent, from milliseconds a step: time saved, or more tokens/s. None without both."""
+        if base is None or other is None:
+            return None
+        return 100 * (1 - other / base if self.unit == "s" else base / other - 1)
+
+    @property
+    def gained(self) -> str:
+        """The unit of a gain."""
+        return "% less time" if self.unit == "s" else "% more tokens/s"
+
+
+@dataclass(frozen=True)
+class Paper:
+    """All of paper.json: the tables of steps, and the rest as it is there."""
+
+    tables: tuple[PaperTable, ...]
+    data: dict[str, Any]
+
+    def table(self, name: str) -> PaperTable:
+        """The table of that name. Raises KeyError."""
+        return {own.name: own for own in self.tables}[name]
+
+    def machine(self, name: str) -> HardwareProfile:
+        """The paper's machine: a data sheet, at the rates that the paper counts with where it says them."""
+        said = self.data["machines"][name]
+        sheet, link = HardwareProfile.from_datasheet(name), Line(0.0, 1 / (1e9 * said["link_gbps"]))
+        return dataclasses.replace(
+            sheet,
+            to_device=link,
+            to_host=link,
+            beside_compute=1e9 * said["link_gbps"],
+            matmul_rate=1e12 * said["matmul_tflops"] if "matmul_tflops" in said else sheet.matmul_rate,
+            source=f"{sheet.source.partition('; link')[0]}; link: {said['link']} as KVPR counts it ({said['source']})",
+        )
+
+
+def records(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows that are lists under `columns`, as dictionaries."""
+    return [dict(zip(data["columns"], row, strict=True)) for row in data["rows"]]
+
+
+def read(path: str | os.PathLike = DATA) -> Paper:
+    """The paper's numbers.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: a table is not as expected; the message says what.
+    """
+    data = json.loads(Path(path).read_text(encoding="utf-8"))
+    try:
+        return Paper(tuple(_table(own) for own in data["tables"]), data)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path}: {type(error).__name__}: {error}; a table is to be as the others are") from error
+
+
+def _table(own: dict[str, Any]) -> PaperTable:
+    if own["unit"] not in ("s", "tokens/s"):
+        raise ValueError(f"{own['name']}: the unit is {own['unit']!r}; expected s or tokens/s")
+    rows = []
+    for record in records(own):
+        setting = Setting(**{field.name: record[field.name] for field in dataclasses.fields(Setting)})
+        values = [record[name] for name in ("baseline", "kvpr")]
+        times = [None if value is None else setting.milliseconds(value, own["unit"]) for value in values]
+        rows.append(PaperRow(setting, *times, data=record))
+    given = {key: own[key] for key in ("name", "title", "source", "machine", "weights", "unit", "against")}
+    return PaperTable(**given, rows=tuple(rows), peer=own.get("peer", ""), most=own.get("most_percent", {}))

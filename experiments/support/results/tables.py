@@ -1,0 +1,234 @@
+"""Results as Markdown: tables, sentences and single numbers from the JSON that measurements left.
+
+rows = read_file("experiments/results/h200_suite.json")
+print(benchmark(rows))
+print(span("median_ms", rows))    # 9.7 to 309.9 ms
+"""
+
+import dataclasses
+import fnmatch
+import json
+import math
+import os
+import re
+import shlex
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.support.results import predictions
+
+Row = dict[str, Any]  # a row of a results file, with what the file says of all its rows, and `file` and `off`
+Column = tuple[str, Callable[[Row], str]]  # a heading, and a row's cell
+
+HEADINGS = {"room": "room %"}
+NOTES = {  # what the name of a plan does not say
+    "device": "all on the GPU",
+    "kvpr:*": "KVPR's schedule",
+    "huggingface": "its cache on the GPU",
+    "huggingface_offloaded": "its cache in host memory",
+}
+
+
+def read_file(path: str | os.PathLike) -> list[Row]:
+    """The rows of a file of experiments/results; `off` is how far a row's prediction is off, None without one.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no results file.
+    """
+    path = Path(path)
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+        of_all = {key: value for key, value in document.items() if key != "rows"} | {"file": path.name}
+        rows = [of_all | row for row in document["rows"]]
+        for row in rows:
+            time, prediction = row["median_ms"], row.get("predicted_ms")
+            if not (0 < time < math.inf and (prediction is None or 0 < prediction < math.inf)):
+                raise ValueError(f"{time} ms measured, {prediction} ms predicted")
+            row["off"] = None if prediction is None else prediction / time - 1
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a results file ({type(error).__name__}: {error})") from error
+    return rows
+
+
+def check_out(path: str | os.PathLike | None, field: str) -> None:
+    """Raises ValueError where results would replace something else: before they are measured, and it is lost.
+
+    What is alike has the `field` in its rows; those of other scripts do not. The suite's, which adds to its file, may
+    have it, and say their workload.
+    """
+    if path is None or not Path(path).exists():
+        return
+    if Path(path).is_dir():
+        raise ValueError(f"--out: {path} is a folder; give the name of a file in it")
+    try:
+        rows = read_file(path)
+    except ValueError as error:
+        raise ValueError(f"--out: {error}, and would be lost; give another file") from error
+    if any(field not in row for row in rows):
+        raise ValueError(f"--out: {path} has other results, without {field}, that would be lost; give another file")
+    if any("workload" in row for row in rows):
+        raise ValueError(f"--out: {path} has a suite's results, that would be lost; give another file")
+
+
+# --- words and numbers ------------------------------------------------------------------------------------------------
+
+
+def span(field: str, rows: Sequence[Row]) -> str:
+    """A field's value in all rows, or from the least to the greatest; of words, each that there is.
+
+    Raises:
+        ValueError: no row has a value.
+    """
+    values = [row[field] for row in rows if row.get(field) is not None]
+    if not values:
+        raise ValueError(f"no row of {listed({row['file'] for row in rows})} says {field}")
+    if any(isinstance(value, str) for value in values):
+        return listed(dict.fromkeys(word(field, value) for value in values))
+    return predictions.between(amount(field, min(values)), amount(field, max(values)))
+
+
+def word(field: str, value: Any) -> str:
+    """As it is written in text: plans and commits as code, of a hash the first 7 digits."""
+    if field == "commit":
+        value = value[:7] if re.fullmatch(r"[0-9a-f]{8,40}", value) else value
+    return f"`{value}`" if field in ("plan", "commit", "file") else str(value)
+
+
+def amount(field: str, value: float) -> tuple[str, str]:
+    """A number of a field as it is written in text, and its unit."""
+    if field == "off":
+        return predictions.percent(value)
+    if field.endswith("_ms"):
+        return (f"{value:.1f}", "ms") if value < 1e4 else (f"{value / 1e3:.1f}", "s")
+    if field.endswith("_s"):
+        return (f"{value:.2f}" if value < 1 else f"{value:.1f}"), "s"
+    for ending, unit, scale in (("_bytes", "GB", 1e9), ("_gbps", "GB/s", 1), ("_second", "", 1)):
+        if field.endswith(ending):
+            return f"{value / scale:.1f}", unit
+    return f"{value:.3f}" if isinstance(value, float) else str(value), ""
+
+
+def listed(words: Iterable[str]) -> str:
+    """a, b and c"""
+    *first, last = words
+    return f"{', '.join(first)} and {last}" if first else last
+
+
+def machine(rows: Sequence[Row]) -> str:
+    """What the rows were measured on, and by which scripts at which commits; the rate of copies where it is known."""
+    text = f"{span('device', rows)}, driver {span('driver', rows)}, jax {span('jax', rows)}."
+    if any(row.get("copy_gbps") for row in rows):
+        text += f" Copies of whole blocks alone ran at {span('copy_gbps', rows)}."
+    scripts: dict[str, dict[str, dict[str, None]]] = {}  # of each its files, of each its commits
+    for row in rows:
+        files = scripts.setdefault(script(row["command"]), {})
+        files.setdefault(word("file", row["file"]), {})[word("commit", row["commit"])] = None
+    made = []
+    for name, files in scripts.items():
+        sources = [f"{file} at {listed(commits)}" for file, commits in files.items()]
+        made.append(f"`{name}` ({'; '.join(sources)})")
+    return f"{text} Measured by {listed(made)}."
+
+
+def script(command: str) -> str:
+    """The program that a command runs."""
+    words = shlex.split(command)
+    return next((each for each in words if each.endswith(".py")), words[0])
+
+
+def accuracy(rows: Sequence[Row]) -> str:
+    """How many predictions are within 5 and 10 %."""
+    return predictions.accuracy(predicted(rows))
+
+
+def choices(rows: Sequence[Row]) -> str:
+    """How far the scheduler's choices are from the best plans by hand."""
+    return predictions.regret(predicted(rows))
+
+
+def predicted(rows: Sequence[Row]) -> list[predictions.Measured]:
+    """The rows that have a prediction; those of experiments/benchmark.py know of no room."""
+    fields = [field.name for field in dataclasses.fields(predictions.Measured)]
+    own: list[Row] = [{"room": None} | row for row in rows if row["off"] is not None]
+    return [predictions.Measured(**{name: row[name] for name in fields if name in row}) for row in own]
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def benchmark(rows: Sequence[Row]) -> str:
+    """Rows of experiments/benchmark.py by workload, the slowest first.
+
+    Where several rows of a workload send something, the fastest of them is bold. A row of somebody else's program,
+    whose bytes are not known, counts among them.
+    """
+    workloads: dict[Any, list[Row]] = {}
+    for row in rows:
+        workloads.setdefault(_workload(row), []).append(row)
+    ordered, best = [], set()
+    for own in workloads.values():
+        own.sort(key=lambda row: -row["median_ms"])
+        ordered += own
+        sending = [row for row in own if row["link_bytes"] != 0]
+        best |= {id(row) for row in sending[-1:] if len(sending) > 1}
+    return table(
+        ordered,
+        ("model", lambda row: predictions.title(row["model"])),
+        ("batch", lambda row: str(row["batch"])),
+        ("prompt", lambda row: str(row["prompt"])),
+        *_unusual(ordered),
+        ("plan", _plan),
+        ("ms a step", lambda row: f"**{row['median_ms']:.1f}**" if id(row) in best else f"{row['median_ms']:.1f}"),
+        ("GB over the link", lambda row: f"{row['link_bytes'] / 1e9:.2f}" if row["link_bytes"] else "-"),
+        ("efficiency", lambda row: f"{row['link_efficiency']:.3f}" if row["link_efficiency"] else "-"),
+    )
+
+
+def _workload(row: Row) -> tuple[Any, ...]:
+    """What must be the same in rows whose times are compared."""
+    sizes = [row[field] for field in ("model", "batch", "prompt", "new")]
+    return (*sizes, row.get("weights") or "device", row.get("groups") or 1, row.get("room"))  # of other programs None
+
+
+def sweep(rows: Sequence[Row]) -> str:
+    """Rows of experiments/sweep.py, in their order."""
+    return table(
+        rows,
+        ("model", lambda row: predictions.title(row["model"])),
+        ("batch", lambda row: str(row["batch"])),
+        ("cached", lambda row: str(row["prompt"])),
+        *_unusual(rows),
+        ("plan", _plan),
+        ("ms a step", lambda row: f"{row['median_ms']:.1f}"),
+        ("predicted", lambda row: "-" if row["off"] is None else f"{row['predicted_ms']:.1f}"),
+    )
+
+
+def _plan(row: Row) -> str:
+    return noted(row["plan"], word("plan", row["plan"])) + (" (chosen)" if row.get("chosen") else "")
+
+
+def noted(plan: str, written: str = "") -> str:
+    """A plan's or a peer's name, or what is written for it, and what it does not say."""
+    notes = [note for pattern, note in NOTES.items() if fnmatch.fnmatchcase(plan, pattern)]
+    return (written or plan) + "".join(f" ({note})" for note in notes)
+
+
+def _unusual(rows: Sequence[Row]) -> list[Column]:
+    """Columns of what is not as usual in any row, or not the same in all."""
+    usual = {"new": rows[0].get("new"), "weights": "device", "groups": 1, "order": "row", "room": None}
+    shown = [field for field in usual if any(row.get(field) not in (None, usual[field]) for row in rows)]
+    return [(HEADINGS.get(field, field), lambda row, field=field: _plain(row.get(field))) for field in shown]
+
+
+def _plain(value: Any) -> str:
+    return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def table(rows: Sequence[Row], *columns: Column) -> str:
+    """In Markdown, as GitHub has it."""
+    lines = [[heading for heading, _ in columns], *([cell(row) for _, cell in columns] for row in rows)]
+    heading, *body = [f"| {' | '.join(line)} |" for line in lines]
+    return "\n".join([heading, "|" + "---|" * len(columns), *body])

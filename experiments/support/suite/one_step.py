@@ -1,0 +1,59 @@
+"""Measuring single steps, on a cache filled with random numbers: a step's time does not depend on what is cached."""
+
+import dataclasses
+import functools
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+
+import kvrecomp
+from kvrecomp.plan import Memory, Plan
+from kvrecomp.run import memory
+from kvrecomp.run.cache import Block, Cache, allocate_tails, describe_blocks, make_cache
+
+NEW = 32  # tokens of tail: no step of a measurement writes it out
+WARM_UP, LEAST_STEPS, STEPS, MOST_SECONDS = 2, 5, NEW - 1, 1.5  # short steps vary more
+
+
+def with_positions(config: Any, positions: int) -> Any:
+    """The configuration with at least so many positions."""
+    return dataclasses.replace(config, positions=max(config.positions, positions))
+
+
+def filled_cache(plan: Plan) -> Cache:
+    """A cache as after the prompt, of random numbers."""
+    like = describe_blocks(plan, 0)
+    blocks = [[_random_block(block) for block in own] for own in like]
+    padding, length = jax.device_put(
+        (np.zeros(plan.workload.batch, np.int32), np.int32(plan.workload.prompt)), memory.sharding("device")
+    )
+    return make_cache(blocks, allocate_tails(plan), padding, length, 0)
+
+
+def _random_block(block: Block) -> Block:
+    arrays = tuple(_maker(array.shape, array.dtype, block.memory)() for array in block.arrays)
+    return dataclasses.replace(block, arrays=arrays)
+
+
+@functools.cache
+def _maker(shape: tuple[int, ...], dtype: Any, place: Memory):
+    return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype), out_shardings=memory.sharding(place))
+
+
+def step_seconds(decoder: kvrecomp.Decoder) -> float:
+    """Median seconds of a step, dispatched one ahead as `generate` does; compiles it first if it is not."""
+    decoder.compile(prefill=False)
+    cache = jax.block_until_ready(filled_cache(decoder.plan))
+    tokens = jax.device_put(np.full(decoder.plan.workload.batch, 5, np.int32), memory.sharding("device"))
+    times, waiting = [time.perf_counter()], None
+    while len(times) <= STEPS and (len(times) <= LEAST_STEPS or times[-1] - times[0] < MOST_SECONDS):
+        cache, logits = decoder.step(cache, tokens)
+        if waiting is not None:
+            jax.block_until_ready(waiting)
+            times.append(time.perf_counter())
+        waiting = logits
+    jax.block_until_ready(waiting)
+    return statistics.median(np.diff(times)[WARM_UP:])

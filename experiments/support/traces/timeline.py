@@ -1,0 +1,139 @@
+"""A picture of decode steps as they ran: copies and compute over time, layer by layer, one plan below the other.
+
+    rows = timelines(tables.read_file("trace.json"))
+    draw(rows, "trace.png")
+
+A row of experiments/trace.py has beside the usual fields
+
+    traced_ms    the step that was traced, in ms; profiling slows it down, `median_ms` is without
+    link_busy    the part of it in which something crossed the link; gpu_busy: in which a kernel ran
+    unknown      the part of the compute, by time, of which no layer is known
+    spans        [kind, layer, start, length] in ms from the start of the step, one for each time that a layer's copies
+                 or kernels ran without a gap; kind as xplane.Kind; layer -1 outside of the layers, null if not known
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from experiments.support.plots import figure as plots
+from experiments.support.results import predictions
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Bar = tuple[str, int | None, float, float]  # kind, layer, start and length in ms
+LANES = {"to_device": "host to device", "to_host": "device to host", "compute": "compute"}
+# Of even and odd layers, and where there is none or none is known: label, face, hatch. Told apart in grey too.
+STYLES = {
+    0: ("even layers", "#0072b2", ""),
+    1: ("odd layers", "#6cbcf0", ""),
+    -1: ("outside of the layers", "#000000", ""),
+    None: ("layer not known", "#e0e0e0", "////"),
+}
+NUMBER_WIDTH = 0.016  # of the time axis, which a layer's number in small print needs
+
+
+@dataclasses.dataclass
+class Timeline:
+    """One step of one plan, as `experiments/trace.py` keeps it."""
+
+    model: str
+    batch: int
+    prompt: int
+    new: int
+    plan: str
+    median_ms: float
+    traced_ms: float
+    link_bytes: int
+    link_busy: float
+    gpu_busy: float
+    unknown: float
+    spans: list[Bar]
+
+
+def timelines(rows: Sequence[dict[str, Any]]) -> list[Timeline]:
+    """The rows of a results file. Raises `ValueError` where they are of another script."""
+    names = [field.name for field in dataclasses.fields(Timeline)]
+    for row in rows:
+        missing = [name for name in names if name not in row]
+        if missing:
+            raise ValueError(f"{row['file']} has no {missing[0]}, so it is not of experiments/trace.py --out")
+    return [Timeline(**{name: row[name] for name in names}) for row in rows]
+
+
+def said(rows: Sequence[Timeline]) -> str:
+    """How busy link and GPU are, in a sentence without its full stop."""
+    if not rows:
+        raise ValueError("there is no step to say anything of")
+    return "; ".join(map(_described, rows))
+
+
+def _described(row: Timeline) -> str:
+    link, gpu = (f"{100 * share:.1f} %" for share in (row.link_busy, row.gpu_busy))
+    return f"{row.plan}, {row.traced_ms:.1f} ms traced ({row.median_ms:.1f} ms not traced): link busy {link}, GPU {gpu}"
+
+
+def draw(rows: Sequence[Timeline], path: str | os.PathLike) -> None:
+    """Writes a PNG: a panel for every row, all on one time axis.
+
+    Raises:
+        ValueError: there is no row; or as `plots.check_path`, as are ModuleNotFoundError and OSError.
+    """
+    plots.check_path(path)
+    if not rows:
+        raise ValueError("there is no step to draw")
+    from matplotlib.patches import Patch
+
+    lanes = [lane for lane in LANES if any(bar[0] == lane for row in rows for bar in row.spans)]
+    figure = plots.figure()
+    figure.set_figheight(1.05 + (0.55 + 0.33 * len(lanes)) * len(rows))
+    panels = figure.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
+    longest = max(row.traced_ms for row in rows)
+    for panel, row in zip(panels, rows):
+        _panel(panel, row, lanes, longest)
+    panels[-1].set_xlim(0, longest * 1.005)
+    panels[-1].set_xlabel("time since the start of the step (ms)")
+    workloads = dict.fromkeys(f"{predictions.title(row.model)}, batch {row.batch}, {row.prompt} cached" for row in rows)
+    figure.suptitle(f"A decode step, traced: {'; '.join(workloads)}", x=0.012, ha="left", fontsize="medium")
+    drawn = {_style(layer) for row in rows for _, layer, _, _ in row.spans}
+    patches = [
+        Patch(facecolor=face, hatch=hatch, edgecolor="0.4" if hatch else face, label=label)
+        for key, (label, face, hatch) in STYLES.items()
+        if key in drawn
+    ]
+    figure.legend(handles=patches, loc="outside lower left", ncols=4, frameon=False, fontsize="small")
+    plots.save(figure, path, predictions.digest(rows))
+
+
+def _style(layer: int | None) -> int | None:
+    """The key of STYLES for a layer."""
+    return layer % 2 if layer is not None and layer >= 0 else layer
+
+
+def _panel(axes: "Axes", row: Timeline, lanes: Sequence[str], longest: float) -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_title(_described(row), loc="left", fontsize="small")
+    axes.set_yticks(range(len(lanes)), [LANES[lane] for lane in lanes], fontsize="small")
+    axes.set_ylim(len(lanes) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.hlines(range(len(lanes)), 0, row.traced_ms, "0.8", linewidth=0.8, zorder=1)  # where a lane rests
+    axes.axvline(row.traced_ms, color="0.4", linewidth=1, linestyle="--", zorder=1)
+    for number, lane in enumerate(lanes):
+        for key, (_, face, hatch) in STYLES.items():
+            own = [bar for bar in row.spans if bar[0] == lane and _style(bar[1]) == key]
+            if own:
+                places = [(start, length) for _, _, start, length in own]
+                edge = "0.4" if hatch else face
+                axes.broken_barh(places, (number - 0.4, 0.8), color=face, edgecolor=edge, hatch=hatch, linewidth=0.5)
+            if key in (0, 1):
+                _numbers(axes, own, number, longest, "white" if key == 0 else "black")
+
+
+def _numbers(axes: "Axes", bars: Iterable[Bar], lane: int, longest: float, colour: str) -> None:
+    """Layers' numbers in the bars that are wide enough."""
+    for _, layer, start, length in bars:
+        if length > NUMBER_WIDTH * longest:
+            middle = start + length / 2
+            axes.text(middle, lane, str(layer), color=colour, ha="center", va="center_baseline", fontsize=6)

@@ -1,0 +1,151 @@
+"""Times a few layers of a model in the program that decoding runs, `forward.decode_step`.
+
+Blocks are on the device already, or short to copy, so that nothing but compute is timed.
+"""
+
+import dataclasses
+import types
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from kvrecomp.measure.timing import device_timer, median_seconds, random, random_maker
+from kvrecomp.plan import BlockSpec, Form, LayerPlan, Memory, Method, Plan, Workload
+from kvrecomp.predict.hardware import Attention
+from kvrecomp.run import memory
+from kvrecomp.run.cache import Block, allocate_tails, describe_blocks, describe_tails, make_cache
+from kvrecomp.run.forward import Model, decode_step
+from kvrecomp.run.window import OVERLAPPING
+
+TAIL = 32  # tokens: XLA fuses the scores of very few with others', and computes them many times
+STEPS = 10  # at most, dispatched one after the other
+ENOUGH_SECONDS = 0.02  # for a run: slow steps, as a CPU's, are fewer
+REPEATS = 1  # of a run, in each round
+
+
+class Run(NamedTuple):
+    """What is timed: so many layers, their tails attended to as `tail` says, and `blocks` of so many `tokens` each as
+    `kind` does; those of the host are on the device before the step, unless they are `copied` in it."""
+
+    layers: int
+    tail: Attention
+    kind: Attention
+    tokens: int
+    place: Memory = "host"
+    blocks: int = 1
+    copied: bool = False
+
+
+class LayerBench:
+    """Times a step of layers of a model. Blocks of the host that are not copied are on the device, and used as if they
+    had been."""
+
+    def __init__(self, model: Model, numbers: Sequence[int], batch: int):
+        """`numbers` are those of the layers; what they have in host memory is copied to the device."""
+        self._model, self._numbers, self._batch = model, numbers, batch
+        self._graph, state = nnx.split(model)
+        weights, self._structure = jax.tree.flatten(state)
+        paths, here = [path for path, _ in nnx.to_flat_state(state)], memory.sharding("device")
+        self._needed = [path[0] != "layers" or path[1] in numbers for path in paths]
+        self._weights = [jax.device_put(own, here) for own, needed in zip(weights, self._needed) if needed]
+        self._timed = device_timer()
+
+    def step_timer(self, run: Run) -> Callable[[], float]:
+        """Compiles such a step; gives what measures its seconds."""
+        plan = self._plan(run)
+
+        def step(weights, blocks, tails, padding, length, token_ids):
+            cache = make_cache(blocks, tails, padding, length, 0)
+            (tails,), (logits,) = decode_step(self._part(weights, run.layers), plan, [cache], [token_ids])
+            return tails, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+
+        described, place = describe_blocks(plan, 0), memory.sharding("host" if run.copied else "device")
+        if not run.copied:
+            described = [[_as_if_copied(block) for block in own] for own in described]
+        padding, length, token_ids = jax.device_put(
+            (np.zeros(self._batch, np.int32), np.int32(plan.workload.prompt), np.zeros(self._batch, np.int32)),
+            memory.sharding("device"),
+        )
+        inputs = (self._weights, described, describe_tails(plan), padding, length, token_ids)
+        placed = (None, jax.tree.map(lambda _: place, described), None, None, None, None)
+        lowered = jax.jit(step, in_shardings=placed, donate_argnames=("tails",)).lower(*inputs)
+        program = lowered.compile(compiler_options=dict(OVERLAPPING))
+        jax.tree.map(lambda like: random_maker(like.shape, like.dtype), described)  # compiled here, too
+
+        def seconds() -> float:
+            blocks = jax.tree.map(lambda like: jax.device_put(random(like.shape, like.dtype), place), described)
+            rest = allocate_tails(plan), token_ids
+
+            def take(steps: int):
+                nonlocal rest
+                for _ in range(steps):
+                    rest = program(self._weights, blocks, rest[0], padding, length, rest[1])
+                return rest[1]
+
+            return self._seconds(take)
+
+        return seconds
+
+    def finish_timer(self, count: int) -> Callable[[], float]:
+        """Compiles what so many layers do after attention, whose result is given; gives what measures its seconds."""
+
+        def finish(weights, mixed, token_ids):
+            part = self._part(weights, count)
+            hidden = part.embed(token_ids, jnp.zeros_like(token_ids))
+            for layer in part.layers:
+                hidden, own = jax.lax.optimization_barrier((hidden, mixed))  # or XLA projects it for all at once
+                hidden = layer(hidden, lambda x, projections, own=own: own)
+            return hidden
+
+        shape, first = self._model.shape, self._model.shape.layers[self._numbers[0]]
+        mixed = random((self._batch, first.heads * first.head_dim), jnp.dtype(shape.dtype))
+        token_ids = jax.device_put(np.zeros(self._batch, np.int32), memory.sharding("device"))
+        program = jax.jit(finish).lower(self._weights, mixed, token_ids).compile()
+
+        def take(steps: int) -> Array:
+            return [program(self._weights, mixed, token_ids) for _ in range(steps)][-1]
+
+        return lambda: self._seconds(take)
+
+    def _seconds(self, take: Callable[[int], Array]) -> float:
+        """Of one of the steps that `take` takes as many of as it is told."""
+        alone = median_seconds(lambda: take(1), REPEATS)
+        if alone >= ENOUGH_SECONDS:  # what the host takes to launch it is nothing to that
+            return alone
+        steps = min(STEPS, int(ENOUGH_SECONDS / alone))
+        return self._timed(lambda: take(steps), REPEATS) / steps
+
+    def _part(self, weights: Sequence[Array], count: int) -> Any:
+        """The model with so many of the layers."""
+        own = iter(weights)
+        leaves = [next(own) if needed else None for needed in self._needed]
+        model = nnx.merge(self._graph, jax.tree.unflatten(self._structure, leaves))
+        layers = [model.layers[number] for number in self._numbers[:count]]
+        return types.SimpleNamespace(embed=model.embed, unembed=model.unembed, layers=layers)
+
+    def _plan(self, run: Run) -> Plan:
+        shape, numbers = self._model.shape, self._numbers[: run.layers]
+        block = BlockSpec(_form_of(run.kind), run.place, run.tokens)
+        method: Method = "recompute" if "recompute" in (run.tail, run.kind) else "absorb"
+        # A window may be shorter than the blocks that are to be timed; positions do not matter to the time of a step.
+        layers = tuple(dataclasses.replace(shape.layers[number], sliding_window=None) for number in numbers)
+        own = LayerPlan((block,) * run.blocks, _form_of(run.tail), (run.place,), method)
+        work = Workload(self._batch, run.blocks * run.tokens, TAIL)
+        part = dataclasses.replace(shape, layers=layers, positions=work.prompt + work.new)
+        return Plan("bench", part, work, (own,) * len(layers), tail=TAIL, window=2**62)
+
+
+def _form_of(kind: Attention) -> Form:
+    return "keys_values" if kind == "keys_values" else "activations"
+
+
+def _as_if_copied(block: Block) -> Block:
+    """The block with its arrays described as on the device: copying one from the host there copies nothing."""
+    here = memory.sharding("device")
+    arrays = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=here) for array in block.arrays)
+    return dataclasses.replace(block, arrays=arrays)

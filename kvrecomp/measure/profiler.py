@@ -1,0 +1,104 @@
+"""The profile of this machine: measured once, kept as JSON under the user's cache directory."""
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+import pathlib
+import re
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from kvrecomp.files import write_json
+from kvrecomp.measure.layers import measure_layer
+from kvrecomp.measure.machine import measure_machine, this_machine
+from kvrecomp.plan import PlanError
+from kvrecomp.predict.hardware import HardwareProfile, LayerTimes
+from kvrecomp.run.forward import Model
+
+Measured = TypeVar("Measured", HardwareProfile, LayerTimes)
+
+LOG = logging.getLogger("kvrecomp")
+FORMAT = 13  # of the file, and of what its numbers mean; another one is measured anew
+
+
+def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False) -> HardwareProfile:
+    """The profile of this machine, measured if it was not before or if `refresh` says so.
+
+    With a `model`, its layers are timed too at that `batch`, and again for a model of the same layers with more
+    positions. What was measured is kept in `profile_path()` and holds for this kind and number of devices, jax version
+    and driver; `refresh` forgets the layers timed before.
+    """
+    found = None if refresh else _read(profile_path())
+    known = found or _timed(measure_machine)
+    timed: list[LayerTimes] = []
+    if model is not None:
+        for layer in model.shape.kinds:
+            if refresh or not _covers(known.times(layer, model.shape.dtype, batch), model.shape.positions):
+                timed.append(_timed(functools.partial(measure_layer, model, layer, batch)))
+    if timed and found:
+        known = _read(profile_path()) or known  # another process may have timed other layers meanwhile
+    for times in timed:
+        known = known.with_times(times)
+    if timed or not found:
+        try:
+            keep(known)
+        except OSError as error:
+            LOG.warning("the profile cannot be kept (%s), and is measured again next time: set XDG_CACHE_HOME", error)
+    return known
+
+
+def _timed(measure: Callable[[], Measured]) -> Measured:
+    """What was measured, with the seconds that it took."""
+    started = time.perf_counter()
+    measured = measure()
+    return dataclasses.replace(measured, measured_in=time.perf_counter() - started)
+
+
+def _covers(times: LayerTimes | None, positions: int) -> bool:
+    """Whether these are times of as many tokens as a model with so many positions caches."""
+    return times is not None and (times.positions is None or times.positions >= positions)
+
+
+def keep(measured: HardwareProfile) -> None:
+    """Writes the profile to where `profile` finds it."""
+    write_json(profile_path(), {"format": FORMAT, **measured.to_json()})
+
+
+def profile_path() -> pathlib.Path:
+    """Where this machine's profile is kept: under XDG_CACHE_HOME or ~/.cache."""
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    name = "-".join(map(str, this_machine().values()))
+    return cache / "kvrecomp" / f"profile-{re.sub(r'[^A-Za-z0-9.]+', '_', name).strip('_')}.json"
+
+
+def check_profile(given: HardwareProfile) -> None:
+    """Raises `PlanError` where the profile is of another machine than this."""
+    here, of = this_machine(), {name: getattr(given, name) for name in this_machine()}
+    if of != here:
+        raise PlanError(
+            f"the profile is of {_describe(of)}; this machine is {_describe(here)}: use kvrecomp.profile(), or "
+            "make_plan to see what another machine would do"
+        )
+
+
+def _describe(machine: dict[str, Any]) -> str:
+    return f"{machine['device']} x{machine['count']}, jax {machine['jax'] or '-'}, driver {machine['driver'] or '-'}"
+
+
+def _read(path: pathlib.Path) -> HardwareProfile | None:
+    """The profile in the file, or None, with a line that says why where there is a file."""
+    try:
+        data = json.loads(path.read_text())
+        if data.pop("format") != FORMAT:
+            raise ValueError("it is of another version of kvrecomp")
+        read = HardwareProfile.from_json(data)
+        check_profile(read)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        LOG.warning("%s is no profile of this machine (%s); measuring it anew", path, error)
+        return None
+    return read

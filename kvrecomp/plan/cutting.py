@@ -1,0 +1,64 @@
+"""How many tokens blocks, tails and chunks of queries have: by what memory there is room for, and what kernels are fast
+for."""
+
+from collections.abc import Sequence
+
+from kvrecomp.plan.layout import (
+    ALIGNED,
+    FORMS,
+    GIB,
+    LEAST_ALIGNED,
+    BlockSpec,
+    Form,
+    LayerShape,
+    Memory,
+    ModelShape,
+    Workload,
+)
+
+BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
+TAIL_BYTES = 2 * GIB
+SCORE_BYTES = 2**28  # scores of one chunk of queries during prefill
+
+
+def cut_runs(
+    runs: Sequence[tuple[Form, Memory, int]], layer: LayerShape, shape: ModelShape, workload: Workload, most_bytes: int
+) -> tuple[BlockSpec, ...]:
+    """Runs of (form, memory, tokens) as blocks: one on the device; on the host as few as `most_bytes` allow, equal
+    within one token. Where LEAST_ALIGNED tokens fit, and not all do, they are multiples of ALIGNED, equal within one of
+    these; the last has what is left. Runs of no tokens are left out."""
+    blocks = []
+    for form, memory, tokens in runs:
+        token_bytes = workload.batch * layer.width(form) * shape.itemsize
+        largest = tokens if memory == "device" else max(1, most_bytes // token_bytes)
+        unit = ALIGNED if LEAST_ALIGNED <= largest < tokens else 1
+        units = -(-tokens // unit)
+        count = -(-units // max(1, largest // unit))
+        for number in range(count):
+            own = unit * (units // count + (number < units % count))
+            blocks.append(BlockSpec(form, memory, min(own, tokens)))
+            tokens -= own
+    return tuple(blocks)
+
+
+def default_tail(shape: ModelShape, workload: Workload, window: int, most_bytes: float = TAIL_BYTES) -> int:
+    """Tokens of a tail of at most `most_bytes` in all layers, and a fraction of the window in one: a power of two, or
+    `new`, which is the most.
+
+    At least 16 and at most 1024 where the window allows.
+
+    A write-out needs a new program, and compiling it takes longer than a few steps. Steps that send little are short
+    and their tails long, so the tail fills while the next program is compiled.
+    """
+    widths = [max(layer.width(form) for form in FORMS) for layer in shape.layers]
+    row_bytes = workload.batch * shape.itemsize
+    fitting = max(16, min(1024, int(most_bytes) // (row_bytes * sum(widths))))
+    fitting = max(1, min(fitting, window // BLOCKS_PER_WINDOW // (row_bytes * max(widths))))
+    return min(workload.new, 1 << (fitting.bit_length() - 1))
+
+
+def chunk_of_queries(batch: int, heads: int, tokens: int) -> int:
+    """How many queries of a prompt attend to it at once: equal chunks, as few as have SCORE_BYTES of scores at most, or
+    one query each."""
+    chunks = -(-tokens // max(1, SCORE_BYTES // (4 * batch * heads * tokens)))
+    return -(-tokens // chunks)

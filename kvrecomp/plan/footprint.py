@@ -1,0 +1,140 @@
+"""What a plan needs of device and host memory, item by item."""
+
+import bisect
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from kvrecomp.plan.cutting import chunk_of_queries
+from kvrecomp.plan.holds import in_flight_bytes
+from kvrecomp.plan.layout import GIB, MEMORIES, Memory, ModelShape, Plan, PlanError, Workload, format_bytes
+from kvrecomp.plan.pinned import LIMIT_VARIABLE, pinned_limit
+
+MARGIN = 0.05  # of what is free: fragmentation, and the programs themselves
+
+
+def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dict[str, int]]:
+    """Bytes by memory and item, after that many write-outs (default: at the end of the workload).
+
+    A prefill and a step do not happen at the same time; the larger one counts. A prefill has the host weights of two
+    layers on the device at once, a step its window and what it recomputes.
+    """
+    write_outs = plan.write_outs if write_outs is None else write_outs
+    shape = plan.shape
+    weights = weights_in(shape, [layer.weights for layer in plan.layers])
+    return {
+        "device": {
+            "weights": weights["device"],
+            "blocks": plan.bytes_in("device", write_outs),
+            "tail": plan.tail_bytes,
+            "prefill or step": max(
+                prefill_bytes(shape, plan.workload) + 2 * max(plan.weight_bytes(*kind) for kind in plan.kinds),
+                in_flight(plan, write_outs) + recomputed_bytes(plan, write_outs),
+            ),
+        },
+        "host": {"weights": weights["host"], "blocks": plan.bytes_in("host", write_outs)},
+    }
+
+
+def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
+    """An estimate of a prompt's intermediate results, from above; tests compare it with what XLA needs for an H200.
+
+    Of one layer at a time: K and V, and as many again on their way to the host of this layer and the one before; and
+    the larger of what attention needs, with the scores of a chunk of queries, and the feed-forward. Models with a gate
+    had two hidden states more on an H200, whose kernels XLA chooses by timing them.
+    """
+    tokens, most = workload.batch * workload.prompt, 0
+    for layer in shape.kinds:
+        pairs = 3 * layer.width("keys_values")
+        attention = 2 * layer.hidden + 2 * layer.heads * layer.head_dim + pairs
+        feed_forward = (5 + 2 * layer.gated) * layer.hidden + (1 + layer.gated) * layer.intermediate + pairs
+        chunk = chunk_of_queries(workload.batch, layer.heads, workload.prompt)
+        scores = 2 * 4 * workload.batch * layer.heads * workload.prompt * chunk
+        most = max(most, tokens * attention * shape.itemsize + scores, tokens * feed_forward * shape.itemsize)
+    return most
+
+
+def in_flight(plan: Plan, write_outs: int) -> int:
+    """Most bytes from the host on their way or in use: layer by layer all that one needs, of the groups that go through
+    it together; else those copied ahead, a block in use and weights."""
+    layerwise = largest = kept = 0
+    for layer, layer_shape in plan.kinds:
+        blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
+        sizes = [plan.bytes_of(layer_shape, block) for block in blocks if block.memory == "host"]
+        weights = plan.weight_bytes(layer, layer_shape)
+        matrix = max(map(max, layer_shape.matrices)) * plan.shape.itemsize if weights else 0
+        layerwise = max(layerwise, plan.together * sum(sizes) + weights)
+        largest, kept = max(largest, matrix, *sizes), max(kept, weights)  # copies ahead may be of another kind of layer
+    pipelined = in_flight_bytes(plan.whole_window, largest, kept)
+    most = layerwise if plan.schedule == "layerwise" else pipelined
+    return min(most, plan.bytes_in("host", write_outs, in_sight=True) + plan.host_weight_bytes)
+
+
+def recomputed_bytes(plan: Plan, write_outs: int) -> int:
+    """An estimate of what a step computes from the activations on the device, of one layer at a time, from above; tests
+    compare it with what XLA needs for an H200.
+
+    Where K is not absorbed, or neither K nor V is: the activations of all blocks as one, and twice K.
+    """
+    most = 0
+    for layer, layer_shape in plan.kinds:
+        if layer_shape.absorbs_keys and layer.method == "absorb":
+            continue
+        blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
+        tokens = sum(block.tokens for block in blocks if (block.form, block.memory) == ("activations", "device"))
+        tokens += plan.tail * (layer.tail_form == "activations")
+        row = layer_shape.width("activations") + layer_shape.width("keys_values")
+        most = max(most, tokens * plan.workload.batch * row * plan.shape.itemsize)
+    return most
+
+
+def weights_in(shape: ModelShape, memories: Sequence[Memory]) -> dict[Memory, int]:
+    """Bytes of the model's weights in each memory, where `memories` has that of each layer's; others are on the device.
+
+    Raises `PlanError` if there are not as many memories as layers.
+    """
+    if len(memories) != len(shape.layers):
+        raise PlanError(
+            f"weights are said to be in {len(memories)} memories; {shape.name} has {len(shape.layers)} layers"
+        )
+    hosted = sum(layer.parameters for layer, place in zip(shape.layers, memories) if place == "host")
+    return {"device": (shape.parameters - hosted) * shape.itemsize, "host": hosted * shape.itemsize}
+
+
+def check_within(plan: Plan, allowed: Mapping[Memory, float]) -> None:
+    """Raises `PlanError`, with sizes and with what would fit, if the plan needs more bytes than are allowed."""
+    needed = memory_needed(plan)
+    for place in MEMORIES:
+        limit = allowed[place]
+        total = sum(needed[place].values())
+        if total <= limit:
+            continue
+        items = ", ".join(f"{item} {format_bytes(size)}" for item, size in needed[place].items() if size)
+        raise PlanError(
+            f"plan {plan.name} needs {format_bytes(total)} of {place} memory ({items}); {format_bytes(limit)} may be "
+            f"used: {_what_fits(plan, place, limit)}{_pool_hint(place, total)}"
+        )
+
+
+def _what_fits(plan: Plan, place: Memory, limit: float) -> str:
+    """The largest batch for which the plan fits."""
+
+    def excess(batch: int) -> bool:
+        smaller = dataclasses.replace(plan, workload=dataclasses.replace(plan.workload, batch=batch))
+        return sum(memory_needed(smaller)[place].values()) > limit
+
+    fitting = bisect.bisect_left(range(1, plan.workload.batch), True, key=excess)
+    if fitting:
+        return f"a batch of {fitting} fits where {plan.workload.batch} were asked for"
+    ways = "use a smaller model, a shorter prompt or more memory"
+    if place == "device" and any(layer.weights == "device" for layer in plan.layers):
+        ways += ", or put weights into host memory, as plan auto does where it may"
+    return f"not even a batch of 1 fits; {ways}"
+
+
+def _pool_hint(place: Memory, total: float) -> str:
+    if place == "device" or total <= pinned_limit():
+        return ""
+    return (
+        f"; the pinned pool is capped at {pinned_limit() / GIB:.0f} GiB: set {LIMIT_VARIABLE} before jax "
+        "starts its backend"
+    )

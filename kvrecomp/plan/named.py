@@ -1,0 +1,115 @@
+"""Plans by name: the methods that are compared, uniform over layers.
+
+activations    all activations in host memory, absorbed
+recompute      the same, with K and V recomputed on the device
+keys_values    all keys and values in host memory
+split:F        the first F of the prompt as activations, the rest as keys and values, in host memory, pipelined
+kvpr:F         the same split in KVPR's own schedule: K and V recomputed, copies layer by layer
+device         all keys and values on the device
+device:F       the first F of the prompt as keys and values on the device, the rest as activations in host memory
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs, default_tail
+from kvrecomp.plan.layout import (
+    AUTO,
+    DEFAULT_WINDOW,
+    Form,
+    LayerPlan,
+    LayerShape,
+    Memory,
+    ModelShape,
+    Plan,
+    PlanError,
+    Workload,
+)
+
+NAMES = ("activations", "recompute", "keys_values", "split:F", "kvpr:F", "device[:F]")
+_ACCEPTS = {  # whether a plan is named with a fraction, without one, or both
+    "activations": (False,),
+    "recompute": (False,),
+    "keys_values": (False,),
+    "split": (True,),
+    "kvpr": (True,),
+    "device": (False, True),
+}
+
+
+def named_plan(
+    name: str, shape: ModelShape, workload: Workload, *, tail: int | None = None, window: int = DEFAULT_WINDOW
+) -> Plan:
+    """The plan of that name; `tail` in tokens, `window` in bytes. Raises `PlanError` if there is no such plan."""
+    kind, colon, argument = name.partition(":")
+    if name == AUTO:
+        raise PlanError("what plan auto is goes by the machine: use plan_for or make_plan")
+    if kind not in _ACCEPTS or bool(argument) not in _ACCEPTS[kind] or (colon and not argument):
+        raise PlanError(f"there is no plan {name!r}; the plans are {', '.join((AUTO, *NAMES))}, with F from 0 to 1")
+    fraction = _fraction(name, argument) if argument else 1.0
+
+    def planned(layer: LayerShape) -> LayerPlan:
+        tokens = layer.cached(workload.prompt)
+        first = round(fraction * tokens)
+        runs: list[tuple[Form, Memory, int]]
+        if kind == "keys_values":
+            runs = [("keys_values", "host", tokens)]
+        elif kind == "device":
+            runs = [("keys_values", "device", first), ("activations", "host", tokens - first)]
+        else:
+            runs = [("activations", "host", first), ("keys_values", "host", tokens - first)]
+        last_form, last_memory, _ = [run for run in runs if run[2]][-1]
+        # KVPR sends all activations of a layer, then all keys and values: as few blocks as the window allows.
+        blocks = cut_runs(runs, layer, shape, workload, window if kind == "kvpr" else window // BLOCKS_PER_WINDOW)
+        return LayerPlan(blocks, last_form, (last_memory,), "recompute" if kind in ("recompute", "kvpr") else "absorb")
+
+    layers = tuple(map(planned, shape.layers))
+    schedule = "layerwise" if kind == "kvpr" else "pipelined"
+    tail = default_tail(shape, workload, window) if tail is None else min(tail, workload.new)
+    return Plan(name, shape, workload, layers, tail=tail, window=window, schedule=schedule)
+
+
+def with_host_weights(plan: Plan, fraction: float) -> Plan:
+    """The plan with the weights of that fraction of its layers, evenly spread, in host memory; see `with_weights`.
+
+    Raises `PlanError` for another fraction.
+    """
+    return with_weights(plan, named_weights(str(fraction), len(plan.layers)))
+
+
+def named_weights(name: str, layers: int) -> tuple[Memory, ...]:
+    """The memory of each layer's weights: all on the `device`, all in the `host`, or that fraction of layers there.
+
+    Raises `PlanError` for other names.
+    """
+    try:
+        fraction = {"device": 0.0, "host": 1.0}.get(name)
+        fraction = float(name) if fraction is None else fraction
+    except ValueError:
+        fraction = -1.0
+    if not 0 <= fraction <= 1:
+        raise PlanError(f"weights {name!r}: expected device, host, or the fraction of layers in host memory, 0 to 1")
+    return spread(round(fraction * layers), layers)
+
+
+def spread(hosted: int, layers: int) -> tuple[Memory, ...]:
+    """The memory of each layer's weights where so many layers, evenly spread, have theirs in host memory."""
+    return tuple("host" if (i + 1) * hosted // layers > i * hosted // layers else "device" for i in range(layers))
+
+
+def with_weights(plan: Plan, memories: Sequence[Memory]) -> Plan:
+    """The plan with each layer's weights in that memory. Raises `PlanError` if there are not as many as layers."""
+    if len(memories) != len(plan.layers):
+        raise PlanError(f"{len(memories)} memories for weights of {len(plan.layers)} layers: give one a layer")
+    layers = tuple(dataclasses.replace(own, weights=there) for own, there in zip(plan.layers, memories))
+    return dataclasses.replace(plan, layers=layers)
+
+
+def _fraction(name: str, argument: str) -> float:
+    try:
+        fraction = float(argument)
+    except ValueError:
+        fraction = -1.0
+    if not 0 <= fraction <= 1:
+        raise PlanError(f"plan {name!r}: {argument!r} is not a fraction from 0 to 1")
+    return fraction

@@ -1,0 +1,446 @@
+"""The cost of a step: seconds predicted from a profile, by the recurrence of the pipeline that the runtime executes.
+
+A step is a list of tasks in the order of compute, each of which computes or awaits a copy. Copies are carried out one
+after the other, each held until an earlier task has ended (`hold`). With c seconds of a copy and g of compute,
+
+    awaiting:   copied_i = max(copied_{i-1}, ended_{hold_i} + d) + c_i
+                ended_i = max(computed_{i-1}, copied_i)       computed_i = max(computed_{i-1} + g_i, copied_i + d)
+    computing:  ended_i = computed_i = computed_{i-1} + g_i
+
+where d is the time of a handoff: from link or compute to the link, and from the link to compute that waits for it.
+Seconds of compute are those measured on the machine for the layer, dtype and batch at hand or, where there are none,
+of `estimate`; awaiting takes the end of a CUDA graph. `kvpr_seconds` is KVPR's own formula and `sum_seconds` the plain
+sum, for comparison.
+"""
+
+import functools
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
+from kvrecomp.plan.holds import Copy, events_before
+from kvrecomp.predict.estimate import layer_times
+from kvrecomp.predict.hardware import (
+    ATTENTION,
+    WORKS,
+    Attention,
+    Curve,
+    HardwareProfile,
+    Work,
+    attention_work,
+    project_work,
+)
+
+PLANS, KINDS, TASKS = 64, 64, 1024  # of what is predicted in one call; of the last two at least
+MOST_LENGTHS = 4  # of a cache that grows, for which a step is predicted
+
+
+class Tasks(NamedTuple):
+    """A plan as arrays: what a step does.
+
+    Of each kind of task, [..., kinds]: `work` int32 is the row of the `WorkTable`, `tokens` the size there and `blocks`
+    what its base is multiplied with; work on weights has other groups than the first in place of tokens. `copies`
+    counts the blocks awaited, none or one, of `copy_bytes`. Layers alike have tasks of the same kinds.
+
+    Of each task, in the order of compute, int32[..., tasks]: its `kind`, and as `hold` the task whose end lets the copy
+    start, -1 for the start of the step.
+    """
+
+    work: np.ndarray
+    tokens: np.ndarray
+    blocks: np.ndarray
+    copies: np.ndarray
+    copy_bytes: np.ndarray
+    kind: np.ndarray
+    hold: np.ndarray
+
+
+class WorkTable(NamedTuple):
+    """Seconds of compute: WORKS of each distinct layer shape, then outside layers.
+
+    `base` float64[rows] is what no tokens take; `sizes` and `added` float64[rows, KNOTS] are the knots of what tokens
+    add, of work on weights other groups.
+    """
+
+    base: np.ndarray
+    sizes: np.ndarray
+    added: np.ndarray
+
+
+class StepCost(NamedTuple):
+    """Predicted seconds of a step, of its copies alone and of its compute alone."""
+
+    seconds: Any  # arrays of jax's or of NumPy's, or a number of one plan
+    copying: Any
+    computing: Any
+
+
+# --- a plan as tasks --------------------------------------------------------------------------------------------------
+
+
+def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
+    """The tasks of one step under the plan, after that many write-outs: of one group where each takes its own."""
+    *alike, outside = _kinds_of_tasks(plan, write_outs)
+    work, tokens, blocks, copies, copy_bytes = np.concatenate([*(own.columns for own in alike), outside.columns], 1)
+    # What layers alike have in common is there once; here it is laid out for every layer.
+    layers = np.array(plan.kind_numbers)
+    task, counts = _of_layers([own.columns.shape[1] for own in alike], layers)
+    copy, copy_counts = _of_layers([len(own.copies) for own in alike], layers)
+    event, event_counts = _of_layers([len(own.events) for own in alike], layers)
+    sent = np.concatenate([own.copies for own in alike])[copy]
+    ends = np.concatenate([own.events for own in alike])[event] + np.repeat(np.cumsum(counts) - counts, event_counts)
+    kind = np.append(task, len(work) - 1).astype(np.int32)
+    hold = np.full(len(kind), -1, np.int32)
+    before = events_before(sent, copy_counts, plan.whole_window, plan.schedule)
+    hold[copies[kind] > 0] = np.append(ends, -1)[before - 1]  # of none before it, the start of the step
+    return Tasks(work.astype(np.int32), tokens, blocks, copies, copy_bytes, kind, hold)
+
+
+def _of_layers(lengths: Sequence[int], layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where in a list of each kind of layer's things, of which there are `lengths`, those of every layer are, and how
+    many each has. `layers` has the kind of each."""
+    of_kinds = np.array(lengths)
+    counts = of_kinds[layers]
+    shift = (np.cumsum(of_kinds) - of_kinds)[layers] - (np.cumsum(counts) - counts)
+    return np.arange(counts.sum()) + np.repeat(shift, counts), counts
+
+
+class _LayerTasks(NamedTuple):
+    """A layer's tasks: float[5, tasks] of work, tokens, blocks, copies and copy_bytes; its copies, int[copies, 2]; and
+    int[events], the task that ends at each event of `holds.events_before`."""
+
+    columns: np.ndarray
+    copies: np.ndarray
+    events: np.ndarray
+
+
+def _kinds_of_tasks(plan: Plan, write_outs: int) -> list[_LayerTasks]:
+    """The tasks of each of the plan's kinds of layers, and of a step outside its layers: embedding, unembedding and
+    sampling, at the end."""
+    shapes = list(plan.shape.kinds)
+    outside = np.array([[len(shapes) * len(WORKS)], [0], [plan.together], [0], [0]], float)
+    alike = [_layer_tasks(plan, *kind, write_outs, shapes.index(kind[1])) for kind in plan.kinds]
+    return [*alike, _LayerTasks(outside, np.zeros((0, 2), int), np.zeros(0, int))]
+
+
+def _layer_tasks(
+    plan: Plan, layer: LayerPlan, layer_shape: LayerShape, write_outs: int, shape_number: int
+) -> _LayerTasks:
+    tasks: list[tuple[float, ...]] = []
+    copies: list[Copy] = []
+    events: list[int] = []
+
+    def compute(work: Work, tokens: int = 0, blocks: int = 1) -> None:
+        tasks.append((shape_number * len(WORKS) + WORKS.index(work), tokens, blocks, 0, 0))
+
+    def await_copy(nbytes: int, kept: bool = False) -> None:
+        events.extend([len(tasks)] if kept else [len(tasks), len(tasks) + 1])  # used by the task that comes next
+        tasks.append((shape_number * len(WORKS) + WORKS.index("await"), 0, 1, 1, nbytes))
+        copies.append(Copy(nbytes, kept))
+
+    def kind(block: BlockSpec) -> Attention:
+        return "keys_values" if block.form == "keys_values" else layer.method
+
+    def attend(block: BlockSpec, blocks: int = 1) -> None:
+        if block.memory == "device" and kind(block) != kind(tail):  # a partial result of its own, as from the host
+            compute(attention_work(kind(block), "host"), 0, blocks)
+            blocks = 0
+        tokens = 0 if block is tail else block.tokens  # of a tail it is not known what an odd number costs
+        compute(attention_work(kind(block), block.memory, tokens), block.tokens, blocks)
+
+    early, late = layer_shape.matrices if layer.weights == "host" else ((), ())
+    blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
+    tail = BlockSpec(layer.tail_form, "device", plan.tail)
+    for count in early:
+        await_copy(count * plan.shape.itemsize, kept=True)
+    others = plan.together - 1  # groups that go through the projections and the feed-forward with the first
+    compute(project_work(kind(tail)), others)
+    for _ in range(plan.together):
+        if "absorb" in map(kind, (*blocks, tail)):
+            compute("prepare")
+        for block in blocks:
+            if block.memory == "device":
+                attend(block)
+        attend(tail, blocks=0)  # but for its tokens it is in the time of `project`
+        for block in blocks:
+            if block.memory == "host":
+                await_copy(plan.bytes_of(layer_shape, block))
+                attend(block)
+    for count in late:
+        await_copy(count * plan.shape.itemsize, kept=True)
+    compute("finish", others)
+    events.append(len(tasks) - 1)
+    return _LayerTasks(np.array(tasks, float).T, np.array(copies, int).reshape(-1, 2), np.array(events))
+
+
+def stack_tasks(tasks: Sequence[Tasks]) -> Tasks:
+    """Tasks of several plans as one, [plans, kinds] and [plans, tasks], filled up with what takes no time.
+
+    Filled to multiples of PLANS, and to KINDS and TASKS, or a power of four times these, so that few shapes, and so few
+    compilations, occur.
+    """
+    plans = -(-len(tasks) // PLANS) * PLANS
+    kinds, longest = KINDS, TASKS
+    while kinds < 1 + max(len(own.work) for own in tasks):  # the last one of each plan takes no time
+        kinds *= 4
+    while longest < max(len(own.kind) for own in tasks):
+        longest *= 4
+
+    def stack(name: str, *columns: np.ndarray) -> np.ndarray:
+        dtype, size = (np.int32, longest) if name in ("kind", "hold") else (columns[0].dtype, kinds)
+        filled = np.full((plans, size), kinds - 1 if name == "kind" else 0, dtype)
+        for row, column in zip(filled, columns):
+            row[: len(column)] = column
+        return filled
+
+    return Tasks(*map(stack, Tasks._fields, *tasks))
+
+
+# --- seconds of compute -----------------------------------------------------------------------------------------------
+
+
+def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) -> WorkTable:
+    """The table of that model and workload; layers that were not timed are estimated."""
+    curves: list[Curve] = []
+    outside = None
+    for layer in shape.kinds:
+        times = layer_times(profile, layer, shape, workload.batch)
+        if times.dtype and times.vocab in (None, shape.vocab):
+            outside = times.outside
+        # Rows of another group read no weights again; they add, at most, their arithmetic at the rate of products.
+        products = {project_work(kind): layer.projecting for kind in ATTENTION}
+        products |= {"project_absorb": layer.projecting - layer.absorbed, "finish": layer.parameters - layer.projecting}
+        for work in WORKS:
+            curve = times.work[work]
+            if work in products:
+                curve = Curve.line(curve(0), 2 * workload.batch * products[work] / profile.matmul_rate)
+            curves.append(curve)
+    if outside is None:
+        table_bytes = shape.vocab * shape.embedding * shape.itemsize
+        outside = table_bytes / profile.memory_rate + 10 * profile.kernel_seconds
+    sizes, seconds = np.array([curve.knots for curve in (*curves, Curve.line(outside))]).swapaxes(0, 1)
+    base = seconds[:, :1]
+    return WorkTable(base[:, 0], sizes, seconds - base)
+
+
+# --- seconds of a step ------------------------------------------------------------------------------------------------
+
+
+def step_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload, plan_arrays: Tasks) -> StepCost:
+    """Predicted seconds of a step for each of the plans in `plan_arrays` (`stack_tasks`): float32[plans] each.
+
+    A copy takes the link's latency and its bytes at the rate measured beside compute. Computed on the CPU, PLANS at a
+    time; compiled once per number of tasks and of their kinds.
+    """
+    computing, copying = _seconds_of_kinds(profile, work_table(profile, shape, workload), *plan_arrays[:5])
+    arrays = computing, copying, plan_arrays.copies > 0, plan_arrays.kind, plan_arrays.hold
+    found: list[StepCost] = []
+    with jax.default_device(_cpu()):
+        handoff = jax.device_put(np.float32(profile.handoff_seconds))
+        for start in range(0, len(computing), PLANS):
+            some = jax.device_put([column[start : start + PLANS] for column in arrays])
+            found.append(_step_seconds(handoff, *some))
+        return StepCost(*map(np.concatenate, zip(*jax.device_get(found))))
+
+
+def _cpu() -> Any:
+    """A scan of small numbers is slow on a GPU, and would wait for the model there."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # jax was told to use the GPU alone
+        return None
+
+
+@jax.jit
+def _step_seconds(handoff: Array, *plans: Array) -> StepCost:
+    return jax.vmap(functools.partial(_pipeline, handoff))(*plans)
+
+
+def _pipeline(
+    handoff: Array, computing: Array, copying: Array, has_copy: Array, kinds: Array, holds: Array
+) -> StepCost:
+    """The recurrence over one plan's tasks."""
+
+    def advance(carry, task):
+        copied, computed, ends = carry
+        number, compute, copy, awaits, hold = task
+        held = jnp.where(hold < 0, 0.0, ends[hold] + handoff)
+        copied = jnp.where(awaits, jnp.maximum(copied, held) + copy, copied)
+        ended = jnp.where(awaits, jnp.maximum(computed, copied), computed + compute)
+        computed = jnp.where(awaits, jnp.maximum(computed + compute, copied + handoff), ended)
+        return (copied, computed, ends.at[number].set(ended)), None
+
+    each = [own[kinds] for own in (computing, copying, has_copy)]
+    count, zero = kinds.shape[0], jnp.zeros(())
+    (_, seconds, _), _ = jax.lax.scan(advance, (zero, zero, jnp.zeros(count)), (jnp.arange(count), *each, holds))
+    return StepCost(seconds, each[1].sum(), each[0].sum())
+
+
+def _seconds_of_kinds(
+    profile: HardwareProfile,
+    table: WorkTable,
+    work: np.ndarray,
+    tokens: np.ndarray,
+    blocks: np.ndarray,
+    copies: np.ndarray,
+    copy_bytes: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """What each kind of task computes, and what the copy that it awaits takes, float32[..., kinds]; see `Tasks`."""
+    sizes, added = table.sizes[work], table.added[work]
+    after = np.clip(np.sum(sizes < tokens[..., None], axis=-1, keepdims=True), 1, sizes.shape[-1] - 1)
+    (x0, y0), (x1, y1) = (
+        [np.take_along_axis(own, end, -1)[..., 0] for own in (sizes, added)] for end in (after - 1, after)
+    )
+    computing = table.base[work] * blocks + y0 + (tokens - x0) * (y1 - y0) / (x1 - x0)
+    copying = profile.to_device.base * copies + copy_bytes / profile.beside_compute
+    return np.maximum(0, computing).astype(np.float32), copying.astype(np.float32)
+
+
+def plan_costs(profile: HardwareProfile, plans: Sequence[Plan], write_outs: int | None = None) -> StepCost:
+    """Predicted seconds of a step of all groups of each plan, all for one model and workload, float32[plans].
+
+    `write_outs` None: half way through the new tokens, as the median step of a run.
+    """
+    lengths = [median_write_outs(plan) if write_outs is None else write_outs for plan in plans]
+    return _costs(profile, list(zip(plans, lengths)))
+
+
+def mean_costs(profile: HardwareProfile, plans: Sequence[Plan]) -> StepCost:
+    """Predicted seconds of the mean of all of the workload's steps, of all groups of each plan, float32[plans].
+
+    A cache that grows out of the device makes later steps longer, which the step half way does not show.
+    """
+    costs = _costs(profile, [(plan, write_outs) for plan in plans for write_outs in step_shares(plan)])
+    return StepCost(*(_means(plans, seconds) for seconds in costs))
+
+
+def mean_bounds(profile: HardwareProfile, plans: Sequence[Plan]) -> np.ndarray:
+    """Seconds that the mean of `mean_costs` is no shorter than, float[plans]: all copies, or all compute, of each step.
+
+    Takes a fraction of the time that `mean_costs` does.
+    """
+    shape, workload = _one_work(plans)
+    columns: list[np.ndarray] = []
+    often: list[np.ndarray] = []  # how many layers have each kind of task, and for how many groups in turn
+    for plan in plans:
+        for write_outs in step_shares(plan):
+            kinds = [own.columns for own in _kinds_of_tasks(plan, write_outs)]
+            columns.append(np.concatenate(kinds, axis=1))
+            counts = np.repeat([*plan.kinds.values(), 1], [own.shape[1] for own in kinds])
+            often.append(counts * (plan.groups // plan.together))
+    work, *others = np.concatenate(columns, axis=1)
+    seconds = _seconds_of_kinds(profile, work_table(profile, shape, workload), work.astype(int), *others)
+    starts = list(itertools.accumulate(map(len, often[:-1]), initial=0))
+    sums = np.add.reduceat(np.array(seconds, float) * np.concatenate(often), starts, axis=1)
+    return _means(plans, sums.max(axis=0))
+
+
+def _means(plans: Sequence[Plan], seconds: np.ndarray) -> np.ndarray:
+    """The mean of each plan's steps, whose seconds are those of its `step_shares`, plan by plan."""
+    shares = [step_shares(plan) for plan in plans]
+    weights = np.array([share for own in shares for share in own.values()], seconds.dtype)
+    return np.add.reduceat(weights * seconds, list(itertools.accumulate(map(len, shares[:-1]), initial=0)))
+
+
+def _costs(profile: HardwareProfile, steps: Sequence[tuple[Plan, int]]) -> StepCost:
+    """Predicted seconds of a step of all groups of each plan, after so many write-outs."""
+    shape, workload = _one_work([plan for plan, _ in steps])
+    costs = step_seconds(profile, shape, workload, stack_tasks([make_tasks(*step) for step in steps]))
+    passes = np.array([plan.groups // plan.together for plan, _ in steps])
+    return StepCost(*(seconds[: len(steps)] * passes for seconds in costs))
+
+
+def _one_work(plans: Sequence[Plan]) -> tuple[ModelShape, Workload]:
+    """The model and workload of all these plans."""
+    shape, workload = plans[0].shape, plans[0].workload
+    if any((plan.shape, plan.workload) != (shape, workload) for plan in plans):
+        raise PlanError("the plans are for different models or workloads; predict them one by one")
+    return shape, workload
+
+
+def median_write_outs(plan: Plan, new: int | None = None) -> int:
+    """How often the tail was written out when half of the new tokens are there, the plan's or so many."""
+    return min(plan.write_outs, (plan.workload.new if new is None else new) // 2 // plan.tail)
+
+
+def step_shares(plan: Plan) -> Mapping[int, float]:
+    """Which share of the workload's steps is taken after so many write-outs.
+
+    Of up to MOST_LENGTHS, at even distances: where there are more, a step between two counts for both, the more for the
+    nearer one, as if its seconds were on the line between theirs.
+    """
+    return _step_shares(max(1, plan.workload.new - 1), plan.tail)
+
+
+@functools.cache
+def _step_shares(steps: int, tail: int) -> Mapping[int, float]:
+    counts = np.array([min(tail, steps - start) for start in range(0, steps, tail)])
+    every = np.arange(len(counts))
+    chosen = np.unique(np.linspace(0, every[-1], min(MOST_LENGTHS, len(every))).round().astype(int))
+    near = [counts @ np.interp(every, chosen, unit) for unit in np.eye(len(chosen))]
+    return {int(write_outs): float(count) / steps for write_outs, count in zip(chosen, near)}
+
+
+# Of compiling a step's program on an H100's machine: a layer, and each block or tail that a group attends to in it.
+# h100_compiling_ff14225.txt has 6 to 32 s for 32 layers of 1 to 16 blocks, and 48 s for eight groups together.
+COMPILE_LAYER_SECONDS, COMPILE_BLOCK_SECONDS = 0.08, 0.055
+
+
+def program_seconds(plan: Plan, write_outs: int) -> float:
+    """Seconds of compiling the program of a step after that many write-outs, each of which adds a block a layer."""
+    layers = len(plan.layers)
+    attended = sum(len(layer.prompt) for layer in plan.layers) + layers * (write_outs + 1)
+    return COMPILE_LAYER_SECONDS * layers + COMPILE_BLOCK_SECONDS * plan.together * attended
+
+
+def compile_seconds(plan: Plan) -> float:
+    """Seconds of compiling all of the workload's programs of steps, one more for each write-out."""
+    return sum(program_seconds(plan, write_outs) for write_outs in range(plan.write_outs + 1))
+
+
+def decode_seconds(plan: Plan, step: float) -> float:
+    """Seconds of all of the workload's steps, of `step` seconds in the mean, and of waiting for programs.
+
+    A write-out needs a program of its own. It is compiled while the tail fills, and waited for where that takes longer.
+    A workload of one new token has no step, and takes nothing.
+    """
+    steps = plan.workload.new - 1
+    needed = range(1, max(0, steps - 1) // plan.tail + 1)
+    return steps * step + sum(max(0.0, program_seconds(plan, own) - plan.tail * step) for own in needed)
+
+
+# --- for comparison ---------------------------------------------------------------------------------------------------
+
+
+def kvpr_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload, recomputed: float) -> float:
+    """KVPR's own formula (arXiv 2411.17089, equations 8 to 11): a step's seconds with `recomputed` of the prompt's
+    tokens sent as activations and the rest as keys and values, at the profile's rates, summed over layers.
+
+        t = b l h p / v_link + max(4 b l h^2 / v_gpu, 2 b (s - l) h p / v_link)
+    """
+    b, s, p = workload.batch, workload.prompt, shape.itemsize
+    total = 0.0
+    for layer, count in shape.kinds.items():
+        kv = layer.width("keys_values")
+        sent = b * recomputed * layer.hidden * p / profile.beside_compute
+        computed = 2 * b * recomputed * layer.hidden * kv / profile.matmul_rate
+        total += count * (sent + max(computed, b * (s - recomputed) * kv * p / profile.beside_compute))
+    return total
+
+
+def kvpr_split(profile: HardwareProfile, shape: ModelShape, workload: Workload) -> int:
+    """The number of recomputed tokens at which KVPR's formula is least."""
+    candidates = range(workload.prompt + 1)
+    return min(candidates, key=lambda tokens: kvpr_seconds(profile, shape, workload, tokens))
+
+
+def sum_seconds(profile: HardwareProfile, plan: Plan, write_outs: int | None = None) -> float:
+    """All copies, then all compute: what a step takes without any overlap."""
+    cost = plan_costs(profile, [plan], write_outs)
+    return float(cost.copying[0] + cost.computing[0])

@@ -1,0 +1,320 @@
+"""Attention of the newest token over a list of cached blocks, and of a whole prompt over itself.
+
+A block is read in the form it is cached in. With x the activations of a cached token, W_K and W_V its projections and
+q a query, absorption moves the projections to the other side (Slim attention, arXiv 2503.05840; DeepSeek-V2's MLA):
+
+    scores    q . (x W_K + b_K)            = (W_K q) . x + q . b_K
+    output    sum_s p_s (x_s W_V + b_V)    = (sum_s p_s x_s) W_V + b_V        since the weights p sum to one
+
+so that nothing is recomputed. `q . b_K` is the same for all tokens and would drop out of one softmax; it is kept
+because blocks of different forms share one. Where K is normalised or rotated after its projection, K is recomputed
+from x and only V is absorbed. Blocks give a `Partial` each as they arrive, which are joined by log-sum-exp, so the
+result does not depend on how tokens were cut into blocks.
+
+Axes: b batch row, s cached token, t prompt token, n heads = k kv_heads x g queries of each, d head_dim, h hidden.
+Tokens come first in arrays, since the blocks are token-major.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
+
+from kvrecomp.plan import Form, Method
+from kvrecomp.plan.cutting import chunk_of_queries
+
+MASKED = -1e30  # finite: a block that is masked whole must not give NaN, its weight vanishes when merged
+
+
+class Projection(NamedTuple):
+    """x [..., h] -> x kernel + bias [..., n, d]; kernel [h, n, d], bias [n, d] or None."""
+
+    kernel: Array
+    bias: Array | None = None
+
+    def __call__(self, x: Array) -> Array:
+        out = jnp.einsum("...h,hnd->...nd", x, self.kernel)
+        return out if self.bias is None else out + self.bias
+
+
+@dataclass(frozen=True)
+class Projections:
+    """What one layer's attention computes with; a model's layer makes it from its parameters at each call.
+
+    `encode_query` and `encode_key` are applied to heads [..., n, d] at positions [...] after the projection (rotation,
+    normalisation). `sliding_window` is how many tokens, itself included, a token sees; `soft_cap` c bounds scores to
+    c tanh(score / c).
+    """
+
+    query: Projection
+    key: Projection
+    value: Projection
+    scale: float
+    encode_query: Callable[[Array, Array], Array] | None = None
+    encode_key: Callable[[Array, Array], Array] | None = None
+    sliding_window: int | None = None
+    soft_cap: float | None = None
+
+    def queries(self, x: Array, positions: Array) -> Array:
+        """x [..., h], positions [...] -> [..., n, d]."""
+        query = self.query(x)
+        return query if self.encode_query is None else self.encode_query(query, positions)
+
+    def keys(self, x: Array, positions: Array) -> Array:
+        """x [..., h], positions [...] -> [..., k, d]."""
+        key = self.key(x)
+        return key if self.encode_key is None else self.encode_key(key, positions)
+
+    def values(self, x: Array) -> Array:
+        """x [..., h] -> [..., k, d]."""
+        return self.value(x)
+
+    def bound(self, scores: Array) -> Array:
+        """Scaled, and soft-capped, scores in float32."""
+        scores = scores.astype(jnp.float32) * self.scale
+        return scores if self.soft_cap is None else self.soft_cap * jnp.tanh(scores / self.soft_cap)
+
+
+Attend = Callable[[Array, Projections], Array]
+"""What a model's layer is given: x [..., h], what K and V come from, and projections -> [..., n * d]."""
+
+
+def positions_of(slots: Array, padding: Array) -> Array:
+    """Positions int32[s, b] of slots int32[s] in rows left-padded by int32[b]; padding itself gets position 0."""
+    return jnp.maximum(slots[:, None] - padding, 0)
+
+
+def visible(slots: Array, padding: Array, query_slots: Array, sliding_window: int | None) -> Array:
+    """bool[t, s, b]: whether the query in slot t sees slot s: not padding, not later, not too long ago."""
+    slots, query_slots = slots[None, :, None], query_slots[:, None, None]
+    seen = (slots >= padding) & (slots <= query_slots)
+    return seen if sliding_window is None else seen & (slots > query_slots - sliding_window)
+
+
+# --- a whole prompt over itself ---------------------------------------------------------------------------------------
+
+
+def attend_causal(projections: Projections, x: Array, padding: Array) -> tuple[Array, Array, Array]:
+    """x [t, b, h], rows left-padded by int32[b] -> outputs [t, b, n * d], K and V [t, b, k, d].
+
+    Queries are taken in chunks, so memory grows with the prompt, not with its square. Rows of padding attend to
+    nothing; their outputs are finite and mean nothing.
+    """
+    tokens, batch, _ = x.shape
+    slots = jnp.arange(tokens)
+    positions = positions_of(slots, padding)
+    query = projections.queries(x, positions)
+    key, value = projections.keys(x, positions), projections.values(x)
+    kv_heads = key.shape[-2]
+    heads, head_dim = query.shape[-2:]
+    query = query.reshape(tokens, batch, kv_heads, heads // kv_heads, head_dim)
+
+    def attend_chunk(query: Array, query_slots: Array) -> Array:
+        scores = jnp.einsum("tbkgd,sbkd->bkgts", query, key, preferred_element_type=jnp.float32)
+        seen = visible(slots, padding, query_slots, projections.sliding_window)
+        scores = jnp.where(jnp.moveaxis(seen, -1, 0)[:, None, None], projections.bound(scores), MASKED)
+        weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+        return jnp.einsum("bkgts,sbkd->tbkgd", weights, value)
+
+    chunk = chunk_of_queries(batch, heads, tokens)
+    chunks = -(-tokens // chunk)
+    if chunks == 1:
+        mixed = attend_chunk(query, slots)
+    else:
+
+        def attend_next(number: Array, pieces: Array) -> Array:
+            """In place of the queries: XLA would make other room for the results of all layers at the start."""
+            piece = jax.lax.dynamic_slice_in_dim(pieces, number * chunk, chunk)
+            piece = attend_chunk(piece, number * chunk + jnp.arange(chunk)).astype(pieces.dtype)
+            return jax.lax.dynamic_update_slice_in_dim(pieces, piece, number * chunk, axis=0)
+
+        padded = jnp.pad(query, [(0, chunks * chunk - tokens)] + [(0, 0)] * 4)
+        mixed = jax.lax.fori_loop(0, chunks, attend_next, padded)[:tokens]
+    return mixed.reshape(tokens, batch, heads * head_dim), key, value
+
+
+def causal(padding: Array) -> Attend:
+    """The `Attend` of a plain forward pass over whole, left-padded rows."""
+    return lambda x, projections: attend_causal(projections, x, padding)[0]
+
+
+# --- the newest token over blocks -------------------------------------------------------------------------------------
+
+
+Mixes = Literal["values", "activations"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Partial:
+    """Softmax attention over some of the tokens.
+
+    `log_total` float32[b, k, g] is the log of the sum of exp(score); `mixed` float32[b, k, g, w] is the weighted mean
+    of their values (w = d) or, where V is absorbed, of their activations (w = h).
+    """
+
+    log_total: Array
+    mixed: Array
+    mixes: Mixes = field(metadata={"static": True})
+
+
+class Cached(NamedTuple):
+    """Cached tokens to attend to, on the device: x [s, b, h] or K and V [s, b, k, d], and the slot of the first."""
+
+    form: Form
+    tensors: Sequence[Array]
+    start: int | Array
+
+    @property
+    def slots(self) -> Array:
+        """int32[s]."""
+        return self.start + jnp.arange(self.tensors[0].shape[0])
+
+
+@dataclass(frozen=True)
+class Query:
+    """The newest token of each row, in slot int32[] of rows left-padded by int32[b]; `queries` [b, n, d] are those that
+    the projections give it."""
+
+    projections: Projections
+    queries: Array
+    slot: Array
+    padding: Array
+
+    @functools.cached_property
+    def heads(self) -> Array:
+        """[b, k, g, d]."""
+        batch, _, head_dim = self.queries.shape
+        return self.queries.reshape(batch, self.projections.key.kernel.shape[1], -1, head_dim)
+
+    @functools.cached_property
+    def absorbed(self) -> tuple[Array, Array | None]:
+        """W_K q [b, k, g, h], to be multiplied by activations, and q . b_K float32[b, k, g]."""
+        kernel, bias = self.projections.key
+        absorbed = jnp.einsum("bkgd,hkd->bkgh", self.heads, kernel)
+        # Of few rows XLA makes the right operand, and the batch innermost of the product. Attention reads a row at a
+        # time, which would then be scattered.
+        absorbed = with_layout_constraint(absorbed, Layout(major_to_minor=(0, 1, 2, 3)))
+        if bias is None:
+            return absorbed, None
+        return absorbed, jnp.einsum("bkgd,kd->bkg", self.heads, bias, preferred_element_type=jnp.float32)
+
+
+def attend(query: Query, cached: Sequence[Cached], method: Method) -> list[Partial]:
+    """Attention over all of the given tokens: one partial for the values and one for the activations that are mixed.
+
+    `method` says how activations are used: "absorb" what can be, or "recompute" K and V from them.
+    """
+    scored = [_score(query, tokens, method, apart=len(cached) > 1) for tokens in cached]
+    partials = []
+    for mixes in ("values", "activations"):
+        own = [(scores, mixable) for scores, mixable, kind in scored if kind == mixes]
+        if own:
+            partials.append(_mix(own, mixes))
+    return partials
+
+
+def _score(query: Query, cached: Cached, method: Method, apart: bool) -> tuple[Array, Array, Mixes]:
+    """float32[b, k, g, s] scores, and what is to be mixed with their weights: V [s, b, k, d] or x [s, b, h].
+
+    Kept `apart`, the query is an operand that products with other tokens do not share. XLA would make one of two that
+    share one, where one is small, and copy their other operands together for that: with the tail, at every step, all
+    that is cached on the device.
+    """
+
+    def own(query_side: Array) -> Array:
+        if not apart:
+            return query_side
+        return jax.lax.optimization_barrier((query_side, cached.tensors[0]))[0]
+
+    projections = query.projections
+    if cached.form == "keys_values":
+        key, mixable = cached.tensors
+        mixes: Mixes = "values"
+    else:
+        (x,) = cached.tensors
+        recompute = method == "recompute"
+        positions = positions_of(cached.slots, query.padding)
+        key = projections.keys(x, positions) if recompute or projections.encode_key is not None else None
+        mixable, mixes = (projections.values(x), "values") if recompute else (x, "activations")
+    if key is None:
+        absorbed, constant = query.absorbed
+        scores = jnp.einsum("bkgh,sbh->bkgs", own(absorbed), mixable, preferred_element_type=jnp.float32)
+        scores = scores if constant is None else scores + constant[..., None]
+    else:
+        # Of one query a head XLA makes no product, and there is nothing to keep apart.
+        heads = own(query.heads) if query.heads.shape[2] > 1 else query.heads
+        scores = jnp.einsum("bkgd,sbkd->bkgs", heads, key, preferred_element_type=jnp.float32)
+    seen = visible(cached.slots, query.padding, query.slot[None], projections.sliding_window)[0]
+    return jnp.where(seen.T[:, None, None], projections.bound(scores), MASKED), mixable, mixes
+
+
+def _mix(scored: Sequence[tuple[Array, Array]], mixes: Mixes) -> Partial:
+    """One softmax over several pieces of scores, each with what it weighs."""
+    scores = jnp.concatenate([piece for piece, _ in scored], axis=-1)
+    most = scores.max(axis=-1, keepdims=True)
+    weights = jnp.exp(scores - most)
+    total = weights.sum(axis=-1, keepdims=True)
+    dtype = scored[0][1].dtype
+    # Mixed activations are hidden wide for each head, and in float32 take so long to write that XLA lets the next copy
+    # start late. bfloat16 has the range for sums of them.
+    of_activations = dtype if dtype == jnp.bfloat16 else jnp.float32
+    mixed, start = [], 0
+    for piece, mixable in scored:
+        own = weights[..., start : start + piece.shape[-1]].astype(dtype)
+        if mixes == "values":
+            mixed.append(_by_head("bkgs,sbkd->bkgd", own, mixable))
+        else:
+            mixed.append(jnp.einsum("bkgs,sbh->bkgh", own, mixable, preferred_element_type=of_activations))
+        start += piece.shape[-1]
+    # Divided once mixed: dividing the weights would read and write them once more.
+    return Partial((most + jnp.log(total))[..., 0], functools.reduce(jnp.add, mixed) / total, mixes)
+
+
+def _by_head(subscripts: str, rows: Array, matrices: Array) -> Array:
+    """The einsum, in float32, of rows [b, k, g, w] with a matrix for each head, or for each head of each batch row.
+
+    XLA makes no matrix product of a single row a head, but a reduction over the matrix's first axis, which on a GPU
+    takes twice as long. So the row is multiplied twice.
+    """
+    if rows.shape[0] * rows.shape[2] > 1:
+        return jnp.einsum(subscripts, rows, matrices, preferred_element_type=jnp.float32)
+    twice = jax.lax.optimization_barrier(jnp.concatenate([rows, rows], axis=2))
+    return jnp.einsum(subscripts, twice, matrices, preferred_element_type=jnp.float32)[:, :, :1]
+
+
+def join(partials: Sequence[Partial], new: Partial) -> list[Partial]:
+    """The partials with one more, over other tokens, joined with the one that mixes the same; that one comes last.
+
+    One after the other rather than all at the end: XLA times each kernel that it has not seen before, and a program for
+    one more block, compiled while steps run, should have none.
+    """
+    others = [partial for partial in partials if partial.mixes != new.mixes]
+    for old in partials:
+        if old.mixes == new.mixes:
+            total = jnp.logaddexp(old.log_total, new.log_total)
+            shares = [jnp.exp(own.log_total - total)[..., None] for own in (old, new)]
+            new = Partial(total, shares[0] * old.mixed + shares[1] * new.mixed, new.mixes)
+    return [*others, new]
+
+
+def merge(query: Query, partials: Sequence[Partial]) -> Array:
+    """Partial results over disjoint tokens, one of a kind -> [b, n * d], in the dtype of the query.
+
+    Each counts by its share of the weights, exp(log_total) over the sum of all.
+    """
+    shares = jax.nn.softmax(jnp.stack([partial.log_total for partial in partials]), axis=0)[..., None]
+    dtype, out = query.queries.dtype, jnp.zeros((), jnp.float32)
+    for share, partial in zip(shares, partials, strict=True):
+        own = partial.mixed
+        if partial.mixes == "activations":
+            kernel, bias = query.projections.value
+            own = _by_head("bkgh,hkd->bkgd", own.astype(dtype), kernel)
+            own += 0 if bias is None else bias[:, None]
+        out += share * own
+    return out.astype(dtype).reshape(query.queries.shape[0], -1)

@@ -1,0 +1,259 @@
+"""The decoder: three XLA programs over an explicit cache.
+
+    prefill     the prompt -> its blocks, streamed to where the plan wants them under the next layer's compute
+    step        one token per row: copies of host blocks under the compute of earlier ones
+    write-out   full tails -> new blocks
+
+A program is fixed by the plan and the layout (the blocks of every layer). A written-out tail makes a new layout and so
+a new step program; PROGRAMS_AHEAD of them are compiled in the background while the tail fills. Token ids, padding and
+the number of tokens in the tail are data: changing them compiles nothing.
+"""
+
+import functools
+import logging
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+from kvrecomp.plan import Budget, Memory, Plan, PlanError
+from kvrecomp.predict.cost import compile_seconds
+from kvrecomp.run import memory
+from kvrecomp.run.cache import Block, Cache, describe_blocks, describe_tails, make_block, make_cache
+from kvrecomp.run.forward import Model, decode_step, prefill
+from kvrecomp.run.limits import check_memory
+from kvrecomp.run.programs import Compiled, Programs, side_by_side
+from kvrecomp.run.prompt import PromptError, check_prompt, check_step
+from kvrecomp.run.weights import check_placement
+from kvrecomp.run.window import OVERLAPPING
+
+LOG = logging.getLogger("kvrecomp")
+
+PROGRAMS_AHEAD = 2  # steps' programs made while the tail fills: a later one takes longer, it has more blocks
+# XLA makes a program's CUDA graphs when it is first executed, with the device idle: some 40 ms of an H200's machine,
+# which a step after a write-out would wait for in the middle of decoding. Launched one by one, kernels take the host
+# several ms a step; so many bytes take 20 ms on PCIe 5.0 x16.
+NO_GRAPHS, NO_GRAPHS_FROM = {"xla_gpu_enable_command_buffer": ""}, 2**30
+PRECISION = "jax_default_matmul_precision"  # a context of one thread: programs are traced in others
+LONG_SECONDS = 300  # of compiling: more is said beforehand
+
+
+class Decoder:
+    """Decodes one model under one plan.
+
+        decoder = Decoder(model, plan)
+        cache, logits = decoder.prefill(input_ids, attention_mask)
+        cache, logits = decoder.step(cache, token_ids)
+
+    A cache given to `step` is used up: its tail is written in place. Programs have the `jax.default_matmul_precision`
+    that holds where the decoder is made.
+    """
+
+    def __init__(self, model: Model, plan: Plan, *, budget: Budget | None = None):
+        """Raises `PlanError` if the plan is for another model, or does not fit in `budget` (default: what is free)."""
+        if model.shape != plan.shape:
+            raise PlanError(
+                f"the plan is for {plan.shape.name} in {plan.shape.dtype}, the model is {model.shape.name} in "
+                f"{model.shape.dtype}: make the plan from model.shape"
+            )
+        check_placement(model, plan)
+        check_memory(plan, budget)
+        if (seconds := compile_seconds(plan)) > LONG_SECONDS:
+            LOG.warning(
+                "plan %s: its %d programs of steps take some %.0f minutes to compile; a longer tail or a larger window "
+                "makes fewer and smaller ones",
+                *(plan.name, plan.write_outs + 1, seconds / 60),
+            )
+        self.plan = plan
+        self._graph, state = nnx.split(model)
+        self._weights, self._structure = jax.tree.flatten(state)  # a plain list: jax flattens a State in Python
+        self._programs = Programs()
+        self._precision = getattr(jax.config, PRECISION)
+
+    @property
+    def compiled(self) -> dict[Hashable, Compiled]:
+        """The programs so far: ("prefill",), ("step", write-outs before it), ("write-out", memory of each layer)."""
+        return self._programs.compiled
+
+    def compile(self, *, prefill: bool = True) -> None:
+        """Compiles what decoding starts with, side by side; `prefill` and `step` do so themselves."""
+        names = [("prefill",), ("step", 0)] if prefill else [("step", 0)]
+        side_by_side(lambda name: self._program(*name), names)
+
+    def text(self, *name: Hashable) -> str:
+        """A program as XLA compiled it, by its name in `compiled`: each instruction of a step says the scope that it
+        comes from, `layer_0` and so on."""
+        return self._program(*name).as_text()
+
+    def finish(self) -> None:
+        """Gives up programs that were to be compiled ahead: no more steps come now. They are made if they come."""
+        self._programs.cancel()
+
+    def prefill(self, input_ids: Any, attention_mask: Any = None) -> tuple[Cache, Array]:
+        """int[batch, prompt], left-padded where `attention_mask` is 0 -> cache, logits float32[batch, vocab].
+
+        Raises `PromptError` where the shapes are not the plan's, the mask is not left-padded, a row is empty or a token
+        id is outside the vocabulary.
+        """
+        token_ids, padding = check_prompt(input_ids, attention_mask, self.plan)
+        self.compile()  # before anything runs: XLA chooses kernels by timing them, and beside other work wrongly
+        token_ids, padding, length = jax.device_put(
+            (np.ascontiguousarray(token_ids.T), padding, np.int32(token_ids.shape[1])), memory.sharding("device")
+        )
+        blocks, tails, logits = self._program("prefill")(self._weights, token_ids, padding)
+        return make_cache(blocks, tails, padding, length, 0), logits
+
+    def step(self, cache: Cache, token_ids: Array) -> tuple[Cache, Array]:
+        """One more token of every row, int32[batch] on the device -> cache, logits float32[batch, vocab].
+
+        Returns before the step has run. Raises `PlanError` if the plan's workload is exceeded or is in several groups,
+        and `PromptError` if `token_ids` are not one per row or the cache was given to a step before.
+        """
+        (cache,), (logits,) = self.step_groups([cache], [token_ids])
+        return cache, logits
+
+    def step_groups(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> tuple[list[Cache], list[Array]]:
+        """`step` for the caches of all groups of the plan, which are at the same step, in the plan's order.
+
+        `token_ids` int32[batch] each -> caches, logits float32[batch, vocab] of each group. In row order each group
+        takes a step after the other, in column order they go through the layers together.
+
+        Raises as `step` does, and `PlanError` if there are not as many caches and tokens as groups, `PromptError` if
+        the caches are at different steps; all caches are as they were then.
+        """
+        self._check_step(caches, token_ids)  # of all groups, before one of them is used up
+        if caches[0].in_tail == 0:  # it is the first step: the blocks of all groups' prompts are there
+            self._reserve_growth()
+        if self.plan.together == 1:
+            steps = [self._step([cache], [ids]) for cache, ids in zip(caches, token_ids)]
+            return [cache for (cache,), _ in steps], [logits for _, (logits,) in steps]
+        return self._step(caches, token_ids)
+
+    def _check_step(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> None:
+        """Raises `PlanError` or `PromptError` unless each group has tokens and a cache, all at one step, with room."""
+        plan = self.plan
+        if len(caches) != plan.groups or len(token_ids) != plan.groups:
+            raise PlanError(
+                f"plan {plan.name} has {plan.groups} groups; got {len(caches)} caches and tokens of {len(token_ids)}: "
+                "give step_groups as many"
+            )
+        for cache, ids in zip(caches, token_ids):
+            check_step(cache.length, ids, plan)
+        cached = [self._write_outs(cache) * plan.tail + cache.in_tail for cache in caches]
+        if len(set(cached)) > 1:
+            raise PromptError(f"the groups' caches have {cached} new tokens: give step_groups those of the same step")
+        if cached[0] >= plan.workload.new:
+            raise PlanError(
+                f"the plan is for {plan.workload.new} new tokens and all of them are cached: make a plan with a larger "
+                "Workload.new"
+            )
+
+    def _write_outs(self, cache: Cache) -> int:
+        """How often the cache's tail was written out."""
+        return len(cache.layers[0].blocks) - len(self.plan.layers[0].prompt)
+
+    def _step(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> tuple[list[Cache], list[Array]]:
+        plan, write_outs = self.plan, self._write_outs(caches[0])
+        if caches[0].in_tail == plan.tail:
+            caches, write_outs = [self._write_out(cache, write_outs) for cache in caches], write_outs + 1
+        given = [(cache.blocks, cache.tails, cache.padding, cache.length) for cache in caches]
+        tails, lengths, logits = self._program("step", write_outs)(self._weights, *zip(*given), tuple(token_ids))
+        if write_outs < plan.write_outs:
+            # After the call: a program's first execution loads its kernels, which takes longer beside a compilation.
+            self._prepare("write-out", plan.written_to(write_outs))
+            for ahead in range(1, min(PROGRAMS_AHEAD, plan.write_outs - write_outs) + 1):
+                self._prepare("step", write_outs + ahead)
+        after = [
+            make_cache(cache.blocks, own, cache.padding, length, cache.in_tail + 1)
+            for cache, own, length in zip(caches, tails, lengths, strict=True)
+        ]
+        return after, logits
+
+    def _write_out(self, cache: Cache, write_outs: int) -> Cache:
+        """The cache with its full tails as blocks, and empty tails."""
+        new = self._program("write-out", self.plan.written_to(write_outs))(cache.tails)
+        blocks = [(*own, block) for own, block in zip(cache.blocks, new, strict=True)]
+        return make_cache(blocks, cache.tails, cache.padding, cache.length, 0)
+
+    def _reserve_growth(self) -> None:
+        """Pins host memory for the blocks to come, of all groups."""
+        last = describe_blocks(self.plan, self.plan.write_outs)
+        grown = [block for own, layer in zip(last, self.plan.layers) for block in own[len(layer.prompt) :]]
+        arrays = [array for block in grown if block.memory == "host" for array in block.arrays]
+        memory.reserve("host", [(array.shape, array.dtype) for array in arrays] * self.plan.groups)
+
+    # --- the jit boundary: static are the plan and what names the program, all else is data ---
+
+    def _program(self, *name: Any) -> Any:
+        return self._programs.get(name, functools.partial(self._trace, *name), self._options(*name))
+
+    def _prepare(self, *name: Any) -> None:
+        """Compiles a program in the background."""
+        self._programs.start(name, functools.partial(self._trace, *name), self._options(*name))
+
+    def _options(self, kind: str, *which: Any) -> Mapping[str, Any]:
+        """XLA's, of a program."""
+        if kind != "step" or which[0] == 0:
+            return OVERLAPPING
+        sent = self.plan.link_bytes(which[0]) * self.plan.together // self.plan.groups
+        return {**OVERLAPPING, **NO_GRAPHS} if sent >= NO_GRAPHS_FROM else OVERLAPPING
+
+    def _trace(self, kind: str, *which: Any) -> Any:
+        trace = {"prefill": self._trace_prefill, "step": self._trace_step, "write-out": self._trace_write_out}
+        with jax.default_matmul_precision(self._precision):
+            return trace[kind](*which)
+
+    def _model(self, weights: Sequence[Array]) -> Any:
+        return nnx.merge(self._graph, jax.tree.unflatten(self._structure, weights))
+
+    def _trace_prefill(self) -> Any:
+        def program(weights, token_ids, padding):
+            return prefill(self._model(weights), self.plan, token_ids, padding)
+
+        work = self.plan.workload
+        inputs = self._weights, _ints(work.prompt, work.batch), _ints(work.batch)
+        blocks, tails, _ = jax.eval_shape(program, *inputs)
+        shardings = (_shardings(blocks), _shardings(tails), memory.sharding("device"))
+        return jax.jit(program, out_shardings=shardings).trace(*inputs)
+
+    def _trace_step(self, write_outs: int) -> Any:
+        def program(weights, blocks, tails, padding, length, token_ids):
+            caches = [make_cache(*own, 0) for own in zip(blocks, tails, padding, length)]
+            tails, logits = decode_step(self._model(weights), self.plan, caches, token_ids)
+            return tails, [own + 1 for own in length], logits
+
+        batch, groups = self.plan.workload.batch, self.plan.together
+        blocks = describe_blocks(self.plan, write_outs)
+        own = blocks, describe_tails(self.plan), _ints(batch), _ints(), _ints(batch)
+        inputs = self._weights, *((each,) * groups for each in own)
+        placed = [array.sharding for array in self._weights]
+        shardings = (placed, (_shardings(blocks),) * groups, None, None, None, None)
+        return jax.jit(program, in_shardings=shardings, donate_argnames=("tails", "length")).trace(*inputs)
+
+    def _trace_write_out(self, memories: Sequence[Memory]) -> Any:
+        def program(tails):
+            return tuple(
+                make_block(tail.form, place, [jnp.copy(tensor) for tensor in tail.tensors])
+                for tail, place in zip(tails, memories, strict=True)
+            )
+
+        tails = describe_tails(self.plan)
+        return jax.jit(program, out_shardings=_shardings(jax.eval_shape(program, tails))).trace(tails)
+
+
+def _ints(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=memory.sharding("device"))
+
+
+def _shardings(blocks: Any) -> Any:
+    """The sharding of every array in a tree of blocks."""
+    return jax.tree.map(
+        lambda block: replace(block, arrays=(memory.sharding(block.memory),) * len(block.arrays)),
+        blocks,
+        is_leaf=lambda node: isinstance(node, Block),
+    )

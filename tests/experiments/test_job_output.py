@@ -1,0 +1,225 @@
+"""A job's files: a kill at any byte leaves them fit to be continued, and nobody else's output is touched."""
+
+import itertools
+import json
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from experiments.support.job.runner.output import FORMAT, Output
+
+DESCRIPTION = {"records": 7, "settings": {"seed": 1}}
+# As batches finish: longer prompts first, whose turn comes later.
+BATCHES = [[4, 1], [0, 6], [5, 2], [3]]
+RECORDS = [{"id": "é\n" + "x" * index} for index in range(7)]
+EXPECTED = b"".join(json.dumps(record).encode() + b"\n" for record in RECORDS)
+
+
+class Killed(BaseException):
+    """What nothing is done about."""
+
+
+def write_all(output: Output) -> Iterator[list[int]]:
+    """What a job does, but for decoding; gives what it had to make, batch by batch."""
+    if output.description is None:
+        output.begin(DESCRIPTION)
+    assert output.description == DESCRIPTION
+    for batch in BATCHES:
+        left = [index for index in batch if not output.has(index)]
+        yield left
+        output.add({index: RECORDS[index] for index in left})
+    output.settle()
+
+
+def killed_after(path: Path, size: int) -> int | None:
+    """Writes all, but for a kill when that many bytes are written: in which batch, None where there was no kill."""
+    output, left, batch = Output(path), size, 0
+    append = output._append
+
+    def cut(file, name, document):
+        nonlocal left
+        line = json.dumps(document).encode() + b"\n"
+        if len(line) > left:
+            file.write(line[:left])
+            raise Killed
+        append(file, name, document)
+        left -= len(line)
+
+    output._append = cut
+    output.__enter__()
+    try:
+        for batch, _ in enumerate(write_all(output)):  # noqa: B007
+            pass
+    except Killed:
+        return batch
+    finally:
+        output._close()  # and nothing else, as when a process ends
+    return None
+
+
+def forget(path: Path) -> None:
+    path.unlink()
+    path.with_name(f"{path.name}.job.json").unlink()
+
+
+def files(path: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in path.parent.iterdir()}
+
+
+def test_records_are_in_order_and_only_the_description_stays(tmp_path):
+    with Output(tmp_path / "out") as output:
+        assert list(write_all(output)) == BATCHES
+        assert output.written == 7 and not output.waiting
+    assert set(files(tmp_path / "out")) == {"out", "out.job.json"}
+    assert (tmp_path / "out").read_bytes() == EXPECTED
+
+
+def test_each_record_is_there_when_its_turn_has_come(tmp_path):
+    with Output(tmp_path / "out") as output:
+        output.begin(DESCRIPTION)
+        counts = []
+        for batch in BATCHES:
+            output.add({index: RECORDS[index] for index in batch})
+            counts.append((tmp_path / "out").read_bytes().count(b"\n"))
+        assert counts == [0, 2, 3, 7]
+        waiting = [json.loads(line) for line in (tmp_path / "out.waiting.jsonl").read_text().splitlines()]
+        assert waiting == [[index, RECORDS[index]] for index in (1, 4, 6, 5)]
+        output.settle()
+        assert (tmp_path / "out.waiting.jsonl").read_bytes() == b""
+
+
+def test_a_kill_at_any_byte_loses_the_batch_at_work_at_most(tmp_path):
+    path = tmp_path / "out"
+    for size in itertools.count():
+        batch = killed_after(path, size)
+        with Output(path) as output:
+            assert min(output.waiting, default=7) >= output.written
+            made = list(write_all(output))
+        assert path.read_bytes() == EXPECTED, f"killed after {size} bytes"
+        forget(path)
+        if batch is None:
+            break
+        assert made[:batch] == [[]] * batch and made[batch + 1 :] == BATCHES[batch + 1 :]
+    assert size > len(EXPECTED) and made == [[]] * 4
+
+
+def test_two_kills(tmp_path):
+    """The second while what the first has left is being written."""
+    path = tmp_path / "out"
+    for first, second in itertools.product(range(0, 400, 19), range(0, 400, 23)):
+        if first + second < 400:
+            killed_after(path, first)
+            killed_after(path, second)
+            with Output(path) as output:
+                list(write_all(output))
+            assert path.read_bytes() == EXPECTED, f"killed after {first} bytes, and {second} more"
+            forget(path)
+
+
+def test_a_kill_before_the_output_is_there_begins_anew(tmp_path):
+    (tmp_path / "out.job.json").write_text('{"format": 2, "of": "another job"}')
+    (tmp_path / "out.waiting.jsonl").write_text('[0, {"id": "another"}]\n[1, {"i')
+    with Output(tmp_path / "out") as output:
+        assert output.description is None
+        output.begin(DESCRIPTION)
+    with Output(tmp_path / "out") as output:
+        assert list(write_all(output)) == BATCHES
+    assert (tmp_path / "out").read_bytes() == EXPECTED
+    assert json.loads((tmp_path / "out.job.json").read_text()) == {"format": FORMAT, **DESCRIPTION}
+
+
+def test_opening_what_is_complete_changes_nothing(tmp_path):
+    with Output(tmp_path / "out") as output:
+        list(write_all(output))
+    before = files(tmp_path / "out"), (tmp_path / "out").stat().st_mtime_ns
+    with Output(tmp_path / "out") as output:
+        assert output.written == 7 and output.last == RECORDS[6]
+    assert (files(tmp_path / "out"), (tmp_path / "out").stat().st_mtime_ns) == before
+
+
+def test_long_lines_are_found_from_the_end(tmp_path):
+    """Longer than what is read at once."""
+    records = {index: {"id": index, "text": "x" * 1_500_000} for index in range(3)}
+    with Output(tmp_path / "out") as output:
+        output.begin(DESCRIPTION)
+        output.add(records)
+    whole = (tmp_path / "out").read_bytes()
+    with (tmp_path / "out").open("ab") as file:
+        file.write(b"y" * 1_200_000)
+    with Output(tmp_path / "out") as output:
+        assert output.written == 3 and output.last == records[2]
+    assert (tmp_path / "out").read_bytes() == whole
+
+
+@pytest.mark.parametrize("limit", [1, 60, 90, len(EXPECTED) - 1])
+def test_a_full_disk_is_one_error_and_the_job_goes_on_later(tmp_path, limit):
+    """Files cannot grow beyond the limit; a write up to it succeeds in part."""
+    with Output(tmp_path / "out") as output:
+        output.begin(DESCRIPTION)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(OSError) as refusal, Output(tmp_path / "out") as output:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+        try:
+            list(write_all(output))
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    message = str(refusal.value)
+    assert "File too large; all lines before are kept, and the same command goes on" in message
+    assert str(tmp_path / "out") in message and "\n" not in message
+    assert max(len(content) for name, content in files(tmp_path / "out").items() if "job" not in name) == limit
+    with Output(tmp_path / "out") as output:
+        list(write_all(output))
+    assert (tmp_path / "out").read_bytes() == EXPECTED
+
+
+# --- whose output it is -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("content", [b"", b"mine\n"])
+def test_an_output_that_no_job_wrote_is_left_alone(tmp_path, content):
+    (tmp_path / "out").write_bytes(content)
+    with (
+        pytest.raises(ValueError, match=r"out.job.json is not, so it is not the output of a job"),
+        Output(tmp_path / "out"),
+    ):
+        pass
+    assert files(tmp_path / "out") == {"out": content}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 99}'])
+def test_a_description_that_is_none(tmp_path, content):
+    (tmp_path / "out").write_bytes(b'{"id": 1}\n{"id"')
+    (tmp_path / "out.job.json").write_text(content)
+    with pytest.raises(ValueError, match="does not describe a job"), Output(tmp_path / "out"):
+        pass
+    assert (tmp_path / "out").read_bytes() == b'{"id": 1}\n{"id"'
+
+
+@pytest.mark.parametrize("changed", ["out", "out.waiting.jsonl"])
+def test_a_file_that_somebody_changed(tmp_path, changed):
+    killed_after(tmp_path / "out", 200)
+    with (tmp_path / changed).open("ab") as file:
+        file.write(b"what is this\n")
+    with pytest.raises(ValueError, match="was changed: "), Output(tmp_path / "out"):
+        pass
+
+
+def test_one_process_at_a_time(tmp_path):
+    with Output(tmp_path / "out") as output:
+        output.begin(DESCRIPTION)
+        output.add({0: RECORDS[0], 3: RECORDS[3]})
+        with pytest.raises(ValueError, match="another process is writing"), Output(tmp_path / "out"):
+            pass
+        output.add({1: RECORDS[1]})
+    with Output(tmp_path / "out") as output:
+        assert output.written == 2 and output.waiting == {3: RECORDS[3]}
+
+
+def test_a_directory_that_is_missing_is_named_and_not_made(tmp_path):
+    with (
+        pytest.raises(FileNotFoundError, match=r"there is no directory .*/none: make it"),
+        Output(tmp_path / "none" / "out"),
+    ):
+        pass
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,214 @@
+"""Peers: what their rows say, and that Hugging Face's models are those that we measure. No time is asserted."""
+
+import dataclasses
+import json
+import math
+
+import pytest
+from absl import flags
+
+import models
+from experiments import benchmark, peers
+from experiments.support.peers import huggingface
+from experiments.support.peers.peer import Peer, Steps
+from experiments.support.peers.registry import PEERS
+from experiments.support.suite import workloads
+from kvrecomp.plan import GIB, Workload
+from kvrecomp.plan.footprint import memory_needed
+from kvrecomp.plan.named import named_plan
+from models.checkpoint import Skeleton
+
+WORK = Workload(batch=3, prompt=7, new=11)
+# Prime and distinct sizes where the architectures allow.
+TINY = {
+    "opt": models.OPTConfig("tiny", 2, 21, 3, 37, vocab=61, positions=41),
+    "opt, normalised after": models.OPTConfig(
+        "tiny", 2, 21, 3, 37, 61, 41, embedding=13, pre_norm=False, final_norm=False
+    ),
+    "llama": models.LlamaConfig("tiny", 2, 28, 4, 37, vocab=61, positions=41, kv_heads=2, head_dim=6),
+    "llama, tied": models.LlamaConfig("tiny", 3, 30, 5, 37, vocab=61, positions=41, tied=True),
+}
+
+
+@pytest.fixture
+def torch():
+    found = pytest.importorskip("torch", reason="the peer needs torch")
+    pytest.importorskip("transformers", reason="the peer is transformers")
+    found.set_num_threads(1)  # its threads wait for one another busily
+    return found
+
+
+@pytest.fixture
+def preset(monkeypatch):
+    monkeypatch.setitem(models.PRESETS, "tiny", TINY["opt"])
+
+
+def command(*arguments: str) -> None:
+    """The script in this process."""
+    values = flags.FlagValues()
+    peers.define_flags(values)
+    values(["peers", *arguments])
+    peers.main([], values)
+
+
+SIZES = ("--model=tiny", "--batch=3", "--prompt=7", "--new=11")
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_row_has_the_fields_of_ours():
+    seconds = [9.0, 8.0, 7.0, 0.1, 0.3, 0.2, 0.4]  # the first three warm up
+    row = peers.row_of("huggingface", TINY["opt"], "float32", WORK, Steps("Some GPU", 0.5, seconds, 123))
+    assert list(row) == [field.name for field in dataclasses.fields(benchmark.Row)]
+    known = {name: value for name, value in row.items() if value is not None}
+    assert known == {
+        "model": "tiny",
+        "batch": 3,
+        "prompt": 7,
+        "new": 11,
+        "asked": "huggingface",
+        "plan": "huggingface",
+        "dtype": "float32",
+        "median_ms": 250.0,
+        "p95_ms": pytest.approx(385.0),
+        "worst_ms": 400.0,
+        "link_bytes": 0,
+        "tokens_per_second": 12.0,
+        "peak_device_bytes": 123,
+        "prefill_s": 0.5,
+        "step_ms": [9000.0, 8000.0, 7000.0, 100.0, 300.0, 200.0, 400.0],
+    }
+    assert (
+        peers.row_of("huggingface_offloaded", TINY["opt"], "float32", WORK, Steps("", 0.5, seconds, None))["link_bytes"]
+        is None
+    )
+
+
+def test_the_command_measures(torch, preset, tmp_path, capsys):
+    command(*SIZES, "--dtype=float32", "--commit=abc", f"--out={tmp_path}/a.json")
+    document = json.loads((tmp_path / "a.json").read_text())
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == document
+    assert document["commit"] == "abc" and document["versions"]["torch"] == torch.__version__
+    (row,) = document["rows"]
+    assert (row["model"], row["plan"]) == ("tiny", "huggingface")
+    assert len(row["step_ms"]) == WORK.new - 1 and 0 < row["median_ms"] <= row["p95_ms"] <= row["worst_ms"]
+
+
+def test_refusals(preset, monkeypatch):
+    with pytest.raises(ValueError, match="--new is 1"):
+        command("--model=tiny", "--new=1")
+    for name in ("batch", "prompt"):
+        with pytest.raises(ValueError, match=f"--{name} has '0'; expected whole numbers from 1 on"):
+            command("--model=tiny", f"--{name}=3,0")
+    with pytest.raises(ValueError, match="unknown model 'small'"):
+        command("--model=small")
+    for wrong in ("--peer=somebody", "--dtype=x"):
+        with pytest.raises(flags.IllegalFlagValueError):
+            command(wrong)
+    with pytest.raises(ValueError, match="need 9999 positions; tiny has"):
+        command("--model=tiny", "--prompt=9990", "--new=9")
+    away = Peer(lambda *_: pytest.fail("it was run"), lambda gpu: "not today", lambda *_: {})
+    monkeypatch.setitem(PEERS, "huggingface", away)
+    with pytest.raises(ValueError, match="huggingface: not today"):
+        command(*SIZES)
+
+
+def test_another_program_joins_by_a_function(preset, monkeypatch, capsys):
+    def run(config, dtype, works, seed):
+        assert (config.name, dtype, works, seed) == ("tiny", "float16", [WORK], 5)
+        yield Steps("Some GPU", 1.0, [0.25] * (WORK.new - 1), None)
+
+    monkeypatch.setitem(PEERS, "huggingface", Peer(run, lambda gpu: None, lambda *_: {}))
+    command(*SIZES, "--dtype=float16", "--seed=5")
+    document = json.loads(capsys.readouterr().out)
+    assert document["device"] == "Some GPU" and document["rows"][0]["median_ms"] == 250.0
+
+
+def test_what_was_measured_is_not_lost_with_what_comes_after(preset, monkeypatch, tmp_path):
+    def run(config, dtype, works, seed):
+        yield Steps("Some GPU", 1.0, [0.25] * 10, None)
+        raise RuntimeError(f"no memory for {works[1]}")
+
+    monkeypatch.setitem(PEERS, "huggingface", Peer(run, lambda gpu: None, lambda *_: {}))
+    with pytest.raises(RuntimeError, match="no memory for"):
+        command("--model=tiny", "--batch=3", "--prompt=7,5", f"--out={tmp_path}/a.json")
+    (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert (row["batch"], row["prompt"]) == (3, 7)
+
+
+# --- Hugging Face -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_step_is_timed(torch, dtype):
+    works = [WORK, Workload(batch=2, prompt=5, new=3)]
+    made = list(huggingface.run(TINY["llama"], dtype, works, 0, offloaded=False))
+    assert [len(steps.seconds) for steps in made] == [10, 2]
+    assert all(min(steps.seconds) > 0 and steps.prefill_seconds > 0 for steps in made)
+
+
+def test_texts_that_end_early_are_an_error(torch, monkeypatch):
+    make = huggingface.make_model
+
+    def ending(*given):
+        model = make(*given)
+        model.generation_config.eos_token_id = list(range(61))
+        return model
+
+    monkeypatch.setattr(huggingface, "make_model", ending)
+    with pytest.raises(RuntimeError, match="generate gave 1 tokens where 11 were asked for"):
+        list(huggingface.run(TINY["opt"], "float32", [WORK], 0, offloaded=False))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_models_are_of_our_shape(torch, name):
+    """Every parameter counted, and matrices alone as the planner counts them; and what comes out."""
+    config = TINY[name]
+    model = huggingface.make_model(config, "float32", seed=1)
+    theirs = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    ours = Skeleton(config, "float32").shapes
+    assert sum(map(math.prod, theirs.values())) == sum(map(math.prod, ours.values()))
+    narrow = config.shape.layers[0].hidden * config.shape.embedding if "after" in name else 0
+    counted = [shape for name, shape in theirs.items() if len(shape) > 1 and "positions" not in name]
+    assert sum(map(math.prod, counted)) == config.shape.parameters + 2 * narrow  # into the hidden size, and out of it
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    with torch.no_grad():
+        logits = model(torch.ones((2, 5), dtype=torch.int64)).logits
+    assert logits.shape == (2, 5, 61) and not model.training
+
+
+@pytest.mark.parametrize(
+    "name", sorted({case.model for case in workloads.CASES if case.peers} | {"opt-350m", "llama-3.1-8b"})
+)
+def test_configurations_are_ours(torch, name):
+    """Through the way back, which reads config.json files."""
+    config = models.preset(name)
+    written = json.loads(huggingface.configuration(config).to_json_string(use_diff=False))
+    assert type(config).from_huggingface(written, name) == config
+
+
+@pytest.mark.parametrize("name", ["qwen2.5-0.5b", "qwen3-4b", "mistral-7b", "gemma-2b"])
+def test_models_that_are_not_written_down_are_said(name):
+    with pytest.raises(ValueError, match=rf"{name}: there is no configuration .* expected an OPT or a Llama"):
+        huggingface.configuration(models.preset(name))
+
+
+def test_where_it_cannot_be_run(torch, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert PEERS["huggingface"].unavailable(False) is None
+    assert "finds no GPU, and what it is compared with has one" in PEERS["huggingface"].unavailable(True)
+    assert "finds no GPU, and the cache is offloaded from one" in PEERS["huggingface_offloaded"].unavailable(False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert PEERS["huggingface_offloaded"].unavailable(True) is None
+    monkeypatch.setattr(huggingface, "PACKAGES", ("no_such_package",))
+    assert PEERS["huggingface"].unavailable(False) == "no_such_package is not installed: pip install no_such_package"
+
+
+def test_memory_that_is_needed():
+    """OPT-6.7B with 32 rows of 1024 and 32: K and V are 16.5 GiB, of a layer 0.52, and the rest is what we need."""
+    shape, work = models.preset("opt-6.7b").shape, Workload(32, 1024, 32)
+    ours = memory_needed(named_plan("device", shape, work))["device"]
+    rest = ours["weights"] + ours["prefill or step"]
+    here, away = (PEERS[name].memory_needed(shape, work) for name in ("huggingface", "huggingface_offloaded"))
+    assert here == {"device": rest + 16.5 * GIB * 33 / 32, "host": 0}
+    assert away == {"device": rest + 16.5 * GIB * 3 / 32, "host": 2.4 * 64 * GIB / 2}

@@ -1,0 +1,699 @@
+"""The suite: which workloads there are, what fits, how it goes on, and that one failure is not the end of the rest.
+
+Most tests have a program in the place of experiments/benchmark.py that measures nothing, so that they are fast.
+"""
+
+import dataclasses
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import toy
+from absl import flags
+from rich.console import Console
+
+import kvrecomp
+import models
+from experiments import suite
+from experiments.support.paper import numbers as paper
+from experiments.support.peers.registry import PEERS
+from experiments.support.results import tables
+from experiments.support.suite import machine, workloads
+from experiments.support.suite.machine import Machine
+from experiments.support.suite.own_workloads import read_cases
+from experiments.support.suite.results import Results
+from experiments.support.suite.workloads import CASES, Case
+from kvrecomp.plan import GIB
+from kvrecomp.plan.named import named_plan
+from kvrecomp.predict.hardware import HardwareProfile
+
+ABOUT = {"device": "Some GPU", "driver": "5.6", "jax": "0.1", "commit": "abc", "versions": {}, "command": "python x.py"}
+PLENTY = {"device": 2.0**40, "host": 2.0**40}
+HERE = Machine(ABOUT, PLENTY, PLENTY, {})
+# Writes a row for each plan. With some plans it fails, is killed, says nothing, or hangs the first time.
+BENCHMARK = """
+import itertools, json, os, pathlib, signal, sys, time
+given = dict(word[2:].partition("=")[::2] for word in sys.argv[1:])
+log, rows = pathlib.Path(__file__).with_name("benchmark.log"), []
+plans = given["plans"].split(",") if "plans" in given else [given["peer"]]  # one peer, as peers.py has it
+for batch, prompt, plan in itertools.product(given["batch"].split(","), given["prompt"].split(","), plans):
+    with log.open("a") as file:
+        file.write(f"{plan} {os.getpid()}\\n")
+    if plan == "split:0.1":
+        print("Traceback:\\n  x = 1\\njaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED\\nFor simplicity ...", file=sys.stderr)
+        sys.exit(1)
+    if plan == "split:0.2":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if plan == "split:0.3":
+        sys.exit(0)
+    if plan == "split:0.4" and log.read_text().count(plan) == 1:
+        time.sleep(float(given["new"]))
+        sys.exit(1)
+    sizes = {"model": given["model"], "batch": int(batch), "prompt": int(prompt), "new": int(given["new"])}
+    name = plan.partition(":")[0] if plan.startswith("auto") else plan
+    rows.append({**sizes, "asked": plan, "plan": name, "median_ms": 7.0, "link_bytes": 0, "link_efficiency": None})
+    beside = pathlib.Path(given["out"] + ".partial")
+    beside.write_text(json.dumps({"copy_gbps": 50.0, "rows": rows}))
+    os.replace(beside, given["out"])
+"""
+
+
+@pytest.fixture
+def benchmark(tmp_path, monkeypatch):
+    """Where that program is; it keeps a log beside it."""
+    program = tmp_path / "program" / "benchmark.py"
+    program.parent.mkdir()
+    program.write_text(BENCHMARK)
+    monkeypatch.setattr(workloads, "BENCHMARK", str(program))
+    return program
+
+
+def log_of(program: Path) -> list[str]:
+    """The plans that the program was at."""
+    log = program.with_suffix(".log")
+    return [line.split()[0] for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def processes_of(program: Path) -> set[str]:
+    """Those that the program ran in."""
+    return {line.split()[1] for line in program.with_suffix(".log").read_text().splitlines()}
+
+
+def small(*plans, name="small", new=3, **more) -> Case:
+    return Case(name, "opt-125m", 2, 5, new, plans, **more)
+
+
+def with_prompts(case: Case, *prompts: int) -> list[Case]:
+    """The workload with other prompts, of which each has the name."""
+    return [dataclasses.replace(case, name=str(prompt), prompt=prompt) for prompt in prompts]
+
+
+def tasks_of(*cases, peers=(), quick=False, host_gib=None):
+    return workloads.make_tasks(cases, peers, quick, "bfloat16", host_gib)
+
+
+def measured(tasks, results, out, **options) -> None:
+    """As the command does it."""
+    with suite.alone(results.path.parent, out) as lock:
+        suite.measure(tasks, results, out, lock, **options)
+
+
+def console() -> Console:
+    return Console(file=io.StringIO(), width=200)
+
+
+def results_at(path, **about) -> Results:
+    return Results(path, ABOUT | about)
+
+
+# --- the workloads ----------------------------------------------------------------------------------------------------
+
+
+def sizes(cases) -> set:
+    return {(case.model, case.batch, case.prompt, case.new) for case in cases}
+
+
+def test_the_workloads_that_results_are_quoted_on():
+    assert [dataclasses.astuple(case)[:5] for case in CASES[:6]] == [
+        ("w1", "opt-6.7b", 32, 1024, 32),
+        ("w2", "opt-6.7b", 64, 512, 32),
+        ("w3", "opt-13b", 32, 1024, 32),
+        ("w4", "llama-2-7b", 32, 1024, 32),
+        ("w5", "llama-3-8b", 64, 4096, 32),
+        ("w6", "opt-30b", 16, 1024, 32),
+    ]
+    batches = itertools.product(("opt-6.7b",), (1, 8, 32, 48), (1024,), (32,))
+    assert sizes(workloads.select(CASES, ["batches"])) == set(batches)
+    cached = itertools.product(("opt-6.7b",), (32,), (128, 512, 1024, 1984), (32,))
+    assert sizes(workloads.select(CASES, ["cached"])) == set(cached)
+    throughput = workloads.select(CASES, ["weights"])
+    assert sizes(throughput) == {("opt-6.7b", 32, 256, 32), ("opt-6.7b", 32, 512, 32), ("opt-30b", 32, 256, 32)}
+    assert {(case.groups, case.weights) for case in throughput} == {(8, "host"), (8, "auto")}
+    others = [case for case in CASES if case.device_gib is None and case not in throughput]
+    assert len(sizes(others)) == len(others) and len({case.name for case in CASES}) == len(CASES)
+
+
+def test_workloads_of_the_paper_are_those_of_its_tables():
+    """With its own schedule, and what the paper compares it with."""
+    tables_of_it = [paper.read().table(name) for name in ("Table 3", "Table 4")]
+    cases = workloads.select(CASES, ["kvpr"])
+    assert sizes(cases) == sizes(row.setting for table in tables_of_it for row in table.rows)
+    assert all({"kvpr:0.75", "keys_values"} < {*case.plans} for case in cases if case.device_gib is None)
+    assert {peer for case in cases for peer in case.peers} == {table.peer for table in tables_of_it}
+    figure = sizes(row.setting for row in paper.read().table("Figure 6 (batches)").rows)
+    assert sizes(workloads.select(CASES, ["batches"])) < figure
+
+
+def test_ours_has_the_memory_of_the_papers_card():
+    """So that what it measures is set beside table 4's (`paper_costs.is_of`)."""
+    table = paper.read().table("Table 4")
+    card = paper.read().machine(table.machine).device_bytes
+    ours = [case for case in workloads.select(CASES, ["kvpr"]) if case.device_gib is not None]
+    assert sizes(ours) == {size for size in sizes(row.setting for row in table.rows) if size[3] == 32}
+    assert all(case.plans == ("auto",) and 0.9 * card < case.device_gib * GIB < 1.1 * card for case in ours)
+
+
+def test_every_plan_has_the_positions_that_it_needs():
+    for case in CASES:
+        for plan in {"device", *case.plans} - {"auto"}:
+            named_plan(plan, models.preset(case.model).shape, case.work)
+
+
+def test_weights_do_not_fit_in_the_budgets_that_are_for_that():
+    for case in [case for case in CASES if case.weights == "auto"]:
+        shape, budget = models.preset(case.model).shape, kvrecomp.Budget.of_gib(case.device_gib, 1000)
+        profile = HardwareProfile.from_datasheet("h200")
+        plan = kvrecomp.make_plan(shape, case.work, profile, budget, groups=case.groups)
+        # OPT-6.7B's do fit in 16 GiB, with the cache's activations in host memory.
+        least = 0 if case.device_gib == 16 else 1
+        assert least <= plan.host_weight_bytes < shape.parameters * shape.itemsize / 2
+
+
+def test_workloads_by_name_and_by_set():
+    assert [case.name for case in workloads.select(CASES, ["w5", "cached"])] == [
+        *("w1", "w5", "cached-1984", "cached-512", "cached-128")
+    ]
+    assert workloads.select(CASES, []) == list(CASES)
+    with pytest.raises(ValueError, match=r"there is no workload 'w7'; there are cached, batches, w1, kvpr, w2, w3"):
+        workloads.select(CASES, ["w1", "w7"])
+
+
+def test_a_short_run_measures_some_rows_by_the_same_commands():
+    every = tasks_of(*CASES, peers=PEERS)
+    quick = tasks_of(*CASES, peers=PEERS, quick=True)
+    assert 10 < len(quick) < len(every) / 5
+    assert {task.command for task in quick} < {task.command for task in every}
+    assert {"auto", "kvpr:0.75", "huggingface_offloaded"} < {task.plan for task in quick}
+    assert {task.plan for task in tasks_of(*CASES)} & {*PEERS} == set()
+
+
+def test_a_command_measures_one_row():
+    first, second, room, peer = tasks_of(
+        small("activations", "split:0.5", rooms=[50], peers=["huggingface"], steps=2),
+        peers=["huggingface"],
+        host_gib=7.5,
+    )
+    common, sizes = "--model=opt-125m --new=3 --dtype=bfloat16", "--batch=2 --prompt=5"
+    own = f"python experiments/benchmark.py {common} --steps=2 --host_memory_gib=7.5 {sizes}"
+    assert first.command == f"{own} --plans=activations" and second.command == f"{own} --plans=split:0.5"
+    assert peer.command == f"python experiments/peers.py {common} {sizes} --peer=huggingface"
+    assert [task.peer for task in (room, first, peer)] == [False, False, True]
+    (alone,) = tasks_of(small("activations"))
+    assert alone.command == f"python experiments/benchmark.py {common} --notime_layers {sizes} --plans=activations"
+    # 2 rows of 5 tokens, K and V of 768 numbers of 2 bytes, in 12 layers: half of them beside what else is needed.
+    given = float(room.command.partition("--plans=auto:")[2]) * GIB
+    plan = named_plan("keys_values", models.preset("opt-125m").shape, kvrecomp.Workload(2, 5, 3))
+    needed = sum(kvrecomp.memory_needed(plan)["device"].values())
+    assert given == pytest.approx(needed + 2 * 5 * 2 * 768 * 2 * 12 / 2, abs=GIB / 1000)
+    assert str(room) == "small auto with room for 50 %" and str(first) == "small activations"
+    (grouped,) = tasks_of(small("auto", weights="auto", groups=3, order="column", tail=7, steps=5, device_gib=16))
+    flags = "--steps=5 --weights=auto --groups=3 --order=column --tail=7 --device_memory_gib=16"
+    assert grouped.command == f"python experiments/benchmark.py {common} {flags} {sizes} --plans=auto"
+
+
+def test_workloads_that_differ_in_rows_or_in_prompts_go_together():
+    """A process measures every plan under every batch and prompt of its command: what it is not asked for is not in
+    it, and neither is a workload twice."""
+    plans = "activations", "device"
+    more = (("b", 5, 4), ("c", 7, 4), ("d", 7, 2), ("rows", 5, 3), ("again", 5, 2))
+    first = Case("a", "opt-125m", 2, 5, 3, plans, peers=("huggingface",))
+    cases = [
+        first,
+        *(dataclasses.replace(first, name=name, prompt=prompt, batch=batch) for name, prompt, batch in more),
+        small("device", name="one plan"),
+        Case("another model", "opt-350m", 2, 11, 3, plans),
+        small(*plans, name="more tokens", new=4),
+        small(*plans, name="some steps", steps=1),
+    ]
+    made = workloads.processes(tasks_of(*cases, peers=["huggingface"]))
+    assert sorted(map(str, itertools.chain(*made))) == sorted(map(str, tasks_of(*cases, peers=["huggingface"])))
+    said = [dict(word.partition("=")[::2] for word in workloads.arguments(own) if "=" in word) for own in made]
+    sizes = [(own["--batch"], own["--prompt"], own.get("--plans", "a peer")) for own in said]
+    assert sizes[:4] == [
+        ("2,4,3", "5", "activations,device"),
+        ("2,4,3", "5", "a peer"),
+        ("4,2", "7", "activations,device"),
+        ("4,2", "7", "a peer"),
+    ]
+    assert sizes[4:6] == [("2", "5", "activations,device"), ("2", "5", "a peer")]  # again
+    assert sizes[6:] == [
+        ("2", "5", "device"),
+        ("2", "11", "activations,device"),
+        ("2", "5", "activations,device"),
+        ("2", "5", "activations,device"),
+    ]
+    for own, words in zip(made, said, strict=True):
+        asked = itertools.product(words["--batch"].split(","), words["--prompt"].split(","))
+        each = [(str(task.case.batch), str(task.case.prompt)) for task in own]
+        assert list(dict.fromkeys(each)) == list(asked)  # in the order in which they are measured
+
+
+def test_workloads_of_ones_own(tmp_path):
+    path = tmp_path / "mine.json"
+    path.write_text(json.dumps([{"name": "a", "model": "opt-125m", "batch": 2, "prompt": 5, "plans": ["device"]}]))
+    assert read_cases(path) == (Case("a", "opt-125m", 2, 5, 32, ("device",)),)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"plans": ["activation"]}, "there is no plan 'activation'"),
+        ({"peers": ["somebody"]}, "there is no peer 'somebody'; there are huggingface, huggingface_offloaded"),
+        ({"quick": ["auto"]}, "quick has 'auto'; expected some of device"),
+        ({"model": "opt-125"}, "unknown model 'opt-125'"),
+        ({"new": 1}, "new is 1"),
+        ({"batch": 0}, "batch is 0"),
+        ({"weights": "gpu"}, "weights 'gpu': expected device, host"),
+        ({"steps": 0}, "a: steps is 0; expected 1 or more"),
+        ({"rooms": [-5]}, "a: there is no room for -5 %; expected 0 or more"),
+        ({"tail": -1}, "a: tail is -1; expected 1 or more"),
+        ({"groups": 0}, "a: 0 groups in None order; expected 1 or more, row or column"),
+        ({"groups": 2, "peers": ["huggingface"]}, "a: peers have one group, and their weights on the device"),
+        ({"plan": []}, "'plan' is no field; .*objects with name, model, batch"),
+        ({"batch": "eight"}, "batch is 'eight'; expected a whole number; expected a JSON list"),
+        ({"batch": True}, "batch is True; expected a whole number"),
+        ({"prompt": 5.5}, "prompt is 5.5; expected a whole number"),
+        ({"plans": "device"}, "plans is 'device'; expected a list, each a text"),
+        ({"rooms": [50, "half"]}, r"rooms is \[50, 'half'\]; expected a list, each a number"),
+        ({"device_gib": "16"}, "device_gib is '16'; expected a number or null"),
+        ({"order": "rows"}, "order is 'rows'; expected 'row' or 'column' or null"),
+        ({"model": None}, "model is None; expected a text"),
+    ],
+)
+def test_mistakes_in_workloads_of_ones_own(tmp_path, given, message):
+    path = tmp_path / "mine.json"
+    fine = {"name": "a", "model": "opt-125m", "batch": 2, "prompt": 5, "plans": ["device"]}
+    path.write_text(json.dumps([fine | given]))
+    with pytest.raises(ValueError, match=message):
+        read_cases(path)
+    for missing in ("name", "model", "batch", "prompt"):
+        path.write_text(json.dumps([{name: value for name, value in fine.items() if name != missing}]))
+        with pytest.raises(ValueError, match=f"mine.json: a.* has no {missing}; expected"):
+            read_cases(path)
+    path.write_text(json.dumps(["a"]))
+    with pytest.raises(ValueError, match="'a' is no object"):
+        read_cases(path)
+    path.write_text(json.dumps([fine, fine]))
+    with pytest.raises(ValueError, match="has two workloads 'a'"):
+        read_cases(path)
+
+
+# --- what fits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("plan", "room", "device", "host", "message"),
+    [
+        ("activations", None, 40, 1, r"plan activations needs 8.00 GiB of host memory .*1.00 GiB may be used"),
+        ("device", None, 12, 100, r"plan device needs .* of device memory .*12.00 GiB may be used"),
+        ("auto", 50.0, 12, 100, r"room for 50 % needs about 24.\d* GiB of device memory; 12.00 GiB may be used"),
+        ("auto", 10.0, 40, 6, r"room for 10 % needs about 6.\d* GiB of host memory; 6.00 GiB may be used"),
+        ("auto", None, 12, 100, r"w1 auto needs about 16.\d* GiB of device memory; 12.00 GiB may be used"),
+        ("auto", None, 17, 7, r"w1 auto needs about 7.\d* GiB of host memory; 7.00 GiB may be used"),
+        ("huggingface", None, 12, 100, r"w1 huggingface needs about 33.15 GiB of device memory; 12.00 GiB may"),
+        ("huggingface_offloaded", None, 40, 10, r"w1 huggingface_offloaded needs about 76.80 GiB of host memory"),
+    ],
+)
+def test_what_does_not_fit_is_left_out_with_a_reason(tmp_path, plan, room, device, host, message):
+    """OPT-6.7B, 32 rows of 1024 and 32: 12 GiB of weights, 16.5 GiB of keys and values, 8 GiB of activations."""
+    case = dataclasses.replace(CASES[0], plans=("auto", "activations", "device"), rooms=(50.0, 10.0), quick=())
+    (task,) = [task for task in tasks_of(case, peers=PEERS) if (task.plan, task.room) == (plan, room)]
+    allowed = {"device": device * GIB, "host": host * GIB}
+    results = results_at(tmp_path / "a.json")
+    here = dataclasses.replace(HERE, **{"peers_allowed" if task.peer else "allowed": allowed})
+    assert suite.to_measure([task], results, here, "bfloat16") == []
+    (note,) = json.loads((tmp_path / "a.json").read_text())["skipped"]
+    assert (note["workload"], note["plan"], note["room"]) == ("w1", plan, room)
+    assert re.search(message, note["reason"]), note["reason"]
+    assert suite.to_measure([task], results, HERE, "bfloat16") == [task]
+    results.note("failed", task, "it tried")  # which it had not before
+    assert json.loads((tmp_path / "a.json").read_text())["skipped"] == []
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "host", "message"),
+    [
+        (
+            {"weights": "host"},
+            40,
+            20,
+            r"plan activations needs 28.00 GiB of host memory \(weights 12.00 GiB, blocks 16.00",
+        ),
+        ({"weights": "auto"}, 40, 30, r"auto needs about 31.\d* GiB of host memory; 30.00 GiB may be used"),
+    ],
+)
+def test_weights_in_host_memory_and_groups_count(tmp_path, given, device, host, message):
+    """Two groups of 32 rows of 1024 tokens, 8 GiB of activations each. Weights of 12 GiB and what a step needs count
+    for AUTO as well, but for the device memory that it may use."""
+    plan = "activations" if given["weights"] == "host" else "auto"
+    case = Case("a", "opt-6.7b", 32, 1024, 32, (plan,), groups=2, device_gib=1, **given)
+    (task,), results = tasks_of(case), results_at(tmp_path / "a.json")
+    here = dataclasses.replace(HERE, allowed={"device": device * GIB, "host": host * GIB})
+    assert suite.to_measure([task], results, here, "bfloat16") == []
+    assert re.search(message, results.noted("skipped", task)), results.noted("skipped", task)
+    assert suite.to_measure([task], results, HERE, "bfloat16") == [task]
+
+
+def test_what_has_too_many_tokens_is_left_out(tmp_path):
+    results, (task,) = results_at(tmp_path / "a.json"), tasks_of(small("device", new=2045))
+    assert suite.to_measure([task], results, HERE, "bfloat16") == []
+    assert "need 2050 positions; opt-125m has 2048" in results.noted("skipped", task)
+
+
+def test_peers_that_cannot_be_run_are_left_out(tmp_path):
+    (task,) = tasks_of(small(peers=["huggingface"]), peers=PEERS)
+    results, here = results_at(tmp_path / "a.json"), dataclasses.replace(HERE, unavailable={"huggingface": "no torch"})
+    assert suite.to_measure([task], results, here, "bfloat16") == []
+    assert results.noted("skipped", task) == "no torch"
+
+
+def test_this_machine():
+    """In a process of its own: nothing of it is left here."""
+    found = machine.look(["huggingface"], 3.5, "abc")
+    assert found.about["commit"] == "abc" and found.about["jax"] == found.about["versions"]["jax"]
+    assert found.allowed["host"] == 3.5 * GIB and found.allowed["device"] > 0
+    assert not found.unavailable or "not installed" in found.unavailable["huggingface"]
+
+
+def test_neither_the_suite_nor_a_peer_starts_a_backend_of_jax():
+    """Which would keep three quarters of a GPU's memory from the processes that measure."""
+    code = """if True:
+        from experiments import peers, suite
+        from experiments.support import workloads
+        from kvrecomp import memory
+        for task in workloads.make_tasks(workloads.CASES, list(peers.PEERS), False, "bfloat16", None):
+            workloads.check_fits(task, "bfloat16", {"device": 2.0**40, "host": 2.0**40})
+        peers.run_info(device="Some GPU"), peers.versions()
+        raise SystemExit(memory.backend_started())
+    """
+    environment = {**os.environ, "PYTHONPATH": str(suite.ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=environment).returncode == 0
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def test_rows_have_the_names_and_the_commands_of_their_tasks(benchmark, tmp_path):
+    cases = small("activations", "device", rooms=[25.0, 50.0]), small("activations", name="other")
+    tasks, results, out = tasks_of(*cases), results_at(tmp_path / "a.json"), console()
+    measured(tasks, results, out)
+    document = json.loads((tmp_path / "a.json").read_text())
+    assert {name: document[name] for name in ABOUT} == ABOUT and document["copy_gbps"] == 50.0
+    assert [(row["workload"], row["plan"], row["room"]) for row in document["rows"]] == [
+        ("small", "activations", None),
+        ("small", "device", None),
+        ("small", "auto", 25.0),
+        ("small", "auto", 50.0),
+        ("other", "activations", None),
+    ]
+    assert [row["command"] for row in document["rows"]] == [task.command for task in tasks]
+    assert len({task.asked for task in tasks}) == 4
+    assert all(0 <= row["seconds"] < 60 for row in document["rows"])  # to a tenth of a second
+    assert document["skipped"] == document["failed"] == []
+    rows = tables.read_file(tmp_path / "a.json")  # as the README does
+    assert all(row["commit"] == "abc" and row["copy_gbps"] == 50.0 and row["off"] is None for row in rows)
+    assert suite.show(tasks, results, out) == [] and "small device: 7.0 ms a step" in out.file.getvalue()
+    assert len(processes_of(benchmark)) == 2
+
+
+def test_rows_that_come_together_share_what_they_took(tmp_path):
+    tasks, results = tasks_of(small("activations", "device", "split:0.5")), results_at(tmp_path / "a.json")
+    rows = [{"asked": plan, "plan": plan, "batch": 2, "prompt": 5} for plan in ("activations", "device")]
+    assert [row["seconds"] for row in results.take(tasks, {"rows": rows}, 7.0).values()] == [3.5, 3.5]
+
+
+def test_each_peer_has_a_process_of_its_own(benchmark, tmp_path, monkeypatch):
+    monkeypatch.setattr(workloads, "PEER", str(shutil.copy(benchmark, benchmark.with_name("peers.py"))))
+    tasks, results = tasks_of(small("device", peers=PEERS), peers=PEERS), results_at(tmp_path / "a.json")
+    measured(tasks, results, console())
+    assert log_of(benchmark) == ["device", *PEERS]
+    assert all(results.row(task) for task in tasks) and json.loads(results.path.read_text())["failed"] == []
+
+
+def test_what_fails_is_not_the_end_of_the_rest(benchmark, tmp_path):
+    plans = "activations", "split:0.1", "device", "split:0.2", "split:0.3"
+    tasks, results, out = (
+        tasks_of(small(*plans), small("device", name="other")),
+        results_at(tmp_path / "a.json"),
+        console(),
+    )
+    measured(tasks, results, out)
+    assert log_of(benchmark) == [*plans[:2], *plans[2:4], *plans[4:], "device"]  # in four processes
+    document = json.loads((tmp_path / "a.json").read_text())
+    assert [(row["workload"], row["plan"]) for row in document["rows"]] == [
+        ("small", "activations"),
+        ("small", "device"),
+        ("other", "device"),
+    ]
+    reasons = {note["plan"]: note["reason"] for note in document["failed"]}
+    assert reasons == {
+        "split:0.1": "jaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED",
+        "split:0.2": "ended by SIGKILL, maybe for want of host memory; it said nothing",
+        "split:0.3": "its process ended without the row",
+    }
+    assert suite.show(tasks, results, out) == ["small split:0.1", "small split:0.2", "small split:0.3"]
+    assert "failed: small split:0.1: jaxlib" in out.file.getvalue()
+
+
+def test_what_fails_is_not_the_end_of_other_workloads_of_its_process(benchmark, tmp_path):
+    cases = with_prompts(small("activations", "split:0.1"), 7, 5)
+    tasks, results = tasks_of(*cases), results_at(tmp_path / "a.json")
+    measured(tasks, results, console())
+    assert log_of(benchmark) == ["activations", "split:0.1"] * 2 and len(processes_of(benchmark)) == 2
+    assert [results.noted("failed", task) != "" for task in tasks] == [False, True, False, True]
+
+
+def test_rows_of_several_workloads_of_a_process_are_told_apart(benchmark, tmp_path):
+    cases = with_prompts(small("activations", "device"), 7, 5)
+    results = results_at(tmp_path / "a.json")
+    measured(tasks_of(*cases), results, console())
+    rows = json.loads((tmp_path / "a.json").read_text())["rows"]
+    assert [(row["workload"], row["prompt"], row["plan"]) for row in rows] == [
+        (case.name, case.prompt, plan) for case in cases for plan in ("activations", "device")
+    ]
+    assert len(processes_of(benchmark)) == 1
+
+
+def test_a_process_that_hangs_is_ended(benchmark, tmp_path):
+    """Once it has begun, at the latest; a busy machine may take a while to start it."""
+    tasks, results = tasks_of(small("split:0.4", new=600)), results_at(tmp_path / "a.json")
+    measured(tasks, results, console(), timeout=5)
+    assert results.noted("failed", tasks[0]) == "no row in 5 s (--timeout_s)"
+    assert not log_of(benchmark) or not running(benchmark)
+
+
+def test_a_process_may_take_its_time_for_every_row(benchmark, tmp_path):
+    slow = benchmark.read_text().replace("    with log.open", "    time.sleep(4)\n    with log.open")
+    benchmark.write_text(slow)
+    tasks, results = tasks_of(small("activations", "device", "split:0.5")), results_at(tmp_path / "a.json")
+    measured(tasks, results, console(), timeout=10)
+    assert all(results.row(task) for task in tasks) and len(processes_of(benchmark)) == 1
+
+
+def test_a_process_does_not_outlive_an_interrupted_suite(benchmark, tmp_path, monkeypatch):
+    tasks, results = tasks_of(small("activations", "split:0.4", new=600)), results_at(tmp_path / "a.json")
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "write", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        measured(tasks, results, console())
+    assert not running(benchmark)
+
+
+def running(benchmark: Path) -> bool:
+    """Whether the last process of the program is there."""
+    pid = int(benchmark.with_suffix(".log").read_text().split()[-1])
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return True
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_measured_is_not_measured_again(benchmark, tmp_path):
+    path = tmp_path / "a.json"
+    tasks = tasks_of(small("activations", "split:0.1", "device"))
+    measured(tasks[:1], results_at(path), console())
+    results = results_at(path)
+    left = suite.to_measure(tasks, results, HERE, "bfloat16")
+    assert left == tasks[1:]
+    measured(left, results, console())
+    assert suite.to_measure(tasks, results_at(path), HERE, "bfloat16") == [tasks[1]]  # what failed is tried again
+    again = results_at(path, commit="def")
+    assert suite.to_measure(tasks, again, HERE, "bfloat16") == tasks
+    other = tasks_of(small("activations", "device"), host_gib=7.0)
+    assert suite.to_measure(other, results_at(path), HERE, "bfloat16") == other
+    # Rows of another commit stay until they are measured anew.
+    measured(tasks[:1], again, console())
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["plan"], row["commit"]) for row in rows] == [("activations", "def"), ("device", "abc")]
+
+
+DRIVER = """
+import sys
+from absl import flags
+from experiments import suite
+from experiments.support import workloads
+from experiments.support.machine import Machine
+workloads.BENCHMARK, about, *words = sys.argv[1:]
+plenty = {"device": 2.0**40, "host": 2.0**40}
+suite.look = lambda *_: Machine(eval(about), plenty, plenty, {})
+values = flags.FlagValues()
+suite.define_flags(values)
+values(["suite", *words])
+suite.main([], values)
+"""
+
+
+def test_killed_it_goes_on(benchmark, tmp_path):
+    """Killed at the second plan; its process is there for a while yet, which the next suite waits for."""
+    waits = benchmark.with_name("waits")  # what the second plan's process waits for, the first time
+    hanging = "while not log.with_name('waits').exists(): time.sleep(0.02)"
+    benchmark.write_text(benchmark.read_text().replace('time.sleep(float(given["new"]))', hanging))
+    mine, path = tmp_path / "mine.json", tmp_path / "results" / "a.json"
+    case = small("activations", "split:0.4", "device", new=2)
+    mine.write_text(json.dumps([dataclasses.asdict(case)]))
+    words = [sys.executable, "-c", DRIVER, str(benchmark), repr(ABOUT), f"--workloads={mine}", f"--out={path}"]
+    with subprocess.Popen(words, cwd=suite.ROOT, env={**os.environ, "PYTHONPATH": str(suite.ROOT)}) as first:
+        while "split:0.4" not in log_of(benchmark) or not path.exists():
+            assert first.poll() is None
+            time.sleep(0.02)
+        first.send_signal(signal.SIGKILL)
+    tasks, results, out = tasks_of(case), results_at(path), console()
+    print_out = out.print
+    out.print = lambda *words, **options: (print_out(*words, **options), waits.touch())  # it is said, then it ends
+    measured(suite.to_measure(tasks, results, HERE, "bfloat16"), results, out)
+    assert out.file.getvalue().startswith(f"waiting for another suite with results in {path.parent}")
+    assert log_of(benchmark) == ["activations", "split:0.4", "split:0.4", "device"]
+    assert [row["plan"] for row in json.loads(path.read_text())["rows"]] == ["activations", "split:0.4", "device"]
+
+
+def test_a_torn_file_is_set_aside(benchmark, tmp_path):
+    path, tasks = tmp_path / "a.json", tasks_of(small("activations"))
+    measured(tasks, results_at(path), console())
+    torn = path.read_text()[:-20]
+    path.write_text(torn)
+    results = results_at(path)
+    assert results.set_aside.read_text() == torn and not path.exists()
+    assert suite.to_measure(tasks, results, HERE, "bfloat16") == tasks
+
+
+def test_files_of_others_are_left_alone(benchmark, tmp_path):
+    path, tasks = tmp_path / "a.json", tasks_of(small("activations"))
+    measured(tasks, results_at(path), console())
+    for name, message in (("device", "device is Some GPU there and other here"), ("versions", "versions is {} there")):
+        with pytest.raises(ValueError, match=message):
+            results_at(path, **{name: "other"})
+    for text in ('{"rows": [{"plan": "a"}]}', "[]", '{"device": "x"}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"a\.json is not a file of this suite"):
+            results_at(path)
+        assert path.read_text() == text
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(monkeypatch):
+    """The script in this process, on a machine that has plenty of memory."""
+    monkeypatch.setattr(suite, "look", lambda *_: HERE)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def run(*arguments: str) -> None:
+        values = flags.FlagValues()
+        suite.define_flags(values)
+        values(["suite", *arguments])
+        suite.main([], values)
+
+    yield run
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_the_exit_status_says_what_failed(benchmark, command, tmp_path, capsys):
+    mine = tmp_path / "mine.json"
+    mine.write_text(json.dumps([dataclasses.asdict(small("activations", "split:0.1"))]))
+    with pytest.raises(SystemExit, match=r"error: 1 of 2 rows failed: small split:0.1"):
+        command(f"--workloads={mine}", f"--out={tmp_path}/a.json")
+    said = capsys.readouterr().out
+    assert "Some GPU: 2 rows, of which 2 are to be measured" in said and "OPT-125M" in said
+    (tmp_path / "program" / "benchmark.py").write_text(BENCHMARK.replace("split:0.1", "never"))
+    command(f"--workloads={mine}", f"--out={tmp_path}/a.json")
+    assert "of which 1 are to be measured" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--only=w9"], "there is no workload 'w9'"),
+        (["--peers=somebody"], "--peers: there is no peer 'somebody'; there are huggingface, huggingface_offloaded"),
+        (["--only=w3", "--quick"], "--quick leaves nothing of --only"),
+        (["--workloads=missing.json"], "missing.json"),
+    ],
+)
+def test_refusals(command, arguments, message):
+    with pytest.raises((ValueError, OSError), match=message):
+        command(*arguments)
+
+
+@pytest.mark.parametrize("arguments", [["--dtype=int8"], ["--timeout_s=0"], ["--quick=maybe"]])
+def test_flags_that_are_no_values(command, arguments):
+    with pytest.raises(flags.IllegalFlagValueError):
+        command(*arguments)
+
+
+def test_results_of_a_device_have_its_name(benchmark, command, tmp_path, monkeypatch):
+    names = {"NVIDIA H200": "h200", "NVIDIA A100-SXM4-40GB": "a100_sxm4_40gb", "Tesla T4": "tesla_t4", "cpu": "cpu"}
+    assert {device: suite.default_name(device) for device in names} == {
+        device: f"{name}_suite.json" for device, name in names.items()
+    }
+    (tmp_path / "mine.json").write_text(json.dumps([dataclasses.asdict(small("device"))]))
+    monkeypatch.setattr(suite, "RESULTS", tmp_path / "results")
+    command(f"--workloads={tmp_path}/mine.json")
+    assert [path.name for path in (tmp_path / "results").iterdir()] == ["some_gpu_suite.json"]
+
+
+def test_with_the_benchmark_itself(tmp_path, monkeypatch):
+    """A toy model on this machine, with two prompts in the process that the suite starts, and rows as the README reads
+    them."""
+    program = tmp_path / "benchmark.py"
+    program.write_text(
+        f"import runpy, sys; sys.path.insert(0, {str(Path(__file__).parent.parent)!r})\n"
+        "import models, toy, dataclasses; models.PRESETS['toy'] = dataclasses.replace(toy.OPT, layers=1)\n"
+        "from kvrecomp import profile_machine\n"
+        "profile_machine.copy_rate = lambda *_, **__: 5e9  # or gigabytes would be copied\n"
+        "from kvrecomp import memory\n"
+        "def limit(needed):\n"
+        f"    open({str(tmp_path / 'limit')!r}, 'w').write(f'{{needed}} {{memory.backend_started()}}')\n"
+        "memory.limit_pinned = limit\n"
+        f"runpy.run_path({str(suite.ROOT / 'experiments/benchmark.py')!r}, run_name='__main__')\n"
+    )
+    monkeypatch.setattr(workloads, "BENCHMARK", str(program))
+    monkeypatch.setitem(models.PRESETS, "toy", toy.OPT)
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    cases = with_prompts(Case("toy", "toy", 3, 11, 7, ("keys_values",)), 11, 5)
+    tasks = workloads.make_tasks(cases, [], False, "float32", 1.0)
+    results, out = results_at(tmp_path / "a.json"), console()
+    measured(tasks, results, out)
+    assert suite.show(tasks, results, out) == []
+    rows = tables.read_file(tmp_path / "a.json")
+    assert [(row["workload"], row["prompt"]) for row in rows] == [("11", 11), ("5", 5)]
+    for row in rows:
+        expected = ("keys_values", row["prompt"] * 3 * 42 * 4, 5.0)
+        assert (row["plan"], row["link_bytes"], row["copy_gbps"]) == expected
+        assert len(row["step_ms"]) == 6 and row["off"] is not None
+    assert (tmp_path / "limit").read_text() == f"{2.0 * GIB} False"  # for the rate of copies; what is cached is less

@@ -1,0 +1,404 @@
+"""Plans as data: bytes, write-outs, how runs are cut into blocks, what a plan says of itself."""
+
+import itertools
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import kvrecomp
+from kvrecomp.plan import (
+    GIB,
+    MIB,
+    BlockSpec,
+    Budget,
+    LayerPlan,
+    LayerShape,
+    ModelShape,
+    Plan,
+    PlanError,
+    Workload,
+    format_bytes,
+    uneven,
+)
+from kvrecomp.plan.cutting import cut_runs
+from kvrecomp.plan.footprint import recomputed_bytes
+from kvrecomp.plan.named import named_plan
+from kvrecomp.run.limits import check_memory
+
+# Two layers of different shapes; the second has grouped queries.
+PLAIN = LayerShape(hidden=35, heads=5, kv_heads=5, head_dim=7, intermediate=53)
+GROUPED = LayerShape(hidden=35, heads=6, kv_heads=2, head_dim=4, intermediate=59, gated=True, absorbs_keys=False)
+SHAPE = ModelShape("two", (PLAIN, GROUPED), vocab=97, embedding=17, positions=101, dtype="bfloat16")
+WORK = Workload(batch=3, prompt=11, new=8)
+
+
+def block(form, memory, tokens):
+    return BlockSpec({"a": "activations", "kv": "keys_values"}[form], memory, tokens)
+
+
+PLAN = Plan(
+    "hand-made",
+    SHAPE,
+    WORK,
+    (
+        LayerPlan((block("a", "host", 4), block("kv", "device", 7)), tail_form="keys_values", grown=("device", "host")),
+        LayerPlan((block("kv", "host", 11),), method="recompute"),
+    ),
+    tail=3,
+    window=10_000,
+)
+
+
+# --- sizes ------------------------------------------------------------------------------------------------------------
+
+
+def test_widths_and_parameters():
+    assert PLAIN.width("activations") == 35 and PLAIN.width("keys_values") == 70
+    assert GROUPED.width("activations") == 35 and GROUPED.width("keys_values") == 16
+    assert PLAIN.parameters == 4 * 35 * 35 + 2 * 35 * 53
+    assert GROUPED.parameters == 2 * 35 * 24 + 2 * 35 * 8 + 3 * 35 * 59
+    assert PLAIN.matrices == ((35 * 35,) * 3, (35 * 35, 35 * 53, 35 * 53))
+    assert GROUPED.matrices == ((35 * 8, 35 * 8, 35 * 24), (35 * 24, 35 * 59, 35 * 59, 35 * 59))
+    assert SHAPE.parameters == PLAIN.parameters + GROUPED.parameters + 97 * 17
+    assert replace(SHAPE, tied=False).parameters == SHAPE.parameters + 97 * 17
+    assert SHAPE.itemsize == 2 and replace(SHAPE, dtype="float32").itemsize == 4
+
+
+def test_bytes_by_hand():
+    """A token of three rows in bfloat16: 210 bytes of activations; 420 of keys and values, and 96 where grouped."""
+    assert PLAN.bytes_of(PLAIN, block("a", "host", 4)) == 840
+    assert PLAN.bytes_in("host") == 4 * 210 + 11 * 96
+    assert PLAN.bytes_in("device") == 7 * 420
+    assert PLAN.tail_bytes == 3 * (420 + 210)
+    # The first layer's tail goes to the device, then to the host; the second's, of activations, to the host.
+    assert PLAN.bytes_in("device", 1) == PLAN.bytes_in("device", 2) == 7 * 420 + 3 * 420
+    assert PLAN.bytes_in("host", 1) == 4 * 210 + 11 * 96 + 3 * 210
+    assert PLAN.bytes_in("host", 2) == 4 * 210 + 11 * 96 + 2 * 3 * 210 + 3 * 420
+
+
+def test_a_layer_with_a_sliding_window_caches_what_the_next_token_sees():
+    """Itself, and as many before it as are left of the window."""
+    sliding = replace(GROUPED, sliding_window=5)
+    assert [sliding.cached(prompt) for prompt in (1, 3, 4, 5, 11)] == [1, 3, 4, 4, 4]
+    assert replace(GROUPED, sliding_window=1).cached(11) == 1 and GROUPED.cached(11) == 11
+    # Long windows have a multiple of 32 tokens, if the prompt has as many.
+    long = replace(GROUPED, sliding_window=270)
+    assert [long.cached(prompt) for prompt in (263, 287, 288, 999)] == [263, 287, 288, 288]
+    assert [replace(GROUPED, sliding_window=own).cached(999) for own in (256, 257, 258)] == [255, 256, 288]
+    shape = replace(SHAPE, layers=(PLAIN, sliding))
+    for name, tokens in (("keys_values", [11, 4]), ("split:0.5", [11, 4]), ("device:0.5", [11, 4])):
+        plan = kvrecomp.named_plan(name, shape, WORK)
+        assert [sum(own.tokens for own in layer.prompt) for layer in plan.layers] == tokens
+    sent = kvrecomp.named_plan("keys_values", shape, WORK).bytes_in("host")
+    assert sent == 3 * 2 * (11 * PLAIN.width("keys_values") + 4 * sliding.width("keys_values"))
+    with pytest.raises(PlanError, match="layer 1: its blocks hold 11 tokens; of the prompt 4 are cached"):
+        replace(PLAN, shape=shape)
+    with pytest.raises(PlanError, match="sliding_window is 0; it must be greater than zero"):
+        replace(GROUPED, sliding_window=0)
+
+
+@given(sizes=st.lists(st.integers(1, 5), max_size=7), window=st.integers(1, 20))
+def test_blocks_in_sight_hold_a_token_that_the_next_one_sees(sizes, window):
+    """By the slots themselves: a token in slot t sees those after t - window."""
+    blocks = [BlockSpec("keys_values", "host", tokens) for tokens in sizes]
+    next_slot, slots, seen = sum(sizes), itertools.count(), []
+    for block in blocks:
+        own = list(itertools.islice(slots, block.tokens))
+        if any(slot > next_slot - window for slot in own):
+            seen.append(block)
+    found = replace(GROUPED, sliding_window=window).in_sight(blocks)
+    assert list(map(id, found)) == list(map(id, seen))
+    assert GROUPED.in_sight(blocks) == tuple(blocks)
+
+
+def test_blocks_out_of_sight_are_not_sent():
+    """They stay in host memory: of a prompt of 11 tokens 4 are cached, and the tail has 3."""
+    shape = replace(SHAPE, layers=(PLAIN, replace(GROUPED, sliding_window=5)))
+    plan = kvrecomp.named_plan("keys_values", shape, WORK, tail=3)
+    token = 3 * 2 * GROUPED.width("keys_values")
+    plain = [3 * 2 * PLAIN.width("keys_values") * tokens for tokens in (11, 14, 17)]
+    assert [plan.link_bytes(n) - sent for n, sent in enumerate(plain)] == [4 * token, 7 * token, 6 * token]
+    assert [plan.bytes_in("host", n) - sent for n, sent in enumerate(plain)] == [4 * token, 7 * token, 10 * token]
+
+
+def test_blocks_by_hand():
+    assert PLAN.blocks() == (PLAN.layers[0].prompt, PLAN.layers[1].prompt)
+    grown = block("kv", "device", 3), block("kv", "host", 3), block("kv", "host", 3)
+    assert PLAN.blocks(3)[0] == PLAN.layers[0].prompt + grown
+    assert PLAN.blocks(1)[1] == (block("kv", "host", 11), block("a", "host", 3))
+    assert [PLAN.written_to(time) for time in range(3)] == [("device", "host"), ("host", "host"), ("host", "host")]
+
+
+@pytest.mark.parametrize(("new", "tail", "times"), [(1, 3, 0), (3, 3, 0), (4, 3, 1), (6, 3, 1), (7, 3, 2), (8, 1, 7)])
+def test_the_tail_is_written_out_when_another_token_follows(new, tail, times):
+    plan = replace(PLAN, workload=replace(WORK, new=new), tail=tail)
+    assert plan.write_outs == times
+    assert sum(spec.tokens for spec in plan.blocks(times)[0]) + tail >= WORK.prompt + new
+
+
+def test_memory_needed_by_hand():
+    needed = kvrecomp.memory_needed(PLAN)
+    assert PLAN.write_outs == 2
+    assert needed["host"] == {"weights": 0, "blocks": PLAN.bytes_in("host", 2)}
+    device = needed["device"]
+    assert device["weights"] == 2 * SHAPE.parameters
+    assert device["blocks"] == PLAN.bytes_in("device", 2) and device["tail"] == PLAN.tail_bytes
+    assert kvrecomp.memory_needed(PLAN, 0)["host"] == {"weights": 0, "blocks": PLAN.bytes_in("host")}
+    # At a long prompt, hidden states, Q, K, V and a feed-forward of it count; at a large window, the window.
+    long = named_plan("activations", replace(SHAPE, positions=10**6), Workload(3, 10**5, 8), window=2 * GIB)
+    prefill = kvrecomp.memory_needed(long)["device"]["prefill or step"]
+    assert prefill > 3 * 10**5 * 2 * (4 * 35 + 59) and prefill < 2 * GIB
+    more = named_plan("keys_values", replace(SHAPE, positions=10**8), Workload(3, 10**7, 8), window=GIB)
+    assert kvrecomp.memory_needed(more)["device"]["prefill or step"] >= GIB
+
+
+def test_what_is_recomputed_by_hand():
+    """Of activations on the device, the tail's too, where K or both are not absorbed: they as one, and twice K."""
+    rotary = replace(PLAN.shape.layers[0], absorbs_keys=False)
+    for layer, method, expected in [
+        (PLAN.shape.layers[0], "absorb", 0),
+        (PLAN.shape.layers[0], "recompute", 1),
+        (rotary, "absorb", 1),
+    ]:
+        blocks = block("a", "device", 5), block("kv", "device", 2), block("a", "host", 4)
+        own = LayerPlan(blocks, "activations", ("device", "host"), method)
+        plan = Plan("some", replace(SHAPE, layers=(layer,)), replace(WORK, prompt=11, new=8), (own,), tail=3)
+        row = layer.width("activations") + layer.width("keys_values")
+        for write_outs, tokens in ((0, 5 + 3), (1, 5 + 3 + 3), (2, 5 + 3 + 3)):
+            assert recomputed_bytes(plan, write_outs) == expected * tokens * WORK.batch * row * 2
+        sent = kvrecomp.memory_needed(replace(plan, window=10**6), 0)["device"]["prefill or step"]
+        assert sent >= recomputed_bytes(plan, 0)
+
+
+@pytest.mark.parametrize("name", ["device", "activations", "device:0.5"])
+@pytest.mark.parametrize("gib", [14, 15])
+def test_the_batch_that_is_said_to_fit_fits(name, gib):
+    """And one more does not."""
+    import models
+
+    def refused(batch):
+        plan = named_plan(name, models.PRESETS["opt-6.7b"].shape, Workload(batch, 1024, 32), tail=32)
+        try:
+            check_memory(plan, Budget.of_gib(device=gib, host=100))
+        except PlanError as error:
+            return str(error)
+        return None
+
+    said = int(refused(32).partition("a batch of ")[2].split()[0])
+    assert refused(said) is None and refused(said + 1) is not None
+
+
+def test_budgets_in_gib():
+    assert Budget.of_gib(2, 0.5) == Budget(2 * 2**30, 2**29)
+    assert Budget.of_gib(host=3) == Budget(None, 3 * GIB) and Budget.of_gib() == Budget()
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (3 * MIB, "3.0 MiB"), (1.25 * GIB, "1.25 GiB")],
+)
+def test_format_bytes(size, text):
+    assert format_bytes(size) == text
+
+
+# --- plans by name ----------------------------------------------------------------------------------------------------
+
+
+def summary(plan, layer=0):
+    """Tokens by (form, memory) in order, runs of blocks alike put together."""
+    runs = []
+    for spec in plan.blocks()[layer]:
+        if runs and runs[-1][:2] == (spec.form, spec.memory):
+            runs[-1] = (*runs[-1][:2], runs[-1][2] + spec.tokens)
+        else:
+            runs.append((spec.form, spec.memory, spec.tokens))
+    return runs
+
+
+@pytest.mark.parametrize(
+    ("name", "runs", "tail", "grown", "method", "schedule"),
+    [
+        ("activations", [("activations", "host", 11)], "activations", "host", "absorb", "pipelined"),
+        ("recompute", [("activations", "host", 11)], "activations", "host", "recompute", "pipelined"),
+        ("keys_values", [("keys_values", "host", 11)], "keys_values", "host", "absorb", "pipelined"),
+        (
+            "split:0.3",
+            [("activations", "host", 3), ("keys_values", "host", 8)],
+            "keys_values",
+            "host",
+            "absorb",
+            "pipelined",
+        ),
+        ("split:0", [("keys_values", "host", 11)], "keys_values", "host", "absorb", "pipelined"),
+        ("split:1", [("activations", "host", 11)], "activations", "host", "absorb", "pipelined"),
+        (
+            "kvpr:0.75",
+            [("activations", "host", 8), ("keys_values", "host", 3)],
+            "keys_values",
+            "host",
+            "recompute",
+            "layerwise",
+        ),
+        ("device", [("keys_values", "device", 11)], "keys_values", "device", "absorb", "pipelined"),
+        (
+            "device:0.25",
+            [("keys_values", "device", 3), ("activations", "host", 8)],
+            "activations",
+            "host",
+            "absorb",
+            "pipelined",
+        ),
+        ("device:0", [("activations", "host", 11)], "activations", "host", "absorb", "pipelined"),
+    ],
+)
+def test_named_plans(name, runs, tail, grown, method, schedule):
+    plan = named_plan(name, SHAPE, WORK)
+    assert plan.name == name and plan.schedule == schedule
+    for layer, own in enumerate(plan.layers):
+        assert summary(plan, layer) == runs
+        assert (own.tail_form, own.grown, own.method) == (tail, (grown,), method)
+
+
+def test_the_tail_is_not_longer_than_the_new_tokens():
+    assert named_plan("activations", SHAPE, WORK).tail == WORK.new
+    assert named_plan("activations", SHAPE, WORK, tail=5).tail == 5
+    assert named_plan("activations", SHAPE, WORK, tail=500).tail == WORK.new
+
+
+@pytest.mark.parametrize(("batch", "new", "tail"), [(1, 3, 3), (1, 5000, 1024), (10_000, 5000, 512), (10**6, 5000, 16)])
+def test_a_tail_is_about_as_many_bytes_whatever_the_batch(batch, new, tail):
+    """A token of a row is at most 2 * (70 + 35) bytes here; 10000 rows of 512 tokens are 1 GiB."""
+    shape = replace(SHAPE, positions=10_000)
+    assert named_plan("activations", shape, Workload(batch, 3, new), window=10 * GIB).tail == tail
+
+
+@given(
+    st.lists(st.integers(1, 200) | st.integers(200, 3000), min_size=1, max_size=3),
+    st.sampled_from(["activations", "keys_values"]),
+    st.sampled_from([PLAIN, GROUPED]),
+    st.integers(1, 25_000) | st.integers(25_000, 500_000),
+)
+def test_runs_are_cut_evenly_into_as_few_blocks_as_the_largest_allows(tokens, form, layer, largest):
+    runs = [(form, "host", count) for count in tokens]
+    blocks = cut_runs(runs, layer, SHAPE, WORK, largest)
+    token_bytes = WORK.batch * layer.width(form) * 2
+    rest = list(blocks)
+    for count in tokens:
+        own = []
+        while sum(own) < count:
+            own.append(rest.pop(0).tokens)
+        unit = 32 if 256 * token_bytes <= largest < count * token_bytes else 1
+        whole = [*own[:-1], own[-1] + -own[-1] % unit]  # but for what the last one lacks
+        assert sum(own) == count and max(whole) - min(whole) <= unit
+        assert not any(tokens % unit for tokens in whole)
+        assert max(own) == 1 or max(own) * token_bytes <= largest
+        # No more blocks than it takes: with one less, the largest would be too large.
+        fewer = len(own) - 1
+        assert not fewer or -(-sum(whole) // unit // fewer) * unit * token_bytes > largest
+    assert not rest and {(spec.form, spec.memory) for spec in blocks} == {(form, "host")}
+
+
+@pytest.mark.parametrize("tokens", [1, 31, 33, 255, 481, 1000, 1024])
+def test_a_run_on_the_device_or_that_fits_whole_is_one_block(tokens):
+    """One token of three rows is 420 bytes."""
+    for memory, largest in (("device", 1), ("host", 420 * tokens)):
+        blocks = cut_runs([("keys_values", memory, tokens)], PLAIN, SHAPE, WORK, largest)
+        assert blocks == (block("kv", memory, tokens),)
+
+
+def test_blocks_of_many_tokens_by_hand():
+    """At most 500 tokens, which is 480 in multiples of 32: 32 of these in three blocks, but for 24 tokens."""
+    blocks = cut_runs([("keys_values", "host", 1000)], PLAIN, SHAPE, WORK, 500 * 420)
+    assert [spec.tokens for spec in blocks] == [352, 352, 296]
+
+
+@pytest.mark.parametrize(("tokens", "expected"), [(255, False), (256, False), (257, True), (287, True), (288, False)])
+def test_blocks_that_kernels_may_be_slow_for(tokens, expected):
+    assert uneven(tokens) is expected
+
+
+def test_cutting_by_hand():
+    """One token is 420 bytes; the largest block holds 4 of 11: blocks of 4, 4 and 3."""
+    blocks = cut_runs([("keys_values", "host", 11)], PLAIN, SHAPE, WORK, 4 * 420)
+    assert [spec.tokens for spec in blocks] == [4, 4, 3]
+
+
+# --- what a plan says -------------------------------------------------------------------------------------------------
+
+
+def test_a_plan_in_words():
+    text = str(replace(PLAN, reason="because it is by hand"))
+    title, *lines = (line.rstrip() for line in text.splitlines())
+    assert title == "Plan hand-made: two, batch 3, prompt 11, 8 new"
+    (first,) = (line for line in lines if line.lstrip().startswith("0 "))
+    (second,) = (line for line in lines if line.lstrip().startswith("1 "))
+    assert first.split() == "0 - 7 (2.9 KiB) 4 (840 B) - 3 (1.2 KiB) absorb".split()
+    assert second.split() == "1 - - - 11 (1.0 KiB) 3 (630 B) recompute".split()
+    assert "2.9 KiB in blocks on the device, 1.9 KiB in blocks on the host; window 9.8 KiB; pipelined" in lines[-2]
+    assert lines[-1].strip() == "because it is by hand"
+    assert max(map(len, text.splitlines())) <= 120 and "\x1b" not in text
+
+
+def test_layers_alike_share_a_line():
+    shape = replace(SHAPE, layers=(PLAIN,) * 31)
+    lines = str(named_plan("split:0.5", shape, WORK)).splitlines()
+    assert sum(line.lstrip().startswith("0-30 ") for line in lines) == 1
+    layers = named_plan("split:0.5", shape, WORK).layers
+    other = named_plan("activations", shape, WORK).layers[0]
+    mixed = Plan("mixed", shape, WORK, (*layers[:5], other, *layers[6:]), tail=8)
+    lines = [line.strip() for line in str(mixed).splitlines()]
+    assert [line.partition("  ")[0] for line in lines if line[:1].isdigit()][:2] == ["0-4, 6-30", "5"]
+    alternating = Plan("mixed", shape, WORK, tuple(other if i % 2 else layers[0] for i in range(31)), tail=8)
+    assert "16 of 0-30" in str(alternating) and "15 of 1-29" in str(alternating)
+
+
+def test_plans_are_plain_data_without_jax():
+    """Made, printed and compared where there is no jax."""
+    program = """if True:
+        import sys
+        sys.modules["jax"] = None
+        sys.path.insert(0, sys.argv[1])
+        import plan
+        print(plan.Workload(2, 3, 5))
+    """
+    command = [sys.executable, "-c", program, Path(kvrecomp.__file__).parent]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout == "batch 2, prompt 3, 5 new\n"
+    assert PLAN == replace(PLAN) and hash(PLAN) == hash(replace(PLAN)) and replace(PLAN, tail=2) != PLAN
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: replace(PLAIN, kv_heads=3), "5 heads do not divide into 3 key-value heads"),
+        (lambda: replace(PLAIN, hidden=0), "LayerShape: hidden is 0; it must be greater than zero"),
+        (lambda: replace(SHAPE, dtype="float64"), "'float64'; it must be one of float32, bfloat16, float16"),
+        (lambda: replace(SHAPE, layers=()), "layers is 0"),
+        (lambda: BlockSpec("values", "host", 3), "'values' is not one of activations, keys_values"),
+        (lambda: BlockSpec("activations", "disk", 3), "'disk' is not one of device, host"),
+        (lambda: BlockSpec("activations", "host", 0), "tokens is 0; it must be greater than zero"),
+        (lambda: replace(PLAN, tail=0), "tail is 0"),
+        (lambda: replace(PLAN, tail=2.0), "tail is 2.0; it must be a whole number"),
+        (lambda: replace(WORK, batch="2"), "batch is '2'; it must be a whole number"),
+        (lambda: replace(PLAN, window=-1), "window is -1"),
+        (lambda: replace(PLAN, layers=PLAN.layers[:1]), "1 layer plans for a model of 2 layers"),
+        (
+            lambda: replace(PLAN, workload=replace(WORK, prompt=12)),
+            "layer 0: its blocks hold 11 tokens; of the prompt 12 are cached",
+        ),
+        (lambda: replace(PLAN, workload=replace(WORK, new=91)), "need 102 positions; two has 101: shorten"),
+        (lambda: replace(PLAN, window=839), "layer 0: the window of 839 B is smaller than a block of 4 tokens, 840 B"),
+    ],
+)
+def test_what_cannot_be_is_one_clear_line(make, message):
+    with pytest.raises(PlanError) as raised:
+        make()
+    assert message in str(raised.value) and "\n" not in str(raised.value)

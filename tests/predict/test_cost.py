@@ -1,0 +1,794 @@
+"""The cost function: against an event simulation of the same pipeline, in closed forms, and against the runtime."""
+
+import heapq
+import itertools
+from dataclasses import dataclass, replace
+from typing import NamedTuple, get_args
+from unittest import mock
+
+import jax
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kvrecomp.plan import (
+    GIB,
+    BlockSpec,
+    LayerPlan,
+    LayerShape,
+    ModelShape,
+    Plan,
+    PlanError,
+    Workload,
+)
+from kvrecomp.plan.holds import COPIES_AHEAD, Copy, events_before
+from kvrecomp.plan.named import named_plan, with_host_weights
+from kvrecomp.predict import cost
+from kvrecomp.predict.cost import (
+    WORKS,
+    Tasks,
+    make_tasks,
+    mean_bounds,
+    mean_costs,
+    plan_costs,
+    stack_tasks,
+    step_seconds,
+    sum_seconds,
+    work_table,
+)
+from kvrecomp.predict.hardware import (
+    ATTENTION,
+    KNOTS,
+    Curve,
+    HardwareProfile,
+    LayerTimes,
+    Line,
+    Work,
+    attention_work,
+    project_work,
+)
+from kvrecomp.run.window import Window
+
+# Two layers of different shapes; the second has grouped queries.
+PLAIN = LayerShape(hidden=35, heads=5, kv_heads=5, head_dim=7, intermediate=53)
+GROUPED = LayerShape(hidden=35, heads=6, kv_heads=2, head_dim=4, intermediate=59, gated=True, absorbs_keys=False)
+SHAPE = ModelShape("two", (PLAIN, GROUPED), vocab=97, embedding=17, positions=101, dtype="bfloat16")
+WORK = Workload(batch=3, prompt=11, new=8)
+LATENCY = 1e-7  # longer than some of the copies below, shorter than others
+MACHINE = HardwareProfile(
+    "none", GIB, Line(LATENCY, 1e-10), Line(1e-5, 1e-10), beside_compute=9e9, matmul_rate=1e14, memory_rate=1e12
+)
+
+kv, acts = "keys_values", "activations"
+many = settings(max_examples=100)
+
+
+def times(layer, curves=(), dtype="bfloat16", batch=3, outside=0.0):
+    """Times of a layer that takes none but for the curves given, by work."""
+    work = {name: dict(curves).get(name, Curve.line(0.0)) for name in WORKS}
+    return LayerTimes(layer, dtype, batch, work, outside)
+
+
+# --- against an event simulation --------------------------------------------------------------------------------------
+
+
+def simulate(computing, copying, hold, handoff=0.0):
+    """Seconds of a step by events. `copying` is None for a task that computes; the others await a copy of their own,
+    and what they compute is the awaiting of one that is there.
+
+    Two units: the link takes copies in order, each once the task that holds it has ended; the device takes tasks in
+    order, and goes on from one that awaits a copy when that has arrived. Either learns of the other's end, and the link
+    of its own, a handoff later. A task that awaits a copy has ended when that is there and the tasks before are done.
+    """
+    copies = [task for task, seconds in enumerate(copying) if seconds is not None]
+    copied, arrived, over, done, told, ended = set(), set(), set(), {-1}, set(), {-1}  # `ended`: the link knows of it
+    waiting = {"link": copies, "device": list(range(len(computing)))}
+    events, now, last = [], 0.0, 0.0  # (time, what happens, task)
+    busy = set()
+    while True:
+        if "link" not in busy and waiting["link"] and hold[waiting["link"][0]] in ended:
+            task = waiting["link"].pop(0)
+            busy.add("link")
+            heapq.heappush(events, (now + copying[task], "copied", task))
+        if "device" not in busy and waiting["device"]:
+            task = waiting["device"].pop(0)
+            busy.add("device")
+            heapq.heappush(events, (now + computing[task], "over", task))
+        for task in range(len(computing)):
+            if task not in done and task in over and (copying[task] is None or task in arrived):
+                busy.remove("device")
+                done.add(task)
+                last = now
+                break
+            if task not in told and task - 1 in done and task in (done if copying[task] is None else copied):
+                told.add(task)
+                heapq.heappush(events, (now + handoff, "ended", task))
+                break
+        else:
+            if not events:
+                return last
+            now, what, task = heapq.heappop(events)
+            if what == "copied":
+                busy.remove("link")
+                heapq.heappush(events, (now + handoff, "arrived", task))
+            {"copied": copied, "arrived": arrived, "over": over, "ended": ended}[what].add(task)
+
+
+class EachTask(NamedTuple):
+    """What every task of a step is, in the order of compute: `Tasks` with its kinds written out."""
+
+    work: np.ndarray
+    tokens: np.ndarray
+    blocks: np.ndarray
+    copies: np.ndarray
+    copy_bytes: np.ndarray
+    hold: np.ndarray
+
+
+def each_task(plan, write_outs=0):
+    *columns, kind, hold = make_tasks(plan, write_outs)
+    return EachTask(*(column[kind] for column in columns), hold)
+
+
+def stacked(tasks):
+    """For the cost function, every task being of a kind of its own."""
+    return stack_tasks([Tasks(*own[:5], np.arange(len(own.hold), dtype=np.int32), own.hold) for own in tasks])
+
+
+seconds_of = st.sampled_from([0.0, 1e-5, 3e-4, 7e-3]) | st.floats(1e-6, 1e-2)
+
+
+@st.composite
+def task_lists(draw):
+    """Any tasks: that compute, or that await copies held by whichever task before."""
+    count = draw(st.integers(1, 15))
+    rows = []
+    for number in range(count):
+        copies = draw(st.integers(0, 1))
+        rows.append(
+            (
+                draw(st.integers(0, len(WORKS))),  # of one layer shape, and outside
+                draw(st.integers(0, 1000)),
+                draw(st.integers(0, 2)),
+                copies,
+                draw(st.integers(1, 10**8)) if copies else 0,
+                draw(st.integers(-1, number - 1)),
+            )
+        )
+    work, tokens, blocks, copies, copy_bytes, hold = map(np.array, zip(*rows))
+    floats = (column.astype(float) for column in (tokens, blocks, copies, copy_bytes))
+    return EachTask(work.astype(np.int32), *floats, hold.astype(np.int32))
+
+
+ONE = replace(SHAPE, layers=(PLAIN,))
+
+
+@st.composite
+def curves(draw, rising=False):
+    """Of any shape, `rising` or not, but at its end."""
+    sizes = sorted(draw(st.sets(st.integers(1, 900), min_size=1, max_size=KNOTS - 1)))
+    seconds = [draw(seconds_of) for _ in sizes]
+    seconds = sorted(seconds) if rising else seconds
+    return Curve((0, *sizes), (*seconds, seconds[-1] + draw(seconds_of)))
+
+
+@st.composite
+def machines(draw, rising=False):
+    """A machine on which `PLAIN` was timed."""
+    own = times(PLAIN, {work: draw(curves(rising)) for work in WORKS}, outside=draw(seconds_of))
+    rate, latency = draw(st.floats(1e8, 1e12)), draw(seconds_of)
+    link = {"to_device": Line(latency, 1 / rate), "beside_compute": rate, "handoff_seconds": draw(seconds_of)}
+    return replace(MACHINE, **link).with_times(own)
+
+
+def seconds_at(curve, size):
+    """Between the nearest measured sizes, or on from the last two, by NumPy."""
+    (*_, a, b), (*_, c, d) = curve.sizes, curve.seconds
+    return np.interp(size, curve.sizes, curve.seconds) if size <= b else d + (size - b) * (d - c) / (b - a)
+
+
+@many
+@given(machines(), st.lists(task_lists(), min_size=1, max_size=3))
+def test_as_an_event_simulation(machine, tasks):
+    predicted = step_seconds(machine, ONE, WORK, stacked(tasks))
+    own = machine.layers[0]
+    curves = [*(own.work[work] for work in WORKS), Curve.line(own.outside)]
+    # Three rows of another group, through Q, K and V, the last two of which can be absorbed, and through the output
+    # projection and the feed-forward.
+    one, others = 35 * 35, 35 * 35 + 2 * 35 * 53
+    projected = ("project", 3 * one), ("project_absorb", one), ("project_recompute", 3 * one)
+    for work, weights in (*projected, ("finish", others)):
+        number = WORKS.index(work)
+        curves[number] = Curve.line(curves[number](0), 2 * 3 * weights / machine.matmul_rate)
+    for number, plan in enumerate(tasks):
+        computing = [
+            max(0.0, seconds_at(curves[work], tokens) + (blocks - 1) * curves[work].seconds[0])
+            for work, tokens, blocks in zip(plan.work, plan.tokens, plan.blocks)
+        ]
+        copying = [
+            machine.to_device.base + size / machine.beside_compute if count else None
+            for count, size in zip(plan.copies, plan.copy_bytes)
+        ]
+        assert predicted.seconds[number] == pytest.approx(
+            simulate(computing, copying, plan.hold, machine.handoff_seconds), rel=1e-5
+        )
+        assert predicted.computing[number] == pytest.approx(sum(computing), rel=1e-5)
+        assert predicted.copying[number] == pytest.approx(sum(each for each in copying if each), rel=1e-5)
+
+
+def test_the_event_simulation_by_hand():
+    """Two copies, each with a task that uses it; the second is held by that of the first, or by its arrival."""
+    computing, copying = [0, 2.0, 0, 3.0], [5.0, None, 7.0, None]
+    assert simulate(computing, copying, [-1, -1, 1, -1]) == 5 + 2 + 7 + 3
+    assert simulate(computing, copying, [-1, -1, 0, -1]) == simulate(computing, copying, [-1] * 4) == 5 + 7 + 3
+    assert simulate([9.0, *computing[2:]], [None, *copying[2:]], [-1] * 3) == 9 + 3
+    # With a handoff of a half: before either task, and before the second copy, unless it waited for nothing.
+    assert simulate(computing, copying, [-1, -1, 1, -1], 0.5) == 5 + 0.5 + 2 + 0.5 + 7 + 0.5 + 3
+    assert simulate(computing, copying, [-1, -1, 0, -1], 0.5) == 5 + 0.5 + 7 + 0.5 + 3
+    assert simulate(computing, copying, [-1, -1, -1, -1], 0.5) == 5 + 7 + 0.5 + 3
+    # Awaiting what is there takes a quarter; what is not there is waited for longer.
+    assert simulate([9.0, 0.25, 3.0], [None, 7.0, None], [-1] * 3, 0.5) == 9 + 0.25 + 3
+    assert simulate([7.0, 0.25, 3.0], [None, 7.0, None], [-1] * 3, 0.5) == 7 + 0.5 + 3
+
+
+# --- monotone ---------------------------------------------------------------------------------------------------------
+
+NAMES = ["activations", "recompute", "keys_values", "split:0.5", "kvpr:0.7", "device:0.3", "device"]
+RATES = ["link", "latency", "matmul_rate", "memory_rate", "handoff_seconds", "kernel_seconds"]
+
+
+def slower(machine, what, factor):
+    """The machine with one of its rates divided, or one of its latencies multiplied, by the factor."""
+    if what == "link":
+        return replace(machine, beside_compute=machine.beside_compute / factor)
+    if what == "latency":
+        return replace(machine, to_device=replace(machine.to_device, base=machine.to_device.base * factor))
+    if what in ("handoff_seconds", "kernel_seconds"):
+        return replace(machine, **{what: getattr(machine, what) * factor})
+    return replace(machine, **{what: getattr(machine, what) / factor})
+
+
+@many
+@given(
+    st.sampled_from(RATES),
+    st.floats(1.001, 1000),
+    st.tuples(*[st.floats(7, 11)] * 4, *[st.floats(1e-7, 1e-4)] * 3),
+)
+def test_slower_machines_take_longer(what, factor, sizes):
+    """No plan gets faster by any of the rates getting worse."""
+    link, matmul, memory, batch, latency, handoff, kernel = sizes
+    machine = replace(
+        MACHINE,
+        beside_compute=10**link,
+        matmul_rate=10 ** (matmul + 2),
+        memory_rate=10 ** (memory + 1),
+        handoff_seconds=handoff,
+        kernel_seconds=kernel,
+        to_device=Line(latency, 0.0),
+    )
+    plans = [named_plan(name, SHAPE, replace(WORK, batch=int(10 ** (batch - 7)))) for name in NAMES]
+    before, after = (plan_costs(own, plans).seconds for own in (machine, slower(machine, what, factor)))
+    assert (after >= before).all()
+
+
+@pytest.mark.parametrize("what", RATES)
+def test_every_rate_counts(what):
+    """For some plan: the link and its latency for those that send, the others for all."""
+    machine = replace(MACHINE, handoff_seconds=1e-5, kernel_seconds=1e-6, to_device=Line(1e-5, 0.0))
+    plans = [named_plan(name, SHAPE, replace(WORK, batch=1000)) for name in NAMES]
+    before, after = (plan_costs(own, plans).seconds for own in (machine, slower(machine, what, 100)))
+    assert (after > 1.1 * before).any()
+    if what in ("link", "latency", "handoff_seconds"):
+        assert after[NAMES.index("device")] == before[NAMES.index("device")]
+
+
+@many
+@given(machines(rising=True), task_lists(), st.data())
+def test_more_work_takes_longer(machine, tasks, data):
+    what = data.draw(st.sampled_from(["tokens", "blocks", "copy_bytes"]))
+    number = data.draw(st.integers(0, len(tasks.work) - 1))
+    more = getattr(tasks, what).copy()
+    more[number] += data.draw(st.integers(1, 10**6))
+    if what == "copy_bytes" and not tasks.copies[number]:
+        return  # nothing is copied
+    both = step_seconds(machine, ONE, WORK, stacked([tasks, tasks._replace(**{what: more})]))
+    assert both.seconds[1] >= both.seconds[0]
+
+
+# --- closed forms -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_infinite_link_leaves_the_compute(name):
+    machine = replace(MACHINE, beside_compute=1e30, to_device=Line(0.0, 0.0))
+    (plan,) = [named_plan(name, SHAPE, WORK, tail=3)]
+    tasks, table = each_task(plan, 1), work_table(machine, SHAPE, WORK)
+    slopes = table.added[:, 1] / table.sizes[:, 1]  # estimates are lines
+    expected = (table.base[tasks.work] * tasks.blocks + slopes[tasks.work] * tasks.tokens).sum()
+    assert plan_costs(machine, [plan], 1).seconds[0] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_infinite_device_leaves_the_copies(name):
+    """Also where copies are held: a hold by a task that takes no time holds nothing."""
+    machine = replace(MACHINE, matmul_rate=1e30, memory_rate=1e30)
+    plan = named_plan(name, SHAPE, WORK, tail=3, window=5000)
+    sizes = [
+        plan.bytes_of(layer, spec)
+        for layer, own in zip(SHAPE.layers, plan.blocks(1))
+        for spec in own
+        if spec.memory == "host"
+    ]
+    expected = sum(LATENCY + size / 9e9 for size in sizes)
+    assert plan_costs(machine, [plan], 1).seconds[0] == pytest.approx(expected, rel=1e-5)
+
+
+@many
+@given(machines(), task_lists())
+def test_without_overlap_it_is_the_sum(machine, tasks):
+    """Every copy waits for the task before, and awaiting one takes nothing."""
+    count, computes = len(tasks.work), tasks.copies == 0
+    held = tasks._replace(hold=np.arange(-1, count - 1, dtype=np.int32))
+    held = held._replace(tokens=tasks.tokens * computes, blocks=tasks.blocks * computes, work=tasks.work * computes)
+    machine = replace(machine, handoff_seconds=0.0)
+    predicted = step_seconds(machine, ONE, WORK, stacked([held]))
+    assert predicted.seconds[0] == pytest.approx(predicted.copying[0] + predicted.computing[0], rel=1e-5)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_plain_sum(name):
+    """The same plan's tasks, one after the other."""
+    plan = named_plan(name, SHAPE, WORK, tail=3, window=5000)
+    tasks = each_task(plan, 2)
+    held = tasks._replace(hold=np.arange(-1, len(tasks.work) - 1, dtype=np.int32))
+    predicted = step_seconds(MACHINE, SHAPE, WORK, stacked([held]))
+    assert sum_seconds(MACHINE, plan, 2) == pytest.approx(predicted.seconds[0], rel=1e-5)
+    assert sum_seconds(MACHINE, plan) == pytest.approx(sum_seconds(MACHINE, plan, 1), rel=1e-6)  # at half of 8 tokens
+
+
+def uniform(layers, blocks, ahead, schedule="pipelined"):
+    """Blocks of one token each, `ahead` of which fit in the window, in layers that do nothing but attend to them."""
+    shape = replace(SHAPE, layers=(PLAIN,) * layers)
+    own = LayerPlan((BlockSpec(kv, "host", 1),) * blocks, kv)
+    work = Workload(batch=3, prompt=blocks, new=1)
+    return Plan("uniform", shape, work, (own,) * layers, tail=1, window=ahead * 3 * 70 * 2, schedule=schedule)
+
+
+C, G = LATENCY + 3 * 70 * 2 / 9e9, 5e-5  # seconds of such a copy and of attention to such a block
+
+
+@pytest.mark.parametrize("g", [G, C, 0.3 * C, 7 * C])
+@pytest.mark.parametrize(("layers", "blocks"), [(1, 7), (7, 1), (3, 5), (1, 1), (1, 2)])
+def test_the_uniform_pipeline(layers, blocks, g):
+    """Two copies ahead are enough: the slower of link and device never rests.
+
+    With c >= g copy k arrives at (k + 1) c, since the task two before ended at (k - 1) c + g <= k c; what remains is
+    the last g. With g > c task k ends at c + (k + 1) g, since its copy arrived at c + (k - 1) g + c <= c + k g.
+    """
+    n = layers * blocks
+    machine = MACHINE.with_times(times(PLAIN, {kv: Curve.line(g)}))
+    two = uniform(layers, blocks, 2)
+    assert COPIES_AHEAD == 2
+    assert plan_costs(machine, [two]).seconds[0] == pytest.approx(C + (n - 1) * max(C, g) + g, rel=1e-5)
+    # More room changes nothing, room for one block leaves no overlap.
+    more, one = uniform(layers, blocks, 9), uniform(layers, blocks, 1)
+    assert plan_costs(machine, [more]).seconds[0] == pytest.approx(C + (n - 1) * max(C, g) + g, rel=1e-5)
+    assert plan_costs(machine, [one]).seconds[0] == pytest.approx(n * (C + g), rel=1e-5)
+    assert sum_seconds(machine, one) == pytest.approx(n * (C + g), rel=1e-5)
+    # With handoffs: before every task, and before every copy but the first.
+    slower = replace(machine, handoff_seconds=0.7e-5)
+    assert plan_costs(slower, [one]).seconds[0] == pytest.approx(n * (C + g) + (2 * n - 1) * 0.7e-5, rel=1e-5)
+    alone = uniform(1, 1, 1)
+    assert plan_costs(slower, [alone]).seconds[0] == pytest.approx(C + g + 0.7e-5, rel=1e-5)
+
+
+@pytest.mark.parametrize("g", [G, 0.3 * C, 7 * C])
+def test_layer_by_layer(g):
+    """A layer's copies start when the layer before is done; within the layer each is held until the one before it has
+    arrived, which is no later than it would start anyway."""
+    taken = {kv: g, "project": 0.1 * C, "finish": 0.2 * C}
+    machine = MACHINE.with_times(times(PLAIN, {work: Curve.line(own) for work, own in taken.items()}))
+    layer = C + 4 * max(C, g) + g + 0.2 * C  # the projection is done while the first copy is on its way
+    plan = uniform(3, 5, 1, "layerwise")
+    assert plan_costs(machine, [plan]).seconds[0] == pytest.approx(3 * layer, rel=1e-5)
+
+
+# --- a plan as tasks --------------------------------------------------------------------------------------------------
+
+BY_HAND = Plan(
+    "by hand",
+    SHAPE,
+    WORK,
+    (
+        LayerPlan(
+            (BlockSpec(acts, "host", 4), BlockSpec(kv, "device", 2), BlockSpec(kv, "host", 5)),
+            tail_form=kv,
+            grown=("device", "host"),
+        ),
+        LayerPlan((BlockSpec(acts, "device", 5), BlockSpec(acts, "host", 6)), tail_form=acts, method="recompute"),
+    ),
+    tail=3,
+    window=10_000,
+)
+
+
+def row(layer, work):
+    return layer * len(WORKS) + WORKS.index(work)
+
+
+def test_tasks_by_hand():
+    """A token of three rows: 210 bytes of activations, 420 of keys and values in the first layer.
+
+    What is on the device, the tail included, comes first, then the host's blocks as they come. Absorption is prepared
+    once a layer where it is used.
+    """
+    expected = [  # work, tokens, blocks, copies, bytes, hold
+        (row(0, "project"), 0, 1, 0, 0, -1),
+        (row(0, "prepare"), 0, 1, 0, 0, -1),
+        (row(0, "device_keys_values"), 2, 1, 0, 0, -1),
+        (row(0, "device_keys_values"), 3, 0, 0, 0, -1),  # the tail
+        (row(0, "await"), 0, 1, 1, 840, -1),
+        (row(0, "absorb"), 4, 1, 0, 0, -1),
+        (row(0, "await"), 0, 1, 1, 2100, -1),
+        (row(0, kv), 5, 1, 0, 0, -1),
+        (row(0, "finish"), 0, 1, 0, 0, -1),
+        (row(1, "project_recompute"), 0, 1, 0, 0, -1),
+        (row(1, "device_recompute"), 5, 1, 0, 0, -1),
+        (row(1, "device_recompute"), 3, 0, 0, 0, -1),
+        (row(1, "await"), 0, 1, 1, 1260, 4),  # two copies on their way: when the first block has arrived
+        (row(1, "recompute"), 6, 1, 0, 0, -1),
+        (row(1, "finish"), 0, 1, 0, 0, -1),
+        (2 * len(WORKS), 0, 1, 0, 0, -1),
+    ]
+    np.testing.assert_array_equal(np.stack(each_task(BY_HAND), axis=1), expected)
+    layerwise = list(zip(*expected))
+    layerwise[5] = (*[-1] * 6, 4, *[-1] * 5, 8, *[-1] * 3)  # after the first copy, and after the first layer
+    np.testing.assert_array_equal(np.stack(each_task(replace(BY_HAND, schedule="layerwise"))), layerwise)
+
+
+def test_uneven_blocks_by_hand():
+    """257 and 259 activations, absorbed, and 263 keys and values; of a tail of 300 it is not known."""
+    blocks = BlockSpec(acts, "device", 257), BlockSpec(acts, "host", 259), BlockSpec(kv, "host", 263)
+    shape, work = replace(SHAPE, layers=(GROUPED,), positions=2000), replace(WORK, prompt=779, new=300)
+    tasks = each_task(Plan("uneven", shape, work, (LayerPlan(blocks, acts),), 300, 10**6))
+    sizes = [(WORKS[number], size) for number, size in zip(tasks.work[:-1], tasks.tokens) if size]
+    expected = [("uneven_device_absorb", 257), ("device_absorb", 300), ("uneven_absorb", 259), (kv, 263)]
+    assert sizes == expected
+
+
+def test_tasks_after_write_outs_by_hand():
+    """The first layer's tail became a block on the device, then one on the host; the second's are on the host."""
+    tasks = each_task(BY_HAND, 2)
+    rows = [tuple(task) for task in np.stack(tasks, axis=1)]
+    attending = {WORKS.index(attention_work(kind, place)) for kind in ATTENTION for place in ("host", "device")}
+    assert [task for task in rows if task[0] % len(WORKS) in attending and task[0] < 2 * len(WORKS)] == [
+        (row(0, "device_keys_values"), 2, 1, 0, 0, -1),
+        (row(0, "device_keys_values"), 3, 1, 0, 0, -1),
+        (row(0, "device_keys_values"), 3, 0, 0, 0, -1),
+        (row(0, "absorb"), 4, 1, 0, 0, -1),
+        (row(0, kv), 5, 1, 0, 0, -1),
+        (row(0, kv), 3, 1, 0, 0, -1),
+        (row(1, "device_recompute"), 5, 1, 0, 0, -1),
+        (row(1, "device_recompute"), 3, 0, 0, 0, -1),
+        (row(1, "recompute"), 6, 1, 0, 0, -1),
+        (row(1, "recompute"), 3, 1, 0, 0, -1),
+        (row(1, "recompute"), 3, 1, 0, 0, -1),
+    ]
+    assert [(number, size, hold) for number, (*_, copied, size, hold) in enumerate(rows) if copied] == [
+        (5, 840, -1),
+        (7, 2100, -1),
+        (9, 1260, 5),  # when the copy before the last has arrived
+        (15, 1260, 7),
+        (17, 630, 9),
+        (19, 630, 15),
+    ]
+
+
+@pytest.mark.parametrize(("tail", "other", "size"), [(acts, kv, 6), (kv, "absorb", 5)])
+def test_blocks_on_the_device_of_another_form_than_the_tail_have_a_partial_result_of_their_own(tail, other, size):
+    """Keys and values of 6 tokens, and activations of 5: what no tokens from the host take, and what those here add."""
+    own = LayerPlan((BlockSpec(kv, "device", 6), BlockSpec(acts, "device", 5)), tail_form=tail)
+    tasks = each_task(Plan("some", replace(SHAPE, layers=(PLAIN,)), WORK, (own,), tail=3))
+    found = list(zip(tasks.work, tasks.tokens, tasks.blocks))
+    assert {(row(0, other), 0, 1), (row(0, f"device_{other}"), size, 0)} <= set(found)
+    same = {kv: "absorb", "absorb": kv}[other]
+    assert (row(0, f"device_{same}"), 11 - size, 1) in found
+    assert [work for work, *_ in found].count(row(0, same)) == 0
+
+
+@pytest.mark.parametrize("where", ["device", "host", "tail"])
+def test_absorption_is_prepared_once_a_layer(where):
+    """Wherever the activations are; not for keys and values, nor where K and V are recomputed."""
+    form, memory, tail = (kv, "device", acts) if where == "tail" else (acts, where, kv)
+    for method, times in [("absorb", 1), ("recompute", 0)]:
+        own = LayerPlan((BlockSpec(form, memory, 6), BlockSpec(form, memory, 5)), tail_form=tail, method=method)
+        plan = Plan("some", replace(SHAPE, layers=(PLAIN,)), WORK, (own,), tail=3)
+        assert list(each_task(plan).work).count(row(0, "prepare")) == times
+    assert row(0, "prepare") not in each_task(named_plan(kv, SHAPE, WORK)).work
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("write_outs", [0, 1, 2])
+def test_every_token_and_byte_is_there(name, write_outs):
+    plan = named_plan(name, SHAPE, WORK, tail=3, window=5000)
+    tasks = each_task(plan, write_outs)
+    assert tasks.copy_bytes.sum() == plan.bytes_in("host", write_outs) == plan.link_bytes(write_outs)
+    hosted = each_task(with_host_weights(plan, 0.5), write_outs)
+    assert hosted.copy_bytes.sum() == tasks.copy_bytes.sum() + 2 * GROUPED.parameters
+    assert tasks.tokens.sum() == 2 * (11 + 3 * write_outs + 3)
+    kinds = [kv if own.tail_form == kv else own.method for own in plan.layers]
+    own = [row(layer, work) for layer, kind in enumerate(kinds) for work in (project_work(kind), "finish")]
+    done = list(tasks.work[tasks.blocks > 0])  # not what awaits a copy
+    assert [done.count(number) for number in (*own, 2 * len(WORKS))] == [1] * 5
+
+
+@pytest.mark.parametrize("name", [kv, "activations", "device"])
+def test_what_is_out_of_sight_is_neither_sent_nor_attended_to(name):
+    """Of 4 cached tokens of the prompt and three tails of 3, those in the last two, and the present one."""
+    shape = replace(SHAPE, layers=(replace(PLAIN, sliding_window=5),))
+    plan = named_plan(name, shape, replace(WORK, new=11), tail=3)
+    tasks = each_task(plan, 3)
+    assert tasks.tokens.sum() == 3 + 3 + 3
+    sent = plan.bytes_in("host", 3) * 6 / 13
+    assert tasks.copy_bytes.sum() == plan.link_bytes(3) == sent
+
+
+@st.composite
+def plans(draw):
+    """Any plan of up to four layers of two shapes."""
+    layers = tuple(draw(st.lists(st.sampled_from([PLAIN, GROUPED]), min_size=1, max_size=4)))
+    prompt = draw(st.integers(1, 12))
+    own = []
+    for _ in layers:
+        left, blocks = prompt, []
+        while left:
+            tokens = draw(st.integers(1, left))
+            form, memory = draw(st.sampled_from([kv, acts])), draw(st.sampled_from(["host", "host", "device"]))
+            blocks.append(BlockSpec(form, memory, tokens))
+            left -= tokens
+        grown = tuple(draw(st.lists(st.sampled_from(["host", "device"]), min_size=1, max_size=2)))
+        weights = draw(st.sampled_from(["device", "device", "host"]))
+        own.append(LayerPlan(tuple(blocks), draw(st.sampled_from([kv, acts])), grown, weights=weights))
+    return Plan(
+        "any",
+        replace(SHAPE, layers=layers),
+        Workload(3, prompt, draw(st.integers(1, 9))),
+        tuple(own),
+        tail=draw(st.integers(1, 3)),
+        window=draw(st.integers(12 * 420, 30 * 420)),
+        schedule=draw(st.sampled_from(["pipelined", "layerwise"])),
+        groups=draw(st.sampled_from([1, 1, 2, 3])),
+        order=draw(st.sampled_from(["row", "column"])),
+    )
+
+
+@dataclass
+class Tied:
+    """An array, and the tasks that it cannot be there before."""
+
+    nbytes: int = 0
+    after: frozenset[int] = frozenset()
+
+
+def tie(operands):
+    """What an optimization barrier does: every output depends on all operands."""
+    after = frozenset().union(*(operand.after for operand in operands))
+    return tuple(replace(operand, after=after) for operand in operands)
+
+
+@many
+@given(plans(), st.integers(0, 3))
+def test_copies_are_held_as_the_runtime_holds_them(plan, write_outs):
+    """The runtime's own window, driven task by task: each copy depends on the task that it is held until, and on what
+    made room before that, but on nothing later. Compute depends on all tasks before it; a kept array on its copy."""
+    tasks = each_task(plan, write_outs)
+    host: list[list[tuple[Tied, Copy]]] = []
+    for number, (own, layer) in enumerate(zip(plan.blocks(write_outs), plan.shape.layers)):
+        blocks = [Copy(plan.bytes_of(layer, spec)) for spec in own if spec.memory == "host"]
+        matrices = layer.matrices if plan.layers[number].weights == "host" else ((), ())
+        early, late = ([Copy(2 * count, kept=True) for count in part] for part in matrices)
+        copies = [*early, *blocks * plan.together, *late]
+        host.append([(Tied(copy.nbytes), copy) for copy in copies])
+    started, taken, made_room = [], False, []
+
+    def device_put(array, space):
+        number = len(started)
+        started.append(array)
+        return replace(array, after=array.after | {arrivals[number]})
+
+    arrivals = [number for number, copies in enumerate(tasks.copies) if copies]
+    with (
+        mock.patch.object(jax.lax, "optimization_barrier", tie),
+        mock.patch.object(jax, "device_put", device_put),
+    ):
+        window = Window(host, plan.whole_window, plan.schedule)
+        left = [copy for own in host for _, copy in own]
+        for number, (work, copies, size) in enumerate(zip(tasks.work, tasks.copies, tasks.copy_bytes)):
+            done = Tied(after=frozenset(range(number + 1)))
+            if copies:
+                copy = left.pop(0)
+                assert copy.nbytes == size
+                if copy.kept:
+                    window.fetch()
+                else:
+                    assert window.take(Tied(after=frozenset(range(number))))[1].nbytes == size
+                    taken = True
+                continue
+            if taken:
+                window.used(done)
+                made_room.append(number)
+                taken = False
+            if work % len(WORKS) == WORKS.index("finish") and number < len(tasks.work) - 1:
+                window.layer_done(done)
+                made_room.append(number)
+    copied = tasks.copies > 0
+    assert [array.nbytes for array in started] == tasks.copy_bytes[copied].tolist()
+    for array, hold in zip(started, tasks.hold[copied].tolist(), strict=True):
+        assert max(array.after, default=-1) == hold
+        assert array.after >= {number for number in made_room if number <= hold}
+
+
+@many
+@given(st.lists(st.lists(st.tuples(st.integers(1, 20), st.booleans()), max_size=5), max_size=4), st.integers(1, 50))
+def test_copies_start_as_early_as_the_window_lets_them(layers, more):
+    """What is kept counts until its layer is done; a window holds a layer's and one copy more."""
+    layers = [[Copy(*each) for each in own] for own in layers]
+    kept = [sum(copy.nbytes for copy in own if copy.kept) for own in layers]
+    window = max(kept, default=0) + 20 * any(kept) + more
+    copies = [copy for own in layers for copy in own]
+    before = events_before(copies, [len(own) for own in layers], window, "pipelined")
+    assert len(before) == len(copies)
+    numbers = itertools.count()
+    events = []  # what has arrived, and what is free then
+    for own in layers:
+        kept_here = []
+        for copy, number in zip(own, numbers):
+            events += [(number, [])] + ([] if copy.kept else [(None, [number])])
+            kept_here += [number] if copy.kept else []
+        events.append((None, kept_here))
+
+    def allowed(number, happened):
+        """Whether that copy may start after so many events, the copies before it being under way."""
+        arrived = sum(arrival is not None for arrival, _ in events[:happened])
+        free = {freed for _, all_freed in events[:happened] for freed in all_freed}
+        in_use = sum(copy.nbytes for earlier, copy in enumerate(copies[:number]) if earlier not in free)
+        return number - arrived < COPIES_AHEAD and (not in_use or in_use + copies[number].nbytes <= window)
+
+    for number, happened in enumerate(before):
+        assert allowed(number, happened) and all(arrival != number for arrival, _ in events[:happened])
+        assert happened == (before[number - 1] if number else 0) or not allowed(number, happened - 1)
+
+
+# --- seconds of compute -----------------------------------------------------------------------------------------------
+
+
+def test_measured_times_count_where_they_were_measured():
+    """For their layer, dtype and batch only; the others are estimated."""
+    curves = [Curve((0, 3, 8), (number, 5.0, 9.0)) for number in range(len(WORKS))]
+    measured = times(GROUPED, dict(zip(WORKS, curves)), outside=7.0)
+    machine = MACHINE.with_times(measured)
+    estimated = work_table(MACHINE, SHAPE, WORK)
+    table = work_table(machine, SHAPE, WORK)
+    first, second, outside = slice(0, len(WORKS)), slice(len(WORKS), -1), -1
+    for column, before in zip(table, estimated):
+        np.testing.assert_array_equal(column[first], before[first])
+    np.testing.assert_array_equal(table.base[second], range(len(WORKS)))
+    for number, work in enumerate(WORKS):
+        if work.startswith(("project", "finish")):  # of another group: next to nothing
+            assert 0 < table.added[second][number, 1] < 1e-6
+        else:
+            np.testing.assert_array_equal(table.sizes[second][number], [0, 3, 8, 13, 18, 23, 28])
+            np.testing.assert_array_equal(table.added[second][number] + number, [number, 5, 9, 13, 17, 21, 25])
+    assert table.base[outside] == 7.0 and not table.added[outside].any()
+    assert estimated.base[second].max() < 1e-3 and 0 < estimated.base[outside] < 1e-3
+    for shape, work in [(SHAPE, replace(WORK, batch=5)), (replace(SHAPE, dtype="float16"), WORK)]:
+        for column, before in zip(work_table(machine, shape, work), work_table(MACHINE, shape, work)):
+            np.testing.assert_array_equal(column, before)
+
+
+def test_later_times_replace_earlier_ones():
+    machine = MACHINE.with_times(times(PLAIN, outside=1.0)).with_times(times(PLAIN, batch=2, outside=2.0))
+    machine = machine.with_times(times(PLAIN, outside=3.0))
+    assert len(machine.layers) == 2
+    assert machine.times(PLAIN, "bfloat16", 3).outside == 3.0 and machine.times(PLAIN, "bfloat16", 2).outside == 2.0
+    assert machine.times(PLAIN, "float32", 3) is None and machine.times(GROUPED, "bfloat16", 3) is None
+
+
+def test_works_are_all_there_are():
+    """The rows of the table, in this order: what is counted above relies on it."""
+    assert (
+        get_args(Work)
+        == WORKS
+        == (
+            *("project", "project_absorb", "project_recompute", "finish", "prepare", "await"),
+            *(kv, "absorb", "recompute", "device_keys_values", "device_absorb", "device_recompute"),
+            *("uneven_absorb", "uneven_device_absorb"),
+        )
+    )
+    assert [project_work(kind) for kind in ATTENTION] == ["project", "project_absorb", "project_recompute"]
+    assert [[attention_work(kind, place) for kind in ATTENTION] for place in ("host", "device")] == [
+        [kv, "absorb", "recompute"],
+        ["device_keys_values", "device_absorb", "device_recompute"],
+    ]
+    # Of no multiple of 32 tokens, if they are 256 or more.
+    assert [attention_work("absorb", "host", size) for size in (255, 256, 257)] == ["absorb", "absorb", "uneven_absorb"]
+    assert attention_work("absorb", "device", 257) == "uneven_device_absorb"
+    for kind in (kv, "recompute"):
+        assert attention_work(kind, "host", 257) == kind and attention_work(kind, "device", 257) == f"device_{kind}"
+
+
+# --- predictions of plans ---------------------------------------------------------------------------------------------
+
+
+def test_half_way_through_the_new_tokens():
+    plan = named_plan("activations", SHAPE, replace(WORK, new=29), tail=3)
+    middle = plan_costs(MACHINE, [plan]).seconds[0]
+    assert middle == plan_costs(MACHINE, [plan], 4).seconds[0]  # 14 tokens: four tails of 3, and 2 in the tail
+    assert plan_costs(MACHINE, [plan], 0).seconds[0] < middle < plan_costs(MACHINE, [plan], 9).seconds[0]
+
+
+@pytest.mark.parametrize("new", [1, 2, 4, 5, 13, 16, 17, 29])
+def test_the_mean_of_all_steps(new):
+    """Of up to four lengths exactly; of more, four stand for all."""
+    plans = [named_plan(name, SHAPE, replace(WORK, new=new), tail=3) for name in ("activations", "keys_values")]
+    steps = [step // 3 for step in range(max(1, new - 1))]
+    assert sum(cost.step_shares(plans[0]).values()) == pytest.approx(1)
+    assert len(cost.step_shares(plans[0])) == min(4, len(set(steps)))
+    means = mean_costs(MACHINE, plans)
+    for field, mean in zip(("seconds", "copying", "computing"), means):
+        every = np.array([getattr(plan_costs(MACHINE, plans, own), field) for own in steps])
+        assert mean == pytest.approx(every.mean(axis=0), rel=1e-5 if len(set(steps)) <= 4 else 0.02)
+
+
+@many
+@given(plans(), st.sampled_from([1, 2, 8]), machines())
+def test_no_mean_step_is_shorter_than_its_copies_or_its_compute(plan, groups, machine):
+    """Of each step the longer of both, with those of all layers and groups."""
+    some = [plan, replace(plan, groups=groups, order="row")]
+    bounds = mean_bounds(machine, some)
+    assert (bounds <= mean_costs(machine, some).seconds * (1 + 1e-5)).all()
+    for plan, bound in zip(some, bounds, strict=True):
+        steps = {own: plan_costs(machine, [plan], own) for own in cost.step_shares(plan)}
+        longer = [max(own.copying[0], own.computing[0]) * cost.step_shares(plan)[at] for at, own in steps.items()]
+        assert bound == pytest.approx(sum(longer), rel=1e-5)
+
+
+def test_compiling_takes_as_long_as_there_are_blocks():
+    """Of every program: those of the prompt, of each write-out before it one a layer, and the tail; of all groups."""
+    plan = named_plan("activations", SHAPE, replace(WORK, new=29), tail=3, window=3000)
+    layers, programs, prompt = len(plan.layers), plan.write_outs + 1, sum(len(layer.prompt) for layer in plan.layers)
+    blocks = [len(own) for write_outs in range(programs) for own in plan.blocks(write_outs)]
+    assert prompt > layers > 1 and len(blocks) == layers * 10 and sum(blocks) > prompt * 10
+    dense, attending = 0.08 * layers * programs, 0.055 * (sum(blocks) + layers * programs)
+    assert cost.compile_seconds(plan) == pytest.approx(dense + attending)
+    grouped = replace(plan, groups=3, order="column")
+    assert cost.compile_seconds(grouped) == pytest.approx(dense + 3 * attending)
+    assert cost.compile_seconds(replace(grouped, order="row")) == cost.compile_seconds(plan)
+
+
+def test_programs_that_are_not_ready_in_time_are_waited_for():
+    """28 steps fill nine tails of three tokens; a step so short is waited for at each, and a long one at none."""
+    plan = named_plan("activations", SHAPE, replace(WORK, new=29), tail=3, window=3000)
+    longest = cost.program_seconds(plan, 9)
+    assert cost.decode_seconds(plan, longest) == 28 * longest
+    compiling = sum(cost.program_seconds(plan, write_outs) for write_outs in range(1, 10))
+    assert cost.decode_seconds(plan, 1e-3) == pytest.approx(28e-3 + compiling - 9 * 3e-3)
+    assert cost.decode_seconds(replace(plan, workload=replace(WORK, new=1)), 1.0) == 0
+
+
+def test_plans_for_different_work_are_refused():
+    one, other = (named_plan("activations", SHAPE, replace(WORK, batch=batch)) for batch in (3, 5))
+    with pytest.raises(PlanError, match="different models or workloads"):
+        plan_costs(MACHINE, [one, other])
+
+
+def test_one_compilation_whatever_the_candidates():
+    """Splits, windows' worth of holds, machines, batches and times are data."""
+    cost._step_seconds.clear_cache()
+    for machine in (MACHINE, HardwareProfile.from_datasheet("t4"), MACHINE.with_times(times(PLAIN))):
+        for batch in (3, 500):
+            work = replace(WORK, batch=batch)
+            plan_costs(machine, [named_plan(f"split:{part / 11}", SHAPE, work) for part in range(12)])
+            plan_costs(machine, [named_plan(f"split:{part / 11}", SHAPE, work, window=9**9) for part in range(1, 4)])
+    assert cost._step_seconds._cache_size() == 1

@@ -1,0 +1,238 @@
+"""Profiles as data: kept as JSON and read back, refused where they are none, and machines from data sheets."""
+
+import copy
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvrecomp
+from kvrecomp.plan import LayerShape, PlanError
+from kvrecomp.predict.hardware import DATASHEETS, KNOTS, LARGEST_DEVICE, Curve, HardwareProfile, LayerTimes, Line
+
+LAYER = LayerShape(hidden=35, heads=6, kv_heads=2, head_dim=4, intermediate=59, gated=True, absorbs_keys=False)
+WORK = {
+    "project": Curve.line(1e-6),
+    "project_absorb": Curve.line(3e-7),
+    "project_recompute": Curve.line(8e-7),
+    "finish": Curve.line(2e-6),
+    "prepare": Curve.line(7e-6),
+    "await": Curve.line(8e-6),
+    "keys_values": Curve((0, 7, 53), (3e-6, 9e-6, 5e-5)),
+    "absorb": Curve.line(4e-6, 2e-9),
+    "recompute": Curve.line(5e-6, 7e-9),
+    "device_keys_values": Curve((0, 11, 29, 31), (2e-6, 1e-6, 3e-6, 8e-6)),
+    "device_absorb": Curve.line(3e-6, 2e-10),
+    "device_recompute": Curve.line(4e-6, 7e-10),
+    "uneven_absorb": Curve.line(9e-6, 3e-9),
+    "uneven_device_absorb": Curve.line(8e-6, 4e-10),
+}
+TIMES = LayerTimes(LAYER, "bfloat16", 3, WORK, outside=1e-4)
+PROFILE = HardwareProfile(
+    device="Some GPU",
+    device_bytes=80e9,
+    to_device=Line(1e-5, 2e-11),
+    to_host=Line(3e-5, 5e-11),
+    beside_compute=53e9,
+    matmul_rate=7e14,
+    memory_rate=3e12,
+    handoff_seconds=7e-6,
+    kernel_seconds=2e-6,
+    host_bytes=512e9,
+    count=2,
+    jax="0.11.2",
+    driver="570.1",
+    layers=(TIMES, replace(TIMES, batch=5)),
+    source="measured",
+)
+
+many = settings(max_examples=100)
+positive = st.floats(1e-12, 1e18)
+lines = st.builds(Line, st.floats(0, 1e3), st.floats(0, 1e3))
+curves = st.builds(
+    lambda pairs: Curve((0.0, *sorted(pairs)), (0.5, *pairs.values())),
+    st.dictionaries(st.floats(1e-3, 1e6), st.floats(0, 1e3), min_size=1, max_size=KNOTS - 1),
+)
+
+
+# --- kept as JSON -----------------------------------------------------------------------------------------------------
+
+
+def test_a_profile_survives_json():
+    assert HardwareProfile.from_json(json.loads(json.dumps(PROFILE.to_json()))) == PROFILE
+    bare = replace(PROFILE, layers=(), host_bytes=None)
+    assert HardwareProfile.from_json(json.loads(json.dumps(bare.to_json()))) == bare
+
+
+@many
+@given(
+    st.builds(
+        HardwareProfile,
+        device=st.text(),
+        to_device=lines,
+        to_host=lines,
+        device_bytes=positive,
+        beside_compute=positive,
+        matmul_rate=positive,
+        memory_rate=positive,
+        handoff_seconds=st.floats(0, 1),
+        kernel_seconds=st.floats(0, 1),
+        host_bytes=st.none() | positive,
+        count=st.integers(1, 8),
+        measured_in=st.none() | positive,
+        layers=st.lists(
+            st.builds(
+                LayerTimes,
+                layer=st.builds(LayerShape, *[st.integers(1, 99)] * 2, st.just(1), *[st.integers(1, 99)] * 2),
+                dtype=st.sampled_from(["bfloat16", "float32"]),
+                batch=st.integers(1, 999),
+                work=st.fixed_dictionaries({work: curves for work in WORK}),
+                outside=st.floats(0, 1),
+                vocab=st.none() | st.integers(1, 99),
+                positions=st.none() | st.integers(1, 99),
+                measured_in=st.none() | positive,
+            ),
+            max_size=2,
+        ).map(tuple),
+    )
+)
+def test_any_profile_survives_json(profile):
+    """Bit by bit: numbers are written so that they are read back as they were."""
+    read = HardwareProfile.from_json(json.loads(json.dumps(profile.to_json())))
+    assert read == profile and read.to_json() == profile.to_json()
+
+
+def changed(*path, to=None):
+    """The profile's JSON with one value replaced; removed where `to` is KeyError."""
+    data = copy.deepcopy(json.loads(json.dumps(PROFILE.to_json())))
+    *parents, last = path
+    inner = data
+    for key in parents:
+        inner = inner[key]
+    if to is KeyError:
+        del inner[last]
+    else:
+        inner[last] = to
+    return data
+
+
+OTHERS = ["handoff_seconds", "kernel_seconds", "host_bytes"]  # which may be zero
+NUMBERS = ["device_bytes", "beside_compute", "matmul_rate", "memory_rate"]
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        None,
+        [],
+        "profile",
+        {},
+        *(changed(name, to=bad) for name in NUMBERS for bad in (0, -1.0, float("nan"), float("inf"), "5", None)),
+        *(changed(name, to=bad) for name in OTHERS for bad in (-1.0, float("nan"), "5")),
+        *(changed(name, to=KeyError) for name in [*NUMBERS, "to_device", "to_host", "layers", "device"]),
+        changed("unheard_of", to=1),
+        changed("to_device", to=3.0),
+        changed("to_device", "base", to=-1e-6),
+        changed("to_device", "each", to=float("nan")),
+        changed("to_host", "each", to="slow"),
+        changed("to_host", "each", to=KeyError),
+        changed("layers", to=7),
+        changed("layers", to={"a": 1}),
+        changed("layers", 0, to=None),
+        changed("layers", 0, "layer", "heads", to=KeyError),
+        changed("layers", 0, "layer", "hidden", to=0),
+        changed("layers", 0, "work", to=[1, 2]),
+        changed("layers", 0, "work", "project", to=KeyError),
+        changed("layers", 1, "work", "absorb", "seconds", 1, to=-1e-9),
+        changed("layers", 1, "work", "absorb", "sizes", to=[0, 0]),
+        changed("layers", 1, "work", "keys_values", "sizes", to=[0, 9]),
+        changed("layers", 1, "work", "keys_values", "sizes", 0, to=1),
+        changed("layers", 1, "work", "prepare", "seconds", to=KeyError),
+        changed("layers", 1, "outside", to=KeyError),
+        changed("layers", 1, "outside", to=float("nan")),
+    ],
+)
+def test_corrupt_data_are_refused(data):
+    with pytest.raises((PlanError, TypeError, KeyError, ValueError)):
+        HardwareProfile.from_json(data)
+
+
+@pytest.mark.parametrize(("name", "bad"), [(name, bad) for name in NUMBERS for bad in (0.0, -7.0, float("inf"))])
+def test_what_is_wrong_is_said(name, bad):
+    with pytest.raises(PlanError, match=rf"HardwareProfile: {name} is {bad}; it must be a finite number, greater"):
+        replace(PROFILE, **{name: bad})
+
+
+def test_lines_are_finite_and_not_negative():
+    assert Line(2.0, 3.0)(5) == 17.0
+    for base, each in [(-1e-9, 0.0), (0.0, -1e-9), (float("inf"), 0.0), (0.0, float("nan"))]:
+        with pytest.raises(PlanError, match="it must be a finite number, not negative"):
+            Line(base, each)
+    with pytest.raises(PlanError, match="project; expected project, project_absorb"):
+        replace(TIMES, work={"project": Curve.line(0.0)})
+
+
+def test_a_curve_by_hand():
+    """Straight between its points, and on from the last two, but never less than nothing."""
+    curve = Curve((0, 4, 6), (3.0, 5.0, 1.0))
+    assert [curve(size) for size in (0, 1, 4, 5, 6, 6.25, 7)] == [3.0, 3.5, 5.0, 3.0, 1.0, 0.5, 0.0]
+    assert curve.knots.tolist() == [[0, 4, 6, 8, 10, 12, 14], [3, 5, 1, -3, -7, -11, -15]]
+    assert curve.times(2.0) == Curve((0, 4, 6), (6.0, 10.0, 2.0))
+    assert curve.plus(-2.0) == Curve((0, 4, 6), (1.0, 3.0, 0.0)) and curve.plus(0.5).seconds == (3.5, 5.5, 1.5)
+    assert [Curve.line(2.0, 3.0)(size) for size in (0, 5)] == [2.0, 17.0] and Curve.line(2.0)(7) == 2.0
+
+
+@pytest.mark.parametrize(
+    ("sizes", "seconds"),
+    [((0,), (1.0,)), ((1, 2), (1.0, 2.0)), ((0, 2, 2), (1.0,) * 3), ((0, 2), (1.0,) * 3), (range(8), (1.0,) * 8)],
+)
+def test_what_is_no_curve_is_refused(sizes, seconds):
+    with pytest.raises(PlanError, match="expected as many of both, 2 to 7, and sizes that grow from zero"):
+        Curve(tuple(sizes), seconds)
+    with pytest.raises(PlanError, match="Curve: seconds is nan; it must be a finite number, not negative"):
+        Curve((0, 1), (1.0, float("nan")))
+
+
+# --- data sheets ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", DATASHEETS)
+def test_data_sheets_are_plausible(name):
+    """A unit wrong by a thousand, or gigabits for gigabytes, would be outside of these."""
+    sheet = DATASHEETS[name]
+    profile = HardwareProfile.from_datasheet(name)
+    assert ("data sheet" in profile.source or "white paper" in profile.source) and "; link: " in profile.source
+    assert profile.device == sheet.device and profile.host_bytes is None and profile.layers == ()
+    assert 8e9 <= profile.device_bytes <= 200e9 < LARGEST_DEVICE
+    assert 5e9 <= profile.beside_compute <= 500e9
+    assert profile.to_device == profile.to_host and profile.to_device(profile.beside_compute) == pytest.approx(1.0)
+    assert 5 * profile.beside_compute < profile.memory_rate < 100 * profile.beside_compute
+    assert 200e9 <= profile.memory_rate <= 10e12
+    assert 50 < profile.matmul_rate / profile.memory_rate < 400  # operations a byte
+    assert HardwareProfile.from_json(json.loads(json.dumps(profile.to_json()))) == profile
+
+
+def test_data_sheets_by_hand():
+    """A100 40 GB PCIe, NVIDIA's data sheet: 312 TFLOPS in bfloat16, 1555 GB/s; its link as KVPR counts it, 32 GB/s."""
+    a100 = HardwareProfile.from_datasheet("a100")
+    assert (a100.device_bytes, a100.matmul_rate, a100.memory_rate) == (40e9, 312e12, 1555e9)
+    assert a100.beside_compute == 32e9
+    # PCIe 3.0 and 5.0 with 16 lanes, 8 and 32 GT/s in 128 of 130 bits.
+    lanes = 16 * 128 / 130 / 8
+    links = {name: HardwareProfile.from_datasheet(name).beside_compute for name in DATASHEETS}
+    assert links["t4"] == links["rtx5000"] == pytest.approx(8e9 * lanes, rel=2e-3)
+    assert links["rtx4090"] == pytest.approx(16e9 * lanes, rel=2e-3)
+    assert links["h100"] == links["h200"] == pytest.approx(32e9 * lanes, rel=2e-3)
+    assert links["gh200"] == 450e9
+
+
+def test_an_unknown_data_sheet_names_those_that_are_there():
+    with pytest.raises(PlanError) as raised:
+        HardwareProfile.from_datasheet("a1000")
+    message = str(raised.value)
+    assert "'a1000'" in message and "\n" not in message
+    for name in ("a100", "rtx5000", "rtx4090", "t4", "h100", "h200", "gh200"):
+        assert name in message.partition("there are")[2] and name in DATASHEETS
+    assert kvrecomp.HardwareProfile is HardwareProfile

@@ -1,0 +1,319 @@
+"""One compilation per distinct program; none where only data changes; the next program before it is needed."""
+
+import contextlib
+import dataclasses
+import threading
+import time
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+import kvrecomp
+from experiments.support.suite.one_step import filled_cache
+from kvrecomp.generate import TokenLoop
+from kvrecomp.plan import LayerPlan, Plan, Workload
+from kvrecomp.run import decoder as runtime
+from kvrecomp.run import programs as programs_module
+from kvrecomp.run.decoder import Decoder
+from kvrecomp.run.programs import Programs, side_by_side
+from kvrecomp.run.sampling import Sampling
+from kvrecomp.run.window import OVERLAPPING
+
+COMPILED = []  # the seconds that XLA took for each program of this process
+BATCH, PROMPT, TAIL = 2, 5, 3
+GRAPHLESS = {**OVERLAPPING, **runtime.NO_GRAPHS}
+
+
+def listen(event, seconds, **_):
+    if event == "/jax/core/compile/backend_compile_duration":
+        COMPILED.append(seconds)
+
+
+jax.monitoring.register_event_duration_secs_listener(listen)
+
+
+def wait_for(program, decoder):
+    """Waits for a program that is compiled in the background."""
+    end = time.monotonic() + 60
+    while program not in decoder.compiled:
+        assert time.monotonic() < end, f"{program} is not among {sorted(decoder.compiled)}"
+        time.sleep(0.01)
+
+
+def run(decoder, *, new, sampling=None, seed=0, padding=0):
+    """Generates from a random prompt; gives the token ids."""
+    given = toy.texts(BATCH, PROMPT, longest_padding=padding, seed=seed)
+    return TokenLoop(decoder, sampling or Sampling(), eos=(), pad=0).run(given.ids, given.mask, new).sequences
+
+
+@pytest.fixture(scope="module")
+def used():
+    """A decoder that has run to the end of its plan: its tail was written out twice."""
+    decoder = toy.named_decoder("split:0.5", batch=BATCH, prompt=PROMPT, new=9, tail=TAIL)
+    run(decoder, new=9)
+    return decoder
+
+
+def test_one_program_each(used):
+    host = ("write-out", ("host", "host"))
+    assert used.plan.write_outs == 2
+    assert set(used.compiled) == {("prefill",), ("step", 0), ("step", 1), ("step", 2), host}
+    assert all(compiled.seconds > 0 and compiled.temp_bytes >= 0 for compiled in used.compiled.values())
+
+
+def test_that_compiling_takes_minutes_is_said(caplog):
+    """Two layers of ten blocks of one token; another one a layer for each of 30 write-outs, each a program. All of it
+    five times, where groups go through a layer together."""
+    token = BATCH * toy.OPT.hidden * 4
+    decoder = toy.named_decoder("activations", batch=BATCH, prompt=10, new=31, tail=1, window=token)
+    assert not caplog.records
+    kvrecomp.Decoder(toy.model("opt"), dataclasses.replace(decoder.plan, groups=5, order="column"))
+    (record,) = caplog.records
+    assert "its 31 programs of steps take some 7 minutes to compile" in record.message
+
+
+def test_the_listener_sees_compilations():
+    before = len(COMPILED)
+    jax.jit(lambda x: x * x)(toy.put(np.float32(3)))
+    assert len(COMPILED) == before + 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"seed": 1}, {"padding": 4}, {"new": 1}, {"new": 2}, {"new": 8}],
+    ids=["text", "mask", "one token", "within the tail", "across write-outs"],
+)
+def test_changed_data_compiles_no_program(used, change):
+    before = dict(used.compiled)
+    texts = run(used, **({"new": 9} | change))
+    assert texts.shape == (BATCH, PROMPT + change.get("new", 9))
+    assert used.compiled == before  # the very entries, so nothing was compiled again
+
+
+def test_a_changed_seed_or_way_of_sampling_compiles_no_program(used):
+    before = dict(used.compiled)
+    samplings = [Sampling(True, seed=1), Sampling(True, seed=2), Sampling(True, 0.7, top_k=5, top_p=0.9)]
+    texts = [run(used, new=4, sampling=sampling).tolist() for sampling in samplings]
+    assert used.compiled == before
+    assert texts[0] != texts[1]
+
+
+def steps(decoder, given):
+    """Prefill and steps with given tokens, without the choice of tokens."""
+    cache, _ = decoder.prefill(given.ids[:, :PROMPT], given.mask[:, :PROMPT])
+    for slot in range(PROMPT, given.ids.shape[1]):
+        cache, logits = decoder.step(cache, toy.put(given.ids[:, slot]))
+    return toy.get(logits)
+
+
+def test_xla_agrees_that_nothing_is_compiled(used):
+    """Counted by jax itself: whatever the text, the mask and the number of new tokens."""
+    steps(used, toy.texts(BATCH, PROMPT + 9))
+    before = len(COMPILED)
+    for seed, new in ((1, 9), (2, 2), (3, 7)):
+        steps(used, toy.texts(BATCH, PROMPT + new, longest_padding=seed, seed=seed))
+    assert len(COMPILED) == before
+
+
+def test_sampling_again_compiles_nothing(used):
+    """Counted by jax itself, the choice of tokens included: for a changed text, mask, seed and number of tokens."""
+    run(used, new=9, sampling=Sampling(True, seed=1))
+    before = len(COMPILED)
+    run(used, new=5, sampling=Sampling(True, seed=1), seed=3, padding=2)
+    run(used, new=5, sampling=Sampling(True, seed=2))
+    assert len(COMPILED) == before
+
+
+@pytest.mark.parametrize(("least", "expected"), [(1, GRAPHLESS), (10**9, OVERLAPPING)])
+def test_a_program_that_sends_much_and_is_first_run_while_decoding_has_no_graphs(monkeypatch, least, expected):
+    made = {}
+    monkeypatch.setattr(runtime, "NO_GRAPHS_FROM", least)
+    monkeypatch.setattr(Decoder, "_program", lambda *_: lambda *_: ([(None, None)], [None], [None]))
+    monkeypatch.setattr(Programs, "start", lambda _, name, trace, options: made.setdefault(name, options))
+    decoder = toy.named_decoder("activations", batch=BATCH, prompt=PROMPT, new=7, tail=TAIL)
+    decoder.step(filled_cache(decoder.plan), toy.put(np.zeros(BATCH, np.int32)))
+    assert {name: options for name, options in made.items() if name[0] == "step"} == {
+        ("step", 1): expected,
+        ("step", 2): expected,
+    }
+
+
+@pytest.mark.parametrize(("order", "expected"), [("row", OVERLAPPING), ("column", GRAPHLESS)])
+def test_a_program_of_one_group_sends_what_is_its_own(monkeypatch, order, expected):
+    plan = kvrecomp.named_plan("activations", toy.model().shape, Workload(BATCH, PROMPT, 7), tail=TAIL)
+    plan = dataclasses.replace(plan, groups=3, order=order)
+    monkeypatch.setattr(runtime, "NO_GRAPHS_FROM", plan.link_bytes(1))
+    assert kvrecomp.Decoder(toy.model(), plan)._options("step", 1) == expected
+
+
+def test_the_next_program_is_there_before_it_is_needed():
+    decoder = toy.named_decoder("activations", batch=BATCH, prompt=PROMPT, new=7, tail=TAIL)
+    given = toy.texts(BATCH, PROMPT + 7)
+    assert not decoder.compiled
+    cache, _ = decoder.prefill(given.ids[:, :PROMPT])
+    assert set(decoder.compiled) == {("prefill",), ("step", 0)}
+    write_out = ("write-out", ("host", "host"))
+    for _ in range(2):
+        # One step into a tail, with two to go until it is full.
+        cache, _ = decoder.step(cache, toy.put(given.ids[:, -1]))
+        wait_for(("step", 2), decoder)  # the last; both are begun after the first step
+        wait_for(write_out, decoder)
+        before = len(COMPILED)
+        for _ in range(TAIL - 1):
+            cache, _ = decoder.step(cache, toy.put(given.ids[:, -1]))
+        assert len(COMPILED) == before and cache.in_tail == TAIL
+    before = len(COMPILED)
+    cache, logits = decoder.step(cache, toy.put(given.ids[:, -1]))  # writes out, and steps with the new layout
+    jax.block_until_ready(logits)
+    assert len(COMPILED) == before
+    assert set(decoder.compiled) == {("prefill",), ("step", 0), ("step", 1), ("step", 2), write_out}
+
+
+def test_no_program_beyond_the_plan():
+    """A tail that lasts to the end is never written out, so nothing is compiled for it."""
+    decoder = toy.named_decoder("keys_values", batch=BATCH, prompt=PROMPT, new=3, tail=3)
+    steps(decoder, toy.texts(BATCH, PROMPT + 3))
+    time.sleep(0.3)  # for a program that should not be there to appear
+    assert set(decoder.compiled) == {("prefill",), ("step", 0)}
+
+
+def test_a_write_out_program_for_each_set_of_memories():
+    shape = toy.model().shape
+    prompt = kvrecomp.named_plan("activations", shape, Workload(BATCH, PROMPT, 5)).layers[0].prompt
+    layers = LayerPlan(prompt, grown=("device", "host")), LayerPlan(prompt, tail_form="keys_values", grown=("host",))
+    decoder = kvrecomp.Decoder(toy.model(), Plan("two", shape, Workload(BATCH, PROMPT, 5), layers, tail=1))
+    steps(decoder, toy.texts(BATCH, PROMPT + 5))
+    names = [name for name in decoder.compiled if name[0] == "write-out"]
+    assert sorted(names) == [("write-out", ("device", "host")), ("write-out", ("host", "host"))]
+    assert len(decoder.compiled) == 1 + 5 + 2
+
+
+# --- the table of programs --------------------------------------------------------------------------------------------
+
+
+class Traced:
+    """Counts compilations, which take until they are let go; traced and lowered at once. No options are given."""
+
+    def __init__(self):
+        self.count = 0
+        self.go = threading.Event()
+
+    def lower(self):
+        return self
+
+    def compile(self, compiler_options):
+        assert compiler_options == {}
+        assert self.go.wait(30)
+        self.count += 1
+        return jax.jit(lambda x: x + x).lower(jax.ShapeDtypeStruct((), np.float32)).compile()
+
+
+def test_whoever_asks_gets_the_one_program():
+    programs, traced = Programs(), Traced()
+    programs.start("sum", lambda: traced)
+    programs.start("sum", lambda: traced)
+    assert not programs.compiled
+    got = []
+    threads = [threading.Thread(target=lambda: got.append(programs.get("sum", lambda: traced))) for _ in range(5)]
+    for thread in threads:
+        thread.start()
+    traced.go.set()
+    for thread in threads:
+        thread.join()
+    assert len(got) == 5 and len(set(map(id, got))) == 1 and traced.count == 1
+    assert set(programs.compiled) == {"sum"} and got[0](toy.put(np.float32(3))) == toy.put(np.float32(6))
+
+
+def test_whoever_asks_compiles_side_by_side(monkeypatch):
+    """Neither is traced before the other has begun to be; one in the background has a thread of its own."""
+    monkeypatch.setattr(programs_module.os, "cpu_count", lambda: 2)
+    together, programs = threading.Barrier(3, timeout=30), Programs()
+
+    def trace(name):
+        together.wait()
+        return jax.jit(lambda x: x + len(name)).trace(jax.ShapeDtypeStruct((), np.float32))
+
+    programs.start("four", lambda: trace("four"))
+    names = ["a", "two"]
+    made = side_by_side(lambda name: programs.get(name, lambda: trace(name)), names)
+    made.append(programs.get("four", lambda: trace("four")))
+    assert [float(toy.get(program(toy.put(np.float32(1))))) for program in made] == [2, 4, 5]
+
+
+def test_what_waits_in_the_background_is_compiled_by_whoever_needs_it():
+    """Behind what has the only thread there; so it does not matter to them that it is given up."""
+    programs, traced, needed = Programs(), Traced(), Traced()
+    begun = []
+    programs.start("first", lambda: begun.append("first") or traced)
+    programs.start("second", lambda: needed)
+    needed.go.set()
+    program = programs.get("second", lambda: needed)
+    programs.cancel()
+    assert set(programs.compiled) == {"second"} and programs.get("second", lambda: needed) is program
+    traced.go.set()
+    programs.get("first", lambda: begun.append("again") or traced)
+    assert (traced.count, needed.count) == (1, 1) and begun == ["first"]
+
+
+def test_what_failed_is_tried_again():
+    """Memory may be free by then, and what was interrupted may be wanted."""
+    programs, errors = Programs(), [RuntimeError("no memory"), KeyboardInterrupt(), RuntimeError("no memory")]
+
+    def trace():
+        if errors:
+            raise errors.pop()
+        return jax.jit(lambda x: x + x).trace(jax.ShapeDtypeStruct((), np.float32))
+
+    programs.start("sum", trace)
+    for error in (RuntimeError, KeyboardInterrupt, RuntimeError):
+        with pytest.raises(error):
+            programs.get("sum", trace)
+    assert programs.get("sum", trace) is programs.get("sum", trace) and not errors
+
+
+def test_programs_are_of_the_precision_that_was_asked_for():
+    """Where the decoder is made; they are traced in other threads."""
+    with jax.default_matmul_precision("highest"):
+        precise = toy.named_decoder("activations", batch=BATCH, prompt=PROMPT, new=3)
+    plain = toy.named_decoder("activations", batch=BATCH, prompt=PROMPT, new=3)
+    for name in (("prefill",), ("step", 0)):
+        (said,) = side_by_side(lambda name: str(precise._trace(*name).jaxpr), [name])
+        assert "HIGHEST" in said and "HIGHEST" not in str(plain._trace(*name).jaxpr)
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_failure_reaches_who_needs_the_program(begun):
+    def fails():
+        raise RuntimeError("no such layout")
+
+    programs = Programs()
+    if begun:
+        programs.start("broken", fails)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="no such layout"):
+            programs.get("broken", fails)
+    assert not programs.compiled
+
+
+def test_plans_that_differ_in_words_only_are_equal_programs():
+    """A plan's name and reason are not in a program: its text is the same."""
+    plan = kvrecomp.named_plan("activations", toy.model().shape, Workload(BATCH, PROMPT, 3))
+    renamed = dataclasses.replace(plan, name="renamed", reason="because")
+    one, other = (kvrecomp.Decoder(toy.model(), each)._trace("step", 0).lower().as_text() for each in (plan, renamed))
+    assert one == other
+
+
+def test_the_scopes_of_layers_are_not_in_the_program(monkeypatch):
+    """They are metadata, which its text without debug information does not have."""
+
+    def lowered():
+        return toy.named_decoder("split:0.5", batch=BATCH, prompt=PROMPT, new=3)._trace("step", 0).lower()
+
+    with_scopes = lowered()
+    assert "layer_1/" in with_scopes.as_text(debug_info=True)
+    monkeypatch.setattr(jax, "named_scope", lambda name: contextlib.nullcontext())
+    without = lowered()
+    assert "layer_1/" not in without.as_text(debug_info=True)
+    assert with_scopes.as_text() == without.as_text()

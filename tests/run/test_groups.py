@@ -1,0 +1,178 @@
+"""Several groups of rows, in both orders: the same logits, and weights copied once for all groups in column order."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import pytest
+import toy
+
+import kvrecomp
+import models
+from kvrecomp.plan import PlanError
+from kvrecomp.plan.footprint import prefill_bytes
+from kvrecomp.predict.cost import plan_costs
+from kvrecomp.run.prompt import PromptError
+
+OPT = models.OPTConfig("opt", layers=2, hidden=28, heads=7, intermediate=44, vocab=97, positions=61)
+WORK = kvrecomp.Workload(batch=2, prompt=11, new=6)
+GROUPS = 3
+MATRICES = 4 * (4 * 28 * 28 + 2 * 28 * 44)  # bytes of a layer's
+
+
+def planned(name, order, fraction=1.0):
+    shape = dataclasses.replace(OPT.shape, dtype="float32")
+    plan = kvrecomp.named_plan(name, shape, WORK, tail=2, window=2**20)
+    return dataclasses.replace(kvrecomp.with_host_weights(plan, fraction), groups=GROUPS, order=order)
+
+
+def prompts():
+    """Of six rows, left-padded by as many tokens as the row's number."""
+    ids = np.random.default_rng(7).integers(3, 97, (6, WORK.prompt))
+    return ids, np.arange(WORK.prompt) >= np.arange(6)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("name", "order", "fraction"),
+    [
+        ("activations", "column", 1.0),
+        ("split:0.4", "column", 0.5),
+        ("kvpr:0.4", "column", 1.0),
+        ("keys_values", "column", 0.0),
+        ("activations", "row", 1.0),
+    ],
+)
+def test_logits_are_those_of_the_forward_pass(name, order, fraction):
+    """At every step of a run that writes the tails out twice."""
+    plan = planned(name, order, fraction)
+    model = models.create(OPT, dtype="float32", sharding=kvrecomp.placement(plan))
+    ids, mask = prompts()
+    result = kvrecomp.generate(model, ids, mask, max_new_tokens=WORK.new, plan=plan, output_logits=True)
+    whole_mask = np.concatenate([mask, np.ones((6, WORK.new), bool)], axis=1)
+    whole = models.create(OPT, dtype="float32")(toy.put(result.sequences), toy.put(whole_mask))
+    expected = np.moveaxis(toy.get(whole)[:, WORK.prompt - 1 : -1], 1, 0)
+    np.testing.assert_allclose(result.logits, expected, atol=1e-4)
+    hosted = sum(layer.weights == "host" for layer in plan.layers) * MATRICES
+    weights = hosted * (1 if order == "column" else GROUPS)
+    one = dataclasses.replace(plan, groups=1)
+    assert result.link_bytes == [GROUPS * one.bytes_in("host", step // 2) + weights for step in range(WORK.new - 1)]
+
+
+@pytest.mark.parametrize(("order", "rows"), [("column", GROUPS * WORK.batch), ("row", WORK.batch)])
+def test_weights_are_multiplied_with_once_in_column_order(order, rows):
+    """The feed-forward's first matrix, 28 by 44: once a layer, with the rows of all groups or of one."""
+    plan = planned("activations", order, 0.0)
+    decoder = kvrecomp.Decoder(models.create(OPT, dtype="float32"), plan)
+    jaxpr = decoder._trace_step(0).jaxpr
+    products = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
+    made = [own.outvars[0].aval.shape for own in products if own.invars[1].aval.shape == (28, 44)]
+    assert made == [(rows, 44)] * OPT.layers
+
+
+def test_rows_are_sampled_as_they_are_in_one_group():
+    ids, mask = prompts()
+    model = models.create(OPT, dtype="float32")
+    sampled = {"do_sample": True, "seed": 11, "max_new_tokens": WORK.new}
+    apart = kvrecomp.generate(model, ids, mask, plan=planned("activations", "column", 0.0), **sampled)
+    one = kvrecomp.generate(model, ids, mask, plan="activations", **sampled)
+    np.testing.assert_array_equal(apart.sequences, one.sequences)
+
+
+def test_memory_is_counted_for_every_group():
+    plan = planned("device:0.4", "column")
+    one = dataclasses.replace(plan, groups=1)
+    needed, of_one = kvrecomp.memory_needed(plan), kvrecomp.memory_needed(one)
+    assert needed["device"]["blocks"] == 3 * of_one["device"]["blocks"] > 0
+    assert needed["device"]["tail"] == 3 * of_one["device"]["tail"] > 0
+    assert needed["host"]["blocks"] == 3 * of_one["host"]["blocks"] > 0
+    assert needed["host"]["weights"] == of_one["host"]["weights"] == 2 * MATRICES
+    assert "3 groups in column order" in str(plan)
+
+
+@pytest.mark.parametrize(("order", "together"), [("row", 1), ("column", 29)])
+def test_layer_by_layer_the_blocks_of_all_groups_that_go_together_are_in_flight(order, together):
+    """And the layer's weights: KVPR's schedule does not wait for what was copied to be used."""
+    shape, work = dataclasses.replace(OPT.shape, dtype="float32", positions=1200), kvrecomp.Workload(199, 1009, 6)
+    plan = kvrecomp.with_host_weights(kvrecomp.named_plan("kvpr:0.4", shape, work, tail=2, window=2**28), 1.0)
+    needed = kvrecomp.memory_needed(dataclasses.replace(plan, groups=29, order=order), write_outs=0)
+    sent = 4 * 199 * (404 * 28 + 605 * 56)  # bytes of a layer and group: activations, then keys and values
+    prefill = prefill_bytes(shape, work) + 2 * MATRICES
+    assert sent < prefill < 29 * sent
+    assert needed["device"]["prefill or step"] == max(prefill, together * sent + MATRICES)
+
+
+def test_in_row_order_a_step_takes_as_often_as_there_are_groups(known_machine):
+    plan = planned("activations", "row")
+    (three,), (one,) = (plan_costs(known_machine, [own]).seconds for own in (plan, dataclasses.replace(plan, groups=1)))
+    assert three == pytest.approx(3 * one)
+
+
+def test_in_column_order_weights_are_copied_once(known_machine):
+    """Where the link is all that counts, three groups take the time of their blocks and of the weights."""
+    slow = dataclasses.replace(known_machine, beside_compute=1e4, handoff_seconds=0.0)
+    (cost,) = plan_costs(slow, [planned("activations", "column")], write_outs=0).seconds
+    blocks = GROUPS * WORK.prompt * WORK.batch * 28 * 4 * OPT.layers
+    assert cost == pytest.approx((blocks + 2 * MATRICES) / 1e4, rel=0.01)
+
+
+def test_wrong_groups_are_said(known_machine):
+    plan = planned("activations", "column", 0.0)
+    model = models.create(OPT, dtype="float32")
+    ids, mask = prompts()
+    with pytest.raises(PromptError, match=r"is \[5, \d+\]; plan activations is for 6 rows in 3 groups of"):
+        kvrecomp.generate(model, ids[:5], mask[:5], max_new_tokens=2, plan=plan)
+    with pytest.raises(PlanError, match="has 3 groups; got 1 caches and tokens of 1"):
+        kvrecomp.Decoder(model, plan).step(None, np.zeros(2, np.int32))
+    with pytest.raises(PlanError, match="groups is 0"):
+        dataclasses.replace(plan, groups=0)
+    for name in ("activations", "auto"):
+        with pytest.raises(PlanError, match="groups is 0"):
+            kvrecomp.plan_for(name, plan.shape, WORK, groups=0)
+        with pytest.raises(PlanError, match="window is 0"):
+            kvrecomp.plan_for(name, plan.shape, WORK, window=0)
+    with pytest.raises(PlanError, match="'diagonal' is not one of row, column"):
+        dataclasses.replace(plan, order="diagonal")
+
+
+@pytest.mark.parametrize("order", ["row", "column"])
+def test_groups_that_cannot_take_a_step_together_are_left_as_they_were(order):
+    """One has no tokens of its own, or is a step ahead: nobody's cache is used up, and decoding goes on."""
+    decoder = kvrecomp.Decoder(models.create(OPT, dtype="float32"), planned("activations", order, 0.0))
+    ids, mask = prompts()
+    size = WORK.batch
+    caches = [decoder.prefill(ids[at : at + size], mask[at : at + size])[0] for at in range(0, len(ids), size)]
+    tokens = [jax.device_put(np.full(size, number, np.int32)) for number in range(GROUPS)]
+    with pytest.raises(PromptError, match=rf"token_ids is int32\[{size + 1}\]"):
+        decoder.step_groups(caches, [*tokens[:-1], np.zeros(size + 1, np.int32)])
+    after, logits = decoder.step_groups(caches, tokens)
+    again = [decoder.prefill(ids[at : at + size], mask[at : at + size])[0] for at in range(0, len(ids), size)]
+    with pytest.raises(PromptError, match=r"caches have \[1, 0, 0\] new tokens: give step_groups those of the same"):
+        decoder.step_groups([after[0], *again[1:]], tokens)
+    _, expected = decoder.step_groups(again, tokens)
+    for one, other in zip(logits, expected, strict=True):
+        np.testing.assert_array_equal(one, other)
+    assert len(decoder.step_groups(after, tokens)[0]) == GROUPS
+
+
+def test_auto_goes_by_where_the_weights_are(known_machine):
+    """There is room for one and a half of five layers beside what must be there: four are loaded into host memory."""
+    config = dataclasses.replace(OPT, layers=5, hidden=140, intermediate=220)  # a prefill takes less than a layer
+    matrices = 4 * (4 * 140 * 140 + 2 * 140 * 220)
+    shape, work = dataclasses.replace(config.shape, dtype="float32"), kvrecomp.Workload(6, 11, 6)
+    least = kvrecomp.named_plan("activations", shape, work, window=2**20)
+    least = kvrecomp.memory_needed(kvrecomp.with_host_weights(least, 1.0))["device"]
+    budget = kvrecomp.Budget(sum(least.values()) + 3 * matrices // 2, 2**30)
+    plan = kvrecomp.plan_for("auto", shape, work, budget=budget, groups=None)
+    assert [layer.weights for layer in plan.layers] == ["device", "host", "host", "host", "host"]
+    model = models.create(config, dtype="float32", sharding=kvrecomp.placement(plan))
+    assert kvrecomp.weight_memories(model) == tuple(layer.weights for layer in plan.layers)
+
+    ids, mask = prompts()
+    result = kvrecomp.generate(model, ids, mask, max_new_tokens=6, budget=budget, output_logits=True)
+    plan = result.plan  # which may be in groups
+    assert [layer.weights for layer in plan.layers] == ["device", "host", "host", "host", "host"]
+    assert plan.rows == 6 and result.link_bytes[0] == 4 * matrices + plan.bytes_in("host")
+    whole_mask = np.concatenate([mask, np.ones((6, 6), bool)], axis=1)
+    whole = models.create(config, dtype="float32")(toy.put(result.sequences), toy.put(whole_mask))
+    expected = np.moveaxis(toy.get(whole)[:, work.prompt - 1 : -1], 1, 0)
+    np.testing.assert_allclose(result.logits, expected, atol=1e-4)

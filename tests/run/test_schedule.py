@@ -1,0 +1,358 @@
+"""The schedule that XLA makes for an NVIDIA GPU, checked on a machine that has none.
+
+jax's CUDA plugin compiles for a described GPU (extra `schedule`). The tests read the compiled step: every host block
+is copied whole and asynchronously, with compute under the copy, and memory stays within the window. Private parts of
+jax are used here only, to compile for a device that is not there.
+"""
+
+import dataclasses
+import itertools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+
+import kvrecomp
+import models
+from experiments.support.traces import xplane
+from kvrecomp.measure import machine as profile_machine
+from kvrecomp.plan import BlockSpec, LayerPlan, Plan
+from kvrecomp.plan.footprint import in_flight, prefill_bytes, recomputed_bytes
+from kvrecomp.plan.holds import COPIES_AHEAD
+from kvrecomp.plan.named import named_plan
+from kvrecomp.run import decoder as runtime
+from kvrecomp.run.window import OVERLAPPING
+from models import LlamaConfig, OPTConfig
+
+pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax's CUDA 13 plugin: pip install '.[schedule]'")
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
+  clock_rate_ghz: 1.98 device_memory_size: 150754820096 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+device_description_str: "NVIDIA H200"
+"""
+A100 = H200.replace("major: 9 } regi", "major: 8 } regi").replace("H200", "A100")  # as far as XLA's scheduler knows it
+MIB = 2**20
+CONFIG = OPTConfig("guard", layers=4, hidden=1024, heads=8, intermediate=1024, vocab=512, positions=2048)
+BLOCK = 16 * MIB  # 1024 tokens of 8 rows in bfloat16
+LLAMA = LlamaConfig("grouped", layers=6, hidden=1024, heads=8, kv_heads=2, intermediate=2816, vocab=512, positions=8192)
+WORK = kvrecomp.Workload(batch=8, prompt=1024, new=512)
+COMPUTE = {"fusion", "custom-call", "dot", "while"}
+
+
+def compile_step(
+    name: str, window: int, write_outs: int = 0, config: OPTConfig = CONFIG, work: kvrecomp.Workload = WORK
+) -> tuple[str, int]:
+    """The program of a step compiled for an H200, as text, and its temporary device memory in bytes."""
+    model = config.build(dtype="bfloat16", rngs=None)
+    plan = named_plan(name, model.shape, work, window=window, tail=64)
+    return compile_plan(runtime.Decoder(model, plan), write_outs)
+
+
+def compile_plan(decoder: runtime.Decoder, write_outs: int = 0, target: str = H200) -> tuple[str, int]:
+    """The same of a decoder, for that GPU."""
+    options = decoder._options("step", write_outs)
+    return compile_traced(decoder._trace_step(write_outs), options, target)
+
+
+def compile_traced(traced: Any, options: Mapping[str, Any] = OVERLAPPING, target: str = H200) -> tuple[str, int]:
+    """The same of what `jax.jit(...).trace(...)` gives, compiled with these options of XLA's."""
+    from jax._src import compiler
+    from jax._src.lib import _jax
+    from jax.experimental import topologies
+
+    device = topologies.get_topology_desc("gpu", platform="cuda", target_config=target, topology="1x1x1").devices[0]
+    given = {"device_assignment": np.zeros((1, 1), int), "env_options_overrides": dict(options)}
+    module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    program = device.client.compile(module, _jax.DeviceList((device,)), compiler.get_compile_options(1, 1, **given))
+    return program.hlo_modules()[0].to_string(), program.get_compiled_memory_stats().temp_size_in_bytes
+
+
+INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*?) ([a-z\-]+)\((.*?)\)")  # name, shape, kind, operands
+
+
+def instructions(text: str) -> list[str]:
+    """The lines of the program's entry, in the order that they are executed in."""
+    return text[text.index("\nENTRY") :].splitlines()[1:]
+
+
+def check_copies(text: str) -> tuple[dict[str, tuple[int, int]], list[int]]:
+    """Asserts that host arrays are copied whole and once; returns where each one's copy starts and ends, in this order,
+    and where something is computed."""
+    origin: dict[str, tuple] = {}  # instruction -> the host array it stands for, tuples as tuples of those
+    started, ended, compute, host = {}, {}, [], set()
+    for number, line in enumerate(instructions(text)):
+        match = INSTRUCTION.match(line)
+        if match is None:
+            continue
+        name, shape, kind, arguments = match.groups()
+        operands = re.findall(r"%([\w.\-]+)", arguments)
+        sources = [origin.get(operand) for operand in operands]
+        if kind == "parameter" and "S(5)" in shape:
+            origin[name] = ("array", name, shape.split("{")[0])
+            host.add(name)
+        elif kind in ("tuple", "opt-barrier") and any(sources):
+            origin[name] = sources[0] if kind == "opt-barrier" else ("tuple", sources)
+        elif kind == "get-tuple-element" and sources[0] is not None and sources[0][0] == "tuple":
+            element = sources[0][1][int(re.search(r"index=(\d+)", line).group(1))]
+            if element is not None:
+                origin[name] = element
+        elif kind == "copy-start" and sources[0] is not None:
+            _, array, whole = sources[0]
+            assert array not in started, f"{array} is copied twice"
+            assert shape.count(whole) == 2, f"{array} is not copied whole: {shape}"
+            started[array] = number
+            origin[name] = ("started", array, whole)
+        elif kind == "copy-done" and sources[0] is not None:
+            ended[sources[0][1]] = number
+        else:
+            assert not any(sources), f"host memory is read by {kind}: {line.strip()[:120]}"
+            if kind in COMPUTE:
+                compute.append(number)
+    assert host == set(started) == set(ended), "a host array is not copied"
+    return {array: (started[array], ended[array]) for array in sorted(started, key=started.get)}, compute
+
+
+def check_schedule(text: str) -> int:
+    """Asserts that, and that something is computed under every copy but the first; returns how many there are."""
+    copies, compute = check_copies(text)
+    for array, (start, end) in list(copies.items())[COPIES_AHEAD:]:
+        assert any(start < at < end for at in compute), f"nothing is computed under {array}'s copy"
+    return len(copies)
+
+
+def computed_without_a_copy(text: str) -> list[int]:
+    """What is computed while no copy is under way and some are yet to come."""
+    copies, compute = check_copies(text)
+    last = max(start for start, _ in copies.values())
+    return [at for at in compute if at < last and not any(start < at < end for start, end in copies.values())]
+
+
+@pytest.mark.parametrize(
+    ("name", "window", "write_outs", "arrays"),
+    [
+        ("activations", 4 * BLOCK, 0, 4),
+        ("activations", 2 * BLOCK, 0, 8),  # two blocks a layer
+        ("activations", 4 * BLOCK, 3, 16),
+        ("keys_values", 4 * BLOCK, 0, 8),
+        ("split:0.5", 4 * BLOCK, 0, 8),
+        ("device:0.5", 4 * BLOCK, 0, 4),
+    ],
+)
+def test_copies_are_whole_bounded_and_under_compute(name, window, write_outs, arrays):
+    """Temporary memory: two blocks on their way and one in use, and 24 MiB for scores and the like."""
+    text, temporary = compile_step(name, window, write_outs)
+    assert check_schedule(text) == arrays
+    assert temporary <= min(window, 3 * BLOCK) + 24 * MIB
+
+
+@pytest.mark.parametrize(("write_outs", "arrays"), [(0, 1), (2, 3), (3, 3), (5, 3)])
+def test_blocks_out_of_sight_are_not_copied(write_outs, arrays):
+    """A token sees 193: of the prompt 192 are cached, and three tails of 64 take their place."""
+    config = dataclasses.replace(LLAMA, layers=4, sliding_window=193)
+    text, _ = compile_step("keys_values", 4 * BLOCK, write_outs, config)
+    assert len(check_copies(text)[0]) == 4 * arrays
+
+
+def test_kvpr_sends_activations_and_recomputes_from_them_under_the_copy_of_keys_and_values():
+    """One copy at a time, and the link rests between two layers."""
+    copies, compute = check_copies(compile_step("kvpr:0.75", 8 * BLOCK)[0])
+    times = list(copies.values())
+    assert len(times) == 2 * CONFIG.layers
+    assert all(end < start for (_, end), (start, _) in itertools.pairwise(times))
+    for (_, arrived), (start, end) in zip(times[::2], times[1::2], strict=True):
+        assert not any(arrived < at < start for at in compute)
+        assert any(start < at < end for at in compute)
+    for (_, end), (start, _) in zip(times[1::2], times[2::2]):
+        assert any(end < at < start for at in compute)
+
+
+def test_weights_are_copied_once_for_all_groups_and_under_compute():
+    """Each layer's six matrices, and a block of each of two groups."""
+    config = dataclasses.replace(CONFIG, layers=3)
+    plan = named_plan("activations", config.shape, WORK, window=4 * BLOCK, tail=64)
+    plan = dataclasses.replace(kvrecomp.with_host_weights(plan, 1.0), groups=2, order="column")
+    model = models.create(config, sharding=kvrecomp.placement(plan))
+    text, temporary = compile_plan(runtime.Decoder(model, plan))
+    assert len(check_copies(text)[0]) == 3 * (6 + 2)
+    assert not computed_without_a_copy(text)
+    assert temporary <= plan.whole_window + 24 * MIB
+
+
+@pytest.mark.parametrize(("groups", "order"), [(1, "row"), (3, "column")])
+def test_weights_in_host_memory_are_on_the_device_a_few_at_a_time(groups, order):
+    """As many as are said to be in flight, where nothing but weights is copied."""
+    config = dataclasses.replace(CONFIG, layers=8, intermediate=4096)
+    plan = named_plan("device", config.shape, WORK, window=32 * MIB, tail=64)
+    plan = dataclasses.replace(kvrecomp.with_host_weights(plan, 1.0), groups=groups, order=order)
+    model = models.create(config, sharding=kvrecomp.placement(plan))
+    text, temporary = compile_plan(runtime.Decoder(model, plan))
+    assert len(check_copies(text)[0]) == 8 * 6
+    assert temporary <= in_flight(plan, 0) + 24 * MIB < plan.host_weight_bytes / 2
+
+
+def test_a_trace_can_tell_the_layer_of_every_kernel_and_copy():
+    """By the text of the program, which is all that says it: names in a trace are those of instructions."""
+    config = dataclasses.replace(CONFIG, layers=3)
+    text, _ = compile_step("activations", 2 * BLOCK, config=config)  # two blocks a layer
+    layers = xplane.layers_of(text)
+    found = [match for match in map(INSTRUCTION.match, instructions(text)) if match]
+    assert [layers[match[1]] for match in found if match[3] == "copy-start"] == [0, 0, 1, 1, 2, 2]
+    computed = [layers[match[1]] for match in found if match[3] in COMPUTE]
+    inside = [layer for layer in computed if layer != xplane.OUTSIDE]
+    assert inside == sorted(inside) and set(inside) == {0, 1, 2}
+    assert len(computed) - len(inside) <= 8  # embedding, positions, unembedding
+
+
+def test_without_holds_the_check_fails(monkeypatch):
+    monkeypatch.setattr(jax.lax, "optimization_barrier", lambda operands: operands)
+    text, temporary = compile_step("activations", 4 * BLOCK, config=dataclasses.replace(CONFIG, layers=8))
+    assert temporary > 4 * BLOCK
+    with pytest.raises(AssertionError, match="nothing is computed under"):
+        check_schedule(text)
+
+
+def test_a_sliced_block_fails_the_check(monkeypatch):
+    put = jax.device_put
+
+    def in_halves(array, where):
+        if where != jax.memory.Space.Device or getattr(array, "ndim", 0) != 3:
+            return put(array, where)
+        half = array.shape[0] // 2
+        return jax.numpy.concatenate([put(array[:half], where), put(array[half:], where)])
+
+    monkeypatch.setattr(jax, "device_put", in_halves)
+    with pytest.raises(AssertionError, match=r"host memory is read by|not copied whole"):
+        check_schedule(compile_step("activations", 4 * BLOCK)[0])
+
+
+@pytest.mark.parametrize(
+    ("hidden", "heads", "batch", "prompt"), [(4096, 32, 64, 512), (5120, 40, 32, 1024), (7168, 56, 16, 1024)]
+)
+def test_the_link_has_a_copy_to_carry_while_anything_is_computed(hidden, heads, batch, prompt):
+    """At OPT's real shapes: XLA decides by its estimate of a layer's time how late it lets a copy start."""
+    config = OPTConfig("wide", layers=3, hidden=hidden, heads=heads, intermediate=4 * hidden, vocab=512)
+    text, _ = compile_step("activations", 1024 * MIB, config=config, work=kvrecomp.Workload(batch, prompt, 24))
+    assert not computed_without_a_copy(text)
+
+
+@pytest.mark.parametrize(("name", "arrays"), [("activations", 4), ("kvpr:0.75", 8), ("device:0.5", 4)])
+def test_older_gpus_compute_under_copies_too(name, arrays, monkeypatch):
+    """XLA by itself lets nothing run between a copy's start and its end on an A100."""
+    model = CONFIG.build(dtype="bfloat16", rngs=None)
+    decoder = runtime.Decoder(model, named_plan(name, model.shape, WORK, window=4 * BLOCK, tail=64))
+    assert check_schedule(compile_plan(decoder, target=A100)[0]) == arrays
+    monkeypatch.setattr(decoder, "_options", lambda *program: {})
+    with pytest.raises(AssertionError, match="nothing is computed under"):
+        check_schedule(compile_plan(decoder, target=A100)[0])
+
+
+@pytest.mark.parametrize(("config", "form"), [(LLAMA, "keys_values"), (CONFIG, "activations")])
+def test_what_is_on_the_device_is_not_copied(config, form):
+    """Scores of a block and of the tail are products of one query; as one product they would need one operand."""
+    config = dataclasses.replace(config, layers=2)
+    layer = LayerPlan((BlockSpec(form, "device", WORK.prompt),), form, ("device",))
+    plan = dataclasses.replace(named_plan("device", config.shape, WORK, tail=64), layers=(layer,) * 2)
+    _, temporary = compile_plan(runtime.Decoder(config.build(dtype="bfloat16", rngs=None), plan))
+    arrays = 2 if form == "keys_values" else 1
+    assert temporary < WORK.batch * WORK.prompt * config.shape.layers[0].width(form) * 2 / arrays / 4
+
+
+def products(text: str, einsum: str) -> list[str]:
+    """The lines of the entry that compute this einsum."""
+    return [line for line in instructions(text) if f"{einsum}/dot_general" in line and "fusion(" in line]
+
+
+def test_the_rows_of_an_absorbed_query_are_not_scattered():
+    """Attention reads a row at a time; XLA would leave the batch innermost."""
+    rows = f"bf16[{WORK.batch},{CONFIG.heads},{CONFIG.hidden}]{{2,1,0}} fusion("
+    found = products(compile_step("activations", 4 * BLOCK)[0], "bkgd,hkd->bkgh")
+    assert len(found) == CONFIG.layers
+    assert all(rows in line for line in found)
+
+
+@pytest.mark.parametrize(
+    ("name", "einsum"),
+    [("activations", "bkgh,hkd->bkgd"), ("keys_values", "bkgs,sbkd->bkgd"), ("device", "bkgs,sbkd->bkgd")],
+)
+def test_a_single_row_is_multiplied_as_a_matrix(name, einsum):
+    """Not summed over the first axis of the other operand, which a GPU reads slowly so."""
+    config = dataclasses.replace(CONFIG, layers=2)
+    text, _ = compile_step(name, 4 * BLOCK, config=config, work=kvrecomp.Workload(1, 1024, 512))
+    found = products(text, einsum)
+    assert len(found) >= config.layers
+    assert all("__triton" in line for line in found)
+
+
+def kernels(text: str) -> set[str]:
+    """The computations that become kernels, values in them named by their order."""
+    computations = [each for each in text.split("\n\n") if re.match(r"\s*%(fused|gemm_fusion|wrapped)", each)]
+    return {_renamed(re.sub(r", (metadata|backend_config)=.*", "", each)) for each in computations}
+
+
+def _renamed(computation: str) -> str:
+    names: dict[str, str] = {}
+    value = r"%[\w.\-]+|\bparam(eter)?_[\d.]+"
+    return re.sub(value, lambda match: names.setdefault(match[0], f"%{len(names)}"), computation)
+
+
+def test_a_program_for_one_more_block_has_no_new_kernels():
+    """XLA times kernels that it has not seen, and while it does the tokens of running steps come late."""
+    config = dataclasses.replace(CONFIG, layers=2)
+    first, second, third = (
+        kernels(compile_step("activations", 4 * BLOCK, write_outs, config)[0]) for write_outs in (0, 1, 2)
+    )
+    assert second - first, "a block of another length has new ones"
+    assert len(third) > 20
+    assert not third - second
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "batch", "prompt"),
+    [
+        (LLAMA, "keys_values", 8, 4096),  # the feed-forward takes most
+        (dataclasses.replace(CONFIG, layers=6, positions=4096), "activations", 2, 2048),  # scores take most
+    ],
+)
+def test_a_prefill_has_the_intermediate_results_of_one_layer_on_the_device(config, name, batch, prompt):
+    """Not of six: what is said is enough, and not much more than that."""
+    plan = named_plan(name, config.shape, kvrecomp.Workload(batch, prompt, 16))
+    decoder = runtime.Decoder(config.build(dtype="bfloat16", rngs=None), plan)
+    _, temporary = compile_traced(decoder._trace_prefill())
+    estimate = prefill_bytes(plan.shape, plan.workload)
+    assert 0.75 * estimate < temporary <= estimate
+
+
+@pytest.mark.parametrize(("config", "method"), [(LLAMA, "absorb"), (LLAMA, "recompute"), (CONFIG, "recompute")])
+def test_what_is_recomputed_on_the_device_is_of_one_layer(config, method):
+    """A short prompt, and many tokens written out: what is said is enough."""
+    config = dataclasses.replace(config, layers=3)
+    layer = LayerPlan((BlockSpec("activations", "device", 64),), "activations", ("device",), method)
+    plan = Plan("some", config.shape, kvrecomp.Workload(8, 64, 1400), (layer,) * 3, tail=512)
+    _, temporary = compile_plan(runtime.Decoder(config.build(dtype="bfloat16", rngs=None), plan), 2)
+    estimate = recomputed_bytes(plan, 2)
+    assert 0.4 * estimate < temporary <= estimate
+    assert estimate <= kvrecomp.memory_needed(plan)["device"]["prefill or step"]
+
+
+def test_what_the_profile_copies_is_copied_whole(monkeypatch):
+    """And as often as its seconds are divided by."""
+    traced, trace = [], profile_machine._traced
+    monkeypatch.setattr(profile_machine, "_traced", lambda *given: traced.append(trace(*given)) or traced[-1])
+    profile_machine._copy_timer(MIB, 3, True, 2)
+    profile_machine._to_device_timer(2**24)
+    texts = [compile_traced(own)[0] for own in traced]
+    copies = [re.findall(r" copy-start\((\S+)\)", text) for text in texts]
+    assert [len(own) for own in copies] == [3 * 2, 3 * 8, 2, 4]
+    for text, blocks in zip(texts, (3, 3, 2, 4), strict=True):
+        assert len(re.findall(r"S\(5\)\} parameter\(", text)) == blocks
