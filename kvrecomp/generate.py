@@ -16,8 +16,8 @@ from jax import Array
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kvrecomp.ahead import Ahead
 from kvrecomp.auto import plan_for
+from kvrecomp.background import BackgroundIterator
 from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.run import memory
@@ -144,7 +144,7 @@ class TokenLoop:
         ended = np.zeros(len(prompt), bool)
         if self.streamer is not None:
             self.streamer.put(prompt)
-        dispatched = Ahead(self._dispatch(parts, max_new_tokens, rows), LEAD)
+        dispatched = BackgroundIterator(self._dispatch(parts, max_new_tokens, rows), LEAD)
         try:
             with _progress(max_new_tokens, self.progress) as advance, dispatched as steps:
                 for step in steps:

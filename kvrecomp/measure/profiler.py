@@ -35,7 +35,7 @@ def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False
     known = found or _timed(measure_machine)
     timed: list[LayerTimes] = []
     if model is not None:
-        for layer in model.shape.kinds:
+        for layer in model.shape.distinct_layers:
             if refresh or not _covers(known.times(layer, model.shape.dtype, batch), model.shape.positions):
                 timed.append(_timed(functools.partial(measure_layer, model, layer, batch)))
     if timed and found:

@@ -27,7 +27,7 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
             "blocks": plan.bytes_in("device", write_outs),
             "tail": plan.tail_bytes,
             "prefill or step": max(
-                prefill_bytes(shape, plan.workload) + 2 * max(plan.weight_bytes(*kind) for kind in plan.kinds),
+                prefill_bytes(shape, plan.workload) + 2 * max(plan.weight_bytes(*own) for own in plan.distinct_layers),
                 in_flight(plan, write_outs) + recomputed_bytes(plan, write_outs),
             ),
         },
@@ -43,7 +43,7 @@ def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
     had two hidden states more on an H200, whose kernels XLA chooses by timing them.
     """
     tokens, most = workload.batch * workload.prompt, 0
-    for layer in shape.kinds:
+    for layer in shape.distinct_layers:
         pairs = 3 * layer.width("keys_values")
         attention = 2 * layer.hidden + 2 * layer.heads * layer.head_dim + pairs
         feed_forward = (5 + 2 * layer.gated) * layer.hidden + (1 + layer.gated) * layer.intermediate + pairs
@@ -57,12 +57,12 @@ def in_flight(plan: Plan, write_outs: int) -> int:
     """Most bytes from the host on their way or in use: layer by layer all that one needs, of the groups that go through
     it together; else those copied ahead, a block in use and weights."""
     layerwise = largest = kept = 0
-    for layer, layer_shape in plan.kinds:
+    for layer, layer_shape in plan.distinct_layers:
         blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
         sizes = [plan.bytes_of(layer_shape, block) for block in blocks if block.memory == "host"]
         weights = plan.weight_bytes(layer, layer_shape)
         matrix = max(map(max, layer_shape.matrices)) * plan.shape.itemsize if weights else 0
-        layerwise = max(layerwise, plan.together * sum(sizes) + weights)
+        layerwise = max(layerwise, plan.groups_per_pass * sum(sizes) + weights)
         largest, kept = max(largest, matrix, *sizes), max(kept, weights)  # copies ahead may be of another kind of layer
     pipelined = in_flight_bytes(plan.whole_window, largest, kept)
     most = layerwise if plan.schedule == "layerwise" else pipelined
@@ -76,7 +76,7 @@ def recomputed_bytes(plan: Plan, write_outs: int) -> int:
     Where K is not absorbed, or neither K nor V is: the activations of all blocks as one, and twice K.
     """
     most = 0
-    for layer, layer_shape in plan.kinds:
+    for layer, layer_shape in plan.distinct_layers:
         if layer_shape.absorbs_keys and layer.method == "absorb":
             continue
         blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))

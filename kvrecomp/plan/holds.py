@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 from kvrecomp.plan.layout import Schedule
 
-COPIES_AHEAD = 2  # copies on their way at once, which is as many as XLA keeps; see window.Window
+COPIES_IN_FLIGHT = 2  # copies on their way at once, which is as many as XLA keeps; see window.Window
 
 
 class Copy(NamedTuple):
@@ -24,14 +24,14 @@ def events_before(copies: ArrayLike, counts: ArrayLike, window: float, schedule:
     """For each copy, layer by layer in the order of use, how many events come before it may start: int[copies].
 
     The events are, layer by layer: a copy has arrived; it has been used, unless it is kept; and, after those of all its
-    copies, the layer is done, and what it kept no longer in use. In a pipeline at most COPIES_AHEAD copies are on their
-    way, and at most `window` bytes on their way or in use. Layer by layer one copy is on its way, and a layer's first
-    waits for the layer before.
+    copies, the layer is done, and what it kept no longer in use. In a pipeline at most COPIES_IN_FLIGHT copies are on
+    their way, and at most `window` bytes on their way or in use. Layer by layer one copy is on its way, and a layer's
+    first waits for the layer before.
 
     `copies` are `Copy`s, or an array of them, int[copies, 2], and `counts` says how many each layer has.
     """
     nbytes, kept, layer, arrives, done = _numbered(copies, counts)
-    ahead = COPIES_AHEAD if schedule == "pipelined" else 1
+    ahead = COPIES_IN_FLIGHT if schedule == "pipelined" else 1
     before = np.zeros(len(nbytes), np.int64)
     before[ahead:] = arrives[:-ahead] + 1
     if schedule == "pipelined":
@@ -79,4 +79,4 @@ def _summed(values: np.ndarray, layer: np.ndarray, layers: int) -> np.ndarray:
 def in_flight_bytes(window: int, largest: int, kept: int) -> int:
     """Most bytes on their way or in use at once in a pipeline: of copies of at most `largest` bytes those ahead and one
     in use, and what a layer keeps, `kept`, as far as the window allows."""
-    return min(window, (COPIES_AHEAD + 1) * largest + kept)
+    return min(window, (COPIES_IN_FLIGHT + 1) * largest + kept)

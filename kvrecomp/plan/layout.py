@@ -10,7 +10,7 @@ in either of two memories: `device` or `host` (pinned, behind the link). A `Plan
     Plan -> LayerPlan (one a layer) -> BlockSpec(form, memory, tokens) (consecutive tokens, in order)
 
 A prompt becomes the layer's `prompt` blocks. Generated tokens collect in the `tail`; each time it is full it becomes a
-block, in the memory that the layer's `grown` says.
+block, in the memory that the layer's `write_out_memories` says.
 
 Nothing here imports jax: a plan can be made, printed and compared anywhere.
 """
@@ -176,11 +176,11 @@ class ModelShape:
     def parameters(self) -> int:
         """Weights of the layers, the token table and the head; biases, norms and OPT's positions, 1.3 % of OPT-125M and
         less of larger models, are left out."""
-        layers = sum(count * layer.parameters for layer, count in self.kinds.items())
+        layers = sum(count * layer.parameters for layer, count in self.distinct_layers.items())
         return layers + self.vocab * self.embedding * (1 if self.tied else 2)
 
     @functools.cached_property
-    def kinds(self) -> dict[LayerShape, int]:
+    def distinct_layers(self) -> dict[LayerShape, int]:
         """How many layers there are of each shape, in the order in which they occur."""
         return dict(collections.Counter(self.layers))
 
@@ -240,32 +240,33 @@ class BlockSpec:
 class LayerPlan:
     """How one layer caches: the prompt's blocks in order, the tail's form, and where its written-out blocks go.
 
-    `grown[i]` is the memory of the i-th block written out; the last entry holds for all after it. `method` says how
-    activations are used: `absorb` attends over them directly where the model allows, `recompute` projects K and V.
+    `write_out_memories[i]` is the memory of the i-th block written out; the last entry holds for all after it. `method`
+    says how activations are used: `absorb` attends over them directly where the model allows, `recompute` projects K
+    and V.
     `weights` is the memory of the layer's matrices; those in `host` cross the link once a step.
     """
 
     prompt: tuple[BlockSpec, ...]
     tail_form: Form = "activations"
-    grown: tuple[Memory, ...] = ("host",)
+    write_out_memories: tuple[Memory, ...] = ("host",)
     method: Method = "absorb"
     weights: Memory = "device"
 
     def __post_init__(self):
         _check_choice(self, FORMS, self.tail_form)
         _check_choice(self, METHODS, self.method)
-        _check_choice(self, MEMORIES, self.weights, *self.grown)
-        if not self.grown:
-            raise PlanError("LayerPlan: grown is empty; it must say where written-out blocks go, at least once")
+        _check_choice(self, MEMORIES, self.weights, *self.write_out_memories)
+        if not self.write_out_memories:
+            raise PlanError("LayerPlan: write_out_memories is empty; it must say where written-out blocks go")
 
     def blocks(self, write_outs: int, tail_tokens: int) -> tuple[BlockSpec, ...]:
         """The layer's blocks after that many write-outs of the tail."""
-        grown = {memory: BlockSpec(self.tail_form, memory, tail_tokens) for memory in set(self.grown)}
-        return self.prompt + tuple(grown[self.written_to(number)] for number in range(write_outs))
+        written_out = {memory: BlockSpec(self.tail_form, memory, tail_tokens) for memory in MEMORIES}
+        return self.prompt + tuple(written_out[self.written_to(number)] for number in range(write_outs))
 
     def written_to(self, write_outs: int) -> Memory:
         """Where the tail goes when it is written out the given time, counted from 0."""
-        return self.grown[min(write_outs, len(self.grown) - 1)]
+        return self.write_out_memories[min(write_outs, len(self.write_out_memories) - 1)]
 
 
 @dataclass(frozen=True)
@@ -305,8 +306,8 @@ class Plan:
                 f"a prompt of {self.workload.prompt} and {self.workload.new} new tokens need {total} positions; "
                 f"{self.shape.name} has {self.shape.positions}: shorten one of them"
             )
-        for kind, (layer, layer_shape) in enumerate(self.kinds):
-            number = self.kind_numbers.index(kind)
+        for kind, (layer, layer_shape) in enumerate(self.distinct_layers):
+            number = self.distinct_numbers.index(kind)
             tokens = sum(block.tokens for block in layer.prompt)
             if tokens != (cached := layer_shape.cached(self.workload.prompt)):
                 raise PlanError(f"layer {number}: its blocks hold {tokens} tokens; of the prompt {cached} are cached")
@@ -319,18 +320,18 @@ class Plan:
                     )
 
     @functools.cached_property
-    def kinds(self) -> dict[tuple[LayerPlan, LayerShape], int]:
+    def distinct_layers(self) -> dict[tuple[LayerPlan, LayerShape], int]:
         """How many layers there are of each kind: planned alike and of the same shape."""
-        return {kind: self.kind_numbers.count(number) for number, kind in enumerate(self._numbered[0])}
+        return {kind: self.distinct_numbers.count(number) for number, kind in enumerate(self._numbered[0])}
 
     @property
-    def kind_numbers(self) -> tuple[int, ...]:
-        """For each layer, which of `kinds` it is."""
+    def distinct_numbers(self) -> tuple[int, ...]:
+        """For each layer, which of `distinct_layers` it is."""
         return self._numbered[1]
 
     @functools.cached_property
     def _numbered(self) -> tuple[list[tuple[LayerPlan, LayerShape]], tuple[int, ...]]:
-        """The kinds, in the order in which they occur, and `kind_numbers`.
+        """The kinds, in the order in which they occur, and `distinct_numbers`.
 
         Layers that are the very same objects are told to be alike by that: hashing all of many layers takes long.
         """
@@ -364,7 +365,7 @@ class Plan:
     def bytes_in(self, memory: Memory, write_outs: int = 0, in_sight: bool = False) -> int:
         """Bytes of the blocks of all groups in that memory: of all, or of those that a step attends to."""
         total = 0
-        for (layer, layer_shape), count in self.kinds.items():
+        for (layer, layer_shape), count in self.distinct_layers.items():
             blocks = layer.blocks(write_outs, self.tail)
             own = layer_shape.in_sight(blocks) if in_sight else blocks
             total += count * sum(self.bytes_of(layer_shape, block) for block in own if block.memory == memory)
@@ -377,12 +378,12 @@ class Plan:
     @property
     def host_weight_bytes(self) -> int:
         """Bytes of all weights in host memory."""
-        return sum(count * self.weight_bytes(*kind) for kind, count in self.kinds.items())
+        return sum(count * self.weight_bytes(*kind) for kind, count in self.distinct_layers.items())
 
     @property
     def whole_window(self) -> int:
         """Bytes from the host that may be in flight or in use at once."""
-        return self.window + 2 * max(self.weight_bytes(*kind) for kind in self.kinds)
+        return self.window + 2 * max(self.weight_bytes(*kind) for kind in self.distinct_layers)
 
     @property
     def rows(self) -> int:
@@ -390,21 +391,21 @@ class Plan:
         return self.groups * self.workload.batch
 
     @property
-    def together(self) -> int:
+    def groups_per_pass(self) -> int:
         """How many groups go through a layer together, using its weights."""
         return self.groups if self.order == "column" else 1
 
     def link_bytes(self, write_outs: int = 0) -> int:
         """Bytes that a step of all groups copies from the host: blocks in sight and weights."""
         blocks = self.bytes_in("host", write_outs, in_sight=True)
-        return blocks + self.host_weight_bytes * (self.groups // self.together)
+        return blocks + self.host_weight_bytes * (self.groups // self.groups_per_pass)
 
     @property
     def tail_bytes(self) -> int:
         """Bytes of the tails of all layers and groups."""
         return self.groups * sum(
             count * self.bytes_of(layer_shape, BlockSpec(layer.tail_form, "device", self.tail))
-            for (layer, layer_shape), count in self.kinds.items()
+            for (layer, layer_shape), count in self.distinct_layers.items()
         )
 
     def table(self) -> Table:
@@ -420,8 +421,8 @@ class Plan:
         hosted = sum(layer.weights == "host" for layer in self.layers)
         if hosted:
             table.add_column("weights")
-        for kind, (layer, layer_shape) in enumerate(self.kinds):
-            numbers = [number for number, own in enumerate(self.kind_numbers) if own == kind]
+        for kind, (layer, layer_shape) in enumerate(self.distinct_layers):
+            numbers = [number for number, own in enumerate(self.distinct_numbers) if own == kind]
             cells = []
             for form, memory in columns:
                 blocks = [b for b in layer.prompt if (b.form, b.memory) == (form, memory)]

@@ -89,7 +89,7 @@ def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
     *alike, outside = _kinds_of_tasks(plan, write_outs)
     work, tokens, blocks, copies, copy_bytes = np.concatenate([*(own.columns for own in alike), outside.columns], 1)
     # What layers alike have in common is there once; here it is laid out for every layer.
-    layers = np.array(plan.kind_numbers)
+    layers = np.array(plan.distinct_numbers)
     task, counts = _of_layers([own.columns.shape[1] for own in alike], layers)
     copy, copy_counts = _of_layers([len(own.copies) for own in alike], layers)
     event, event_counts = _of_layers([len(own.events) for own in alike], layers)
@@ -123,9 +123,9 @@ class _LayerTasks(NamedTuple):
 def _kinds_of_tasks(plan: Plan, write_outs: int) -> list[_LayerTasks]:
     """The tasks of each of the plan's kinds of layers, and of a step outside its layers: embedding, unembedding and
     sampling, at the end."""
-    shapes = list(plan.shape.kinds)
-    outside = np.array([[len(shapes) * len(WORKS)], [0], [plan.together], [0], [0]], float)
-    alike = [_layer_tasks(plan, *kind, write_outs, shapes.index(kind[1])) for kind in plan.kinds]
+    shapes = list(plan.shape.distinct_layers)
+    outside = np.array([[len(shapes) * len(WORKS)], [0], [plan.groups_per_pass], [0], [0]], float)
+    alike = [_layer_tasks(plan, *kind, write_outs, shapes.index(kind[1])) for kind in plan.distinct_layers]
     return [*alike, _LayerTasks(outside, np.zeros((0, 2), int), np.zeros(0, int))]
 
 
@@ -159,9 +159,9 @@ def _layer_tasks(
     tail = BlockSpec(layer.tail_form, "device", plan.tail)
     for count in early:
         await_copy(count * plan.shape.itemsize, kept=True)
-    others = plan.together - 1  # groups that go through the projections and the feed-forward with the first
+    others = plan.groups_per_pass - 1  # groups that go through the projections and the feed-forward with the first
     compute(project_work(kind(tail)), others)
-    for _ in range(plan.together):
+    for _ in range(plan.groups_per_pass):
         if "absorb" in map(kind, (*blocks, tail)):
             compute("prepare")
         for block in blocks:
@@ -209,7 +209,7 @@ def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) 
     """The table of that model and workload; layers that were not timed are estimated."""
     curves: list[Curve] = []
     outside = None
-    for layer in shape.kinds:
+    for layer in shape.distinct_layers:
         times = layer_times(profile, layer, shape, workload.batch)
         if times.dtype and times.vocab in (None, shape.vocab):
             outside = times.outside
@@ -332,8 +332,8 @@ def mean_bounds(profile: HardwareProfile, plans: Sequence[Plan]) -> np.ndarray:
         for write_outs in step_shares(plan):
             kinds = [own.columns for own in _kinds_of_tasks(plan, write_outs)]
             columns.append(np.concatenate(kinds, axis=1))
-            counts = np.repeat([*plan.kinds.values(), 1], [own.shape[1] for own in kinds])
-            often.append(counts * (plan.groups // plan.together))
+            counts = np.repeat([*plan.distinct_layers.values(), 1], [own.shape[1] for own in kinds])
+            often.append(counts * (plan.groups // plan.groups_per_pass))
     work, *others = np.concatenate(columns, axis=1)
     seconds = _seconds_of_kinds(profile, work_table(profile, shape, workload), work.astype(int), *others)
     starts = list(itertools.accumulate(map(len, often[:-1]), initial=0))
@@ -352,7 +352,7 @@ def _costs(profile: HardwareProfile, steps: Sequence[tuple[Plan, int]]) -> StepC
     """Predicted seconds of a step of all groups of each plan, after so many write-outs."""
     shape, workload = _one_work([plan for plan, _ in steps])
     costs = step_seconds(profile, shape, workload, stack_tasks([make_tasks(*step) for step in steps]))
-    passes = np.array([plan.groups // plan.together for plan, _ in steps])
+    passes = np.array([plan.groups // plan.groups_per_pass for plan, _ in steps])
     return StepCost(*(seconds[: len(steps)] * passes for seconds in costs))
 
 
@@ -396,7 +396,7 @@ def program_seconds(plan: Plan, write_outs: int) -> float:
     """Seconds of compiling the program of a step after that many write-outs, each of which adds a block a layer."""
     layers = len(plan.layers)
     attended = sum(len(layer.prompt) for layer in plan.layers) + layers * (write_outs + 1)
-    return COMPILE_LAYER_SECONDS * layers + COMPILE_BLOCK_SECONDS * plan.together * attended
+    return COMPILE_LAYER_SECONDS * layers + COMPILE_BLOCK_SECONDS * plan.groups_per_pass * attended
 
 
 def compile_seconds(plan: Plan) -> float:
@@ -426,7 +426,7 @@ def kvpr_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload
     """
     b, s, p = workload.batch, workload.prompt, shape.itemsize
     total = 0.0
-    for layer, count in shape.kinds.items():
+    for layer, count in shape.distinct_layers.items():
         kv = layer.width("keys_values")
         sent = b * recomputed * layer.hidden * p / profile.beside_compute
         computed = 2 * b * recomputed * layer.hidden * kv / profile.matmul_rate

@@ -199,7 +199,7 @@ class _Search:
         self.weights, self.groups = weights, groups
         self.order: Order = order or default_order("host" in weights, groups)
         self.any_order = order is None
-        self.shapes = list(shape.kinds)
+        self.shapes = list(shape.distinct_layers)
         self.shape_numbers = [self.shapes.index(layer) for layer in shape.layers]  # hashing each again takes long
         self.smaller_widths = sum(layer.width(smaller_form(layer)) for layer in shape.layers)
         sent = [own for own, place in zip(shape.layers, weights) if place == "host"]
@@ -372,14 +372,14 @@ class _Search:
 
 def _key(plan: Plan) -> Key:
     """What tells a search's plans apart. Hashing a plan itself takes a hash of every layer."""
-    return plan.window, plan.order, frozenset(plan.kinds)
+    return plan.window, plan.order, frozenset(plan.distinct_layers)
 
 
 def _unsure(plan: Plan) -> tuple[int, int]:
     """Layers that have two forms on the device, and tokens that are held as activations when the tail is full, over all
     layers."""
     mixed = activations = 0
-    for (layer, _), count in plan.kinds.items():
+    for (layer, _), count in plan.distinct_layers.items():
         blocks = *layer.prompt, BlockSpec(layer.tail_form, "device", plan.tail)
         mixed += count * (len({block.form for block in blocks if block.memory == "device"}) > 1)
         activations += count * sum(block.tokens for block in blocks if block.form == "activations")

@@ -5,7 +5,7 @@
     write-out   full tails -> new blocks
 
 A program is fixed by the plan and the layout (the blocks of every layer). A written-out tail makes a new layout and so
-a new step program; PROGRAMS_AHEAD of them are compiled in the background while the tail fills. Token ids, padding and
+a new step program; COMPILED_AHEAD of them are compiled in the background while the tail fills. Token ids, padding and
 the number of tokens in the tail are data: changing them compiles nothing.
 """
 
@@ -34,7 +34,7 @@ from kvrecomp.run.window import OVERLAPPING
 
 LOG = logging.getLogger("kvrecomp")
 
-PROGRAMS_AHEAD = 2  # steps' programs made while the tail fills: a later one takes longer, it has more blocks
+COMPILED_AHEAD = 2  # steps' programs made while the tail fills: a later one takes longer, it has more blocks
 # XLA makes a program's CUDA graphs when it is first executed, with the device idle: some 40 ms of an H200's machine,
 # which a step after a write-out would wait for in the middle of decoding. Launched one by one, kernels take the host
 # several ms a step; so many bytes take 20 ms on PCIe 5.0 x16.
@@ -129,7 +129,7 @@ class Decoder:
         self._check_step(caches, token_ids)  # of all groups, before one of them is used up
         if caches[0].in_tail == 0:  # it is the first step: the blocks of all groups' prompts are there
             self._reserve_growth()
-        if self.plan.together == 1:
+        if self.plan.groups_per_pass == 1:
             steps = [self._step([cache], [ids]) for cache, ids in zip(caches, token_ids)]
             return [cache for (cache,), _ in steps], [logits for _, (logits,) in steps]
         return self._step(caches, token_ids)
@@ -166,7 +166,7 @@ class Decoder:
         if write_outs < plan.write_outs:
             # After the call: a program's first execution loads its kernels, which takes longer beside a compilation.
             self._prepare("write-out", plan.written_to(write_outs))
-            for ahead in range(1, min(PROGRAMS_AHEAD, plan.write_outs - write_outs) + 1):
+            for ahead in range(1, min(COMPILED_AHEAD, plan.write_outs - write_outs) + 1):
                 self._prepare("step", write_outs + ahead)
         after = [
             make_cache(cache.blocks, own, cache.padding, length, cache.in_tail + 1)
@@ -200,7 +200,7 @@ class Decoder:
         """XLA's, of a program."""
         if kind != "step" or which[0] == 0:
             return OVERLAPPING
-        sent = self.plan.link_bytes(which[0]) * self.plan.together // self.plan.groups
+        sent = self.plan.link_bytes(which[0]) * self.plan.groups_per_pass // self.plan.groups
         return {**OVERLAPPING, **NO_GRAPHS} if sent >= NO_GRAPHS_FROM else OVERLAPPING
 
     def _trace(self, kind: str, *which: Any) -> Any:
@@ -227,7 +227,7 @@ class Decoder:
             tails, logits = decode_step(self._model(weights), self.plan, caches, token_ids)
             return tails, [own + 1 for own in length], logits
 
-        batch, groups = self.plan.workload.batch, self.plan.together
+        batch, groups = self.plan.workload.batch, self.plan.groups_per_pass
         blocks = describe_blocks(self.plan, write_outs)
         own = blocks, describe_tails(self.plan), _ints(batch), _ints(), _ints(batch)
         inputs = self._weights, *((each,) * groups for each in own)

@@ -40,7 +40,7 @@ class Window:
     with it. A kept array that has arrived depends on no compute: a copy that waits for one is tied to the compute
     before it, too, or copies of weights alone would all start at once.
     Without holds all copies of the step start at once and the whole cache is on the device. Blocks that would all fit
-    are held too, `COPIES_AHEAD` at a time, because XLA's scheduler puts compute after all copies that could go first,
+    are held too, COPIES_IN_FLIGHT at a time, because XLA's scheduler puts compute after all copies that could go first,
     and a step of small blocks then takes the sum of copies and compute. Layer by layer, KVPR's own schedule, one copy
     follows the other: of two that may start, the link takes either, and K and V would come before what is recomputed
     from. `holds.events_before` has the rule.

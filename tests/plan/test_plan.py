@@ -46,7 +46,7 @@ PLAN = Plan(
     SHAPE,
     WORK,
     (
-        LayerPlan((block("a", "host", 4), block("kv", "device", 7)), tail_form="keys_values", grown=("device", "host")),
+        LayerPlan((block("a", "host", 4), block("kv", "device", 7)), "keys_values", ("device", "host")),
         LayerPlan((block("kv", "host", 11),), method="recompute"),
     ),
     tail=3,
@@ -261,7 +261,7 @@ def test_named_plans(name, runs, tail, grown, method, schedule):
     assert plan.name == name and plan.schedule == schedule
     for layer, own in enumerate(plan.layers):
         assert summary(plan, layer) == runs
-        assert (own.tail_form, own.grown, own.method) == (tail, (grown,), method)
+        assert (own.tail_form, own.write_out_memories, own.method) == (tail, (grown,), method)
 
 
 def test_the_tail_is_not_longer_than_the_new_tokens():

@@ -22,7 +22,7 @@ from kvrecomp.plan import (
     PlanError,
     Workload,
 )
-from kvrecomp.plan.holds import COPIES_AHEAD, Copy, events_before
+from kvrecomp.plan.holds import COPIES_IN_FLIGHT, Copy, events_before
 from kvrecomp.plan.named import named_plan, with_host_weights
 from kvrecomp.predict import cost
 from kvrecomp.predict.cost import (
@@ -369,7 +369,7 @@ def test_the_uniform_pipeline(layers, blocks, g):
     n = layers * blocks
     machine = MACHINE.with_times(times(PLAIN, {kv: Curve.line(g)}))
     two = uniform(layers, blocks, 2)
-    assert COPIES_AHEAD == 2
+    assert COPIES_IN_FLIGHT == 2
     assert plan_costs(machine, [two]).seconds[0] == pytest.approx(C + (n - 1) * max(C, g) + g, rel=1e-5)
     # More room changes nothing, room for one block leaves no overlap.
     more, one = uniform(layers, blocks, 9), uniform(layers, blocks, 1)
@@ -404,7 +404,7 @@ BY_HAND = Plan(
         LayerPlan(
             (BlockSpec(acts, "host", 4), BlockSpec(kv, "device", 2), BlockSpec(kv, "host", 5)),
             tail_form=kv,
-            grown=("device", "host"),
+            write_out_memories=("device", "host"),
         ),
         LayerPlan((BlockSpec(acts, "device", 5), BlockSpec(acts, "host", 6)), tail_form=acts, method="recompute"),
     ),
@@ -588,7 +588,7 @@ def test_copies_are_held_as_the_runtime_holds_them(plan, write_outs):
         blocks = [Copy(plan.bytes_of(layer, spec)) for spec in own if spec.memory == "host"]
         matrices = layer.matrices if plan.layers[number].weights == "host" else ((), ())
         early, late = ([Copy(2 * count, kept=True) for count in part] for part in matrices)
-        copies = [*early, *blocks * plan.together, *late]
+        copies = [*early, *blocks * plan.groups_per_pass, *late]
         host.append([(Tied(copy.nbytes), copy) for copy in copies])
     started, taken, made_room = [], False, []
 
@@ -653,7 +653,7 @@ def test_copies_start_as_early_as_the_window_lets_them(layers, more):
         arrived = sum(arrival is not None for arrival, _ in events[:happened])
         free = {freed for _, all_freed in events[:happened] for freed in all_freed}
         in_use = sum(copy.nbytes for earlier, copy in enumerate(copies[:number]) if earlier not in free)
-        return number - arrived < COPIES_AHEAD and (not in_use or in_use + copies[number].nbytes <= window)
+        return number - arrived < COPIES_IN_FLIGHT and (not in_use or in_use + copies[number].nbytes <= window)
 
     for number, happened in enumerate(before):
         assert allowed(number, happened) and all(arrival != number for arrival, _ in events[:happened])

@@ -528,8 +528,8 @@ def test_what_is_generated_stays_on_the_device_while_there_is_room(kind):
     plan = make_plan(shape, work, machine("h200"), budget)
     assert plan.write_outs > 4 and device_bytes(plan) <= budget.device
     for layer in plan.layers:
-        changes = sum(one != other for one, other in zip(layer.grown, layer.grown[1:]))
-        assert layer.grown[0] == "device" and layer.grown[-1] == "host" and changes == 1
+        changes = sum(one != other for one, other in zip(layer.write_out_memories, layer.write_out_memories[1:]))
+        assert layer.write_out_memories[0] == "device" and layer.write_out_memories[-1] == "host" and changes == 1
     # Room for one more tail in every layer is not left over.
     assert budget.device - device_bytes(plan) < plan.tail_bytes + 100 * MIB
     assert plan.bytes_in("host", 1) < plan.bytes_in("host", plan.write_outs)

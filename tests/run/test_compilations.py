@@ -182,7 +182,7 @@ def test_no_program_beyond_the_plan():
 def test_a_write_out_program_for_each_set_of_memories():
     shape = toy.model().shape
     prompt = kvrecomp.named_plan("activations", shape, Workload(BATCH, PROMPT, 5)).layers[0].prompt
-    layers = LayerPlan(prompt, grown=("device", "host")), LayerPlan(prompt, tail_form="keys_values", grown=("host",))
+    layers = LayerPlan(prompt, "activations", ("device", "host")), LayerPlan(prompt, "keys_values", ("host",))
     decoder = kvrecomp.Decoder(toy.model(), Plan("two", shape, Workload(BATCH, PROMPT, 5), layers, tail=1))
     steps(decoder, toy.texts(BATCH, PROMPT + 5))
     names = [name for name in decoder.compiled if name[0] == "write-out"]

@@ -70,7 +70,7 @@ def layer_plans(draw, tokens):
     return LayerPlan(
         prompt=tuple(BlockSpec(draw(forms), draw(memories), size) for size in sizes),
         tail_form=draw(forms),
-        grown=tuple(draw(st.lists(memories, min_size=1, max_size=WRITE_OUTS))),
+        write_out_memories=tuple(draw(st.lists(memories, min_size=1, max_size=WRITE_OUTS))),
         method=draw(st.sampled_from(["recompute", "absorb"])),
     )
 
@@ -112,12 +112,12 @@ MIXED = (
             BlockSpec("keys_values", "device", 1),
         ),
         tail_form="keys_values",
-        grown=("device", "host", "device"),
+        write_out_memories=("device", "host", "device"),
     ),
     LayerPlan(
         prompt=(BlockSpec("activations", "host", 4), BlockSpec("keys_values", "host", 7)),
         tail_form="activations",
-        grown=("host", "device"),
+        write_out_memories=("host", "device"),
         method="recompute",
     ),
 )

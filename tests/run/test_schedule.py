@@ -21,7 +21,7 @@ from experiments.support.traces import xplane
 from kvrecomp.measure import machine as profile_machine
 from kvrecomp.plan import BlockSpec, LayerPlan, Plan
 from kvrecomp.plan.footprint import in_flight, prefill_bytes, recomputed_bytes
-from kvrecomp.plan.holds import COPIES_AHEAD
+from kvrecomp.plan.holds import COPIES_IN_FLIGHT
 from kvrecomp.plan.named import named_plan
 from kvrecomp.run import decoder as runtime
 from kvrecomp.run.window import OVERLAPPING
@@ -126,7 +126,7 @@ def check_copies(text: str) -> tuple[dict[str, tuple[int, int]], list[int]]:
 def check_schedule(text: str) -> int:
     """Asserts that, and that something is computed under every copy but the first; returns how many there are."""
     copies, compute = check_copies(text)
-    for array, (start, end) in list(copies.items())[COPIES_AHEAD:]:
+    for array, (start, end) in list(copies.items())[COPIES_IN_FLIGHT:]:
         assert any(start < at < end for at in compute), f"nothing is computed under {array}'s copy"
     return len(copies)
 

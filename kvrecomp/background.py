@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 Item = TypeVar("Item")
 
 
-class Ahead(Generic[Item]):
+class BackgroundIterator(Generic[Item]):
     """Iterates over `items` in a thread; `with` ends the thread, however many items are left.
 
     The next item is made once fewer than `lead` are unread. What `items` raises is raised to the reader.
