@@ -183,7 +183,7 @@ def normalised(text: str) -> str:
     """A program of XLA's whose values have names by their kind and order, and kernels names by what they compute.
 
     What executes nothing (arguments, parts of tuples, bitcasts, constants) is written where it is used. Arguments are
-    numbered by their first use, and the results of the entry are sorted.
+    numbered by their first use among those of their shape, and the results of the entry are sorted.
     """
     head, *blocks = re.split(r"\n\n+", text.strip())
     computations = {}
@@ -341,7 +341,7 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
             }
             command = [sys.executable, __file__, f"--dump={folder}", f"--only={','.join(given.only)}"]
             processes.append(subprocess.Popen(command, env=os.environ | variables, cwd=checkout))
-        if any([process.wait() for process in processes]):  # of both
+        if any([process.wait() for process in processes]):  # a list: of both
             raise SystemExit("not all programs were compiled")
         if not compare(texts / "before", texts / "now", given.only, given.show):
             raise SystemExit(1)

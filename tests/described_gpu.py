@@ -1,7 +1,7 @@
 """Compiling for an NVIDIA GPU on a machine that has none, by its description.
 
-Needs jax's CUDA plugin (extra `schedule`). The only place that uses private parts of jax: it has no
-public way to compile for a device that is not there.
+Needs jax's CUDA plugin (extra `schedule`). The only place that uses private parts of jax: it has no public way
+to compile for a device that is not there.
 """
 
 from collections.abc import Mapping
