@@ -12,7 +12,7 @@ from kvrecomp.plan import DEFAULT_WINDOW, LEAST_ALIGNED, MEMORIES, LayerShape, M
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW
 from kvrecomp.predict.hardware import ATTENTION, Attention, Curve, LayerTimes, Work, attention_work, project_work
 from kvrecomp.run import memory
-from kvrecomp.run.forward import Model
+from kvrecomp.run.model import Model
 from kvrecomp.run.programs import side_by_side
 
 FEW_LAYERS, MORE_LAYERS = 2, 6

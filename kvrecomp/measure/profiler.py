@@ -16,7 +16,7 @@ from kvrecomp.measure.layers import measure_layer
 from kvrecomp.measure.machine import measure_machine, this_machine
 from kvrecomp.plan import PlanError
 from kvrecomp.predict.hardware import HardwareProfile, LayerTimes
-from kvrecomp.run.forward import Model
+from kvrecomp.run.model import Model
 
 Measured = TypeVar("Measured", HardwareProfile, LayerTimes)
 

@@ -42,7 +42,8 @@ def test_position_tables_grow_and_do_not_shrink():
 def test_a_filled_cache_is_laid_out_as_the_plan_says(model, name):
     plan = named_plan(name, model.shape, WORK)
     cache = one_step.filled_cache(plan)
-    assert cache.layout == plan.blocks() and int(toy.get(cache.length)) == WORK.prompt
+    toy.assert_blocks(cache, plan, 0)
+    assert int(toy.get(cache.recent.length)) == WORK.prompt
     kinds = {"host": "pinned_host", "device": "device"}
     for block in [block for own in cache.blocks for block in own]:
         for array in block.arrays:

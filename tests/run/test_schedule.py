@@ -11,6 +11,8 @@ import re
 import jax
 import pytest
 from described_gpu import A100, H200, compile_traced
+from kvrecomp.plan.holds import COPIES_IN_FLIGHT
+from kvrecomp.run.window import OVERLAPPING
 
 import kvrecomp
 import models
@@ -18,10 +20,8 @@ from experiments.support.traces import xplane
 from kvrecomp.measure import machine as profile_machine
 from kvrecomp.plan import BlockSpec, LayerPlan, Plan
 from kvrecomp.plan.footprint import in_flight, prefill_bytes, recomputed_bytes
-from kvrecomp.plan.holds import COPIES_IN_FLIGHT
 from kvrecomp.plan.named import named_plan
 from kvrecomp.run import decoder as runtime
-from kvrecomp.run.window import OVERLAPPING
 from models import LlamaConfig, OPTConfig
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax's CUDA 13 plugin: pip install '.[schedule]'")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 import kvrecomp
 from kvrecomp.plan import Memory, Plan
 from kvrecomp.run import memory
-from kvrecomp.run.cache import Block, Cache, allocate_tails, describe_blocks, make_cache
+from kvrecomp.run.cache import Block, Cache, allocate_recent, describe_blocks
 
 NEW = 32  # tokens of tail: no step of a measurement writes it out
 WARM_UP, LEAST_STEPS, STEPS, MOST_SECONDS = 2, 5, NEW - 1, 1.5  # short steps vary more
@@ -25,17 +26,17 @@ def with_positions(config: Any, positions: int) -> Any:
 
 def filled_cache(plan: Plan) -> Cache:
     """A cache as after the prompt, of random numbers."""
-    like = describe_blocks(plan, 0)
-    blocks = [[_random_block(block) for block in own] for own in like]
-    padding, length = jax.device_put(
-        (np.zeros(plan.workload.batch, np.int32), np.int32(plan.workload.prompt)), memory.sharding("device")
-    )
-    return make_cache(blocks, allocate_tails(plan), padding, length, 0)
+    blocks = []
+    for layer, shape in zip(describe_blocks(plan, 0), plan.shape.layers, strict=True):
+        slots = itertools.accumulate((block.tokens for block in layer), initial=0)
+        oldest = plan.workload.prompt - shape.cached(plan.workload.prompt)
+        blocks.append(tuple(_random_block(block, oldest + slot) for block, slot in zip(layer, slots)))
+    return Cache(tuple(blocks), allocate_recent(plan), 0)
 
 
-def _random_block(block: Block) -> Block:
+def _random_block(block: Block, start: int) -> Block:
     arrays = tuple(_maker(array.shape, array.dtype, block.memory)() for array in block.arrays)
-    return dataclasses.replace(block, arrays=arrays)
+    return dataclasses.replace(block, arrays=arrays, start=jax.device_put(np.int32(start), memory.sharding("device")))
 
 
 @functools.cache
