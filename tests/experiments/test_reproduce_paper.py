@@ -8,7 +8,7 @@ import re
 
 import pytest
 from absl import flags
-from experiments.support.paper.numbers.numbers import Setting
+from experiments.support.paper.numbers import Setting
 from rich.console import Console
 
 import models
