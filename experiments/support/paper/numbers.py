@@ -1,4 +1,4 @@
-"""The paper KVPR: its numbers, with the place of each in the paper, from paper.json.
+"""The paper KVPR: its numbers, each with its place in the paper, from paper.json.
 
 paper = read()
 paper.table("Table 3").rows[0].kvpr  # milliseconds a step
@@ -24,7 +24,7 @@ Unit = Literal["s", "tokens/s"]
 
 @dataclass(frozen=True)
 class Setting:
-    """The work of one row of a table: `groups` batches that go through a layer together."""
+    """What a row of a table is measured on: `groups` batches that go through a layer together."""
 
     model: str
     batch: int
@@ -46,8 +46,8 @@ class Setting:
         return self.prompt + self.new // 2
 
     @property
-    def work(self) -> Workload:
-        """One group's step in the middle of the generation, as a workload of one token."""
+    def middle(self) -> Workload:
+        """One group's step in the middle of the generation, as a workload of one new token."""
         return Workload(self.batch, self.cached, 1)
 
     def milliseconds(self, value: float, unit: Unit) -> float:
@@ -57,7 +57,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A setting and the paper's milliseconds a step; None where it only draws them."""
+    """A setting and the paper's milliseconds a step; None where it only draws them; `data` is the whole row."""
 
     setting: Setting
     baseline: float | None
@@ -69,7 +69,7 @@ class PaperRow:
 class PaperTable:
     """A table or figure, of steps.
 
-    `against` is the baseline, `peer` its name in results files. `most` has the largest gain by model in percent, where
+    `against` is the baseline, `peer` its name in results files. `most_percent` has the largest gain by model, where
     the paper says no more.
     """
 
@@ -82,13 +82,13 @@ class PaperTable:
     against: str
     rows: tuple[PaperRow, ...]
     peer: str = ""
-    most: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    most_percent: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
 
-    def gain(self, base: float | None, other: float | None) -> float | None:
+    def gain(self, base: float | None, faster: float | None) -> float | None:
         """What is won, in percent, from milliseconds a step: time saved, or more tokens/s. None without both."""
-        if base is None or other is None:
+        if base is None or faster is None:
             return None
-        return 100 * (1 - other / base if self.unit == "s" else base / other - 1)
+        return 100 * (1 - faster / base if self.unit == "s" else base / faster - 1)
 
     @property
     def gained(self) -> str:
@@ -105,7 +105,7 @@ class Paper:
 
     def table(self, name: str) -> PaperTable:
         """The table of that name. Raises KeyError."""
-        return {own.name: own for own in self.tables}[name]
+        return {table.name: table for table in self.tables}[name]
 
     def machine(self, name: str) -> HardwareProfile:
         """The paper's machine: a data sheet, at the rates that the paper counts with where it says them."""
@@ -135,19 +135,20 @@ def read(path: str | os.PathLike = DATA) -> Paper:
     """
     data = json.loads(Path(path).read_text(encoding="utf-8"))
     try:
-        return Paper(tuple(_table(own) for own in data["tables"]), data)
+        return Paper(tuple(map(_table, data["tables"])), data)
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path}: {type(error).__name__}: {error}; a table is to be as the others are") from error
 
 
-def _table(own: dict[str, Any]) -> PaperTable:
-    if own["unit"] not in ("s", "tokens/s"):
-        raise ValueError(f"{own['name']}: the unit is {own['unit']!r}; expected s or tokens/s")
+def _table(data: dict[str, Any]) -> PaperTable:
+    unit = data["unit"]
+    if unit not in ("s", "tokens/s"):
+        raise ValueError(f"{data['name']}: the unit is {unit!r}; expected s or tokens/s")
     rows = []
-    for record in records(own):
+    for record in records(data):
         setting = Setting(**{field.name: record[field.name] for field in dataclasses.fields(Setting)})
         values = [record[name] for name in ("baseline", "kvpr")]
-        times = [None if value is None else setting.milliseconds(value, own["unit"]) for value in values]
+        times = [None if value is None else setting.milliseconds(value, unit) for value in values]
         rows.append(PaperRow(setting, *times, data=record))
-    given = {key: own[key] for key in ("name", "title", "source", "machine", "weights", "unit", "against")}
-    return PaperTable(**given, rows=tuple(rows), peer=own.get("peer", ""), most=own.get("most_percent", {}))
+    fields = {key: value for key, value in data.items() if key not in ("columns", "rows")}
+    return PaperTable(**fields, rows=tuple(rows))

@@ -1,0 +1,95 @@
+"""The steps of one workload, a bar for every plan and peer: what a decode step takes, and what it sends.
+
+draw(steps(rows), "bars.png")
+"""
+
+import fnmatch
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from experiments.support.plots import figure as plots
+from experiments.support.results import predictions, tables
+from experiments.support.results.tables import Row
+
+# Label, colour and hatch by plan: peers are hatched, and what keeps the whole cache on the GPU is pale.
+STYLES = {
+    "huggingface_offloaded": ("Hugging Face, cache in host memory", "#b0b0b0", "////"),
+    "huggingface": ("Hugging Face, cache on the GPU", "#e4e4e4", "////"),
+    "keys_values": ("keys_values, from host memory", "#606060", ""),
+    "kvpr:*": ("KVPR's schedule", "#8c2d04", ""),
+    "activations": ("activations, from host memory", "#0072b2", ""),
+    "auto": ("auto, with room on the GPU", "#0072b2", ""),
+    "device": ("all on the GPU", "#a6cee3", ""),
+}
+
+
+@dataclass(frozen=True)
+class Step:
+    """The median step of a plan or peer, and the bytes that it sends, None where they are not known."""
+
+    device: str
+    model: str
+    batch: int
+    prompt: int
+    plan: str
+    room: float | None
+    median_ms: float
+    link_bytes: int | None
+
+    @property
+    def style(self) -> tuple[str, str, str]:
+        """Its label, colour and hatch."""
+        label, colour, hatch = next(style for plan, style in STYLES.items() if fnmatch.fnmatchcase(self.plan, plan))
+        return label if self.room is None else f"{label} for {self.room:g} %", colour, hatch
+
+    @property
+    def sent(self) -> str:
+        """Its bytes, in words; nothing where there are none."""
+        return f", {self.link_bytes / 1e9:.1f} GB over the link" if self.link_bytes else ""
+
+
+def steps(rows: Sequence[Row]) -> list[Step]:
+    """Of rows of experiments/suite.py, the slowest first.
+
+    Raises:
+        ValueError: the rows are not of one workload on one machine, or a plan is none of STYLES.
+    """
+    names = ("device", "model", "batch", "prompt", "plan", "room", "median_ms", "link_bytes")
+    found = [Step(**{name: row[name] for name in names}) for row in rows]
+    if len({(step.device, step.model, step.batch, step.prompt) for step in found}) > 1:
+        raise ValueError("the rows are of several workloads: expected one")
+    for step in found:
+        if not any(fnmatch.fnmatchcase(step.plan, plan) for plan in STYLES):
+            raise ValueError(f"there is no bar for the plan {step.plan}")
+    return sorted(found, key=lambda step: -step.median_ms)
+
+
+def said(found: Sequence[Step]) -> str:
+    """All of it, in a sentence without its full stop."""
+    return f"{_title(found[0])}: {tables.listed(f'{step.style[0]} {step.median_ms:.1f} ms' for step in found)}"
+
+
+def _title(step: Step) -> str:
+    return f"A decode step of {predictions.title(step.model)}, {step.batch} rows of {step.prompt} tokens, {step.device}"
+
+
+def draw(found: Sequence[Step], path: str | os.PathLike) -> None:
+    """Writes a PNG. Raises ModuleNotFoundError, ValueError, OSError as `plots.check_path`."""
+    plots.check_path(path)
+    figure = plots.figure()
+    figure.set_figheight(0.8 + 0.36 * len(found))
+    axes = figure.add_subplot()
+    for place, step in enumerate(found):
+        label, colour, hatch = step.style
+        edge = "0.35" if hatch else colour
+        axes.barh(place, step.median_ms, 0.68, color=colour, hatch=hatch, edgecolor=edge, linewidth=0.8)
+        axes.text(step.median_ms, place, f"  {step.median_ms:.1f} ms{step.sent}", va="center", fontsize="small")
+    axes.set_yticks(range(len(found)), [step.style[0] for step in found])
+    axes.set_ylim(len(found) - 0.5, -0.5)
+    axes.set_xlim(0, 1.12 * found[0].median_ms)
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    axes.set_xticks([])
+    figure.suptitle(_title(found[0]), x=0.012, ha="left", fontsize="medium")
+    plots.save(figure, path, predictions.digest(found))
