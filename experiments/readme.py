@@ -46,7 +46,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 from absl import flags
 
 from experiments.support import script
@@ -211,7 +210,7 @@ def _body(page: str, marker: re.Match, text: str, results: Results) -> str:
     kind, arguments, old = marker.groups()
     if HALF.search(old):
         raise ValueError(f"the marker {kind!r} has no end")
-    body, flows = results.text(kind, arguments, page), kind not in OWN_LINES
+    body, flows = results.text(kind, arguments.strip(), page), kind not in OWN_LINES
     before = text[text.rfind("\n", 0, marker.start()) + 1 : marker.start()]
     after = text[marker.end() :].partition("\n")[0]
     if flows and not LINE_START.fullmatch(before):
@@ -274,5 +273,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 if __name__ == "__main__":
     define_flags()
-    jax.config.update("jax_platforms", "cpu")  # where predictions are made: no other device is started for them
     script.run(main)
