@@ -257,7 +257,8 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
         print(f"{RESULTS}/{name}: no page uses or names it")
     if given.check:
         for page in PAGES:
-            for line in difflib.unified_diff(old[page].splitlines(), new[page].splitlines(), page, RESULTS, lineterm=""):
+            lines = old[page].splitlines(), new[page].splitlines()
+            for line in difflib.unified_diff(*lines, page, RESULTS, lineterm=""):
                 print(line)
         for _, path, _ in stale:
             print(f"{path.relative_to(ROOT)}: not drawn from these results")

@@ -1,4 +1,4 @@
-"""The steps of one workload, a bar for every plan and peer: what a decode step takes, and what it sends.
+"""A bar for every plan and peer of one workload: the time of a decode step, and what it sends.
 
 draw(steps(rows), "bars.png")
 """
@@ -12,7 +12,7 @@ from experiments.support.plots import figure as plots
 from experiments.support.results import predictions, tables
 from experiments.support.results.tables import Row
 
-# Label, colour and hatch by plan: peers are hatched, and what keeps the whole cache on the GPU is pale.
+# Label, colour and hatch by plan. Peers are hatched, and what keeps the whole cache on the GPU is pale.
 STYLES = {
     "huggingface_offloaded": ("Hugging Face, cache in host memory", "#b0b0b0", "////"),
     "huggingface": ("Hugging Face, cache on the GPU", "#e4e4e4", "////"),
@@ -38,36 +38,35 @@ class Step:
     link_bytes: int | None
 
     @property
-    def style(self) -> tuple[str, str, str]:
-        """Its label, colour and hatch."""
-        label, colour, hatch = next(style for plan, style in STYLES.items() if fnmatch.fnmatchcase(self.plan, plan))
-        return label if self.room is None else f"{label} for {self.room:g} %", colour, hatch
+    def pattern(self) -> str:
+        """The key of STYLES."""
+        for pattern in STYLES:
+            if fnmatch.fnmatchcase(self.plan, pattern):
+                return pattern
+        raise ValueError(f"there is no bar for the plan {self.plan!r}; there are {', '.join(STYLES)}")
 
     @property
-    def sent(self) -> str:
-        """Its bytes, in words; nothing where there are none."""
-        return f", {self.link_bytes / 1e9:.1f} GB over the link" if self.link_bytes else ""
+    def label(self) -> str:
+        """What its bar is called."""
+        return STYLES[self.pattern][0] + ("" if self.room is None else f" for {self.room:g} %")
 
 
 def steps(rows: Sequence[Row]) -> list[Step]:
     """Of rows of experiments/suite.py, the slowest first.
 
     Raises:
-        ValueError: the rows are not of one workload on one machine, or a plan is none of STYLES.
+        ValueError: the rows are not of one workload on one machine.
     """
     names = ("device", "model", "batch", "prompt", "plan", "room", "median_ms", "link_bytes")
     found = [Step(**{name: row[name] for name in names}) for row in rows]
-    if len({(step.device, step.model, step.batch, step.prompt) for step in found}) > 1:
+    if len(set(map(_title, found))) > 1:
         raise ValueError("the rows are of several workloads: expected one")
-    for step in found:
-        if not any(fnmatch.fnmatchcase(step.plan, plan) for plan in STYLES):
-            raise ValueError(f"there is no bar for the plan {step.plan}")
     return sorted(found, key=lambda step: -step.median_ms)
 
 
 def said(found: Sequence[Step]) -> str:
     """All of it, in a sentence without its full stop."""
-    return f"{_title(found[0])}: {tables.listed(f'{step.style[0]} {step.median_ms:.1f} ms' for step in found)}"
+    return f"{_title(found[0])}: {tables.listed(f'{step.label} {step.median_ms:.1f} ms' for step in found)}"
 
 
 def _title(step: Step) -> str:
@@ -75,21 +74,22 @@ def _title(step: Step) -> str:
 
 
 def draw(found: Sequence[Step], path: str | os.PathLike) -> None:
-    """Writes a PNG. Raises ModuleNotFoundError, ValueError, OSError as `plots.check_path`."""
+    """Writes a PNG. Raises ModuleNotFoundError, ValueError and OSError as `plots.check_path` does."""
     plots.check_path(path)
     figure = plots.figure()
     figure.set_figheight(0.8 + 0.36 * len(found))
     axes = figure.add_subplot()
     for place, step in enumerate(found):
-        label, colour, hatch = step.style
+        _, colour, hatch = STYLES[step.pattern]
         edge = "0.35" if hatch else colour
         axes.barh(place, step.median_ms, 0.68, color=colour, hatch=hatch, edgecolor=edge, linewidth=0.8)
-        axes.text(step.median_ms, place, f"  {step.median_ms:.1f} ms{step.sent}", va="center", fontsize="small")
-    axes.set_yticks(range(len(found)), [step.style[0] for step in found])
+        sent = f", {step.link_bytes / 1e9:.1f} GB over the link" if step.link_bytes else ""
+        axes.text(step.median_ms, place, f"  {step.median_ms:.1f} ms{sent}", va="center", fontsize="small")
+    axes.set_yticks(range(len(found)), [step.label for step in found])
     axes.set_ylim(len(found) - 0.5, -0.5)
-    axes.set_xlim(0, 1.12 * found[0].median_ms)
-    axes.spines[["top", "right", "bottom"]].set_visible(False)
     axes.tick_params(axis="y", length=0)
+    axes.set_xlim(0, 1.12 * found[0].median_ms)
     axes.set_xticks([])
+    axes.spines[["top", "right", "bottom"]].set_visible(False)
     figure.suptitle(_title(found[0]), x=0.012, ha="left", fontsize="medium")
     plots.save(figure, path, predictions.digest(found))
