@@ -50,6 +50,7 @@ from absl import flags
 
 from experiments.support import script
 from experiments.support.paper import report as paper
+from experiments.support.paper.numbers import read
 from experiments.support.plots import bars, curves
 from experiments.support.results import predictions, tables
 from experiments.support.results.tables import Row
@@ -68,17 +69,17 @@ TABLES = {
     "benchmark": tables.benchmark,
     "overview": tables.overview,
     "sweep": tables.sweep,
-    "paper_gains": paper.page_gains,
-    "paper_steps": paper.page_steps,
-    "paper_layers": paper.page_layers,
-    "paper_disagreements": paper.page_disagreements,
+    "paper_gains": lambda rows: paper.gains(paper.compare(rows)),
+    "paper_steps": paper.all_steps,
+    "paper_layers": lambda _: paper.layers(read()),
+    "paper_disagreements": lambda _: paper.disagreeing(read()),
 }
 OF_NO_RESULTS = ("paper_layers", "paper_disagreements")
 SENTENCES = {
     "machine": tables.machine,
     "accuracy": tables.accuracy,
     "choices": tables.choices,
-    "paper_rates": paper.page_rates,
+    "paper_rates": paper.rates,
 }
 
 

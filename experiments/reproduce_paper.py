@@ -24,7 +24,7 @@ from experiments.plan import read_hardware
 from experiments.support import script
 from experiments.support.paper import costs, report
 from experiments.support.paper.costs import Compared
-from experiments.support.paper.disagreements import disagreements, markdown
+from experiments.support.paper.disagreements import disagreements
 from experiments.support.paper.numbers import Paper, PaperTable, read, records
 from experiments.support.results import tables
 from experiments.support.results.report import run_info
@@ -53,14 +53,14 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
     flags.DEFINE_bool("json", False, "Print a JSON document as the last line of standard output.", flag_values=into)
 
 
-def chosen(paper: Paper, names: Sequence[str]) -> tuple[PaperTable, ...]:
+def chosen(paper: Paper, names: Sequence[str]) -> list[PaperTable]:
     """The tables of these names, all of them where there is none. Raises ValueError for others."""
     known = {table.name.lower(): table for table in paper.tables}
     for name in names:
         if name.strip().lower() not in known:
             there = ", ".join(table.name for table in paper.tables)
             raise ValueError(f"--tables has {name!r}; the paper's tables of steps are {there}")
-    return tuple(dict.fromkeys(known[name.strip().lower()] for name in names)) or paper.tables
+    return [known[name] for name in dict.fromkeys(name.strip().lower() for name in names) or known]
 
 
 def show(paper: Paper, compared: Sequence[Compared], results: Sequence[str]) -> None:
@@ -80,7 +80,7 @@ def show(paper: Paper, compared: Sequence[Compared], results: Sequence[str]) -> 
     shown = {f"Table 1: a layer; formula: equations 6 to 11 at {machine}'s rates": report.layers(paper)}
     shown |= {report.heading(table): report.steps(table) for table in compared}
     shown |= {"Gains": report.gains(compared)}
-    shown |= {"Where the paper's numbers and its formula disagree": markdown(paper)}
+    shown |= {"Where the paper's numbers and its formula disagree": report.disagreeing(paper)}
     say(LEGEND)
     for title, table in shown.items():
         say(f"\n{title}")

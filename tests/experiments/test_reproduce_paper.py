@@ -111,7 +111,7 @@ def test_every_table_has_its_place_and_only_figures_lack_numbers():
     for table in PAPER.tables:
         assert table.source.startswith(table.name.partition(" (")[0]) and table.machine in DATASHEETS
         drawn = table.name.startswith("Figure")
-        assert all((row.baseline is None) == drawn and (row.kvpr is None) == drawn for row in table.rows)
+        assert all(set(row.times) == (set() if drawn else {"baseline", "kvpr"}) for row in table.rows)
         assert len({row.setting for row in table.rows}) == len(table.rows)
     assert all(claim["source"] and claim["table"] for claim in PAPER.data["claims"].values())
     for row in numbers.records(PAPER.data["layers"]):
@@ -177,19 +177,18 @@ def test_splits_and_gains_of_the_formula_in_closed_form(model):
 
 def test_row_order_in_closed_form(latency):
     for row in latency.rows:
-        setting, times = row.setting, row.predicted.times
+        setting, times = row.setting, row.times["predicted"]
         cached = setting.prompt + setting.new / 2
         pairs = 1e3 * 32 * 2 * 64 * cached * 4096 * 2 / LINK
         # The link is the bound, and what is computed before the first copy is there and after the last one is little.
         assert pairs < times["keys_values"] < pairs + 5 < times["sum"] < 1.12 * pairs
         assert pairs / 2 < times["activations"] < pairs / 2 + 5
         split = split_of("opt-6.7b")
-        assert row.predicted.formula == pytest.approx(split, abs=1 / cached)
-        assert row.predicted.split == pytest.approx(split, abs=0.03)
+        assert row.split == pytest.approx(split, abs=0.03)
         # A layer's copies by the formula, and attention and the other products that it leaves out.
         assert pairs * (1 - split / 2) < times["kvpr"] < 1.15 * pairs * (1 - split / 2)
         # Beside 13 GB of weights in 40 GB: nothing is sent, and memory is read once.
-        assert row.predicted.ours == {"plan": "auto", "weights_in_host": 0.0, "link_bytes": 0}
+        assert row.ours == {"plan": "auto", "weights_in_host": 0.0, "link_bytes": 0}
         weights = 2 * setting.shape.parameters / 1555e9
         assert 1e3 * weights < times["auto"] < times["activations"] / 4
 
@@ -197,14 +196,14 @@ def test_row_order_in_closed_form(latency):
 def test_column_order_in_closed_form(throughput):
     layer = 4 * 4096**2 + 2 * 4096 * 16384
     for row in throughput.rows:
-        setting, times = row.setting, row.predicted.times
+        setting, times = row.setting, row.times["predicted"]
         pairs = 32 * 2 * 8 * 32 * (256 + setting.new / 2) * 4096 * 2
         weights = 32 * layer * 2  # once for all groups
         assert 1e3 * (pairs + weights) / 16e9 < times["keys_values"] < 1.02e3 * (pairs + weights) / 16e9
         assert 1e3 * (pairs / 2 + weights) / 16e9 < times["activations"] < 1.02e3 * (pairs / 2 + weights) / 16e9
         assert times["auto"] < times["activations"] < times["kvpr"] < times["keys_values"] < times["sum"]
         # What is left on the device fits in the card's memory.
-        assert (1 - row.predicted.ours["weights_in_host"]) * weights < 16e9
+        assert (1 - row.ours["weights_in_host"]) * weights < 16e9
 
 
 def test_nothing_of_ours_where_nothing_fits():
@@ -220,11 +219,14 @@ def test_nothing_of_ours_where_nothing_fits():
 def test_predictions_that_are_kept_are_those_of_the_code(latency, throughput, tmp_path):
     """Some of them: all take a minute. `python experiments/reproduce_paper.py --out=experiments/results/paper.json`"""
     for compared in (latency, throughput, predicted("Figure 6 (sequences)", slice(12, 13))):
-        kept = {row.setting: row.predicted for row in costs.kept(PAPER, compared.table.name).rows}
+        kept = {row.setting: row for row in costs.kept(PAPER, compared.table.name).rows}
         for row in compared.rows:
             then = kept[row.setting]
-            assert row.predicted.times == pytest.approx(then.times, rel=1e-4)
-            assert (row.predicted.split, row.predicted.ours) == (then.split, then.ours)
+            assert row.times["predicted"] == pytest.approx(then.times["predicted"], rel=1e-4)
+            assert (row.split, row.ours, row.times["paper"]) == (then.split, then.ours, then.times["paper"])
+    # As the page says: so many caches fit on the card.
+    for name, count in (("Table 3", 6), ("Table 4", 3)):
+        assert sum(row.ours["link_bytes"] == 0 for row in costs.kept(PAPER, name).rows) == count
     document = json.loads(costs.KEPT.read_text())
     document["tables"][0]["rows"][0]["batch"] = 3
     (tmp_path / "paper.json").write_text(json.dumps(document))
@@ -255,7 +257,7 @@ def test_results_of_a_setting_are_shown_and_no_others(latency, throughput):
     ]
     found = costs.measured(latency, results)
     times = {"keys_values": 80.0, "kvpr": 60.0, "huggingface_offloaded": 160.0, "auto": 8.0}
-    assert [row.measured for row in found.rows] == [times, {"activations": 44.0}]
+    assert [row.times["measured"] for row in found.rows] == [times, {"activations": 44.0}]
     assert found.devices == ("Some GPU", "Another GPU") and costs.count_of([latency], results) == 7
     assert found.gains("opt-6.7b", "measured", "kvpr") == [25] and found.gains("opt-6.7b", "measured", "auto") == [90]
     assert found.gains("opt-6.7b", "measured", "activations") == []  # there is no row that has both
@@ -266,15 +268,15 @@ def test_results_of_a_setting_are_shown_and_no_others(latency, throughput):
     results = [result(setting, "keys_values", 1.0, **other) for other in others]
     results.append(result(setting, "auto", 1.0, device_budget=throughput.profile.device_bytes))  # a step of one group
     results.append(result(setting, "keys_values", 5.0, **places))
-    assert costs.measured(throughput, results).rows[0].measured == {"keys_values": 5.0}
-    assert all(not row.measured for row in costs.measured(throughput, results[:-1]).rows)
+    assert costs.measured(throughput, results).rows[0].times["measured"] == {"keys_values": 5.0}
+    assert not any(row.times["measured"] for row in costs.measured(throughput, results[:-1]).rows)
 
 
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
 def test_a_step_is_a_number_and_its_gain(latency):
-    setting, times = latency.rows[1].setting, latency.rows[1].predicted.times
+    setting, times = latency.rows[1].setting, latency.rows[1].times["predicted"]
     (_, bare) = cells(report.steps(latency))
     assert bare["Accelerate, paper"] == "562" and bare["KVPR, paper"] == "360 (-36 %)"  # 71.327, 45.766 s: 127 steps
     gains = [round(100 * (times[plan] / times["keys_values"] - 1)) for plan in ("kvpr", "activations", "auto")]
@@ -284,6 +286,7 @@ def test_a_step_is_a_number_and_its_gain(latency):
     results = [result(setting, "huggingface_offloaded", 150.0), result(setting, "keys_values", 100.0)]
     (_, full) = cells(report.steps(costs.measured(latency, results)))
     assert full.items() - bare.items() == {("Accelerate, measured", "150 (+50 %)"), ("`keys_values`, measured", "100")}
+    assert float(bare["no overlap, predicted"].partition(" ")[0]) == pytest.approx(times["sum"], abs=0.5)
 
 
 def test_gains_have_measured_columns_where_there_are_any(latency):
@@ -300,7 +303,7 @@ def test_rates_in_closed_form():
     """OPT-30B, 8 x 32 rows of 256 tokens and half of 32 new ones, weights of 48 layers: the link is the bound."""
     row = result(numbers.Setting("opt-30b", 32, 8, 256, 32), "activations", 1.0)
     row |= {"weights": "host", "groups": 8, "order": "column"}
-    said = report.page_rates([row])
+    said = report.rates([row])
     pairs, kvpr, ours = (int(word) for word in said.split() if word.isdigit())
     sent = LAYERS["opt-30b"] * 2 * (12 * HIDDEN["opt-30b"] ** 2 + 8 * 32 * 272 * 2 * HIDDEN["opt-30b"])
     assert pairs == pytest.approx(8 * 32 * LINK / sent, abs=0.6)
@@ -308,38 +311,28 @@ def test_rates_in_closed_form():
     assert said == f"{pairs} tokens a second for keys and values, {kvpr} for KVPR's schedule and {ours} for ours"
     for rows in ([row | {"batch": 31}], [row, row | {"new": 128}]):
         with pytest.raises(ValueError, match=r"of [02] settings of Table 3, .*; expected one"):
-            report.page_rates(rows)
+            report.rates(rows)
 
 
 def test_disagreements_by_hand():
-    found = {(row.place.partition(",")[0].partition(" on ")[0], row.of): row for row in disagreements(PAPER)}
-    (compute,) = [row for row in found.values() if row.of.startswith("recomputing a layer")]
-    for model, said in zip(HIDDEN, (0.3509, 0.4388, 0.6143)):
-        assert f"{said:.3g}" in compute.said
-        assert f"{4e3 * 32 * 1024 * HIDDEN[model] ** 2 / MATMUL:.3g}" in compute.against
-    assert "20 to 35 times as long" in compute.against  # 7.05 / 0.3509 and 21.58 / 0.6143
-    (copies,) = [row for row in found.values() if row.of.startswith("copying a layer")]
-    assert copies.said == "15.6, 19.5 and 27.3 ms" and "15.6, 19.5 and 27.3 at 32 GiB/s" in copies.against
-    gains = [(row.said, row.against) for row in found.values() if row.of.startswith("largest gain")]
+    found = {row.of: (row.said, row.against) for row in disagreements(PAPER)}
+    gains = [(row.said, row.against) for row in disagreements(PAPER) if row.of.startswith("largest gain")]
     assert gains[0] == ("35.8 % less time; 14.8 to 35.8 in Table 3", "35 %")
-    assert gains[1][1].startswith("54, 49 and 40 %") and "6.6 to 15.9 in Table 5" in gains[2][0]
-    late = found["Table 3", "Accelerate's time, OPT-6.7B, 64 x 256 + 32"]
-    assert late.said == "26.8 s"
-    assert "24.4 s for OPT-6.7B, 64 x 512 + 32 and 19.4 s for OPT-13B, 64 x 256 + 32" in late.against
+    assert gains[1][1].startswith("54, 49 and 40 %")
+    assert gains[2] == ("15 % more tokens/s; 6.6 to 15.9 in Table 5", "40 %, of the cache alone")
     slowest = 64 * 272 * 2 * 4096 * 2 * 32 / (26.825 / 31) / 1e9
     fastest = 64 * 528 * 2 * 4096 * 2 * 32 / (24.390 / 31) / 1e9
-    link = found["Table 3", "the link, and bytes over Accelerate's time"]
-    assert (link.said, link.against) == ("32 GB/s", f"{slowest:.1f} to {fastest:.1f} GB/s")
-    (shares,) = [row for (place, _), row in found.items() if place == "section 4.5"]
-    assert shares.said == f"{2 * 8 / 38 / (1 + 2 * 8 / 38):.2f}" and shares.against.startswith("0.70, 0.66 and 0.58")
-    (splits,) = [row for (place, _), row in found.items() if place == "appendix A.4"]
+    links = [row.against for row in disagreements(PAPER) if row.of == "the link; what is sent over Accelerate's time"]
+    assert links[0] == f"{slowest:.1f} to {fastest:.1f} GB/s"
+    (shares,) = [words for of, words in found.items() if of.startswith("split l/s")]
+    assert shares[0] == f"{2 * 8 / 38 / (1 + 2 * 8 / 38):.2f}" and shares[1].startswith("0.70, 0.66 and 0.58")
     first, last, longer, longest = (round(split_of("opt-6.7b") * cached) for cached in (129, 160, 257, 288))
-    assert splits.said.startswith("182, and increases to 128")
-    assert splits.against == (
-        f"{first} and {last}, at most the prompt (equation 11); {longer} and {longest} for a prompt of 256"
+    assert found["split of a prompt of 128, 1 and 32 new tokens"] == (
+        "182, and increases to 128; the axis is 180 to 205",
+        f"{first} and {last}, at most the prompt (equation 11); {longer} and {longest} for a prompt of 256",
     )
-    assert found["Table 2", "growth of its latencies, batch 1 to 32"].said == "23.4 times"
-    assert all(row.kvpr < row.baseline for row in PAPER.table("Table 2").rows)  # milliseconds: more tokens/s
+    assert found["growth of its latencies, batch 1 to 32"][0] == "23.4 times"
+    assert all(row.times["kvpr"] < row.times["baseline"] for row in PAPER.table("Table 2").rows)  # ms: more tokens/s
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -357,7 +350,7 @@ def test_the_command_prints_tables_and_keeps_a_document(command, capsys, tmp_pat
     first, _ = document["tables"][0]["rows"]
     assert (first["model"], first["batch"], first["prompt"], first["new"]) == ("opt-6.7b", 64, 128, 32)
     assert first["paper_ms"] == pytest.approx({"baseline": 8905 / 31, "kvpr": 6651 / 31})
-    assert first["predicted_ms"] == latency.rows[0].predicted.times and first["measured_ms"]["keys_values"] == 77.0
+    assert first["predicted_ms"] == latency.rows[0].times["predicted"] and first["measured_ms"]["keys_values"] == 77.0
     assert document["tables"][0]["measured_on"] == ["Some GPU"] and len(document["gains"]) == 2
     assert document["disagreements"] and document["only_drawn"] and len(document["layers"]) == 3
     for path, count in ((fitting, "2 of 2"), (other, "0 of 1")):
@@ -375,7 +368,7 @@ def test_another_machine(command, capsys, throughput):
     assert table["hardware"] == "NVIDIA H200"
     assert any(line.startswith("h200: NVIDIA H200, link 63 GB/s") for line in human)
     # The link is the bound on both: 63 GB/s against 16.
-    ratio = throughput.rows[0].predicted.times["activations"] / table["rows"][0]["predicted_ms"]["activations"]
+    ratio = throughput.rows[0].times["predicted"]["activations"] / table["rows"][0]["predicted_ms"]["activations"]
     assert ratio == pytest.approx(63 / 16, rel=0.03)
 
 

@@ -1,7 +1,7 @@
 """What the cost function predicts for the settings of the paper KVPR, and what was measured of them.
 
 paper = read()
-compared = predict(paper.table("Table 3"), "a100", paper.machine("a100"))    # takes seconds a row; or, as it was kept,
+compared = predict(paper.table("Table 3"), "a100", paper.machine("a100"))    # takes a second a row; or, as it was kept,
 compared = kept(paper, "Table 3")
 compared = measured(compared, tables.read_file("experiments/results/h100_suite.json"))
 compared.gains("opt-6.7b", "measured", "activations")
@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from experiments.support.paper.numbers import Paper, PaperRow, PaperTable, Setting
 from experiments.support.results import tables
@@ -33,40 +33,25 @@ KEPT = Path(__file__).parent.parent.parent / "results" / "paper.json"  # predict
 # attention out. With the other plans of a setting they are 16, one compilation.
 EVEN, NEAR = 8, (0.92, 0.94, 0.96, 0.98, 1.0)
 WHOLE = 64 * GIB  # a window in which each run of tokens is one block, as the paper copies them
-BASELINE = "keys_values"  # what gains that are predicted or measured are counted from
 
-Source = Literal["predicted", "measured"]
-SOURCES: tuple[Source, ...] = get_args(Source)
+Source = Literal["paper", "predicted", "measured"]
 Times = dict[str, float]  # milliseconds a step by plan: those by name, `kvpr` at its best split, and AUTO for ours
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """Milliseconds a step by plan; `sum` is that of BASELINE without any overlap.
-
-    `split` is the fraction of the cached tokens that KVPR's schedule recomputes at its best, `formula` the same by
-    KVPR's own formula. `ours` says of the plan of AUTO its `link_bytes` a step, and the fraction of layers with
-    `weights_in_host`; it is None where nothing fits in the machine's memory.
-    """
-
-    times: Times
-    split: float
-    formula: float
-    ours: dict[str, Any] | None
+BASELINES: dict[Source, str] = {"paper": "baseline", "predicted": "keys_values", "measured": "keys_values"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the paper with what was predicted for it, and what was measured, if it was."""
+    """A setting's times by source; predicted ones have `sum`, that of keys_values without any overlap.
 
-    paper: PaperRow
-    predicted: Predicted
-    measured: Times = dataclasses.field(default_factory=dict)
+    `split` is the fraction of the cached tokens that KVPR's schedule recomputes at its predicted best. `ours` says of
+    the plan of AUTO its `link_bytes` a step, and the fraction of layers with `weights_in_host`; it is None where
+    nothing fits in the machine's memory.
+    """
 
-    @property
-    def setting(self) -> Setting:
-        """What both are of."""
-        return self.paper.setting
+    setting: Setting
+    times: dict[Source, Times]
+    split: float
+    ours: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -84,19 +69,14 @@ class Compared:
         """Each once."""
         return tuple(dict.fromkeys(row.setting.model for row in self.rows))
 
-    def of(self, model: str) -> list[Row]:
-        """The model's rows."""
-        return [row for row in self.rows if row.setting.model == model]
-
-    def said(self, model: str) -> list[float]:
-        """The paper's gains in percent, of the rows that have both numbers."""
-        gains = [self.table.gain(row.paper.baseline, row.paper.kvpr) for row in self.of(model)]
-        return [gain for gain in gains if gain is not None]
+    def gain(self, row: Row, source: Source, plan: str) -> float | None:
+        """A plan's gain over the source's baseline in percent, None without both."""
+        times = row.times[source]
+        return self.table.gain(times.get(BASELINES[source]), times.get(plan))
 
     def gains(self, model: str, source: Source, plan: str) -> list[float]:
-        """Gains of a plan over BASELINE in percent, of the rows that have both."""
-        times = [row.predicted.times if source == "predicted" else row.measured for row in self.of(model)]
-        gains = [self.table.gain(of_row.get(BASELINE), of_row.get(plan)) for of_row in times]
+        """Those of the model's rows that have both."""
+        gains = [self.gain(row, source, plan) for row in self.rows if row.setting.model == model]
         return [gain for gain in gains if gain is not None]
 
 
@@ -105,34 +85,31 @@ class Compared:
 
 def predict(table: PaperTable, machine: str, profile: HardwareProfile) -> Compared:
     """The table's rows, each predicted for the machine."""
-    rows = []
-    for row in table.rows:
-        predicted = by_name(row.setting, table.weights, profile)
-        plan = best_plan(row.setting, table.weights, profile)
-        if plan is not None:
-            hosted = sum(layer.weights == "host" for layer in plan.layers) / len(plan.layers)
-            predicted = dataclasses.replace(
-                predicted,
-                times=predicted.times | {AUTO: 1e3 * float(mean_costs(profile, [plan]).seconds[0])},
-                ours={"plan": plan.name, "weights_in_host": hosted, "link_bytes": plan.link_bytes()},
-            )
-        rows.append(Row(row, predicted))
-    return Compared(table, machine, profile, tuple(rows))
+    return Compared(table, machine, profile, tuple(_predict(row, table.weights, profile) for row in table.rows))
 
 
-def by_name(setting: Setting, weights: Memory, profile: HardwareProfile) -> Predicted:
-    """The plans by name, all of whose cache is in host memory, whether they fit or not."""
+def _predict(row: PaperRow, weights: Memory, profile: HardwareProfile) -> Row:
+    times, split = by_name(row.setting, weights, profile)
+    plan, ours = best_plan(row.setting, weights, profile), None
+    if plan is not None:
+        times[AUTO] = 1e3 * float(mean_costs(profile, [plan]).seconds[0])
+        hosted = sum(layer.weights == "host" for layer in plan.layers) / len(plan.layers)
+        ours = {"plan": plan.name, "weights_in_host": hosted, "link_bytes": plan.link_bytes()}
+    return Row(row.setting, {"paper": row.times, "predicted": times, "measured": {}}, split, ours)
+
+
+def by_name(setting: Setting, weights: Memory, profile: HardwareProfile) -> tuple[Times, float]:
+    """Of the plans by name, all of whose cache is in host memory, whether they fit or not; and KVPR's best split."""
     shape, workload = setting.shape, setting.middle
     by_formula = kvpr_split(profile, shape, workload) / workload.prompt
     splits = sorted({*(step / EVEN for step in range(EVEN + 1)), *(part * by_formula for part in NEAR)})
-    named = [named_plan(name, shape, workload) for name in (BASELINE, "activations")]
+    named = [named_plan(name, shape, workload) for name in ("keys_values", "activations")]
     kvpr = [named_plan(f"kvpr:{split!r}", shape, workload, window=WHOLE) for split in splits]
     costs = plan_costs(profile, [_in_groups(plan, setting, weights) for plan in (*named, *kvpr)], 0)
-    baseline, activations, *at_splits = (1e3 * float(seconds) for seconds in costs.seconds)
-    best = min(at_splits)
-    unoverlapped = 1e3 * float(costs.copying[0] + costs.computing[0])
-    times = {"sum": unoverlapped, BASELINE: baseline, "kvpr": best, "activations": activations}
-    return Predicted(times, splits[at_splits.index(best)], by_formula, ours=None)
+    keys_values, activations, *at_splits = (1e3 * float(seconds) for seconds in costs.seconds)
+    best, unoverlapped = min(at_splits), 1e3 * float(costs.copying[0] + costs.computing[0])
+    times = {"sum": unoverlapped, "keys_values": keys_values, "kvpr": best, "activations": activations}
+    return times, splits[at_splits.index(best)]
 
 
 def _in_groups(plan: Plan, setting: Setting, weights: Memory) -> Plan:
@@ -168,18 +145,10 @@ def formula_gain(profile: HardwareProfile, table: PaperTable, setting: Setting) 
 
 def record(compared: Compared) -> dict[str, Any]:
     """A table as JSON has it; times are milliseconds a step."""
-    rows = [
-        {
-            **dataclasses.asdict(row.setting),
-            "paper_ms": {"baseline": row.paper.baseline, "kvpr": row.paper.kvpr},
-            "predicted_ms": row.predicted.times,
-            "measured_ms": row.measured,
-            "split": row.predicted.split,
-            "formula_split": row.predicted.formula,
-            "ours": row.predicted.ours,
-        }
-        for row in compared.rows
-    ]
+    rows = []
+    for row in compared.rows:
+        times = {f"{source}_ms": times for source, times in row.times.items()}
+        rows.append({**dataclasses.asdict(row.setting), **times, "split": row.split, "ours": row.ours})
     table = {name: getattr(compared.table, name) for name in ("name", "source", "weights", "against")}
     return {**table, "hardware": compared.profile.device, "measured_on": list(compared.devices), "rows": rows}
 
@@ -191,14 +160,13 @@ def kept(paper: Paper, name: str, path: str | os.PathLike = KEPT) -> Compared:
         OSError: the file cannot be read.
         ValueError: it has other settings than the paper.
     """
-    table = paper.table(name)
-    records = {own["name"]: own for own in json.loads(Path(path).read_text(encoding="utf-8"))["tables"]}
-    rows = []
-    for row, of_row in zip(table.rows, records[name]["rows"], strict=True):
-        if any(of_row[field] != value for field, value in dataclasses.asdict(row.setting).items()):
+    table, rows = paper.table(name), []
+    records = {table["name"]: table["rows"] for table in json.loads(Path(path).read_text(encoding="utf-8"))["tables"]}
+    for row, found in zip(table.rows, records[name], strict=True):
+        if found | dataclasses.asdict(row.setting) != found:
             raise ValueError(f"{path}: {name} has another setting than {row.setting}: predict anew")
-        fields = ("predicted_ms", "split", "formula_split", "ours")
-        rows.append(Row(row, Predicted(*(of_row[field] for field in fields))))
+        times: dict[Source, Times] = {"paper": row.times, "predicted": found["predicted_ms"], "measured": {}}
+        rows.append(Row(row.setting, times, found["split"], found["ours"]))
     return Compared(table, table.machine, paper.machine(table.machine), tuple(rows))
 
 
@@ -219,7 +187,7 @@ def measured(compared: Compared, results: Iterable[tables.Row]) -> Compared:
                 plan = "kvpr" if plan.startswith("kvpr:") else plan
                 times[plan] = min(times.get(plan, math.inf), result["median_ms"])
                 devices.append(str(result.get("device")))
-        rows.append(dataclasses.replace(row, measured=times))
+        rows.append(dataclasses.replace(row, times=row.times | {"measured": times}))
     return dataclasses.replace(compared, rows=tuple(rows), devices=tuple(dict.fromkeys(devices)))
 
 
@@ -235,15 +203,12 @@ def is_of(result: tables.Row, setting: Setting, compared: Compared) -> bool:
     What chooses for itself, and peers, may have the weights anywhere; but what chooses must have had as much device
     memory to choose with, within a tenth, as the machine of the table.
     """
-    table, plan = compared.table, result.get("plan")
-    groups = result.get("groups") or 1
-    sizes = ("model", "batch", "prompt", "new")
+    groups, sizes = result.get("groups") or 1, ("model", "batch", "prompt", "new")
     if any(result.get(name) != getattr(setting, name) for name in sizes) or groups != setting.groups:
         return False
-    if plan == table.peer:
+    if result.get("plan") == compared.table.peer:
         return True
-    if plan == AUTO:
-        budget = result.get("device_budget") or 0.0
-        return abs(budget / compared.profile.device_bytes - 1) <= 0.1
+    if result.get("plan") == AUTO:
+        return abs((result.get("device_budget") or 0.0) / compared.profile.device_bytes - 1) <= 0.1
     in_order = groups == 1 or result.get("order") == "column"
-    return in_order and (result.get("weights") or "device") == table.weights
+    return in_order and (result.get("weights") or "device") == compared.table.weights

@@ -1,7 +1,7 @@
 """The paper KVPR: its numbers, each with its place in the paper, from paper.json.
 
 paper = read()
-paper.table("Table 3").rows[0].kvpr  # milliseconds a step
+paper.table("Table 3").rows[0].times["kvpr"]  # milliseconds a step
 
 What the paper says of steps, seconds of decoding or tokens/s, is made milliseconds of a step of all groups together.
 """
@@ -57,12 +57,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A setting and the paper's milliseconds a step; None where it only draws them; `data` is the whole row."""
+    """A setting and the paper's milliseconds a step of `baseline` and `kvpr`, none where it only draws them.
+
+    `data` is the row as it is in the file.
+    """
 
     setting: Setting
-    baseline: float | None
-    kvpr: float | None
-    data: dict[str, Any] = dataclasses.field(hash=False)
+    times: dict[str, float]
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -82,7 +84,7 @@ class PaperTable:
     against: str
     rows: tuple[PaperRow, ...]
     peer: str = ""
-    most_percent: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    most_percent: dict[str, float] = dataclasses.field(default_factory=dict)
 
     def gain(self, base: float | None, faster: float | None) -> float | None:
         """What is won, in percent, from milliseconds a step: time saved, or more tokens/s. None without both."""
@@ -147,8 +149,7 @@ def _table(data: dict[str, Any]) -> PaperTable:
     rows = []
     for record in records(data):
         setting = Setting(**{field.name: record[field.name] for field in dataclasses.fields(Setting)})
-        values = [record[name] for name in ("baseline", "kvpr")]
-        times = [None if value is None else setting.milliseconds(value, unit) for value in values]
-        rows.append(PaperRow(setting, *times, data=record))
+        said = {name: record[name] for name in ("baseline", "kvpr") if record[name] is not None}
+        rows.append(PaperRow(setting, {name: setting.milliseconds(said[name], unit) for name in said}, record))
     fields = {key: value for key, value in data.items() if key not in ("columns", "rows")}
     return PaperTable(**fields, rows=tuple(rows))

@@ -4,54 +4,48 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 
-from experiments.support.paper.costs import BASELINE, SOURCES, Compared, Row, Times, formula_gain, kept, measured
-from experiments.support.paper.disagreements import markdown
-from experiments.support.paper.numbers import Paper, PaperTable, Setting, read, records
+from experiments.support.paper.costs import BASELINES, Compared, Row, Source, formula_gain, kept, measured
+from experiments.support.paper.disagreements import disagreements
+from experiments.support.paper.numbers import Paper, Setting, read, records
 from experiments.support.results import tables
 from experiments.support.results.predictions import between, title
 from kvrecomp.plan import AUTO
 from kvrecomp.predict.cost import kvpr_split
 
-PLANS = {BASELINE: "`keys_values`", "kvpr": "KVPR", "activations": "`activations`", AUTO: "ours"}
+GAINING = {"kvpr": "KVPR", "activations": "`activations`", AUTO: "ours"}
+PLANS = {"keys_values": "`keys_values`", **GAINING}
 SUMMED_UP = ("Table 3", "Table 4", "Table 5", "Figure 6 (sequences)")  # the paper's results
 
 
 def steps(compared: Compared) -> str:
     """A table of steps: milliseconds a step, or tokens/s of all groups, each with its gain."""
-    table = compared.table
+    against = compared.table.against
+    plans: dict[Source, dict[str, str]] = {
+        "paper": {"baseline": against, "kvpr": "KVPR"},
+        "predicted": {"sum": "no overlap", **PLANS},
+        "measured": {compared.table.peer: against, **PLANS},
+    }
     columns = [
         ("model", lambda row: title(row.setting.model)),
         ("rows x prompt + new", lambda row: str(row.setting)),
-        (f"{table.against}, paper", lambda row: _cell(table, row.setting, row.paper.baseline)),
-        ("KVPR, paper", lambda row: _cell(table, row.setting, row.paper.kvpr, row.paper.baseline)),
-        ("no overlap, predicted", lambda row: _cell(table, row.setting, row.predicted.times["sum"])),
-        *((f"{label}, predicted", functools.partial(_predicted, table, plan)) for plan, label in PLANS.items()),
-        ("l/s", lambda row: f"{row.predicted.split:.2f}"),
-        (f"{table.against}, measured", functools.partial(_measured, table, table.peer)),
-        *((f"{label}, measured", functools.partial(_measured, table, plan)) for plan, label in PLANS.items()),
+        ("l/s", lambda row: f"{row.split:.2f}"),
     ]
+    for source, labels in plans.items():
+        for plan, label in labels.items():
+            columns.append((f"{label}, {source}", functools.partial(_cell, compared, source, plan)))
     return _without_empty(compared.rows, columns)
 
 
-def _predicted(table: PaperTable, plan: str, row: Row) -> str:
-    return _of_plan(table, row.setting, plan, row.predicted.times)
-
-
-def _measured(table: PaperTable, plan: str, row: Row) -> str:
-    return _of_plan(table, row.setting, plan, row.measured)
-
-
-def _of_plan(table: PaperTable, setting: Setting, plan: str, times: Times) -> str:
-    return _cell(table, setting, times.get(plan), None if plan == BASELINE else times.get(BASELINE))
-
-
-def _cell(table: PaperTable, setting: Setting, milliseconds: float | None, base: float | None = None) -> str:
+def _cell(compared: Compared, source: Source, plan: str, row: Row) -> str:
     """A number of three digits, and its gain."""
+    milliseconds = row.times[source].get(plan)
     if milliseconds is None:
         return "-"
-    value = milliseconds if table.unit == "s" else 1e3 * setting.groups * setting.batch / milliseconds
-    number, gain = f"{value:.0f}" if value >= 100 else f"{value:#.3g}", table.gain(base, milliseconds)
-    return number if gain is None else f"{number} ({round(-gain if table.unit == 's' else gain):+d} %)"
+    in_time = compared.table.unit == "s"
+    value = milliseconds if in_time else 1e3 * row.setting.groups * row.setting.batch / milliseconds
+    number = f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
+    gain = None if plan == BASELINES[source] else compared.gain(row, source, plan)
+    return number if gain is None else f"{number} ({round(-gain if in_time else gain):+d} %)"
 
 
 def heading(compared: Compared) -> str:
@@ -64,22 +58,21 @@ def heading(compared: Compared) -> str:
 def summary(compared: Sequence[Compared]) -> list[dict[str, str]]:
     """A line a table and model: the paper's gains, what its formula allows, and the gains predicted and measured."""
     lines = []
-    for found in compared:
+    for found, model in [(table, model) for table in compared for model in table.models]:
         table = found.table
-        for model in found.models:
-            most = table.most_percent.get(model)
-            line = {
-                "paper": table.name,
-                "model": title(model),
-                "against": table.against,
-                "gain": table.gained,
-                "KVPR, paper": f"up to {most:.0f}" if most else _span(found.said(model)),
-                "its formula": _span([formula_gain(found.profile, table, row.setting) for row in found.of(model)]),
-            }
-            for source in SOURCES:
-                for plan in ("kvpr", "activations", AUTO):
-                    line[f"{PLANS[plan]}, {source}"] = _span(found.gains(model, source, plan))
-            lines.append(line)
+        most = table.most_percent.get(model)
+        limits = [formula_gain(found.profile, table, row.setting) for row in found.rows if row.setting.model == model]
+        line = {
+            "paper": table.name,
+            "model": title(model),
+            "against": table.against,
+            "gain": table.gained,
+            "KVPR, paper": f"up to {most:.0f}" if most else _span(found.gains(model, "paper", "kvpr")),
+            "its formula": _span(limits),
+        }
+        for source in ("predicted", "measured"):
+            line |= {f"{name}, {source}": _span(found.gains(model, source, plan)) for plan, name in GAINING.items()}
+        lines.append(line)
     return lines
 
 
@@ -119,44 +112,41 @@ def layers(paper: Paper) -> str:
     )
 
 
+def disagreeing(paper: Paper) -> str:
+    """`disagreements` as a table."""
+    return tables.table(
+        disagreements(paper),
+        ("place", operator.itemgetter(0)),
+        ("of", operator.itemgetter(1)),
+        ("the paper says", operator.itemgetter(2)),
+        ("its formula or another part says", operator.itemgetter(3)),
+    )
+
+
 # --- for pages, of results and the predictions that are kept ----------------------------------------------------------
 
 
-def _all(results: Sequence[tables.Row], names: Sequence[str]) -> list[Compared]:
+def compare(results: Sequence[tables.Row], names: Sequence[str] = SUMMED_UP) -> list[Compared]:
+    """The tables of these names."""
     paper = read()
     return [measured(kept(paper, name), results) for name in names]
 
 
-def page_gains(results: Sequence[tables.Row]) -> str:
-    """The gains of SUMMED_UP."""
-    return gains(_all(results, SUMMED_UP))
-
-
-def page_steps(results: Sequence[tables.Row]) -> str:
+def all_steps(results: Sequence[tables.Row]) -> str:
     """The tables of steps that the paper gives in numbers."""
-    given = [table.name for table in read().tables if any(row.kvpr for row in table.rows)]
-    return "\n\n".join(f"{heading(table)}.\n\n{steps(table)}" for table in _all(results, given))
+    given = [table.name for table in read().tables if any(row.times for row in table.rows)]
+    return "\n\n".join(f"**{heading(table)}.**\n\n{steps(table)}" for table in compare(results, given))
 
 
-def page_layers(_: Sequence[tables.Row]) -> str:
-    """Its table 1, of no results."""
-    return layers(read())
-
-
-def page_disagreements(_: Sequence[tables.Row]) -> str:
-    """Of no results."""
-    return markdown(read())
-
-
-def page_rates(results: Sequence[tables.Row]) -> str:
+def rates(results: Sequence[tables.Row]) -> str:
     """The tokens a second that are predicted for the paper's machine in the setting of which these results are.
 
     Raises ValueError where they are of none, or of several.
     """
-    found = [row for table in _all(results, SUMMED_UP) for row in table.rows if row.measured]
+    found = [row for table in compare(results) for row in table.rows if row.times["measured"]]
     if len(found) != 1:
         raise ValueError(f"the rows are of {len(found)} settings of {', '.join(SUMMED_UP)}; expected one")
     (row,) = found
-    tokens = 1e3 * row.setting.batch * row.setting.groups
-    pairs, kvpr, ours = (f"{tokens / row.predicted.times[plan]:.0f}" for plan in (BASELINE, "kvpr", AUTO))
+    tokens, times = 1e3 * row.setting.batch * row.setting.groups, row.times["predicted"]
+    pairs, kvpr, ours = (f"{tokens / times[plan]:.0f}" for plan in ("keys_values", "kvpr", AUTO))
     return f"{pairs} tokens a second for keys and values, {kvpr} for KVPR's schedule and {ours} for ours"

@@ -1,6 +1,6 @@
 """Predicted, chosen and measured: what single steps say of the cost function and of the scheduler.
 
-rows = tables.predicted(tables.read_file("experiments/results/h200_sweep_batch32.json"))
+rows = tables.predicted(tables.read_file("experiments/results/h200_sweep.json"))
 print(accuracy(rows))
 draw_predictions(rows, "predictions.png")
 """
@@ -89,11 +89,15 @@ def distinct(rows: Sequence[Measured]) -> list[Measured]:
 
 def choices(rows: Sequence[Measured]) -> list[Choice]:
     """The scheduler's plans that have a rival."""
+    by_hand: dict[Any, list[Measured]] = {}
+    for row in rows:
+        if not row.chosen:
+            by_hand.setdefault(row.workload, []).append(row)
     found = []
-    for own in rows:
-        rivals = [row for row in rows if own.chosen and not row.chosen and row.workload == own.workload]
-        if rivals:
-            found.append(Choice(own, min(rivals, key=lambda row: row.median_ms), len(rivals)))
+    for row in rows:
+        rivals = by_hand.get(row.workload, [])
+        if row.chosen and rivals:
+            found.append(Choice(row, min(rivals, key=lambda rival: rival.median_ms), len(rivals)))
     return found
 
 
@@ -124,7 +128,7 @@ def percent(off: float) -> tuple[str, str]:
 def between(low: tuple[str, str], high: tuple[str, str]) -> str:
     """From one amount to another: 4 to 15 % short, 15 % short to 6 % over, 9.7 ms."""
     if low[1] != high[1]:
-        return " to ".join(" ".join(each) for each in (low, high))
+        return " to ".join(" ".join(amount) for amount in (low, high))
     return f"{' to '.join(sorted({low[0], high[0]}, key=float))} {low[1]}".strip()
 
 
@@ -180,11 +184,11 @@ def draw_predictions(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     _bands(axes.axhspan, axes.axhline)
     for kind, (label, marker, colour) in KINDS.items():
-        own = [row for row in points if kind_of(row.plan) == kind]
-        if own:
-            names = {row.plan for row in own}
+        of_kind = [row for row in points if kind_of(row.plan) == kind]
+        if of_kind:
+            names = {row.plan for row in of_kind}
             label = names.pop() if len(names) == 1 else label
-            xs, ys = [row.median_ms for row in own], [100 * row.off for row in own]
+            xs, ys = [row.median_ms for row in of_kind], [100 * row.off for row in of_kind]
             _points(axes, xs, ys, marker, colour, label, size=8 if len(points) <= 100 else 6)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -219,10 +223,10 @@ def draw_choices(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     _bands(axes.axvspan, axes.axvline)
     axes.hlines([index - 0.5 for index in range(1, len(names))], 0, 1, "white", transform=axes.get_yaxis_transform())
     for index, room in enumerate(rooms):
-        own = [choice for choice in found if choice.chosen.room == room]
+        in_room = [choice for choice in found if choice.chosen.room == room]
         aside = 0.6 * ((index + 0.5) / len(rooms) - 0.5)  # rooms of one workload lie one below the other
-        xs = [100 * (choice.ratio - 1) for choice in own]
-        ys = [names.index(described(choice.chosen)) + aside for choice in own]
+        xs = [100 * (choice.ratio - 1) for choice in in_room]
+        ys = [names.index(described(choice.chosen)) + aside for choice in in_room]
         _points(axes, xs, ys, *ROOMS[index % len(ROOMS)], f"room for {room:g} %", size=6)
     axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.set_ylim(len(names) - 0.5, -0.5)
