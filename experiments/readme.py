@@ -26,7 +26,6 @@ choices_plot        picture of the scheduler's choices against the best plans by
 timeline            picture of copies and compute in the steps that experiments/trace.py traced
 machine             what the rows were measured on, by which scripts at which commits
 accuracy            how many predictions are within 5 and 10 %
-choices             how far the scheduler's choices are from the best plans by hand
 off                 how far predictions are off
 median_ms, ...      any field of the rows or of their files, with its unit
 
@@ -78,7 +77,6 @@ OF_NO_RESULTS = ("paper_layers", "paper_disagreements")
 SENTENCES = {
     "machine": tables.machine,
     "accuracy": tables.accuracy,
-    "choices": tables.choices,
     "paper_rates": paper.rates,
 }
 

@@ -153,11 +153,6 @@ def accuracy(rows: Sequence[Row]) -> str:
     return predictions.accuracy(predicted(rows))
 
 
-def choices(rows: Sequence[Row]) -> str:
-    """How far the scheduler's choices are from the best plans by hand."""
-    return predictions.regret(predicted(rows))
-
-
 def predicted(rows: Sequence[Row]) -> list[predictions.Measured]:
     """The rows that have a prediction; those of experiments/benchmark.py know of no room."""
     fields = [field.name for field in dataclasses.fields(predictions.Measured)]
