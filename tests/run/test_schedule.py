@@ -1,19 +1,16 @@
 """The schedule that XLA makes for an NVIDIA GPU, checked on a machine that has none.
 
 jax's CUDA plugin compiles for a described GPU (extra `schedule`). The tests read the compiled step: every host block
-is copied whole and asynchronously, with compute under the copy, and memory stays within the window. Private parts of
-jax are used here only, to compile for a device that is not there.
+is copied whole and asynchronously, with compute under the copy, and memory stays within the window.
 """
 
 import dataclasses
 import itertools
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import jax
-import numpy as np
 import pytest
+from described_gpu import A100, H200, compile_traced
 
 import kvrecomp
 import models
@@ -29,19 +26,6 @@ from models import LlamaConfig, OPTConfig
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax's CUDA 13 plugin: pip install '.[schedule]'")
 
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
-  clock_rate_ghz: 1.98 device_memory_size: 150754820096 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 7 }
-device_description_str: "NVIDIA H200"
-"""
-A100 = H200.replace("major: 9 } regi", "major: 8 } regi").replace("H200", "A100")  # as far as XLA's scheduler knows it
 MIB = 2**20
 CONFIG = OPTConfig("guard", layers=4, hidden=1024, heads=8, intermediate=1024, vocab=512, positions=2048)
 BLOCK = 16 * MIB  # 1024 tokens of 8 rows in bfloat16
@@ -63,19 +47,6 @@ def compile_plan(decoder: runtime.Decoder, write_outs: int = 0, target: str = H2
     """The same of a decoder, for that GPU."""
     options = decoder._options("step", write_outs)
     return compile_traced(decoder._trace_step(write_outs), options, target)
-
-
-def compile_traced(traced: Any, options: Mapping[str, Any] = OVERLAPPING, target: str = H200) -> tuple[str, int]:
-    """The same of what `jax.jit(...).trace(...)` gives, compiled with these options of XLA's."""
-    from jax._src import compiler
-    from jax._src.lib import _jax
-    from jax.experimental import topologies
-
-    device = topologies.get_topology_desc("gpu", platform="cuda", target_config=target, topology="1x1x1").devices[0]
-    given = {"device_assignment": np.zeros((1, 1), int), "env_options_overrides": dict(options)}
-    module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
-    program = device.client.compile(module, _jax.DeviceList((device,)), compiler.get_compile_options(1, 1, **given))
-    return program.hlo_modules()[0].to_string(), program.get_compiled_memory_stats().temp_size_in_bytes
 
 
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*?) ([a-z\-]+)\((.*?)\)")  # name, shape, kind, operands
@@ -328,7 +299,7 @@ def test_a_prefill_has_the_intermediate_results_of_one_layer_on_the_device(confi
     """Not of six: what is said is enough, and not much more than that."""
     plan = named_plan(name, config.shape, kvrecomp.Workload(batch, prompt, 16))
     decoder = runtime.Decoder(config.build(dtype="bfloat16", rngs=None), plan)
-    _, temporary = compile_traced(decoder._trace_prefill())
+    _, temporary = compile_traced(decoder._trace_prefill(), OVERLAPPING)
     estimate = prefill_bytes(plan.shape, plan.workload)
     assert 0.75 * estimate < temporary <= estimate
 
@@ -351,7 +322,7 @@ def test_what_the_profile_copies_is_copied_whole(monkeypatch):
     monkeypatch.setattr(profile_machine, "_traced", lambda *given: traced.append(trace(*given)) or traced[-1])
     profile_machine._copy_timer(MIB, 3, True, 2)
     profile_machine._to_device_timer(2**24)
-    texts = [compile_traced(own)[0] for own in traced]
+    texts = [compile_traced(own, OVERLAPPING)[0] for own in traced]
     copies = [re.findall(r" copy-start\((\S+)\)", text) for text in texts]
     assert [len(own) for own in copies] == [3 * 2, 3 * 8, 2, 4]
     for text, blocks in zip(texts, (3, 3, 2, 4), strict=True):

@@ -24,8 +24,9 @@ from experiments.support.results import tables
 from kvrecomp.plan import AUTO, GIB, Memory, Plan, PlanError, Workload
 from kvrecomp.plan.named import named_plan, with_host_weights
 from kvrecomp.predict import scheduler
-from kvrecomp.predict.cost import kvpr_seconds, kvpr_split, mean_costs, plan_costs
+from kvrecomp.predict.cost import mean_costs, plan_costs
 from kvrecomp.predict.hardware import HardwareProfile
+from kvrecomp.predict.kvpr import kvpr_seconds, kvpr_split
 
 KEPT = Path(__file__).parent.parent.parent / "results" / "paper.json"  # predictions for the paper's own machines
 

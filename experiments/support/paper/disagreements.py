@@ -10,7 +10,7 @@ from experiments.support.paper.costs import formula_gain
 from experiments.support.paper.numbers import Paper, PaperRow, PaperTable, Setting, records
 from experiments.support.results import tables
 from experiments.support.results.predictions import title
-from kvrecomp.predict.cost import kvpr_seconds, kvpr_split
+from kvrecomp.predict.kvpr import kvpr_seconds, kvpr_split
 
 
 class Disagreement(NamedTuple):

@@ -10,7 +10,7 @@ from experiments.support.paper.numbers import Paper, Setting, read, records
 from experiments.support.results import tables
 from experiments.support.results.predictions import between, title
 from kvrecomp.plan import AUTO
-from kvrecomp.predict.cost import kvpr_split
+from kvrecomp.predict.kvpr import kvpr_split
 
 GAINING = {"kvpr": "KVPR", "activations": "`activations`", AUTO: "ours"}
 PLANS = {"keys_values": "`keys_values`", **GAINING}
