@@ -37,8 +37,8 @@ import kvrecomp
 import models
 from experiments.support import script
 from experiments.support.job import runner as job
-from experiments.support.job.runner.input import checkpoint_hash
-from experiments.support.job.runner.runner import BATCH
+from experiments.support.job.input import checkpoint_hash
+from experiments.support.job.runner import BATCH
 from experiments.support.prompts import ENDS, PADS, PROMPTS, encode, is_ids, read_prompts, special_tokens
 from experiments.support.results.report import run_info
 from experiments.support.source import SHIPPED, Source

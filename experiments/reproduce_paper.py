@@ -24,9 +24,9 @@ from experiments.plan import read_hardware
 from experiments.support import script
 from experiments.support.paper import costs as paper_costs
 from experiments.support.paper import notes as paper_notes
-from experiments.support.paper.numbers.costs import BASELINE, PLACES, Found, Place, Row
-from experiments.support.paper.numbers.notes import Note
-from experiments.support.paper.numbers.numbers import Paper, PaperTable, Setting, read, records
+from experiments.support.paper.costs import BASELINE, PLACES, Found, Place, Row
+from experiments.support.paper.notes import Note
+from experiments.support.paper.numbers import Paper, PaperTable, Setting, read, records
 from experiments.support.results import tables
 from experiments.support.results.predictions import title
 from experiments.support.results.report import run_info

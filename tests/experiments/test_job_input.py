@@ -5,10 +5,10 @@ import os
 
 import numpy as np
 import pytest
-from experiments.support.job.runner.input import Reader, checkpoint_hash, file_hash, survey
 
 import models
 from experiments.support.job import input as job_input
+from experiments.support.job.input import Reader, checkpoint_hash, file_hash, survey
 from kvrecomp.plan import MIB
 
 BYTES = models.byte_tokenizer()

@@ -8,7 +8,6 @@ import re
 
 import pytest
 from absl import flags
-from experiments.support.paper.numbers.numbers import Setting
 from rich.console import Console
 
 import models
@@ -16,6 +15,7 @@ from experiments import reproduce_paper as script
 from experiments.support.paper import costs as paper_costs
 from experiments.support.paper import notes as paper_notes
 from experiments.support.paper import numbers as paper
+from experiments.support.paper.numbers import Setting
 from experiments.support.script import in_one_line
 from kvrecomp.plan import GIB, MIB
 from kvrecomp.predict.hardware import DATASHEETS, HardwareProfile

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from experiments.support.paper.numbers.numbers import Paper, PaperRow, PaperTable, Setting, read
+from experiments.support.paper.numbers import Paper, PaperRow, PaperTable, Setting, read
 from experiments.support.results import predictions, tables
 from kvrecomp.plan import AUTO, GIB, Memory, Plan, PlanError, Workload
 from kvrecomp.plan.named import named_plan, with_host_weights

@@ -8,8 +8,8 @@ import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from experiments.support.paper.numbers.costs import Found, formula_gain
-from experiments.support.paper.numbers.numbers import Paper, PaperRow, PaperTable, Setting, records
+from experiments.support.paper.costs import Found, formula_gain
+from experiments.support.paper.numbers import Paper, PaperRow, PaperTable, Setting, records
 from experiments.support.results.predictions import between, title
 from experiments.support.results.tables import listed
 from kvrecomp.plan import GIB, MIB
