@@ -31,7 +31,7 @@ import models
 from experiments.support import script
 from experiments.support.results import tables
 from experiments.support.results.report import after_warm_up, run_info
-from experiments.support.suite import turns
+from experiments.support.suite import machine_lock
 from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
 from kvrecomp.measure.machine import copy_rate
@@ -165,10 +165,10 @@ def measure(
     hosted = sum(layer.weights == "host" for layer in plan.layers) / len(plan.layers)
     ids = np.random.default_rng(seed).integers(3, plan.shape.vocab, (plan.rows, work.prompt), np.int32)
     loop = TokenLoop(decoder, Sampling(), [], 0)
-    with turns.preparing():
+    with machine_lock.shared():
         loop.run(ids, None, 2)
     gc.collect()  # its cache is gone before the next one is made
-    with turns.measuring():
+    with machine_lock.exclusive():
         result = loop.run(ids, None, new)
     seconds, sent = after_warm_up(result.step_seconds), after_warm_up(result.link_bytes)
     median, write_outs = statistics.median(seconds), median_write_outs(plan, new)
@@ -254,13 +254,13 @@ def main(_: list[str]) -> None:
     hosted = [sum(kvrecomp.memory_needed(plan)["host"].values()) for plan in named]
     memory.limit_pinned(max(_COPY_GIB.value * GIB, min(max(hosted), budget.host or math.inf)))
     if chosen:
-        with turns.measuring():  # where the machine never was
+        with machine_lock.exclusive():  # where the machine never was
             machine = kvrecomp.profile()
         weights = tuple(layer.weights for layer in plan_for(AUTO, shape, works[0], profile=machine).layers)
     sharding = kvrecomp.placement(plan_for("device", shape, works[0], weights=weights))  # the same for all plans
-    with turns.preparing():
+    with machine_lock.shared():
         model = models.create(_MODEL.value, dtype=_DTYPE.value, seed=_SEED.value, sharding=sharding)
-    with turns.measuring():
+    with machine_lock.exclusive():
         rate = copy_rate(256 * MIB, max(2, int(_COPY_GIB.value * 4)), repeats=3)
         timed = model if _LAYERS.value else None
         machines = {batch: kvrecomp.profile(timed, batch=batch) for batch in sorted({work.batch for work in works})}
@@ -269,7 +269,7 @@ def main(_: list[str]) -> None:
         machine = machines[work.batch]
         plan_of = functools.partial(plan_for, name, model.shape, work, weights=weights, profile=machine, budget=own)
         decoders.append((make_decoder(model, own, plan_of), each, own.device, machine))
-    with turns.preparing():
+    with machine_lock.shared():
         side_by_side(compile_first, [decoder for decoder, *_ in decoders])
     rows, about, document = [], run_info(_COMMIT.value), {}
     while decoders:

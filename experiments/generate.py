@@ -37,7 +37,7 @@ import kvrecomp
 import models
 from experiments.support import script
 from experiments.support.job import runner as job
-from experiments.support.job.input import checkpoint_hash
+from experiments.support.job.reader import checkpoint_hash
 from experiments.support.job.runner import BATCH
 from experiments.support.prompts import ENDS, PADS, PROMPTS, encode, is_ids, read_prompts, special_tokens
 from experiments.support.results.report import run_info

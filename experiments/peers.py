@@ -17,11 +17,11 @@ from absl import flags
 
 import models
 from experiments.support import script
+from experiments.support.peers import PEERS
 from experiments.support.peers.peer import Steps
-from experiments.support.peers.registry import PEERS
 from experiments.support.results import tables
 from experiments.support.results.report import after_warm_up, run_info, versions
-from experiments.support.suite import turns
+from experiments.support.suite import machine_lock
 from kvrecomp.files import write_json
 from kvrecomp.plan import Workload
 from kvrecomp.plan.named import named_plan
@@ -85,7 +85,7 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     if reason := peer.unavailable(False):
         raise ValueError(f"{given.peer}: {reason}")
     rows, document = [], {}
-    with turns.measuring():
+    with machine_lock.exclusive():
         for work, steps in zip(works, peer.run(config, given.dtype, works, given.seed), strict=True):
             rows.append(row_of(given.peer, config, given.dtype, work, steps))
             document = run_info(given.commit, device=steps.device) | {"versions": versions(), "rows": rows}

@@ -30,7 +30,7 @@ from rich.table import Table
 
 import models
 from experiments.support import script
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.plots import split as split_plot
 from experiments.support.results import tables
 from experiments.support.results.report import run_info
@@ -194,7 +194,7 @@ def document(found: WhatIf, measured: Measured | None = None) -> dict[str, Any]:
 def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     """Unpacks the flags."""
     if given.plot is not None:
-        plots.check_path(given.plot)
+        png.check_path(given.plot)
     shape = dataclasses.replace(models.preset(given.model).shape, dtype=given.dtype)
     workload = Workload(given.batch, given.prompt, given.new)
     budget, window = read_budget(given.device_memory_gib, given.host_memory_gib), script.window_bytes(given.window_mib)

@@ -37,14 +37,14 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.support import script
-from experiments.support.peers.registry import PEERS
+from experiments.support.peers import PEERS
 from experiments.support.results import tables
 from experiments.support.results.report import command
-from experiments.support.suite import workloads
+from experiments.support.suite import cases as workloads
+from experiments.support.suite.cases import CASES, Task
 from experiments.support.suite.machine import Machine, look
 from experiments.support.suite.own_workloads import read_cases
 from experiments.support.suite.results import Results
-from experiments.support.suite.workloads import CASES, Task
 from kvrecomp.run import memory
 from models.checkpoint import DTYPES
 

@@ -34,13 +34,13 @@ from rich.table import Table
 import kvrecomp
 import models
 from experiments.support import script
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.results import predictions, tables
 from experiments.support.results.predictions import Measured
 from experiments.support.results.report import run_info
-from experiments.support.suite import turns
-from experiments.support.suite.one_step import NEW, step_seconds, with_positions
+from experiments.support.suite import machine_lock
 from experiments.support.suite.rooms import device_bytes
+from experiments.support.suite.step_timing import NEW, step_seconds, with_positions
 from kvrecomp.files import write_json
 from kvrecomp.plan import (
     DEFAULT_WINDOW,
@@ -142,11 +142,11 @@ def run(
                 left.setdefault(batch, {})[work] = [room for room in rooms if room not in there]
         if not left:
             continue
-        with turns.preparing():
+        with machine_lock.shared():
             model = models.create(config)
         for batch, works in left.items():
             started = time.perf_counter()
-            with turns.measuring():
+            with machine_lock.exclusive():
                 machine = kvrecomp.profile(model, batch=batch)
             console.print(f"{config.shape.name}, batch {batch}: profile in {time.perf_counter() - started:.0f} s")
             for work, own in works.items():
@@ -200,10 +200,10 @@ def measure_workload(
             except PlanError as error:
                 console.print(f"left out: {plan.name}, {work}: {error}")
     title, started = f"{model.shape.name}, {work}", time.perf_counter()
-    with turns.preparing():
+    with machine_lock.shared():
         side_by_side(lambda decoder: decoder.compile(prefill=False), list(decoders.values()))
     compiled = time.perf_counter()
-    with turns.measuring():
+    with machine_lock.exclusive():
         began = time.perf_counter()
         seconds = {key: step_seconds(decoder) for key, decoder in track(decoders.items(), title, console=console)}
         again = measured_again(seconds, [(room, chosen, _key(plan)) for room, chosen, plan in wanted])
@@ -302,7 +302,7 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
         raise ValueError("--out is for what is measured, and with --from nothing is: give one of them")
     for path in (given.plot, given.plot_choices):
         if path is not None:
-            plots.check_path(path)
+            png.check_path(path)
     if old:
         document, rows = {}, [row for path in old for row in tables.predicted(tables.read_file(path))]
         console.print(summary(rows))

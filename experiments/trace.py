@@ -34,10 +34,10 @@ from rich.table import Table
 import kvrecomp
 import models
 from experiments.support import script
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.results import tables
 from experiments.support.results.report import run_info
-from experiments.support.suite import one_step, turns
+from experiments.support.suite import machine_lock, step_timing
 from experiments.support.traces import timeline, xplane
 from experiments.support.traces.timeline import Timeline
 from kvrecomp.files import write_json
@@ -73,7 +73,7 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
 
 def traced(decoder: kvrecomp.Decoder) -> tuple[list[xplane.Span], float]:
     """What ran in one step, and its seconds; the program is compiled and warm."""
-    cache = one_step.filled_cache(decoder.plan)
+    cache = step_timing.filled_cache(decoder.plan)
     tokens = jax.device_put(np.full(decoder.plan.workload.batch, 5, np.int32), memory.sharding("device"))
 
     def take(steps: int, cache: Cache) -> Cache:
@@ -99,10 +99,10 @@ def traced(decoder: kvrecomp.Decoder) -> tuple[list[xplane.Span], float]:
 def measure(model: Any, plan: kvrecomp.Plan, budget: kvrecomp.Budget) -> Timeline:
     """The step of one plan: timed, then traced."""
     decoder = kvrecomp.Decoder(model, plan, budget=budget)
-    with turns.preparing():
+    with machine_lock.shared():
         decoder.compile(prefill=False)
-    with turns.measuring():
-        median = one_step.step_seconds(decoder)
+    with machine_lock.exclusive():
+        median = step_timing.step_seconds(decoder)
         return timeline_of(plan, median, *traced(decoder))
 
 
@@ -137,21 +137,21 @@ def run(given: flags.FlagValues) -> list[Timeline]:
             f"a trace of copies and compute needs a GPU, and jax runs on {platform}: run it on one (README.md says how "
             "to install jax for it), or draw what was traced before with --from=FILE.json"
         )
-    config = one_step.with_positions(models.preset(given.model), given.prompt + one_step.NEW)
+    config = step_timing.with_positions(models.preset(given.model), given.prompt + step_timing.NEW)
     shape = dataclasses.replace(config.shape, dtype=given.dtype)
-    work = kvrecomp.Workload(given.batch, given.prompt, one_step.NEW)
+    work = kvrecomp.Workload(given.batch, given.prompt, step_timing.NEW)
     for name in names:  # mistakes are said before the weights are made
         if name != AUTO:
-            kvrecomp.plan_for(name, shape, work, tail=one_step.NEW)
-    with turns.preparing():
+            kvrecomp.plan_for(name, shape, work, tail=step_timing.NEW)
+    with machine_lock.shared():
         model = models.create(config, dtype=given.dtype)
     budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
-    with turns.measuring():
+    with machine_lock.exclusive():
         machine = kvrecomp.profile(model, batch=work.batch) if AUTO in names else None
     rows, weights = [], kvrecomp.weight_memories(model)
     for name in names:
         plan = kvrecomp.plan_for(
-            name, model.shape, work, budget=budget, profile=machine, weights=weights, tail=one_step.NEW
+            name, model.shape, work, budget=budget, profile=machine, weights=weights, tail=step_timing.NEW
         )
         rows.append(measure(model, plan, budget))
         gc.collect()  # a decoder's cache is gone before the next one's is made
@@ -179,7 +179,7 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
     console, old = Console(width=150), given["from"].value
     if old and given.out:
         raise ValueError("--out is for what is traced, and with --from nothing is: give one of them")
-    plots.check_path(given.plot)
+    png.check_path(given.plot)
     tables.check_out(given.out, "spans")
     rows = timeline.timelines(tables.read_file(old)) if old else run(given)
     document = {} if old else run_info(given.commit) | {"rows": [dataclasses.asdict(row) for row in rows]}

@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.results import predictions
 from experiments.support.results.predictions import Measured
 
@@ -44,7 +44,7 @@ def drawn(monkeypatch, draw, rows):
     """The axes of a picture that is not written."""
     pytest.importorskip("matplotlib")
     figures = []
-    monkeypatch.setattr(plots, "save", lambda figure, path, source: figures.append((figure, source)))
+    monkeypatch.setattr(png, "save", lambda figure, path, source: figures.append((figure, source)))
     draw(rows, "unwritten.png")
     ((figure, source),) = figures
     assert source == predictions.digest(rows)

@@ -25,13 +25,14 @@ import kvrecomp
 import models
 from experiments import suite
 from experiments.support.paper import numbers as paper
-from experiments.support.peers.registry import PEERS
+from experiments.support.peers import PEERS
 from experiments.support.results import tables
-from experiments.support.suite import machine, workloads
+from experiments.support.suite import cases as workloads
+from experiments.support.suite import machine
+from experiments.support.suite.cases import CASES, Case
 from experiments.support.suite.machine import Machine
 from experiments.support.suite.own_workloads import read_cases
 from experiments.support.suite.results import Results
-from experiments.support.suite.workloads import CASES, Case
 from kvrecomp.plan import GIB
 from kvrecomp.plan.named import named_plan
 from kvrecomp.predict.hardware import HardwareProfile

@@ -7,7 +7,7 @@ import types
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from experiments.support.suite.workloads import Case
+from experiments.support.suite.cases import Case
 
 
 def read_cases(path: str | os.PathLike) -> tuple[Case, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.support.suite.workloads import Task
+from experiments.support.suite.cases import Task
 from kvrecomp.files import write_json
 
 SAME = ("device", "driver", "jax", "versions")  # all rows of a file have these in common

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import models
-from experiments.support.peers.registry import PEERS
+from experiments.support.peers import PEERS
 from experiments.support.suite import rooms
 from kvrecomp.auto import plan_for
 from kvrecomp.plan import AUTO, GIB, MEMORIES, Memory, ModelShape, Order, Plan, PlanError, Workload, format_bytes
