@@ -53,7 +53,7 @@ NEW_TOKENS = 200
 WIDTH = 120  # of what is printed into a file or a pipe
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
+def define_flags(into: flags.FlagValues) -> None:
     """Called by the script only: notebooks and tests import without them."""
     defining = (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool)
     string, integer, number, boolean = (functools.partial(define, flag_values=into) for define in defining)
@@ -334,7 +334,7 @@ def continue_file(given: flags.FlagValues, budget: kvrecomp.Budget) -> job.Summa
     )
 
 
-def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
+def main(given: flags.FlagValues) -> None:
     """Unpacks the flags."""
     check_flags(given)
     budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
@@ -356,5 +356,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

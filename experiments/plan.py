@@ -20,7 +20,6 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -43,7 +42,7 @@ THIS = "this"
 WIDTH = 120  # of what is printed into a file or a pipe
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
+def define_flags(into: flags.FlagValues) -> None:
     """Called by the script only: notebooks and tests import without them."""
     defining = (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool)
     string, integer, number, boolean = (functools.partial(define, flag_values=into) for define in defining)
@@ -191,7 +190,7 @@ def document(found: WhatIf, measured: Measured | None = None) -> dict[str, Any]:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
+def main(given: flags.FlagValues) -> None:
     """Unpacks the flags."""
     if given.plot is not None:
         png.check_path(given.plot)
@@ -213,5 +212,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

@@ -86,7 +86,7 @@ PICTURES = {
 }
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
+def define_flags(into: flags.FlagValues) -> None:
     """Called by the script only."""
     flags.DEFINE_bool("check", False, "Change nothing; say what differs.", flag_values=into)
 
@@ -212,7 +212,7 @@ def unused(text: str, root: Path = ROOT) -> list[str]:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
+def main(given: flags.FlagValues) -> None:
     """Unpacks the flags."""
     old = (ROOT / README).read_text(encoding="utf-8")
     new = filled(old, ROOT)
@@ -234,6 +234,5 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
     jax.config.update("jax_platforms", "cpu")  # where predictions are made: no other device is started for them
-    script.run(main)
+    script.run(main, define_flags)

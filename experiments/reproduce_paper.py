@@ -44,7 +44,7 @@ LEGEND = (
 Column = tuple[str, Callable[[Row], str]]  # a heading, and a row's cell
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
+def define_flags(into: flags.FlagValues) -> None:
     """Called by the script only: tests import without them."""
     flags.DEFINE_list("results", [], "Results files of experiments/benchmark.py, to show beside.", flag_values=into)
     flags.DEFINE_list("tables", [], "The paper's tables of steps, by name; default: all.", flag_values=into)
@@ -261,7 +261,7 @@ def _record(row: Row) -> dict[str, Any]:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
+def main(given: flags.FlagValues) -> None:
     """Unpacks the flags."""
     paper = read()
     asked = chosen(paper, given.tables)
@@ -277,5 +277,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

@@ -56,7 +56,7 @@ MOST_OF_A_REASON = 400  # characters
 TIMEOUT = 1200.0
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
+def define_flags(into: flags.FlagValues) -> None:
     """Called by the script only."""
     flags.DEFINE_bool("quick", False, "Measure the few rows that say most.", flag_values=into)
     flags.DEFINE_list("only", [], "Workloads, or sets of them, by name; default: all.", flag_values=into)
@@ -233,7 +233,7 @@ def default_name(device: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", device.lower().removeprefix("nvidia ")).strip("_") + "_suite.json"
 
 
-def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
+def main(given: flags.FlagValues) -> None:
     """Unpacks the flags."""
     if memory.GIVEN_LIMIT is None:  # each process finds out itself what is free when it starts
         os.environ.pop(memory.LIMIT_VARIABLE, None)
@@ -262,5 +262,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

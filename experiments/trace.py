@@ -50,22 +50,20 @@ WARM_UP, STEPS = 3, 2
 SHOWN_GAPS = 1e-3  # gaps shorter than this part of the step are not kept, a picture has no room for them
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
-    """Called by the script only."""
-    flags.DEFINE_string("model", "opt-1.3b", "Preset whose random weights are decoded with.", flag_values=into)
-    flags.DEFINE_integer("batch", 8, "Rows decoded together.", lower_bound=1, flag_values=into)
-    flags.DEFINE_integer("prompt", 1024, "Cached tokens of a row.", lower_bound=1, flag_values=into)
-    flags.DEFINE_list("plans", ["activations"], "Plans: auto, or as named_plan has them.", flag_values=into)
-    flags.DEFINE_bool("compare", False, f"Short for --plans={','.join(COMPARED)}.", flag_values=into)
-    flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.", flag_values=into)
-    flags.DEFINE_float(
-        "device_memory_gib", None, "Device memory to use, weights included; default: free.", flag_values=into
-    )
-    flags.DEFINE_float("host_memory_gib", None, "Pinned host memory to use; default: what is free.", flag_values=into)
-    flags.DEFINE_string("plot", "trace.png", "Write the picture to this PNG.", flag_values=into)
-    flags.DEFINE_string("out", None, "Also write the JSON document to this file.", flag_values=into)
-    flags.DEFINE_string("from", None, "A JSON document of this script, drawn without tracing.", flag_values=into)
-    flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)
+def define_flags(into: flags.FlagValues) -> None:
+    define = script.Define(into)
+    define.string("model", "opt-1.3b", "Preset whose random weights are decoded with.")
+    define.integer("batch", 8, "Rows decoded together.", lower_bound=1)
+    define.integer("prompt", 1024, "Cached tokens of a row.", lower_bound=1)
+    define.list("plans", ["activations"], "Plans: auto, or as named_plan has them.")
+    define.boolean("compare", False, f"Short for --plans={','.join(COMPARED)}.")
+    define.string("dtype", "bfloat16", "Of weights and cache.")
+    define.number("device_memory_gib", None, "Device memory to use, weights included; default: free.")
+    define.number("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
+    define.string("plot", "trace.png", "Write the picture to this PNG.")
+    define.string("out", None, "Also write the JSON document to this file.")
+    define.string("from", None, "A JSON document of this script, drawn without tracing.")
+    define.string("commit", "", "Recorded as the commit, where git cannot be asked.")
 
 
 # --- tracing ----------------------------------------------------------------------------------------------------------
@@ -77,6 +75,7 @@ def traced(decoder: kvrecomp.Decoder) -> tuple[list[xplane.Span], float]:
     tokens = jax.device_put(np.full(decoder.plan.workload.batch, 5, np.int32), memory.sharding("device"))
 
     def take(steps: int, cache: Cache) -> Cache:
+        logits = None
         for _ in range(steps):
             cache, logits = decoder.step(cache, tokens)
         jax.block_until_ready(logits)
@@ -108,12 +107,9 @@ def measure(model: Any, plan: kvrecomp.Plan, budget: kvrecomp.Budget) -> Timelin
 
 def timeline_of(plan: kvrecomp.Plan, median: float, spans: Sequence[xplane.Span], seconds: float) -> Timeline:
     """What is kept of a traced step that takes `median` seconds untraced."""
-    work = plan.workload
     return Timeline(
         model=plan.shape.name,
-        batch=work.batch,
-        prompt=work.prompt,
-        new=work.new,
+        **dataclasses.asdict(plan.workload),
         plan=plan.name,
         median_ms=1e3 * median,
         traced_ms=1e3 * seconds,
@@ -139,20 +135,19 @@ def run(given: flags.FlagValues) -> list[Timeline]:
         )
     config = step_timing.with_positions(models.preset(given.model), given.prompt + step_timing.NEW)
     shape = dataclasses.replace(config.shape, dtype=given.dtype)
-    work = kvrecomp.Workload(given.batch, given.prompt, step_timing.NEW)
+    workload = kvrecomp.Workload(given.batch, given.prompt, step_timing.NEW)
     for name in names:  # mistakes are said before the weights are made
         if name != AUTO:
-            kvrecomp.plan_for(name, shape, work, tail=step_timing.NEW)
+            kvrecomp.plan_for(name, shape, workload, tail=step_timing.NEW)
     with machine_lock.shared():
         model = models.create(config, dtype=given.dtype)
     budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
     with machine_lock.exclusive():
-        machine = kvrecomp.profile(model, batch=work.batch) if AUTO in names else None
+        machine = kvrecomp.profile(model, batch=given.batch) if AUTO in names else None
     rows, weights = [], kvrecomp.weight_memories(model)
+    options = {"budget": budget, "profile": machine, "weights": weights, "tail": step_timing.NEW}
     for name in names:
-        plan = kvrecomp.plan_for(
-            name, model.shape, work, budget=budget, profile=machine, weights=weights, tail=step_timing.NEW
-        )
+        plan = kvrecomp.plan_for(name, model.shape, workload, **options)
         rows.append(measure(model, plan, budget))
         gc.collect()  # a decoder's cache is gone before the next one's is made
     return rows
@@ -174,8 +169,7 @@ def summary(rows: Sequence[Timeline]) -> Table:
     return table
 
 
-def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
-    """Unpacks the flags."""
+def main(given: flags.FlagValues) -> None:
     console, old = Console(width=150), given["from"].value
     if old and given.out:
         raise ValueError("--out is for what is traced, and with --from nothing is: give one of them")
@@ -199,5 +193,4 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

@@ -485,7 +485,7 @@ def define_flags() -> None:
     flags.DEFINE_string("log", default.log, "JSON file for the loss curve.")
 
 
-def main(_: Sequence[str]) -> None:
+def main(given: flags.FlagValues) -> None:
     """Unpacks the flags."""
     names = [field.name for field in dataclasses.fields(Config)]
     result = train(Config(**{name: flags.FLAGS[name].value for name in names}))
@@ -493,5 +493,4 @@ def main(_: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

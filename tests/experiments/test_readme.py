@@ -71,7 +71,7 @@ def command(*arguments: str) -> None:
     readme.define_flags(values)
     values(["readme", *arguments])
     with in_one_line():
-        readme.main([], values)
+        readme.main(values)
 
 
 # --- ours -------------------------------------------------------------------------------------------------------------

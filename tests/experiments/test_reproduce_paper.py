@@ -68,7 +68,7 @@ def command(monkeypatch, rows, columns):
         script.define_flags(values)
         values(["reproduce_paper", "--tables=table 3,Table 5", *arguments])
         with in_one_line():
-            script.main([], values)
+            script.main(values)
 
     monkeypatch.setattr(paper_costs, "predict", known)
     monkeypatch.setattr(script, "read", lambda: SMALL)

@@ -21,7 +21,7 @@ from typing import Any
 
 import models
 from experiments.support.peers import PEERS
-from experiments.support.suite import rooms
+from experiments.support.suite.step_timing import device_bytes_with_room
 from kvrecomp.auto import plan_for
 from kvrecomp.plan import AUTO, GIB, MEMORIES, Memory, ModelShape, Order, Plan, PlanError, Workload, format_bytes
 from kvrecomp.plan.footprint import check_within, memory_needed
@@ -301,7 +301,7 @@ def shape_of(case: Case, dtype: str) -> ModelShape:
 
 def device_bytes(case: Case, dtype: str, room: float) -> float:
     """Device memory with room for so many per cent of the workload's keys and values."""
-    return rooms.device_bytes(planned(case, "keys_values", dtype), planned(case, "device", dtype), room)
+    return device_bytes_with_room(planned(case, "keys_values", dtype), planned(case, "device", dtype), room)
 
 
 def planned(case: Case, name: str, dtype: str) -> Plan:

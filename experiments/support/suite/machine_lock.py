@@ -1,8 +1,7 @@
-"""Processes that measure on one machine, each on a GPU of its own, take turns.
+"""A lock on the machine: processes prepare side by side, each on a GPU of its own, and one at a time measures.
 
 Their GPUs share the host's memory and processors: beside a process that compiled, the worst twentieth of steps took a
-fifth longer than the median (Gemma 7B, `keys_values`, on an H100 at d69516a). So they prepare side by
-side, and while one measures, the others wait.
+fifth longer than the median (Gemma 7B, `keys_values`, on an H100 at d69516a).
 """
 
 import contextlib
@@ -14,26 +13,22 @@ from pathlib import Path
 
 
 def lock_path() -> Path:
-    """The file that is locked: the machine's own, one for each user."""
+    """The file that is locked: one for each user of the machine."""
     return Path(tempfile.gettempdir()) / f"kvrecomp-turns-{os.getuid()}"
 
 
 @contextlib.contextmanager
-def preparing() -> Iterator[None]:
-    """A context for what takes processors, host memory or the link, and is not timed: not while another measures."""
-    with _locked(fcntl.LOCK_SH):
+def _locked(operation: int) -> Iterator[None]:
+    with lock_path().open("w") as file:  # closing it unlocks it, however this is left
+        fcntl.flock(file, operation)
         yield
 
 
-@contextlib.contextmanager
-def measuring() -> Iterator[None]:
-    """A context for what is timed: while no other process prepares or measures."""
-    with _locked(fcntl.LOCK_EX):
-        yield
+def shared() -> contextlib.AbstractContextManager[None]:
+    """For untimed work on the processors, host memory or the link: not while another process measures."""
+    return _locked(fcntl.LOCK_SH)
 
 
-@contextlib.contextmanager
-def _locked(kind: int) -> Iterator[None]:
-    with lock_path().open("w") as file:  # closed, and so unlocked, however this is left
-        fcntl.flock(file, kind)
-        yield
+def exclusive() -> contextlib.AbstractContextManager[None]:
+    """For what is timed: while no other process prepares or measures."""
+    return _locked(fcntl.LOCK_EX)
