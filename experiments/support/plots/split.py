@@ -8,7 +8,7 @@ from kvrecomp.plan import format_bytes
 from kvrecomp.predict.hardware import DATASHEETS
 
 
-def draw(found: WhatIf, path: str | Path, measured: Measured | None = None) -> None:
+def draw_split(found: WhatIf, path: str | Path, measured: Measured | None = None) -> None:
     """Writes a PNG: predicted milliseconds a step against the split, one curve per schedule, and what was measured.
 
     Raises:
@@ -60,7 +60,7 @@ def draw(found: WhatIf, path: str | Path, measured: Measured | None = None) -> N
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    sheet = " by its data sheet" if found.profile.source in {own.source for own in DATASHEETS.values()} else ""
+    sheet = " by its data sheet" if found.profile.source in {sheet.source for sheet in DATASHEETS.values()} else ""
     machine = f"{found.profile.device}{sheet}, {format_bytes(found.budget.device or 0)} of device memory"
     axes.set_title(f"Predicted step: {plan.shape.name}, {plan.workload}\n{machine}", loc="left", fontsize="medium")
     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize="small", handlelength=3.6, columnspacing=1)

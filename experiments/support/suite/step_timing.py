@@ -24,7 +24,7 @@ def with_positions(config: Any, positions: int) -> Any:
 
 
 def device_bytes_with_room(hosted: Plan, cached: Plan, percent: float) -> float:
-    """Bytes of device memory with room for `percent` of the blocks of `cached`, which has all of them there, beside what
+    """Bytes of device memory with room for `percent` of the blocks of `cached`, which has them all there, beside what
     `hosted`, a plan of the same workload with its cache in host memory, needs of it."""
     return sum(kvrecomp.memory_needed(hosted)["device"].values()) + percent / 100 * cached.bytes_in("device")
 
