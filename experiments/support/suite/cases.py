@@ -1,34 +1,27 @@
-"""The workloads that results are quoted on, what each is measured under, and whether that fits a machine.
+"""The workloads that results are quoted on, and what each is measured under.
 
-    w1 to w6    models of three families, and of sizes from 6.7 to 30 billion weights
-    gemma       Gemma 7B, as w1
-    cached      OPT-6.7B, 32 rows, against cached tokens; with w1
-    batches     OPT-6.7B, 1024 tokens, against rows; with w1 (figure 6 of the paper)
-    kvpr        OPT-6.7B and 13B, 64 rows; with w2 (tables 3 and 4 of the paper)
-    weights     with weights in host memory, in groups: OPT-6.7B in both orders, and budgets that weights do not fit in
-
-A `Case` becomes a `Task` for every row that is to be measured: a plan, or a peer, of experiments/peers.py. Its command
-says all that its time depends on beside the machine and the commit; what is predicted depends on the layers that were
-timed there before, too.
+w1 to w6    models of three families, and of sizes from 6.7 to 30 billion weights
+gemma       Gemma 7B, as w1
+cached      OPT-6.7B, 32 rows, against cached tokens; with w1
+batches     OPT-6.7B, 1024 tokens, against rows; with w1 (figure 6 of the paper)
+kvpr        OPT-6.7B and 13B, 64 rows; with w2 (tables 3 and 4 of the paper)
+weights     with weights in host memory, in groups: OPT-6.7B in both orders, and budgets that weights do not fit in
 """
 
 import dataclasses
-import itertools
-import shlex
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import json
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import models
 from experiments.support.peers import PEERS
-from experiments.support.suite.step_timing import device_bytes_with_room
-from kvrecomp.auto import plan_for
-from kvrecomp.plan import AUTO, GIB, MEMORIES, Memory, ModelShape, Order, Plan, PlanError, Workload, format_bytes
-from kvrecomp.plan.footprint import check_within, memory_needed
+from kvrecomp.plan import AUTO, Order, Workload
 from kvrecomp.plan.named import named_plan, named_weights
 
-BENCHMARK, PEER = "experiments/benchmark.py", "experiments/peers.py"
-NEW, SOME = 32, 16  # tokens, and steps
+NEW = 32  # tokens
 
 
 @dataclass(frozen=True)
@@ -36,9 +29,9 @@ class Case:
     """A workload and what it is measured under: plans and peers by name, and what the scheduler chooses where the
     device may hold so many per cent of its keys and values (`rooms`), or where it has `device_gib`.
 
-    `weights`, `groups`, `order`, `tail` and `steps` are flags of experiments/benchmark.py; the workload is that of one
-    group. `quick` are those plans and peers, AUTO among them, that a short run measures. `sets` are names under which
-    several workloads are asked for, beside the workload's own. Raises ValueError for what there is not.
+    `sets` are names under which several cases are asked for, beside the case's own. `steps`, `weights`, `groups`,
+    `order` and `tail` are flags of experiments/benchmark.py; the workload is that of one group. `quick` are those plans
+    and peers, AUTO among them, that a short run measures. Raises ValueError for what there is not.
     """
 
     name: str
@@ -49,21 +42,21 @@ class Case:
     plans: tuple[str, ...] = ()
     rooms: tuple[float, ...] = ()
     peers: tuple[str, ...] = ()
-    quick: tuple[str, ...] = ()
     sets: tuple[str, ...] = ()
+    steps: int | None = None
+    quick: tuple[str, ...] = ()
     weights: str = "device"
     groups: int = 1
     order: Order | None = None
     tail: int | None = None
-    steps: int | None = None
     device_gib: float | None = None
 
     def __post_init__(self):
-        for field in ("plans", "rooms", "peers", "quick", "sets"):
+        for field in ("plans", "rooms", "peers", "sets", "quick"):
             object.__setattr__(self, field, tuple(getattr(self, field)))  # JSON has no tuples
-        shape, work = models.preset(self.model).shape, self.work
-        if work.new < 2:
-            raise ValueError(f"{self.name}: new is {work.new}; the first comes with the prompt: ask for 2 or more")
+        shape, workload = models.preset(self.model).shape, self.workload
+        if workload.new < 2:
+            raise ValueError(f"{self.name}: new is {self.new}; the first comes with the prompt: ask for 2 or more")
         for plan in self.plans:
             if plan != AUTO:
                 named_plan(plan, shape, Workload(1, 1, 1))  # a name that there is; it may yet not fit
@@ -83,109 +76,83 @@ class Case:
         if unknown := [peer for peer in self.peers if peer not in PEERS]:
             raise ValueError(f"{self.name}: there is no peer {unknown[0]!r}; there are {', '.join(PEERS)}")
         measured = (*self.plans, *self.peers, *([AUTO] if self.rooms else []))
-        if unknown := [each for each in self.quick if each not in measured]:
+        if unknown := [name for name in self.quick if name not in measured]:
             raise ValueError(f"{self.name}: quick has {unknown[0]!r}; expected some of {', '.join(measured)}")
 
     @property
-    def work(self) -> Workload:
+    def workload(self) -> Workload:
         """Rows, prompt and new tokens."""
         return Workload(self.batch, self.prompt, self.new)
 
 
-# What needs the most host memory comes first, of plans and of workloads: pinning takes longer than anything else, and
-# what is pinned for one in a process serves the next. Of KVPR's splits, three quarters was the best of five on an H200.
+# What needs the most host memory comes first, of plans and of cases: pinning takes longer than anything else, and what
+# is pinned for one in a process serves the next. Of KVPR's splits, three quarters was the best of five on an H200.
 HOSTED = ("keys_values", "kvpr:0.75", "activations")
 PLANS = (*HOSTED, "device")
-BOTH = ("huggingface", "huggingface_offloaded")
+FORMS = ("keys_values", "activations", "device")
+ENDS = ("keys_values", "device")  # w5's activations are twice its K and V: pinning 69 GB alone would take a minute
+PAIR, CHOICE = ("keys_values", AUTO), (AUTO,)
 OFFLOADED = ("huggingface_offloaded",)
-# Where activations are half of the bytes, a quarter of K and V is half of the cache.
+BOTH = ("huggingface", *OFFLOADED)
+# Where activations are half of the bytes, a quarter of K and V is half of the cache. Gemma's heads are wider than their
+# share of the hidden size: activations are three eighths of the bytes of K and V.
 NONE, HALF, QUARTER = (0.0,), (50.0,), (25.0,)
+CACHED, BATCHES, WEIGHTS, KVPR = ("cached",), ("batches",), ("weights",), ("kvpr",)
+W1_SETS = (*CACHED, *BATCHES)
+ALL, FEW = (*PLANS, AUTO, *BOTH), ("activations", "keys_values", *OFFLOADED)  # of a short run
 
-# Half of a plan's steps say what one takes, but not of a peer, whose first ones are slow.
+# Half of a plan's steps say what one takes, but not of a peer, whose first ones are slow. The paper (kvpr) gains most
+# after 128 tokens, with 128 new ones, which take a peer minutes after more; beside its table 4, what the scheduler
+# makes of the memory of its card. With weights in the host, 8 GiB of the device have room for the tails of K and V, and
+# for little else.
+# fmt: off
 CASES = (
-    Case("w1", "opt-6.7b", 32, 1024, NEW, PLANS, QUARTER, BOTH, (*PLANS, AUTO, *BOTH), ("cached", "batches")),
-    Case("w2", "opt-6.7b", 64, 512, NEW, HOSTED, (), OFFLOADED, sets=("kvpr",), steps=SOME),
-    Case("w3", "opt-13b", 32, 1024, NEW, PLANS, QUARTER, OFFLOADED, steps=SOME),
-    Case("w4", "llama-2-7b", 32, 1024, NEW, PLANS, QUARTER, BOTH, steps=SOME),
-    # Activations are twice as many bytes as K and V here: 69 GB, whose pinning alone would take a minute.
-    Case("w5", "llama-3-8b", 64, 4096, NEW, ("keys_values", "device"), HALF, OFFLOADED, steps=SOME),
-    Case("w6", "opt-30b", 16, 1024, NEW, PLANS, QUARTER, OFFLOADED, steps=SOME),
-    # Heads wider than their share of the hidden size: activations are three eighths of the bytes of K and V.
-    Case("gemma", "gemma-7b", 32, 1024, NEW, ("keys_values", "activations", "device"), NONE, steps=SOME),
-    *(
-        Case(f"cached-{prompt}", "opt-6.7b", 32, prompt, NEW, PLANS, (), BOTH, quick, ("cached",), steps=SOME)
-        for prompt, quick in (
-            (1984, ("activations", "keys_values", *OFFLOADED)),
-            (512, ()),
-            (128, ("activations", "keys_values", *OFFLOADED)),
-        )
-    ),
-    *(
-        Case(f"batch-{batch}", "opt-6.7b", batch, 1024, NEW, HOSTED, sets=("batches",), steps=SOME)
-        for batch in (48, 8, 1)
-    ),
-    # 8 GiB of device memory have room for the tails of K and V, and for little else.
-    *(
-        Case(
-            f"weights-{prompt}-{order}",
-            "opt-6.7b",
-            32,
-            prompt,
-            plans=("keys_values", AUTO) if order == "column" else (AUTO,),
-            quick=(AUTO,) if (prompt, order) == (256, "column") else (),
-            sets=("weights",),
-            weights="host",
-            groups=8,
-            order=order,
-            tail=NEW,
-            steps=SOME,
-            device_gib=8,
-        )
-        for prompt in (512, 256)
-        for order in ("column", "row")
-    ),
-    *(
-        Case(
-            f"weights-{size}-{gib}",
-            model,
-            32,
-            256,
-            plans=(AUTO,),
-            sets=("weights",),
-            weights=AUTO,
-            groups=8,
-            device_gib=gib,
-        )
-        for size, model, gib in (("6.7b", "opt-6.7b", 16), ("30b", "opt-30b", 40))
-    ),
-    *(
-        Case(
-            name=f"kvpr-{size}-{prompt}-{new}",
-            model=f"opt-{size}",
-            batch=64,
-            prompt=prompt,
-            new=new,
-            plans=HOSTED,
-            # The paper gains most after 128 tokens, with 128 new ones, which take a peer minutes after more.
-            peers=OFFLOADED if prompt == 128 or new == 32 else (),
-            sets=("kvpr",),
-            steps=new // 2,
-        )
-        for new in (32, 128)
-        for size in ("6.7b", "13b")
-        for prompt in (512, 256, 128)
-        if (size, prompt, new) != ("6.7b", 512, 32)  # which is w2
-    ),
-    # Beside table 4's, what the scheduler makes of the memory of the paper's card.
-    *(
-        Case(f"kvpr-13b-{prompt}-auto", "opt-13b", 64, prompt, plans=(AUTO,), sets=("kvpr",), steps=SOME, device_gib=40)
-        for prompt in (512, 256, 128)
-    ),
+    #    name                  model        rows prompt new plans   rooms    peers      sets     steps, quick
+    Case("w1",                 "opt-6.7b",   32, 1024,  32, PLANS,  QUARTER, BOTH,      W1_SETS, None, ALL),
+    Case("w2",                 "opt-6.7b",   64,  512,  32, HOSTED, (),      OFFLOADED, KVPR,    16),
+    Case("w3",                 "opt-13b",    32, 1024,  32, PLANS,  QUARTER, OFFLOADED, (),      16),
+    Case("w4",                 "llama-2-7b", 32, 1024,  32, PLANS,  QUARTER, BOTH,      (),      16),
+    Case("w5",                 "llama-3-8b", 64, 4096,  32, ENDS,   HALF,    OFFLOADED, (),      16),
+    Case("w6",                 "opt-30b",    16, 1024,  32, PLANS,  QUARTER, OFFLOADED, (),      16),
+    Case("gemma",              "gemma-7b",   32, 1024,  32, FORMS,  NONE,    (),        (),      16),
+    Case("cached-1984",        "opt-6.7b",   32, 1984,  32, PLANS,  (),      BOTH,      CACHED,  16, FEW),
+    Case("cached-512",         "opt-6.7b",   32,  512,  32, PLANS,  (),      BOTH,      CACHED,  16),
+    Case("cached-128",         "opt-6.7b",   32,  128,  32, PLANS,  (),      BOTH,      CACHED,  16, FEW),
+    Case("batch-48",           "opt-6.7b",   48, 1024,  32, HOSTED, (),      (),        BATCHES, 16),
+    Case("batch-8",            "opt-6.7b",    8, 1024,  32, HOSTED, (),      (),        BATCHES, 16),
+    Case("batch-1",            "opt-6.7b",    1, 1024,  32, HOSTED, (),      (),        BATCHES, 16),
+    Case("weights-512-column", "opt-6.7b",   32,  512,  32, PAIR,   (),      (),        WEIGHTS, 16,
+         weights="host", groups=8, order="column", tail=NEW, device_gib=8),
+    Case("weights-512-row",    "opt-6.7b",   32,  512,  32, CHOICE, (),      (),        WEIGHTS, 16,
+         weights="host", groups=8, order="row", tail=NEW, device_gib=8),
+    Case("weights-256-column", "opt-6.7b",   32,  256,  32, PAIR,   (),      (),        WEIGHTS, 16,
+         quick=CHOICE, weights="host", groups=8, order="column", tail=NEW, device_gib=8),
+    Case("weights-256-row",    "opt-6.7b",   32,  256,  32, CHOICE, (),      (),        WEIGHTS, 16,
+         weights="host", groups=8, order="row", tail=NEW, device_gib=8),
+    Case("weights-6.7b-16",    "opt-6.7b",   32,  256,  32, CHOICE, (),      (),        WEIGHTS, None,
+         weights=AUTO, groups=8, device_gib=16),
+    Case("weights-30b-40",     "opt-30b",    32,  256,  32, CHOICE, (),      (),        WEIGHTS, None,
+         weights=AUTO, groups=8, device_gib=40),
+    Case("kvpr-6.7b-256-32",   "opt-6.7b",   64,  256,  32, HOSTED, (),      OFFLOADED, KVPR,    16),
+    Case("kvpr-6.7b-128-32",   "opt-6.7b",   64,  128,  32, HOSTED, (),      OFFLOADED, KVPR,    16),
+    Case("kvpr-13b-512-32",    "opt-13b",    64,  512,  32, HOSTED, (),      OFFLOADED, KVPR,    16),
+    Case("kvpr-13b-256-32",    "opt-13b",    64,  256,  32, HOSTED, (),      OFFLOADED, KVPR,    16),
+    Case("kvpr-13b-128-32",    "opt-13b",    64,  128,  32, HOSTED, (),      OFFLOADED, KVPR,    16),
+    Case("kvpr-6.7b-512-128",  "opt-6.7b",   64,  512, 128, HOSTED, (),      (),        KVPR,    64),
+    Case("kvpr-6.7b-256-128",  "opt-6.7b",   64,  256, 128, HOSTED, (),      (),        KVPR,    64),
+    Case("kvpr-6.7b-128-128",  "opt-6.7b",   64,  128, 128, HOSTED, (),      OFFLOADED, KVPR,    64),
+    Case("kvpr-13b-512-128",   "opt-13b",    64,  512, 128, HOSTED, (),      (),        KVPR,    64),
+    Case("kvpr-13b-256-128",   "opt-13b",    64,  256, 128, HOSTED, (),      (),        KVPR,    64),
+    Case("kvpr-13b-128-128",   "opt-13b",    64,  128, 128, HOSTED, (),      OFFLOADED, KVPR,    64),
+    Case("kvpr-13b-512-auto",  "opt-13b",    64,  512,  32, CHOICE, (),      (),        KVPR,    16, device_gib=40),
+    Case("kvpr-13b-256-auto",  "opt-13b",    64,  256,  32, CHOICE, (),      (),        KVPR,    16, device_gib=40),
+    Case("kvpr-13b-128-auto",  "opt-13b",    64,  128,  32, CHOICE, (),      (),        KVPR,    16, device_gib=40),
 )
+# fmt: on
 
 
 def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
-    """The workloads of these names or sets, all if there is no name, in their order.
+    """The cases of these names or sets, all if there is no name, in their order.
 
     Raises:
         ValueError: a name of nothing.
@@ -196,147 +163,58 @@ def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
     return [case for case in cases if not names or {case.name, *case.sets} & {*names}]
 
 
-# --- rows to measure --------------------------------------------------------------------------------------------------
+# --- cases of a file --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Task:
-    """A row to measure: `plan` is a plan's name or a peer's, `asked` what its script is given for it, `settings` that
-    script and its other flags but for batch and prompt.
+def _is_list_of(kinds: tuple[type, ...], value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) in kinds for item in value)
+
+
+# What JSON has for a field of such a type: how it is described, and whether a value is one.
+JSON_KINDS = {
+    str: ("a text", lambda value: type(value) is str),
+    int: ("a whole number", lambda value: type(value) is int),
+    int | None: ("a whole number or null", lambda value: value is None or type(value) is int),
+    float | None: ("a number or null", lambda value: value is None or type(value) in (int, float)),
+    Order | None: ("'row' or 'column' or null", lambda value: value in ("row", "column", None)),
+    tuple[str, ...]: ("a list, each a text", lambda value: _is_list_of((str,), value)),
+    tuple[float, ...]: ("a list, each a number", lambda value: _is_list_of((int, float), value)),
+}
+
+
+def read_cases(path: str | os.PathLike) -> tuple[Case, ...]:
+    """The cases of a file: a JSON list of objects with the fields of `Case`.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is no such list, or has a name twice.
     """
-
-    case: Case
-    plan: str
-    asked: str
-    settings: tuple[str, ...]
-    room: float | None = None
-
-    @property
-    def peer(self) -> bool:
-        """Whether it is somebody else's program."""
-        return self.settings[0] == PEER
-
-    @property
-    def chosen_by(self) -> str:
-        """The flag that its script has for `asked`."""
-        return "peer" if self.peer else "plans"
-
-    @property
-    def command(self) -> str:
-        """What measures this row alone."""
-        return shlex.join(["python", *arguments([self])])
-
-    def __str__(self) -> str:
-        room = "" if self.room is None else f" with room for {self.room:g} %"
-        return f"{self.case.name} {self.plan}{room}"
+    try:
+        given = json.loads(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(given, list) or not given:
+            raise ValueError(f"it is {'an empty list' if given == [] else type(given).__name__}")
+        cases = tuple(map(_read_case, given))
+    except ValueError as error:
+        fields = ", ".join(field.name for field in dataclasses.fields(Case))
+        raise ValueError(f"{path}: {error}; expected a JSON list of objects with {fields}") from error
+    names = [case.name for case in cases]
+    if doubled := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{path} has two workloads {doubled[0]!r}: each needs a name of its own")
+    return cases
 
 
-def arguments(tasks: Sequence[Task]) -> list[str]:
-    """Script and flags of a process that measures tasks which `processes` puts together."""
-
-    def several(values: Iterable[Any]) -> str:
-        return ",".join(dict.fromkeys(map(str, values)))
-
-    batches, prompts = several(task.case.batch for task in tasks), several(task.case.prompt for task in tasks)
-    plans = several(task.asked for task in tasks)
-    return [*tasks[0].settings, f"--batch={batches}", f"--prompt={prompts}", f"--{tasks[0].chosen_by}={plans}"]
-
-
-def processes(tasks: Iterable[Task]) -> list[list[Task]]:
-    """The tasks by the process that measures them, in the order in which it does; each peer has its own.
-
-    Workloads of one model that differ in their rows alone, or in their prompts, are in one, under the same plans: it
-    makes weights and pins host memory once for all of them.
-    """
-    made: list[list[list[Task]]] = []  # of each process the tasks of each workload
-    for _, group in itertools.groupby(tasks, lambda task: (task.case, task.settings, task.peer and task.asked)):
-        own = list(group)
-        fitting = [others for others in made if _one_command([*others, own])]
-        if fitting:
-            fitting[0].append(own)
-        else:
-            made.append([own])
-    return [[task for own in each for task in own] for each in made]
-
-
-def _one_command(of_each: Sequence[Sequence[Task]]) -> bool:
-    """Whether one command measures these tasks of each workload, and nothing else."""
-    cases = [tasks[0].case for tasks in of_each]
-    alike = {(tasks[0].settings, tuple(task.asked for task in tasks)) for tasks in of_each}
-    batches, prompts = {case.batch for case in cases}, {case.prompt for case in cases}
-    return len(alike) == 1 and len(batches) * len(prompts) == len(cases)
-
-
-def make_tasks(
-    cases: Sequence[Case], peers: Sequence[str], quick: bool, dtype: str, host_gib: float | None
-) -> list[Task]:
-    """The rows of the workloads, in their order."""
-    tasks = [task for case in cases for task in _tasks_of(case, peers, dtype, host_gib)]
-    return [task for task in tasks if not quick or task.plan in task.case.quick]
-
-
-def _tasks_of(case: Case, peers: Sequence[str], dtype: str, host_gib: float | None) -> Iterator[Task]:
-    common = [f"--model={case.model}", f"--new={case.new}", f"--dtype={dtype}"]
-    own = [BENCHMARK, *common, *([] if case.steps is None else [f"--steps={case.steps}"])]
-    own += [] if host_gib is None else [f"--host_memory_gib={host_gib:g}"]
-    own += [] if case.weights == "device" else [f"--weights={case.weights}"]
-    own += [] if case.groups == 1 else [f"--groups={case.groups}"]
-    own += [] if case.order is None else [f"--order={case.order}"]
-    own += [] if case.tail is None else [f"--tail={case.tail}"]
-    own += [] if case.device_gib is None else [f"--device_memory_gib={case.device_gib:g}"]
-    own += [] if case.rooms or AUTO in case.plans else ["--notime_layers"]  # timed, they help to predict others too
-    for plan in case.plans:
-        yield Task(case, plan, plan, tuple(own))
-    for room in case.rooms:
-        yield Task(case, AUTO, f"{AUTO}:{device_bytes(case, dtype, room) / GIB:.6f}", tuple(own), room)
-    for peer in case.peers:
-        if peer in peers:
-            yield Task(case, peer, peer, (PEER, *common))
-
-
-def shape_of(case: Case, dtype: str) -> ModelShape:
-    """The sizes of its model, with weights and cache of that type."""
-    return dataclasses.replace(models.preset(case.model).shape, dtype=dtype)
-
-
-def device_bytes(case: Case, dtype: str, room: float) -> float:
-    """Device memory with room for so many per cent of the workload's keys and values."""
-    return device_bytes_with_room(planned(case, "keys_values", dtype), planned(case, "device", dtype), room)
-
-
-def planned(case: Case, name: str, dtype: str) -> Plan:
-    """The plan of that name for the workload; where AUTO says where weights are, it has them on the device."""
-    shape = shape_of(case, dtype)
-    weights = None if case.weights == AUTO else named_weights(case.weights, len(shape.layers))
-    return plan_for(name, shape, case.work, weights=weights, groups=case.groups, order=case.order, tail=case.tail)
-
-
-# --- what fits --------------------------------------------------------------------------------------------------------
-
-
-def check_fits(task: Task, dtype: str, allowed: Mapping[Memory, float]) -> None:
-    """Raises `PlanError`, with sizes, if a task needs more bytes than are allowed."""
-    case = task.case
-    if task.peer:
-        needed = PEERS[task.plan].memory_needed(shape_of(case, dtype), case.work)
-    elif task.plan == AUTO:
-        given = allowed["device"] if case.device_gib is None else case.device_gib * GIB
-        needed = _least_needed(case, dtype, given if task.room is None else device_bytes(case, dtype, task.room))
-    else:
-        return check_within(planned(case, task.plan, dtype), allowed)
-    for place in MEMORIES:
-        if needed[place] > allowed[place]:
-            raise PlanError(
-                f"{task} needs about {format_bytes(needed[place])} of {place} memory; {format_bytes(allowed[place])} "
-                "may be used"
-            )
-
-
-def _least_needed(case: Case, dtype: str, device: float) -> dict[Memory, float]:
-    """What any plan needs that uses so many bytes of the device, or more if it has to: all in the smaller form, and in
-    host memory only what has no room, weights too where AUTO may put them there."""
-    plans = [planned(case, name, dtype) for name in ("activations", "keys_values")]
-    needed = memory_needed(min(plans, key=lambda plan: plan.bytes_in("host")))
-    least = {place: float(sum(needed[place].values())) for place in MEMORIES}
-    device = device if case.weights == AUTO else max(device, least["device"])
-    return {"device": device, "host": max(0.0, least["host"] - (device - least["device"]))}
+def _read_case(given: Any) -> Case:
+    """The case of an object of JSON. Raises ValueError for fields that are missing, unknown or of another type."""
+    if not isinstance(given, dict):
+        raise ValueError(f"{given!r} is no object")
+    fields = {field.name: field for field in dataclasses.fields(Case)}
+    if unknown := sorted(given.keys() - fields.keys()):
+        raise ValueError(f"{unknown[0]!r} is no field")
+    for name, field in fields.items():
+        if name not in given and field.default is dataclasses.MISSING:
+            raise ValueError(f"{given.get('name', 'a workload')} has no {name}")
+    for name, value in given.items():
+        described, is_one = JSON_KINDS[fields[name].type]
+        if not is_one(value):
+            raise ValueError(f"{name} is {value!r}; expected {described}")
+    return Case(**given)
