@@ -12,7 +12,6 @@ only, and the feed-forward is gated by a squared ReLU. It learns the bytes of th
 
 import dataclasses
 import functools
-from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -124,15 +123,14 @@ def placed(model: Model, plan: kvrecomp.Plan) -> Model:
     return nnx.merge(graph, nnx.from_flat_state(moved))
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
-    """Called by the script only."""
-    flags.DEFINE_integer("steps", 200, "Training steps.", lower_bound=1, flag_values=into)
-    flags.DEFINE_integer("layers", 4, "Layers of the model.", lower_bound=1, flag_values=into)
-    flags.DEFINE_integer("hidden", 64, "Hidden size, a multiple of 8.", lower_bound=8, flag_values=into)
+def define_flags(into: flags.FlagValues) -> None:
+    define = script.Define(into)
+    define.integer("steps", 200, "Training steps.", lower_bound=1)
+    define.integer("layers", 4, "Layers of the model.", lower_bound=1)
+    define.integer("hidden", 64, "Hidden size, a multiple of 8.", lower_bound=8)
 
 
-def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
-    """Unpacks the flags."""
+def main(given: flags.FlagValues) -> None:
     text = np.frombuffer(Path(__file__).read_bytes(), np.uint8).astype(np.int32)
     model = Model(given.layers, given.hidden, nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adam(3e-3), wrt=nnx.Param)
@@ -156,5 +154,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

@@ -102,9 +102,8 @@ PICTURES = {
 OWN_LINES = (*TABLES, *PICTURES)
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
-    """Called by the script only."""
-    flags.DEFINE_bool("check", False, "Change nothing; say what differs.", flag_values=into)
+def define_flags(into: flags.FlagValues) -> None:
+    script.Define(into).boolean("check", False, "Change nothing; say what differs.")
 
 
 # --- what markers stand for -------------------------------------------------------------------------------------------
@@ -245,8 +244,7 @@ def unused(text: str, results: Results) -> list[str]:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
-    """Unpacks the flags."""
+def main(given: flags.FlagValues) -> None:
     results = Results(ROOT)
     old = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
     new = {page: filled(page, text, results) for page, text in old.items()}
@@ -272,5 +270,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

@@ -39,18 +39,14 @@ LEGEND = (
 )
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
-    """Called by the script only: tests import without them."""
-    flags.DEFINE_list("results", [], "Results files of experiments/benchmark.py, to show beside.", flag_values=into)
-    flags.DEFINE_list("tables", [], "The paper's tables of steps, by name; default: all.", flag_values=into)
-    flags.DEFINE_string(
-        "hardware",
-        None,
-        f"Predict for another machine: this, which is measured, or a data sheet: {', '.join(DATASHEETS)}.",
-        flag_values=into,
-    )
-    flags.DEFINE_string("out", None, "Write the JSON document to this file.", flag_values=into)
-    flags.DEFINE_bool("json", False, "Print a JSON document as the last line of standard output.", flag_values=into)
+def define_flags(into: flags.FlagValues) -> None:
+    define = script.Define(into)
+    define.list("results", [], "Results files of experiments/benchmark.py, to show beside.")
+    define.list("tables", [], "The paper's tables of steps, by name; default: all.")
+    sheets = ", ".join(DATASHEETS)
+    define.string("hardware", None, f"Predict for another machine: this, which is measured, or a data sheet: {sheets}.")
+    define.string("out", None, "Write the JSON document to this file.")
+    define.boolean("json", False, "Print a JSON document as the last line of standard output.")
 
 
 def chosen(paper: Paper, names: Sequence[str]) -> list[PaperTable]:
@@ -101,8 +97,7 @@ def document(paper: Paper, compared: Sequence[Compared]) -> dict[str, Any]:
     }
 
 
-def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
-    """Unpacks the flags."""
+def main(given: flags.FlagValues) -> None:
     paper = read()
     asked = chosen(paper, given.tables)
     files = {path: tables.read_file(path) for path in given.results}
@@ -128,5 +123,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

@@ -20,7 +20,6 @@ import numpy as np
 import pytest
 import toy
 from absl import flags
-from experiments.support.job.runner.runner import Settings
 from flax import nnx
 
 import kvrecomp
@@ -28,6 +27,7 @@ import models
 from experiments import generate as script
 from experiments.support.job import meter as job_meter
 from experiments.support.job import runner as job
+from experiments.support.job.runner import Settings
 from experiments.support.script import in_one_line
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import GIB, PlanError

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from experiments.support.job.runner.output import FORMAT, Output
+
+from experiments.support.job.output import FORMAT, Output
 
 DESCRIPTION = {"records": 7, "settings": {"seed": 1}}
 # As batches finish: longer prompts first, whose turn comes later.

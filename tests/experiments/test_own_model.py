@@ -5,7 +5,7 @@ import re
 import jax
 import numpy as np
 import pytest
-from absl import flags
+import scripts
 from flax import nnx
 
 import kvrecomp
@@ -20,10 +20,7 @@ def implicit_copies():
 
 
 def test_the_script_learns_and_decodes_alike_under_both_plans(capsys):
-    values = flags.FlagValues()
-    own_model.define_flags(values)
-    values(["own_model", "--steps=11", "--layers=2", "--hidden=24"])
-    own_model.main([], values)
+    scripts.call(own_model, "--steps=11", "--layers=2", "--hidden=24")
     said = capsys.readouterr().out
     losses = [float(loss) for loss in re.findall(r"step \d+: ([\d.]+) nats", said)]
     assert losses[-1] < 0.9 * losses[0]

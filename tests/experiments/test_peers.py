@@ -9,10 +9,9 @@ from absl import flags
 
 import models
 from experiments import benchmark, peers
-from experiments.support.peers import huggingface
+from experiments.support.peers import PEERS, huggingface
 from experiments.support.peers.peer import Peer, Steps
-from experiments.support.peers.registry import PEERS
-from experiments.support.suite import workloads
+from experiments.support.suite import cases as workloads
 from kvrecomp.plan import GIB, Workload
 from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.named import named_plan

@@ -16,7 +16,7 @@ from absl import flags
 import models
 from experiments import plan as script
 from experiments.support import what_if
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.plots import split as split_plot
 from experiments.support.results import tables
 from experiments.support.script import in_one_line
@@ -252,7 +252,7 @@ def test_plot_is_a_png_of_the_size_of_a_readme(tmp_path, capsys):
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
-    assert (width, height) == (round(plots.INCHES[0] * plots.DPI), round(plots.INCHES[1] * plots.DPI))
+    assert (width, height) == (round(png.INCHES[0] * png.DPI), round(png.INCHES[1] * png.DPI))
     assert 800 <= width <= 1600
     assert [each.name for each in tmp_path.iterdir()] == ["split.png"]
 
@@ -260,7 +260,7 @@ def test_plot_is_a_png_of_the_size_of_a_readme(tmp_path, capsys):
 def test_plot_has_a_curve_for_each_schedule_and_the_measured_points(found, results, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, _: drawn.append(figure))
+    monkeypatch.setattr(png, "save", lambda figure, _: drawn.append(figure))
     measured = what_if.measured_as(found.chosen.plan, tables.read_file(results), str(results))
     split_plot.draw(found, "unwritten.png", measured)
     (axes,) = drawn[0].axes
@@ -345,7 +345,7 @@ def test_refusals_are_one_line(tmp_path, arguments, message):
 
 
 def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(png.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SystemExit, match=r"error: plots need matplotlib, the extra `plot`: pip install"):
         command(*SMALL, f"--plot={tmp_path}/a.png")
 

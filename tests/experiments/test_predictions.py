@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.results import predictions
 from experiments.support.results.predictions import Measured
 
@@ -43,8 +43,8 @@ def rows_chosen() -> list[Measured]:
 def drawn(monkeypatch, tmp_path, draw, rows):
     """The figure, and the points of each line by label, of a picture that says in its file what it shows."""
     pytest.importorskip("matplotlib")
-    figures, path, save = [], tmp_path / "picture.png", plots.save
-    monkeypatch.setattr(plots, "save", lambda figure, *rest: figures.append(figure) or save(figure, *rest))
+    figures, path, save = [], tmp_path / "picture.png", png.save
+    monkeypatch.setattr(png, "save", lambda figure, *rest: figures.append(figure) or save(figure, *rest))
     draw(rows, path)
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n" and 800 <= struct.unpack(">I", data[16:20])[0] <= 1600

@@ -10,11 +10,10 @@ from contextlib import redirect_stdout
 
 import jax
 import pytest
-from absl import flags
+import scripts
 
 from experiments import readme
 from experiments.support.results import predictions, tables
-from experiments.support.script import in_one_line
 
 ROW = {"model": "opt-1.3b", "batch": 2, "prompt": 3, "new": 5, "link_bytes": 7_000_000_000, "link_efficiency": 0.5}
 ROWS = [
@@ -77,14 +76,10 @@ def filled(text, root, page="README.md"):
     return readme.filled(page, text, readme.Results(root))
 
 
-def command(*arguments: str) -> int:
+def command(*words: str) -> int:
     """The exit status of the script in this process."""
-    values = flags.FlagValues()
-    readme.define_flags(values)
-    values(["readme", *arguments])
     try:
-        with in_one_line():
-            readme.main([], values)
+        scripts.call(readme, *words)
     except SystemExit as left:
         if isinstance(left.code, int):
             return left.code

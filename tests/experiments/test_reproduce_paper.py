@@ -4,13 +4,12 @@ import dataclasses
 import json
 
 import pytest
-from absl import flags
+import scripts
 
 import models
 from experiments import reproduce_paper as script
 from experiments.support.paper import costs, numbers, report
 from experiments.support.paper.disagreements import disagreements
-from experiments.support.script import in_one_line
 from kvrecomp.plan import GIB, MIB
 from kvrecomp.predict.hardware import DATASHEETS, HardwareProfile
 
@@ -54,19 +53,12 @@ def command(monkeypatch, latency, throughput):
     tables = tuple(known[table.name].table if table.name in known else table for table in PAPER.tables)
     predict = costs.predict
 
-    def run(*arguments: str) -> None:
-        values = flags.FlagValues()
-        script.define_flags(values)
-        values(["reproduce_paper", "--tables=table 3,Table 5", *arguments])
-        with in_one_line():
-            script.main([], values)
-
     def predict_unless_known(table, machine, profile):
         return known[table.name] if machine == table.machine else predict(table, machine, profile)
 
     monkeypatch.setattr(costs, "predict", predict_unless_known)
     monkeypatch.setattr(script, "read", lambda: dataclasses.replace(PAPER, tables=tables))
-    return run
+    return lambda *words: scripts.call(script, "--tables=table 3,Table 5", *words)
 
 
 def result(setting: numbers.Setting, plan: str, median_ms: float, **changes) -> dict:

@@ -12,20 +12,20 @@ from rich.console import Console
 
 import kvrecomp
 from experiments import sweep
-from experiments.support.suite import one_step
+from experiments.support.suite import step_timing
 from kvrecomp.plan import BlockSpec, Budget
 from kvrecomp.plan.named import named_plan
 from kvrecomp.predict.hardware import HardwareProfile
 
-WORK = kvrecomp.Workload(batch=3, prompt=16, new=one_step.NEW)
+WORK = kvrecomp.Workload(batch=3, prompt=16, new=step_timing.NEW)
 HOST = 2.0**30
 
 
 @pytest.fixture
 def model(monkeypatch):
     """A toy model with enough positions, measured briefly."""
-    monkeypatch.setattr(one_step, "STEPS", 4)
-    config = one_step.with_positions(toy.OPT, WORK.prompt + WORK.new)
+    monkeypatch.setattr(step_timing, "STEPS", 4)
+    config = step_timing.with_positions(toy.OPT, WORK.prompt + WORK.new)
     return toy.randomised(config.build(dtype="float32", rngs=None))
 
 
@@ -34,14 +34,14 @@ def quiet():
 
 
 def test_position_tables_grow_and_do_not_shrink():
-    assert one_step.with_positions(toy.OPT, 99).positions == 99
-    assert one_step.with_positions(toy.OPT, 5).positions == toy.OPT.positions
+    assert step_timing.with_positions(toy.OPT, 99).positions == 99
+    assert step_timing.with_positions(toy.OPT, 5).positions == toy.OPT.positions
 
 
 @pytest.mark.parametrize("name", ["split:0.5", "device:0.5"])
 def test_a_filled_cache_is_laid_out_as_the_plan_says(model, name):
     plan = named_plan(name, model.shape, WORK)
-    cache = one_step.filled_cache(plan)
+    cache = step_timing.filled_cache(plan)
     assert cache.layout == plan.blocks() and int(toy.get(cache.length)) == WORK.prompt
     kinds = {"host": "pinned_host", "device": "device"}
     for block in [block for own in cache.blocks for block in own]:
@@ -87,7 +87,7 @@ def test_plans_that_differ_in_a_window_that_holds_nothing_are_one_program(model)
         return dataclasses.replace(named, window=window)
 
     blocks = (BlockSpec("activations", "host", 2),) * 3
-    named = named_plan("activations", model.shape, dataclasses.replace(WORK, prompt=6), tail=one_step.NEW)
+    named = named_plan("activations", model.shape, dataclasses.replace(WORK, prompt=6), tail=step_timing.NEW)
     named = dataclasses.replace(named, layers=tuple(dataclasses.replace(own, prompt=blocks) for own in named.layers))
     size = named.bytes_of(model.shape.layers[0], blocks[0])
     assert sweep._key(plan(100 * size)) == sweep._key(plan(200 * size)) != sweep._key(plan(size))
@@ -117,7 +117,7 @@ def test_choices_keep_to_the_room(model, known_machine):
 
 def test_a_budget_with_room_is_what_a_plan_on_the_host_needs_and_the_room():
     shape, work = toy.model().shape, kvrecomp.Workload(3, 11, 13)
-    needed = sum(kvrecomp.memory_needed(named_plan("keys_values", shape, work, tail=one_step.NEW))["device"].values())
+    needed = sum(kvrecomp.memory_needed(named_plan("keys_values", shape, work, tail=step_timing.NEW))["device"].values())
     pairs = sum(4 * 3 * 11 * layer.width("keys_values") for layer in shape.layers)
     assert sweep.budget_with_room(shape, work, 25, HOST) == Budget(needed + pairs / 4, HOST)
 

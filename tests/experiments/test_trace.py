@@ -16,9 +16,9 @@ from jax.profiler import ProfileData
 import kvrecomp
 import models
 from experiments import trace
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.results import predictions, tables
-from experiments.support.suite import one_step
+from experiments.support.suite import step_timing
 from experiments.support.traces import timeline, xplane
 from experiments.support.traces.timeline import Timeline
 from experiments.support.traces.xplane import OUTSIDE, Span
@@ -278,8 +278,8 @@ def test_what_is_kept_of_a_step():
 
 @pytest.fixture
 def decoder(monkeypatch):
-    monkeypatch.setattr(one_step, "STEPS", 4)
-    return toy.named_decoder("keys_values", batch=2, prompt=5, new=one_step.NEW, tail=one_step.NEW)
+    monkeypatch.setattr(step_timing, "STEPS", 4)
+    return toy.named_decoder("keys_values", batch=2, prompt=5, new=step_timing.NEW, tail=step_timing.NEW)
 
 
 def test_a_step_on_a_cpu_is_recorded_and_refused(decoder):
@@ -318,7 +318,7 @@ def test_every_plan_that_is_asked_for_is_traced(monkeypatch, known_machine):
     monkeypatch.setattr(trace, "measure", lambda model, plan, budget: plan)
     plans = trace.run(parsed("--model=toy", "--batch=2", "--prompt=5", "--plans=auto,split:0.5", "--dtype=float32"))
     assert [plan.name for plan in plans] == ["auto", "split:0.5"]
-    assert {(plan.workload.batch, plan.workload.prompt, plan.tail) for plan in plans} == {(2, 5, one_step.NEW)}
+    assert {(plan.workload.batch, plan.workload.prompt, plan.tail) for plan in plans} == {(2, 5, step_timing.NEW)}
     with pytest.raises(kvrecomp.PlanError, match="there is no plan 'splits'"):
         trace.run(parsed("--model=toy", "--plans=splits"))
 
@@ -349,7 +349,7 @@ def test_rows_are_kept_in_files(tmp_path):
 def test_every_span_is_drawn_on_one_time_axis(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     figures = []
-    monkeypatch.setattr(plots, "save", lambda figure, path, source: figures.append(figure))
+    monkeypatch.setattr(png, "save", lambda figure, path, source: figures.append(figure))
     timeline.draw([SLOWER, ROW], tmp_path / "a.png")
     panels = figures[0].axes
     assert [panel.get_xlim() for panel in panels] == [pytest.approx((0, 201))] * 2

@@ -28,10 +28,10 @@ from tokenizers import Tokenizer
 
 import kvrecomp
 import models
-from experiments.support.job.runner.batches import batches, largest_plan, padded_lengths, plan_document, plan_from
-from experiments.support.job.runner.input import Line, Reader, file_hash, survey
-from experiments.support.job.runner.meter import Meter
-from experiments.support.job.runner.output import Output, Record
+from experiments.support.job.batches import batches, largest_plan, padded_lengths, plan_document, plan_from
+from experiments.support.job.meter import Meter
+from experiments.support.job.output import Output, Record
+from experiments.support.job.reader import Line, Reader, file_hash, survey
 from experiments.support.prompts import ENDS, PADS, pad_left, special_tokens
 from experiments.support.script import window_bytes
 from experiments.support.source import Source

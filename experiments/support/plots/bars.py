@@ -8,7 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.results import predictions, tables
 from experiments.support.results.tables import Row
 
@@ -74,9 +74,9 @@ def _title(step: Step) -> str:
 
 
 def draw(found: Sequence[Step], path: str | os.PathLike) -> None:
-    """Writes a PNG. Raises ModuleNotFoundError, ValueError and OSError as `plots.check_path` does."""
-    plots.check_path(path)
-    figure = plots.figure()
+    """Writes a PNG. Raises ModuleNotFoundError, ValueError and OSError as `png.check_path` does."""
+    png.check_path(path)
+    figure = png.figure()
     figure.set_figheight(0.8 + 0.36 * len(found))
     axes = figure.add_subplot()
     for place, step in enumerate(found):
@@ -92,4 +92,4 @@ def draw(found: Sequence[Step], path: str | os.PathLike) -> None:
     axes.set_xticks([])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
     figure.suptitle(_title(found[0]), x=0.012, ha="left", fontsize="medium")
-    plots.save(figure, path, predictions.digest(found))
+    png.save(figure, path, predictions.digest(found))

@@ -14,7 +14,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -171,15 +171,15 @@ def draw_predictions(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     """Writes a PNG: how far every prediction is off, over the measured time of the step.
 
     Raises:
-        ValueError: there is no row; or as `plots.check_path`, as are ModuleNotFoundError and OSError.
+        ValueError: there is no row; or as `png.check_path`, as are ModuleNotFoundError and OSError.
     """
-    plots.check_path(path)
+    png.check_path(path)
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     said, points = accuracy(rows), distinct(rows)
     models = ", ".join(dict.fromkeys(model_of(row) for row in points))
     batches = ", ".join(map(str, sorted({row.batch for row in points})))
-    figure = plots.figure()
+    figure = png.figure()
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     _bands(axes.axhspan, axes.axhline)
@@ -200,23 +200,23 @@ def draw_predictions(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     axes.set_ylabel("predicted over measured time, less 1 (%)")
     figure.suptitle(f"Predicted steps: {models}, batch {batches}\n{said}", **_TITLE)
     figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize="small", columnspacing=1.5)
-    plots.save(figure, path, digest(rows))
+    png.save(figure, path, digest(rows))
 
 
 def draw_choices(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     """Writes a PNG: for every workload and room, how much longer the chosen plan takes than the best one by hand.
 
     Raises:
-        ValueError: no plan was chosen; or as `plots.check_path`, as are ModuleNotFoundError and OSError.
+        ValueError: no plan was chosen; or as `png.check_path`, as are ModuleNotFoundError and OSError.
     """
-    plots.check_path(path)
+    png.check_path(path)
     from matplotlib.ticker import MaxNLocator
 
     said = textwrap.fill(regret(rows).partition(";")[0], WIDTH_OF_A_TITLE)
     found = choices(rows)
     names = list(dict.fromkeys(described(choice.chosen) for choice in found))
     rooms = sorted({choice.chosen.room or 0.0 for choice in found})
-    figure = plots.figure()
+    figure = png.figure()
     figure.set_figheight(1.8 + 0.3 * len(names))
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
@@ -236,7 +236,7 @@ def draw_choices(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     axes.set_xlabel("time of the chosen plan over the best by hand, less 1 (%)")
     figure.suptitle(f"Chosen plans, by the keys and values that the device may hold\n{said}", **_TITLE)
     figure.legend(loc="outside lower left", ncols=len(rooms), frameon=False, fontsize="small")
-    plots.save(figure, path, digest(rows))
+    png.save(figure, path, digest(rows))
 
 
 def kind_of(plan: str) -> str:

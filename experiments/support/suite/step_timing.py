@@ -1,4 +1,4 @@
-"""Measuring single steps, on a cache filled with random numbers: a step's time does not depend on what is cached."""
+"""Timing single steps, on caches of random numbers: a step's time does not depend on what is cached."""
 
 import dataclasses
 import functools
@@ -23,10 +23,15 @@ def with_positions(config: Any, positions: int) -> Any:
     return dataclasses.replace(config, positions=max(config.positions, positions))
 
 
+def device_bytes_with_room(hosted: Plan, cached: Plan, percent: float) -> float:
+    """Bytes of device memory with room for `percent` of the blocks of `cached`, which has them all there, beside what
+    `hosted`, a plan of the same workload with its cache in host memory, needs of it."""
+    return sum(kvrecomp.memory_needed(hosted)["device"].values()) + percent / 100 * cached.bytes_in("device")
+
+
 def filled_cache(plan: Plan) -> Cache:
     """A cache as after the prompt, of random numbers."""
-    like = describe_blocks(plan, 0)
-    blocks = [[_random_block(block) for block in own] for own in like]
+    blocks = [[_random_block(block) for block in layer] for layer in describe_blocks(plan, 0)]
     padding, length = jax.device_put(
         (np.zeros(plan.workload.batch, np.int32), np.int32(plan.workload.prompt)), memory.sharding("device")
     )
@@ -34,12 +39,12 @@ def filled_cache(plan: Plan) -> Cache:
 
 
 def _random_block(block: Block) -> Block:
-    arrays = tuple(_maker(array.shape, array.dtype, block.memory)() for array in block.arrays)
+    arrays = tuple(_random_array(array.shape, np.dtype(array.dtype), block.memory)() for array in block.arrays)
     return dataclasses.replace(block, arrays=arrays)
 
 
 @functools.cache
-def _maker(shape: tuple[int, ...], dtype: Any, place: Memory):
+def _random_array(shape: tuple[int, ...], dtype: np.dtype, place: Memory):
     return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype), out_shardings=memory.sharding(place))
 
 
