@@ -16,7 +16,6 @@ overview            table of the same, with a row for each workload and its plan
 sweep               table of rows of experiments/sweep.py
 paper_gains         table of the gains of the paper KVPR, and of those predicted and measured
 paper_steps         its tables of steps, with those predicted and measured
-paper_rates         tokens a second that are predicted for the paper's machine, in the setting of the rows
 paper_layers        its table 1, beside its formula; of no results
 paper_disagreements where it disagrees with itself; of no results
 bars_plot           picture of the step times of one workload
@@ -68,17 +67,13 @@ TABLES = {
     "benchmark": tables.benchmark,
     "overview": tables.overview,
     "sweep": tables.sweep,
-    "paper_gains": lambda rows: paper.gains(paper.compare(rows)),
+    "paper_gains": paper.all_gains,
     "paper_steps": paper.all_steps,
     "paper_layers": lambda _: paper.layers(read()),
     "paper_disagreements": lambda _: paper.disagreeing(read()),
 }
 OF_NO_RESULTS = ("paper_layers", "paper_disagreements")
-SENTENCES = {
-    "machine": tables.machine,
-    "accuracy": tables.accuracy,
-    "paper_rates": paper.rates,
-}
+SENTENCES = {"machine": tables.machine, "accuracy": lambda rows: predictions.accuracy(tables.predicted(rows))}
 
 
 class Picture(NamedTuple):

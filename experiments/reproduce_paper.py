@@ -59,7 +59,7 @@ def chosen(paper: Paper, names: Sequence[str]) -> list[PaperTable]:
     return [known[name] for name in dict.fromkeys(name.strip().lower() for name in names) or known]
 
 
-def show(paper: Paper, compared: Sequence[Compared], results: Sequence[str]) -> None:
+def show(paper: Paper, compared: Sequence[Compared], results: Sequence[tables.Row]) -> None:
     """Prints all of it."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
@@ -70,8 +70,8 @@ def show(paper: Paper, compared: Sequence[Compared], results: Sequence[str]) -> 
     devices = dict.fromkeys(device for table in compared for device in table.devices)
     if devices:
         say(f"measured on: {tables.listed(devices)}")
-    for line in results:
-        say(line)
+    elif results:
+        say("no result is of these tables' settings: experiments/suite.py --only=kvpr,batches,weights measures some")
     machine = paper.data["layers"]["machine"]
     shown = {f"Table 1: a layer; formula: equations 6 to 11 at {machine}'s rates": report.layers(paper)}
     shown |= {report.heading(table): report.steps(table) for table in compared}
@@ -100,20 +100,14 @@ def document(paper: Paper, compared: Sequence[Compared]) -> dict[str, Any]:
 def main(given: flags.FlagValues) -> None:
     paper = read()
     asked = chosen(paper, given.tables)
-    files = {path: tables.read_file(path) for path in given.results}
     profile = None if given.hardware is None else read_hardware(given.hardware)
     compared = []
     for table in asked:
         machine = given.hardware or table.machine
         compared.append(costs.predict(table, machine, profile or paper.machine(table.machine)))
-    lines = [
-        f"{path}: {costs.count_of(compared, rows)} of {len(rows)} rows are of these tables' settings; some more are "
-        "measured by experiments/suite.py --only=kvpr,batches,weights"
-        for path, rows in files.items()
-    ]
-    every = [row for rows in files.values() for row in rows]
-    compared = [costs.measured(table, every) for table in compared]
-    show(paper, compared, lines)
+    results = [row for path in given.results for row in tables.read_file(path)]
+    compared = [costs.measured(table, results) for table in compared]
+    show(paper, compared, results)
     if given.out or given.json:
         found = document(paper, compared)
         if given.out:

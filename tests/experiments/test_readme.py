@@ -177,26 +177,22 @@ def test_markers_are_filled(root):
     assert filled(FILLED, root) == FILLED
 
 
-def test_files_by_pattern_come_once_and_in_order(root):
-    for name in ("b.json", "a2.json"):
-        write_results(root, name, [ROWS[0] | {"new": len(name)}])
-    results = readme.Results(root)
-    assert [path.name for path in results.files("b.json plan=x a*.json a.json")] == ["b.json", "a.json", "a2.json"]
-    assert [row["new"] for row in results.rows("b.json a?.json")] == [6, 7]
-
-
 @pytest.mark.parametrize(
-    ("conditions", "plans"),
+    ("arguments", "plans"),
     [
-        ("plan=device", ["device"]),
-        ("plan=device*", ["device:0.5", "device"]),
-        ("plan!=device", ["device:0.5"]),
-        ("plan=auto,device:*", ["device:0.5"]),
-        ("batch=2 plan!=auto,device:*", ["device"]),
+        ("a.json plan=device", ["device"]),
+        ("a.json plan=device*", ["device:0.5", "device"]),
+        ("a.json plan!=device", ["device:0.5"]),
+        ("a.json plan=auto,device:*", ["device:0.5"]),
+        ("a.json batch=2 plan!=auto,device:*", ["device"]),
+        ("b.json a*.json a.json", ["b", "device:0.5", "device", "a2"]),  # each file once, in order
+        ("b.json a?.json", ["b", "a2"]),
     ],
 )
-def test_filters(root, conditions, plans):
-    assert [row["plan"] for row in readme.Results(root).rows(f"a.json {conditions}")] == plans
+def test_files_and_filters(root, arguments, plans):
+    for name in ("b", "a2"):
+        write_results(root, f"{name}.json", [ROWS[0] | {"plan": name}])
+    assert [row["plan"] for row in readme.Results(root).rows(arguments)] == plans
 
 
 def test_a_file_is_read_and_a_marker_made_once(root, monkeypatch):
@@ -212,7 +208,7 @@ def test_sentences_on_lines_of_their_own_are_broken_into_lines_and_end_in_a_full
     lines = filled("<!-- machine: *.json -->\n<!-- end -->\n", root).splitlines()
     assert len(lines) == 4 and max(map(len, lines)) <= readme.WIDTH
     assert " ".join(lines[1:3]) == tables.machine(readme.Results(root).rows("*.json"))
-    said = tables.accuracy(readme.Results(root).rows("a.json"))
+    said = predictions.accuracy(tables.predicted(readme.Results(root).rows("a.json")))  # of those that have one
     alone = f"<!-- accuracy: a.json -->\n{said}.\n<!-- end -->\n"
     within = f"Here <!-- accuracy: a.json -->{said}<!-- end -->.\n"
     assert filled(alone + within, root) == alone + within
@@ -265,6 +261,9 @@ def test_the_command_writes_what_the_check_misses(root, capsys):
     write_results(root, "a.json", [row | {"median_ms": 8.0} for row in ROWS])
     command()
     assert "| 8.0 | 7.00 | 0.500 |" in (root / "README.md").read_text()
+    write_page(root, "<!-- end -->")
+    with pytest.raises(SystemExit, match=r"^error: README.md:1: <!-- end --> without the other half of the marker$"):
+        command()
 
 
 def test_files_that_are_not_used_are_said(root, capsys):
@@ -347,9 +346,3 @@ def test_pictures_of_other_results_are_refused(root):
     ):
         with pytest.raises(ValueError, match=f"README.md:1: {message}"):
             filled(f"<!-- {kind}: {name}.json -->\n<!-- end -->\n", root)
-
-
-def test_the_command_refuses_with_one_line(root):
-    write_page(root, "<!-- end -->")
-    with pytest.raises(SystemExit, match=r"^error: README.md:1: <!-- end --> without the other half of the marker$"):
-        command()

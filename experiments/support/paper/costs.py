@@ -14,7 +14,7 @@ import dataclasses
 import json
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -190,12 +190,6 @@ def measured(compared: Compared, results: Iterable[tables.Row]) -> Compared:
                 devices.append(str(result.get("device")))
         rows.append(dataclasses.replace(row, times=row.times | {"measured": times}))
     return dataclasses.replace(compared, rows=tuple(rows), devices=tuple(dict.fromkeys(devices)))
-
-
-def count_of(compared: Sequence[Compared], results: Iterable[tables.Row]) -> int:
-    """How many of the results are of a setting of these tables."""
-    settings = [(row.setting, table) for table in compared for row in table.rows]
-    return sum(any(is_of(result, *of_table) for of_table in settings) for result in results)
 
 
 def is_of(result: tables.Row, setting: Setting, compared: Compared) -> bool:

@@ -126,27 +126,17 @@ def disagreeing(paper: Paper) -> str:
 # --- for pages, of results and the predictions that are kept ----------------------------------------------------------
 
 
-def compare(results: Sequence[tables.Row], names: Sequence[str] = SUMMED_UP) -> list[Compared]:
-    """The tables of these names."""
-    paper = read()
-    return [measured(kept(paper, name), results) for name in names]
+def all_gains(results: Sequence[tables.Row]) -> str:
+    """The gains of SUMMED_UP."""
+    return gains(_compare(results, SUMMED_UP))
 
 
 def all_steps(results: Sequence[tables.Row]) -> str:
-    """The tables of steps that the paper gives in numbers."""
-    given = [table.name for table in read().tables if any(row.times for row in table.rows)]
-    return "\n\n".join(f"**{heading(table)}.**\n\n{steps(table)}" for table in compare(results, given))
+    """The tables of steps of SUMMED_UP, and of small batches."""
+    compared = _compare(results, ("Table 2", *SUMMED_UP))
+    return "\n\n".join(f"**{heading(table)}.**\n\n{steps(table)}" for table in compared)
 
 
-def rates(results: Sequence[tables.Row]) -> str:
-    """The tokens a second that are predicted for the paper's machine in the setting of which these results are.
-
-    Raises ValueError where they are of none, or of several.
-    """
-    found = [row for table in compare(results) for row in table.rows if row.times["measured"]]
-    if len(found) != 1:
-        raise ValueError(f"the rows are of {len(found)} settings of {', '.join(SUMMED_UP)}; expected one")
-    (row,) = found
-    tokens, times = 1e3 * row.setting.batch * row.setting.groups, row.times["predicted"]
-    pairs, kvpr, ours = (f"{tokens / times[plan]:.0f}" for plan in ("keys_values", "kvpr", AUTO))
-    return f"{pairs} tokens a second for keys and values, {kvpr} for KVPR's schedule and {ours} for ours"
+def _compare(results: Sequence[tables.Row], names: Sequence[str]) -> list[Compared]:
+    paper = read()
+    return [measured(kept(paper, name), results) for name in names]

@@ -148,11 +148,6 @@ def script(command: str) -> str:
     return next((argument for argument in words if argument.endswith(".py")), words[0])
 
 
-def accuracy(rows: Sequence[Row]) -> str:
-    """How many predictions are within 5 and 10 %."""
-    return predictions.accuracy(predicted(rows))
-
-
 def predicted(rows: Sequence[Row]) -> list[predictions.Measured]:
     """The rows that have a prediction; those of experiments/benchmark.py know of no room."""
     fields = [field.name for field in dataclasses.fields(predictions.Measured)]
