@@ -8,7 +8,7 @@ from experiments.support.paper.costs import BASELINES, Compared, Row, Source, fo
 from experiments.support.paper.disagreements import disagreements
 from experiments.support.paper.numbers import Paper, Setting, read, records
 from experiments.support.results import tables
-from experiments.support.results.predictions import between, title
+from experiments.support.results.predictions import ends, title
 from kvrecomp.plan import AUTO
 from kvrecomp.predict.kvpr import kvpr_split
 
@@ -84,7 +84,7 @@ def gains(compared: Sequence[Compared]) -> str:
 
 def _span(values: Sequence[float]) -> str:
     """From the least to the greatest, in whole percents."""
-    return between(*((str(round(end(values))), "") for end in (min, max))) if values else "-"
+    return ends(values, lambda value: (str(round(value)), "")) if values else "-"
 
 
 def _without_empty(rows: Sequence, columns: Sequence[tuple[str, Callable]]) -> str:

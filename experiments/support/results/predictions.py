@@ -11,7 +11,7 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.support.plots import png
@@ -104,25 +104,24 @@ def choices(rows: Sequence[Measured]) -> list[Choice]:
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
-def within(rows: Sequence[Measured], fraction: float) -> int:
-    """How many predictions are at most so far off."""
-    return sum(abs(row.off) <= fraction for row in rows)
-
-
 def accuracy(rows: Sequence[Measured]) -> str:
     """How far predictions are off, in a sentence without its full stop."""
-    rows = distinct(rows)
-    if not rows:
+    off = [row.off for row in distinct(rows)]
+    if not off:
         raise ValueError("there is no prediction")
-    near, good = within(rows, 0.05), within(rows, 0.1)
-    ends = between(*(percent(extreme(row.off for row in rows)) for extreme in (min, max)))
-    return f"{near} of {len(rows)} predictions are within 5 %, {good} within 10 % ({ends})"
+    near, good = (sum(abs(fraction) <= margin for fraction in off) for margin in (0.05, 0.1))
+    return f"{near} of {len(off)} predictions are within 5 %, {good} within 10 % ({ends(off, percent)})"
 
 
 def percent(off: float) -> tuple[str, str]:
     """A prediction's error as an amount and its unit, as in 15 % short and 6 % over."""
     rounded = round(100 * off)
     return str(abs(rounded)), "% short" if rounded < 0 else "% over"
+
+
+def ends(values: Sequence[Any], amount: Callable[[Any], tuple[str, str]]) -> str:
+    """From the least to the greatest, as `between` has it; `amount` gives a value and its unit in text."""
+    return between(amount(min(values)), amount(max(values)))
 
 
 def between(low: tuple[str, str], high: tuple[str, str]) -> str:
@@ -138,7 +137,7 @@ def regret(rows: Sequence[Measured]) -> str:
     if not found:
         raise ValueError("no plan was chosen: measure with --rooms")
     near, good = (sum(choice.ratio <= 1 + margin for choice in found) for margin in (0.03, 0.05))
-    rivals = between(*((str(extreme(choice.rivals for choice in found)), "") for extreme in (min, max)))
+    rivals = ends([choice.rivals for choice in found], lambda count: (str(count), ""))
     worst = max(found, key=lambda choice: choice.ratio)
     of_worst = f"{described(worst.chosen)}, room for {worst.chosen.room:g} %"
     return (
@@ -170,8 +169,7 @@ def title(model: str) -> str:
 def draw_predictions(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     """Writes a PNG: how far every prediction is off, over the measured time of the step.
 
-    Raises:
-        ValueError: there is no row; or as `png.check_path`, as are ModuleNotFoundError and OSError.
+    Raises ValueError where there is no row, and what `png.check_path` does.
     """
     png.check_path(path)
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
@@ -206,8 +204,7 @@ def draw_predictions(rows: Sequence[Measured], path: str | os.PathLike) -> None:
 def draw_choices(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     """Writes a PNG: for every workload and room, how much longer the chosen plan takes than the best one by hand.
 
-    Raises:
-        ValueError: no plan was chosen; or as `png.check_path`, as are ModuleNotFoundError and OSError.
+    Raises ValueError where no plan was chosen, and what `png.check_path` does.
     """
     png.check_path(path)
     from matplotlib.ticker import MaxNLocator

@@ -7,6 +7,7 @@ print(span("median_ms", rows))    # 9.7 to 309.9 ms
 
 import dataclasses
 import fnmatch
+import functools
 import json
 import math
 import os
@@ -96,7 +97,7 @@ def span(field: str, rows: Sequence[Row]) -> str:
         raise ValueError(f"no row of {listed({row['file'] for row in rows})} says {field}")
     if any(isinstance(value, str) for value in values):
         return listed(dict.fromkeys(word(field, value) for value in values))
-    return predictions.between(amount(field, min(values)), amount(field, max(values)))
+    return predictions.ends(values, functools.partial(amount, field))
 
 
 def word(field: str, value: Any) -> str:
