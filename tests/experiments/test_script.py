@@ -23,7 +23,10 @@ NAMES = "--plans is empty: give one name or more, with commas between them"
 
 def program(main=lambda given: print(given.size)):
     """A script with one flag."""
-    define_flags = lambda into: script.Define(into).integer("size", 3, "A size.")  # noqa: E731
+
+    def define_flags(into):
+        script.Define(into).integer("size", 3, "A size.")
+
     return SimpleNamespace(__name__="program", main=main, define_flags=define_flags)
 
 
