@@ -13,7 +13,6 @@ the paper gives are averages over all steps.
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +36,7 @@ WHOLE = 64 * GIB  # a window in which each run of tokens is one block, as the pa
 
 Source = Literal["paper", "predicted", "measured"]
 Times = dict[str, float]  # milliseconds a step by plan: those by name, `kvpr` at its best split, and AUTO for ours
+SETTING_FIELDS = [field.name for field in dataclasses.fields(Setting)]
 BASELINES: dict[Source, str] = {"paper": "baseline", "predicted": "keys_values", "measured": "keys_values"}
 
 
@@ -154,20 +154,15 @@ def record(compared: Compared) -> dict[str, Any]:
     return {**table, "hardware": compared.profile.device, "measured_on": list(compared.devices), "rows": rows}
 
 
-def kept(paper: Paper, name: str, path: str | os.PathLike = KEPT) -> Compared:
-    """The table of that name with the predictions for the paper's own machine that were kept in a file.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it has other settings than the paper.
-    """
+def kept(paper: Paper, name: str) -> Compared:
+    """The table of that name with the predictions for the paper's own machine that are in KEPT."""
     table, rows = paper.table(name), []
-    records = {table["name"]: table["rows"] for table in json.loads(Path(path).read_text(encoding="utf-8"))["tables"]}
-    for row, found in zip(table.rows, records[name], strict=True):
-        if found | dataclasses.asdict(row.setting) != found:
-            raise ValueError(f"{path}: {name} has another setting than {row.setting}: predict anew")
-        times: dict[Source, Times] = {"paper": row.times, "predicted": found["predicted_ms"], "measured": {}}
-        rows.append(Row(row.setting, times, found["split"], found["ours"]))
+    records = {table["name"]: table["rows"] for table in json.loads(KEPT.read_text(encoding="utf-8"))["tables"]}
+    found = {Setting(**{field: row[field] for field in SETTING_FIELDS}): row for row in records[name]}
+    for row in table.rows:
+        then = found[row.setting]
+        times: dict[Source, Times] = {"paper": row.times, "predicted": then["predicted_ms"], "measured": {}}
+        rows.append(Row(row.setting, times, then["split"], then["ours"]))
     return Compared(table, table.machine, paper.machine(table.machine), tuple(rows))
 
 

@@ -22,7 +22,6 @@ from experiments.support.results import predictions
 Row = dict[str, Any]  # a row of a results file, with what the file says of all its rows, and `file` and `off`
 Column = tuple[str, Callable[[Any], str]]  # a heading, and a row's cell
 
-HEADINGS = {"room": "room %"}
 NOTES = {  # what the name of a plan does not say
     "device": "all on the GPU",
     "kvpr:*": "KVPR's schedule",
@@ -237,10 +236,11 @@ def _unusual(rows: Sequence[Row]) -> list[Column]:
     """Columns of what is not as usual in any row, or not the same in all."""
     usual = {"new": rows[0].get("new"), "weights": "device", "groups": 1, "order": "row", "room": None}
     shown = [field for field in usual if any(row.get(field) not in (None, usual[field]) for row in rows)]
-    return [(HEADINGS.get(field, field), lambda row, field=field: _plain(row.get(field))) for field in shown]
+    return [("room %" if field == "room" else field, functools.partial(_plain, field)) for field in shown]
 
 
-def _plain(value: Any) -> str:
+def _plain(field: str, row: Row) -> str:
+    value = row.get(field)
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
