@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import toy
-from experiments.support.job.runner.batches import batches, largest_plan, padded_lengths, plan_document, plan_from
 
 import kvrecomp
+from experiments.support.job.batches import batches, largest_plan, padded_lengths, plan_document, plan_from
 from kvrecomp.plan import PlanError, Workload
 
 SHAPE = toy.model().shape

@@ -4,22 +4,18 @@ import dataclasses
 import itertools
 import json
 import math
-import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
+import scripts
 
 import models
-from experiments import plan as script
+from experiments import plan
 from experiments.support import what_if
-from experiments.support.plots import figure as plots
-from experiments.support.plots import split as split_plot
+from experiments.support.plots import png
+from experiments.support.plots.split import draw_split
 from experiments.support.results import tables
-from experiments.support.script import in_one_line
 from kvrecomp.measure import profiler
 from kvrecomp.plan import GIB, Budget, Workload
 from kvrecomp.plan.named import named_plan, with_weights
@@ -37,12 +33,7 @@ LINK, MATMUL = 32e9, 312e12  # of the A100
 
 
 def command(*arguments: str) -> None:
-    """The script in this process."""
-    values = flags.FlagValues()
-    script.define_flags(values)
-    with in_one_line():
-        values(["plan", *arguments])
-        script.main([], values)
+    scripts.call(plan, *arguments)
 
 
 def small(budget: Budget | None = None, machine: str = "a100", **changes) -> what_if.WhatIf:
@@ -195,7 +186,7 @@ def test_window_is_that_of_the_plans_by_name(capsys):
 def test_this_machine_is_measured_and_what_is_free_is_its_budget(monkeypatch, capsys):
     machine = dataclasses.replace(HardwareProfile.from_datasheet("t4"), device="This one", source="")
     monkeypatch.setattr(profiler, "profile", lambda: machine)
-    monkeypatch.setattr(script, "limits", lambda budget: {"device": budget.device, "host": 7.0 * GIB})
+    monkeypatch.setattr(plan, "limits", lambda budget: {"device": budget.device, "host": 7.0 * GIB})
     arguments = [each for each in SMALL if "hardware" not in each]
     command(*arguments, "--device_memory_gib=2.2", "--json")
     out = capsys.readouterr().out
@@ -252,7 +243,7 @@ def test_plot_is_a_png_of_the_size_of_a_readme(tmp_path, capsys):
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
-    assert (width, height) == (round(plots.INCHES[0] * plots.DPI), round(plots.INCHES[1] * plots.DPI))
+    assert (width, height) == (round(png.INCHES[0] * png.DPI), round(png.INCHES[1] * png.DPI))
     assert 800 <= width <= 1600
     assert [each.name for each in tmp_path.iterdir()] == ["split.png"]
 
@@ -260,9 +251,9 @@ def test_plot_is_a_png_of_the_size_of_a_readme(tmp_path, capsys):
 def test_plot_has_a_curve_for_each_schedule_and_the_measured_points(found, results, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, _: drawn.append(figure))
+    monkeypatch.setattr(png, "save", lambda figure, _: drawn.append(figure))
     measured = what_if.measured_as(found.chosen.plan, tables.read_file(results), str(results))
-    split_plot.draw(found, "unwritten.png", measured)
+    draw_split(found, "unwritten.png", measured)
     (axes,) = drawn[0].axes
     *curves, chosen, crosses = axes.get_lines()
     for name, line in zip(what_if.CURVES, curves, strict=True):
@@ -292,7 +283,7 @@ def test_plot_that_cannot_be_written_leaves_the_older_one(found, tmp_path, monke
 
     monkeypatch.setattr(matplotlib_figure.Figure, "savefig", fail)
     with pytest.raises(OSError, match="no space left"):
-        split_plot.draw(found, path)
+        draw_split(found, path)
     assert path.read_text() == "an older one" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -345,19 +336,6 @@ def test_refusals_are_one_line(tmp_path, arguments, message):
 
 
 def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(png.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SystemExit, match=r"error: plots need matplotlib, the extra `plot`: pip install"):
         command(*SMALL, f"--plot={tmp_path}/a.png")
-
-
-def test_program_refuses_with_one_line_and_status_1():
-    done = subprocess.run(
-        [sys.executable, "experiments/plan.py", "--hardware=a100", "--batch=0"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr == "error: flag --batch=0: 0 is not a positive integer; --help lists the flags\n"

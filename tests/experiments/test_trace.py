@@ -7,8 +7,8 @@ import types
 from pathlib import Path
 
 import pytest
+import scripts
 import toy
-from absl import flags
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.profiler import ProfileData
@@ -16,9 +16,9 @@ from jax.profiler import ProfileData
 import kvrecomp
 import models
 from experiments import trace
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.results import predictions, tables
-from experiments.support.suite import one_step
+from experiments.support.suite import step_timing
 from experiments.support.traces import timeline, xplane
 from experiments.support.traces.timeline import Timeline
 from experiments.support.traces.xplane import OUTSIDE, Span
@@ -278,8 +278,8 @@ def test_what_is_kept_of_a_step():
 
 @pytest.fixture
 def decoder(monkeypatch):
-    monkeypatch.setattr(one_step, "STEPS", 4)
-    return toy.named_decoder("keys_values", batch=2, prompt=5, new=one_step.NEW, tail=one_step.NEW)
+    monkeypatch.setattr(step_timing, "STEPS", 4)
+    return toy.named_decoder("keys_values", batch=2, prompt=5, new=step_timing.NEW, tail=step_timing.NEW)
 
 
 def test_a_step_on_a_cpu_is_recorded_and_refused(decoder):
@@ -316,11 +316,13 @@ def test_every_plan_that_is_asked_for_is_traced(monkeypatch, known_machine):
     monkeypatch.setitem(models.PRESETS, "toy", toy.OPT)
     monkeypatch.setattr(kvrecomp, "profile", lambda model, batch: known_machine)
     monkeypatch.setattr(trace, "measure", lambda model, plan, budget: plan)
-    plans = trace.run(parsed("--model=toy", "--batch=2", "--prompt=5", "--plans=auto,split:0.5", "--dtype=float32"))
+    plans = trace.run(
+        scripts.read_flags(trace, "--model=toy", "--batch=2", "--prompt=5", "--plans=auto,split:0.5", "--dtype=float32")
+    )
     assert [plan.name for plan in plans] == ["auto", "split:0.5"]
-    assert {(plan.workload.batch, plan.workload.prompt, plan.tail) for plan in plans} == {(2, 5, one_step.NEW)}
+    assert {(plan.workload.batch, plan.workload.prompt, plan.tail) for plan in plans} == {(2, 5, step_timing.NEW)}
     with pytest.raises(kvrecomp.PlanError, match="there is no plan 'splits'"):
-        trace.run(parsed("--model=toy", "--plans=splits"))
+        trace.run(scripts.read_flags(trace, "--model=toy", "--plans=splits"))
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
@@ -349,7 +351,7 @@ def test_rows_are_kept_in_files(tmp_path):
 def test_every_span_is_drawn_on_one_time_axis(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     figures = []
-    monkeypatch.setattr(plots, "save", lambda figure, path, source: figures.append(figure))
+    monkeypatch.setattr(png, "save", lambda figure, path, source: figures.append(figure))
     timeline.draw([SLOWER, ROW], tmp_path / "a.png")
     panels = figures[0].axes
     assert [panel.get_xlim() for panel in panels] == [pytest.approx((0, 201))] * 2
@@ -367,17 +369,8 @@ def test_every_span_is_drawn_on_one_time_axis(tmp_path, monkeypatch):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def parsed(*arguments: str) -> flags.FlagValues:
-    """The script's flags."""
-    values = flags.FlagValues()
-    trace.define_flags(values)
-    values(["trace", *arguments])
-    return values
-
-
 def command(*arguments: str) -> None:
-    """The script in this process."""
-    trace.main([], parsed(*arguments))
+    scripts.call(trace, *arguments)
 
 
 def test_a_picture_is_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):
@@ -412,13 +405,13 @@ def test_refusals(tmp_path):
     other.write_text(json.dumps({"rows": [{"median_ms": 1.0}]}))
     out = f"--plot={tmp_path}/a.png"
     for arguments, message in (
-        ([out], "^a trace of copies and compute needs a GPU, and jax runs on cpu: .*--from=FILE.json$"),
+        ([out], "a trace of copies and compute needs a GPU, and jax runs on cpu: .*--from=FILE.json$"),
         ([f"--from={kept}", out, f"--out={kept}"], "nothing is: give one of them"),
         ([f"--from={kept}", f"--plot={tmp_path}/a.jpg"], "does not end in .png"),
         ([f"--from={empty}", out], "no step to draw"),
         ([f"--from={other}", out], "c.json has no model, so it is not of experiments/trace.py"),
         ([f"--from={tmp_path}/missing.json", out], "missing.json"),
     ):
-        with pytest.raises((ValueError, OSError), match=message):
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             command(*arguments)
     assert not (tmp_path / "a.png").exists()

@@ -11,7 +11,7 @@ import pytest
 import toy
 
 import kvrecomp
-from experiments.support.suite.one_step import filled_cache
+from experiments.support.suite.step_timing import filled_cache
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import LayerPlan, Plan, Workload
 from kvrecomp.run import decoder as runtime

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.results import predictions, tables
 from experiments.support.results.tables import Row
 
@@ -87,12 +87,12 @@ def draw_curves(found: Sequence[Point], path: str | os.PathLike) -> None:
     """Writes a PNG: milliseconds of a step over cached tokens, on logarithmic scales.
 
     Raises:
-        ModuleNotFoundError, ValueError, OSError: as `plots.check_path`.
+        ModuleNotFoundError, ValueError, OSError: as `png.check_path`.
     """
-    plots.check_path(path)
+    png.check_path(path)
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-    figure = plots.figure()
+    figure = png.figure()
     axes = figure.add_subplot()
     axes.set_xscale("log")
     axes.set_yscale("log")
@@ -111,7 +111,7 @@ def draw_curves(found: Sequence[Point], path: str | os.PathLike) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     axes.set_title(f"Decode steps: {_title(found[0])}", loc="left", fontsize="medium")
     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize="small", handlelength=3.6, columnspacing=1)
-    plots.save(figure, path, predictions.digest(found))
+    png.save(figure, path, predictions.digest(found))
 
 
 def _style(line: Sequence[Point]) -> dict[str, Any]:

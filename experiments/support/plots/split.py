@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.what_if import CURVES, FRACTIONS, Measured, WhatIf, sent_fraction
 from kvrecomp.plan import format_bytes
 from kvrecomp.predict.hardware import DATASHEETS
 
 
-def draw(found: WhatIf, path: str | Path, measured: Measured | None = None) -> None:
+def draw_split(found: WhatIf, path: str | Path, measured: Measured | None = None) -> None:
     """Writes a PNG: predicted milliseconds a step against the split, one curve per schedule, and what was measured.
 
     Raises:
-        ModuleNotFoundError, ValueError, OSError: as `plots.check_path`.
+        ModuleNotFoundError, ValueError, OSError: as `png.check_path`.
     """
-    plots.check_path(path)
+    png.check_path(path)
     plan = found.chosen.plan
     absorbed = "absorbed" if all(layer.absorbs_keys for layer in plan.shape.layers) else "V absorbed, K recomputed"
     # Colours of different lightness (Okabe and Ito's), lines and markers: any one of them tells the curves apart. What
@@ -25,7 +25,7 @@ def draw(found: WhatIf, path: str | Path, measured: Measured | None = None) -> N
         "kvpr": ("KVPR's schedule", "#8c2d04", (0, (5, 1.5)), 1.8, "^", 8),
         "kvpr_formula": ("KVPR's formula, attention alone", "#606060", "--", 1.2, "D", 6),
     }
-    figure = plots.figure()
+    figure = png.figure()
     axes = figure.add_subplot()
     for name in CURVES:
         label, colour, line, width, marker, size = styles[name]
@@ -60,11 +60,11 @@ def draw(found: WhatIf, path: str | Path, measured: Measured | None = None) -> N
     axes.grid(color="0.9")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
-    sheet = " by its data sheet" if found.profile.source in {own.source for own in DATASHEETS.values()} else ""
+    sheet = " by its data sheet" if found.profile.source in {sheet.source for sheet in DATASHEETS.values()} else ""
     machine = f"{found.profile.device}{sheet}, {format_bytes(found.budget.device or 0)} of device memory"
     axes.set_title(f"Predicted step: {plan.shape.name}, {plan.workload}\n{machine}", loc="left", fontsize="medium")
     figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize="small", handlelength=3.6, columnspacing=1)
-    plots.save(figure, path)
+    png.save(figure, path)
 
 
 def _short(milliseconds: float) -> str:

@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.support.peers.registry import PEERS
+from experiments.support.peers import PEERS
 from experiments.support.results.report import output, run_info, versions
 from kvrecomp.plan import MIB, Budget, Memory
 from kvrecomp.run.limits import MARGIN, limits

@@ -17,7 +17,7 @@ import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.results import predictions
 
 if TYPE_CHECKING:
@@ -79,15 +79,15 @@ def draw(rows: Sequence[Timeline], path: str | os.PathLike) -> None:
     """Writes a PNG: a panel for every row, all on one time axis.
 
     Raises:
-        ValueError: there is no row; or as `plots.check_path`, as are ModuleNotFoundError and OSError.
+        ValueError: there is no row; or as `png.check_path`, as are ModuleNotFoundError and OSError.
     """
-    plots.check_path(path)
+    png.check_path(path)
     if not rows:
         raise ValueError("there is no step to draw")
     from matplotlib.patches import Patch
 
     lanes = [lane for lane in LANES if any(bar[0] == lane for row in rows for bar in row.spans)]
-    figure = plots.figure()
+    figure = png.figure()
     figure.set_figheight(1.05 + (0.55 + 0.33 * len(lanes)) * len(rows))
     panels = figure.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
     longest = max(row.traced_ms for row in rows)
@@ -104,7 +104,7 @@ def draw(rows: Sequence[Timeline], path: str | os.PathLike) -> None:
         if key in drawn
     ]
     figure.legend(handles=patches, loc="outside lower left", ncols=4, frameon=False, fontsize="small")
-    plots.save(figure, path, predictions.digest(rows))
+    png.save(figure, path, predictions.digest(rows))
 
 
 def _style(layer: int | None) -> int | None:

@@ -5,10 +5,10 @@ import os
 
 import numpy as np
 import pytest
-from experiments.support.job.runner.input import Reader, checkpoint_hash, file_hash, survey
 
 import models
-from experiments.support.job import input as job_input
+from experiments.support.job import reader as job_reader
+from experiments.support.job.reader import Reader, checkpoint_hash, file_hash, survey
 from kvrecomp.plan import MIB
 
 BYTES = models.byte_tokenizer()
@@ -164,7 +164,7 @@ def test_files_that_cannot_be_read_twice(tmp_path):
 
 
 def test_a_checkpoint_is_told_apart_by_contents_names_and_sizes(tmp_path, monkeypatch):
-    monkeypatch.setattr(job_input, "PIECES", 3)
+    monkeypatch.setattr(job_reader, "PIECES", 3)
 
     def made(name, **files):
         (tmp_path / name / "deep").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Measuring single steps, on a cache filled with random numbers: a step's time does not depend on what is cached."""
+"""Timing single steps, on caches of random numbers: a step's time does not depend on what is cached."""
 
 import dataclasses
 import functools
@@ -24,6 +24,12 @@ def with_positions(config: Any, positions: int) -> Any:
     return dataclasses.replace(config, positions=max(config.positions, positions))
 
 
+def device_bytes_with_room(hosted: Plan, cached: Plan, percent: float) -> float:
+    """Bytes of device memory with room for `percent` of the blocks of `cached`, which has them all there, beside what
+    `hosted`, a plan of the same workload with its cache in host memory, needs of it."""
+    return sum(kvrecomp.memory_needed(hosted)["device"].values()) + percent / 100 * cached.bytes_in("device")
+
+
 def filled_cache(plan: Plan) -> Cache:
     """A cache as after the prompt, of random numbers."""
     blocks = []
@@ -35,12 +41,12 @@ def filled_cache(plan: Plan) -> Cache:
 
 
 def _random_block(block: Block, start: int) -> Block:
-    arrays = tuple(_maker(array.shape, array.dtype, block.memory)() for array in block.arrays)
+    arrays = tuple(_random_array(array.shape, np.dtype(array.dtype), block.memory)() for array in block.arrays)
     return dataclasses.replace(block, arrays=arrays, start=jax.device_put(np.int32(start), memory.sharding("device")))
 
 
 @functools.cache
-def _maker(shape: tuple[int, ...], dtype: Any, place: Memory):
+def _random_array(shape: tuple[int, ...], dtype: np.dtype, place: Memory):
     return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype), out_shardings=memory.sharding(place))
 
 
