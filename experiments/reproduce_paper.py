@@ -31,8 +31,8 @@ from experiments.support.results import tables
 from experiments.support.results.predictions import title
 from experiments.support.results.report import run_info
 from kvrecomp.plan import AUTO
-from kvrecomp.predict.cost import kvpr_split
 from kvrecomp.predict.hardware import DATASHEETS
+from kvrecomp.predict.kvpr import kvpr_split
 
 WIDTH = 160
 COLUMNS = {BASELINE: "K and V", "kvpr": "KVPR", "activations": "activ.", AUTO: "ours"}

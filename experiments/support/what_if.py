@@ -26,6 +26,7 @@ from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.named import named_plan, named_weights, with_weights
 from kvrecomp.predict import cost, scheduler
 from kvrecomp.predict.hardware import HardwareProfile
+from kvrecomp.predict.kvpr import kvpr_seconds, kvpr_split
 
 STEPS = 80  # of the fraction
 FRACTIONS = tuple(step / STEPS for step in range(STEPS + 1))
@@ -133,9 +134,9 @@ def what_if(
     compared.insert(2, (curves["kvpr"][best], seconds["kvpr"][best]))  # everything on the device comes last
 
     def formula(recomputed: float) -> float:
-        return groups * cost.kvpr_seconds(profile, shape, workload, recomputed)
+        return groups * kvpr_seconds(profile, shape, workload, recomputed)
 
-    tokens = cost.kvpr_split(profile, shape, workload)
+    tokens = kvpr_split(profile, shape, workload)
     return WhatIf(
         profile=profile,
         budget=budget,

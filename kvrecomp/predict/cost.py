@@ -9,8 +9,7 @@ after the other, each held until an earlier task has ended (`hold`). With c seco
 
 where d is the time of a handoff: from link or compute to the link, and from the link to compute that waits for it.
 Seconds of compute are those measured on the machine for the layer, dtype and batch at hand or, where there are none,
-of `estimate`; awaiting takes the end of a CUDA graph. `kvpr_seconds` is KVPR's own formula and `sum_seconds` the plain
-sum, for comparison.
+of `estimate`; awaiting takes the end of a CUDA graph.
 """
 
 import functools
@@ -385,62 +384,3 @@ def _step_shares(steps: int, tail: int) -> Mapping[int, float]:
     chosen = np.unique(np.linspace(0, every[-1], min(MOST_LENGTHS, len(every))).round().astype(int))
     near = [counts @ np.interp(every, chosen, unit) for unit in np.eye(len(chosen))]
     return {int(write_outs): float(count) / steps for write_outs, count in zip(chosen, near)}
-
-
-# Of compiling a step's program on an H100's machine: a layer, and each block or tail that a group attends to in it.
-# h100_compiling_ff14225.txt has 6 to 32 s for 32 layers of 1 to 16 blocks, and 48 s for eight groups together.
-COMPILE_LAYER_SECONDS, COMPILE_BLOCK_SECONDS = 0.08, 0.055
-
-
-def program_seconds(plan: Plan, write_outs: int) -> float:
-    """Seconds of compiling the program of a step after that many write-outs, each of which adds a block a layer."""
-    layers = len(plan.layers)
-    attended = sum(len(layer.prompt) for layer in plan.layers) + layers * (write_outs + 1)
-    return COMPILE_LAYER_SECONDS * layers + COMPILE_BLOCK_SECONDS * plan.groups_per_pass * attended
-
-
-def compile_seconds(plan: Plan) -> float:
-    """Seconds of compiling all of the workload's programs of steps, one more for each write-out."""
-    return sum(program_seconds(plan, write_outs) for write_outs in range(plan.write_outs + 1))
-
-
-def decode_seconds(plan: Plan, step: float) -> float:
-    """Seconds of all of the workload's steps, of `step` seconds in the mean, and of waiting for programs.
-
-    A write-out needs a program of its own. It is compiled while the tail fills, and waited for where that takes longer.
-    A workload of one new token has no step, and takes nothing.
-    """
-    steps = plan.workload.new - 1
-    needed = range(1, max(0, steps - 1) // plan.tail + 1)
-    return steps * step + sum(max(0.0, program_seconds(plan, own) - plan.tail * step) for own in needed)
-
-
-# --- for comparison ---------------------------------------------------------------------------------------------------
-
-
-def kvpr_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload, recomputed: float) -> float:
-    """KVPR's own formula (arXiv 2411.17089, equations 8 to 11): a step's seconds with `recomputed` of the prompt's
-    tokens sent as activations and the rest as keys and values, at the profile's rates, summed over layers.
-
-        t = b l h p / v_link + max(4 b l h^2 / v_gpu, 2 b (s - l) h p / v_link)
-    """
-    b, s, p = workload.batch, workload.prompt, shape.itemsize
-    total = 0.0
-    for layer, count in shape.distinct_layers.items():
-        kv = layer.width("keys_values")
-        sent = b * recomputed * layer.hidden * p / profile.beside_compute
-        computed = 2 * b * recomputed * layer.hidden * kv / profile.matmul_rate
-        total += count * (sent + max(computed, b * (s - recomputed) * kv * p / profile.beside_compute))
-    return total
-
-
-def kvpr_split(profile: HardwareProfile, shape: ModelShape, workload: Workload) -> int:
-    """The number of recomputed tokens at which KVPR's formula is least."""
-    candidates = range(workload.prompt + 1)
-    return min(candidates, key=lambda tokens: kvpr_seconds(profile, shape, workload, tokens))
-
-
-def sum_seconds(profile: HardwareProfile, plan: Plan, write_outs: int | None = None) -> float:
-    """All copies, then all compute: what a step takes without any overlap."""
-    cost = plan_costs(profile, [plan], write_outs)
-    return float(cost.copying[0] + cost.computing[0])

@@ -22,7 +22,7 @@ from flax import nnx
 from jax import Array
 
 from kvrecomp.plan import Budget, Memory, Plan, PlanError
-from kvrecomp.predict.cost import compile_seconds
+from kvrecomp.plan.compiling import compile_seconds
 from kvrecomp.run import memory
 from kvrecomp.run.cache import Block, Cache, describe_blocks, describe_tails, make_block, make_cache
 from kvrecomp.run.forward import Model, decode_step, prefill

@@ -34,7 +34,6 @@ from kvrecomp.predict.cost import (
     plan_costs,
     stack_tasks,
     step_seconds,
-    sum_seconds,
     work_table,
 )
 from kvrecomp.predict.hardware import (
@@ -343,8 +342,8 @@ def test_the_plain_sum(name):
     tasks = each_task(plan, 2)
     held = tasks._replace(hold=np.arange(-1, len(tasks.work) - 1, dtype=np.int32))
     predicted = step_seconds(MACHINE, SHAPE, WORK, stacked([held]))
-    assert sum_seconds(MACHINE, plan, 2) == pytest.approx(predicted.seconds[0], rel=1e-5)
-    assert sum_seconds(MACHINE, plan) == pytest.approx(sum_seconds(MACHINE, plan, 1), rel=1e-6)  # at half of 8 tokens
+    found = plan_costs(MACHINE, [plan], 2)
+    assert found.copying[0] + found.computing[0] == pytest.approx(predicted.seconds[0], rel=1e-5)
 
 
 def uniform(layers, blocks, ahead, schedule="pipelined"):
@@ -375,7 +374,6 @@ def test_the_uniform_pipeline(layers, blocks, g):
     more, one = uniform(layers, blocks, 9), uniform(layers, blocks, 1)
     assert plan_costs(machine, [more]).seconds[0] == pytest.approx(C + (n - 1) * max(C, g) + g, rel=1e-5)
     assert plan_costs(machine, [one]).seconds[0] == pytest.approx(n * (C + g), rel=1e-5)
-    assert sum_seconds(machine, one) == pytest.approx(n * (C + g), rel=1e-5)
     # With handoffs: before every task, and before every copy but the first.
     slower = replace(machine, handoff_seconds=0.7e-5)
     assert plan_costs(slower, [one]).seconds[0] == pytest.approx(n * (C + g) + (2 * n - 1) * 0.7e-5, rel=1e-5)
@@ -752,29 +750,6 @@ def test_no_mean_step_is_shorter_than_its_copies_or_its_compute(plan, groups, ma
         steps = {own: plan_costs(machine, [plan], own) for own in cost.step_shares(plan)}
         longer = [max(own.copying[0], own.computing[0]) * cost.step_shares(plan)[at] for at, own in steps.items()]
         assert bound == pytest.approx(sum(longer), rel=1e-5)
-
-
-def test_compiling_takes_as_long_as_there_are_blocks():
-    """Of every program: those of the prompt, of each write-out before it one a layer, and the tail; of all groups."""
-    plan = named_plan("activations", SHAPE, replace(WORK, new=29), tail=3, window=3000)
-    layers, programs, prompt = len(plan.layers), plan.write_outs + 1, sum(len(layer.prompt) for layer in plan.layers)
-    blocks = [len(own) for write_outs in range(programs) for own in plan.blocks(write_outs)]
-    assert prompt > layers > 1 and len(blocks) == layers * 10 and sum(blocks) > prompt * 10
-    dense, attending = 0.08 * layers * programs, 0.055 * (sum(blocks) + layers * programs)
-    assert cost.compile_seconds(plan) == pytest.approx(dense + attending)
-    grouped = replace(plan, groups=3, order="column")
-    assert cost.compile_seconds(grouped) == pytest.approx(dense + 3 * attending)
-    assert cost.compile_seconds(replace(grouped, order="row")) == cost.compile_seconds(plan)
-
-
-def test_programs_that_are_not_ready_in_time_are_waited_for():
-    """28 steps fill nine tails of three tokens; a step so short is waited for at each, and a long one at none."""
-    plan = named_plan("activations", SHAPE, replace(WORK, new=29), tail=3, window=3000)
-    longest = cost.program_seconds(plan, 9)
-    assert cost.decode_seconds(plan, longest) == 28 * longest
-    compiling = sum(cost.program_seconds(plan, write_outs) for write_outs in range(1, 10))
-    assert cost.decode_seconds(plan, 1e-3) == pytest.approx(28e-3 + compiling - 9 * 3e-3)
-    assert cost.decode_seconds(replace(plan, workload=replace(WORK, new=1)), 1.0) == 0
 
 
 def test_plans_for_different_work_are_refused():

@@ -20,8 +20,9 @@ from experiments.support.results import predictions, tables
 from kvrecomp.plan import AUTO, GIB, Memory, Plan, PlanError, Workload
 from kvrecomp.plan.named import named_plan, with_host_weights
 from kvrecomp.predict import scheduler
-from kvrecomp.predict.cost import kvpr_seconds, kvpr_split, mean_costs, plan_costs
+from kvrecomp.predict.cost import mean_costs, plan_costs
 from kvrecomp.predict.hardware import HardwareProfile
+from kvrecomp.predict.kvpr import kvpr_seconds, kvpr_split
 
 # The splits that KVPR's schedule is predicted at: evenly spaced, and at and below that of its formula, which leaves
 # attention out. With the other plans of a setting they are 16, one compilation.

@@ -13,7 +13,7 @@ from experiments.support.paper.numbers.numbers import Paper, PaperRow, PaperTabl
 from experiments.support.results.predictions import between, title
 from experiments.support.results.tables import listed
 from kvrecomp.plan import GIB, MIB
-from kvrecomp.predict.cost import kvpr_seconds, kvpr_split
+from kvrecomp.predict.kvpr import kvpr_seconds, kvpr_split
 
 
 @dataclass(frozen=True)
