@@ -31,7 +31,7 @@ from experiments.support.results import tables
 from experiments.support.results.predictions import title
 from experiments.support.results.report import run_info
 from kvrecomp.plan import AUTO
-from kvrecomp.predict.hardware import DATASHEETS
+from kvrecomp.predict.datasheets import DATASHEETS
 from kvrecomp.predict.kvpr import kvpr_split
 
 WIDTH = 160

@@ -18,7 +18,8 @@ from experiments.support.paper import notes as paper_notes
 from experiments.support.paper import numbers as paper
 from experiments.support.script import in_one_line
 from kvrecomp.plan import GIB, MIB
-from kvrecomp.predict.hardware import DATASHEETS, HardwareProfile
+from kvrecomp.predict.datasheets import DATASHEETS
+from kvrecomp.predict.hardware import HardwareProfile
 
 PAPER = paper.read()
 LINK, MATMUL = 32e9, 312e12  # of the A100, as KVPR counts them (section 4; its data sheet)
