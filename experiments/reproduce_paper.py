@@ -29,7 +29,7 @@ from experiments.support.paper.numbers import Paper, PaperTable, read, records
 from experiments.support.results import tables
 from experiments.support.results.report import run_info
 from kvrecomp.files import write_json
-from kvrecomp.predict.hardware import DATASHEETS
+from kvrecomp.predict.datasheets import DATASHEETS
 
 WIDTH = 160
 LEGEND = (

@@ -11,7 +11,8 @@ from experiments import reproduce_paper as script
 from experiments.support.paper import costs, numbers, report
 from experiments.support.paper.disagreements import disagreements
 from kvrecomp.plan import GIB, MIB
-from kvrecomp.predict.hardware import DATASHEETS, HardwareProfile
+from kvrecomp.predict.datasheets import DATASHEETS
+from kvrecomp.predict.hardware import HardwareProfile
 
 PAPER = numbers.read()
 LINK, MATMUL = 32e9, 312e12  # of the A100, as KVPR counts them (section 4; its data sheet)

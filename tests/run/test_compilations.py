@@ -9,6 +9,7 @@ import jax
 import numpy as np
 import pytest
 import toy
+from kvrecomp.run.window import OVERLAPPING
 
 import kvrecomp
 from experiments.support.suite.step_timing import filled_cache
@@ -19,7 +20,6 @@ from kvrecomp.run import programs as programs_module
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.programs import Programs, side_by_side
 from kvrecomp.run.sampling import Sampling
-from kvrecomp.run.window import OVERLAPPING
 
 COMPILED = []  # the seconds that XLA took for each program of this process
 BATCH, PROMPT, TAIL = 2, 5, 3
