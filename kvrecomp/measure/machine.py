@@ -56,7 +56,7 @@ def measure_machine() -> HardwareProfile:
     to_device, to_host, products = timers[: len(sizes)], timers[len(sizes) : 2 * len(sizes)], timers[2 * len(sizes) :]
     stats = device.memory_stats() or {}
     timed = device_timer()
-    line = measured_line("copies to the device", sizes, [functools.partial(own, timed=timed) for own in to_device])
+    line = measured_line("copies to the device", sizes, [functools.partial(timer, timed=timed) for timer in to_device])
     del timed  # a large array
     kernel_seconds = kernel(9)
     beside = beside_bytes / copy(1)  # a quarter of a second each time
@@ -130,10 +130,10 @@ def _held_copies(
     """A program that copies every one of so many arrays so often."""
 
     def copy_all(arrays):
-        own = [(array, Copy(array.size * array.dtype.itemsize)) for array in arrays] * passes
-        window, result = Window([own], room * own[0][1].nbytes, "pipelined"), jnp.zeros((), arrays[0].dtype)
+        copies = [(array, Copy(array.size * array.dtype.itemsize)) for array in arrays] * passes
+        window, result = Window([copies], room * block_bytes, "pipelined"), jnp.zeros((), arrays[0].dtype)
         ends = []
-        for _ in own:
+        for _ in copies:
             before, x = window.take(result)
             ends.append(before)  # read, or XLA would drop the order with it
             result = x[0, 0, -1]

@@ -132,7 +132,7 @@ class LayerTimes:
     """Seconds of one layer's work in a step, by kind, in cached tokens, for one layer shape, dtype and batch.
 
     `outside` is a step's work outside its layers, of a model with that `vocab`; None: of any. No more tokens were timed
-    than `positions`, where that is not None. `measured_in` is how many seconds timing took, if that is known.
+    than `positions`, where that is not None.
     """
 
     layer: LayerShape
@@ -142,7 +142,6 @@ class LayerTimes:
     outside: float = 0.0
     vocab: int | None = None
     positions: int | None = None
-    measured_in: float | None = None
 
     def __post_init__(self):
         if set(self.work) != set(WORKS):
@@ -157,8 +156,7 @@ class HardwareProfile:
     `to_device` and `to_host` are copies of one array over the link, by bytes, one after the other. `beside_compute` is
     the rate of those to the device while it computes; `handoff_seconds` pass before a copy starts that waited for
     compute or another copy, and before compute starts that waited for a copy. `kernel_seconds` is what one more small
-    kernel adds to a program. `host_bytes` None: as much as is asked for. `source` says where the numbers are from, and
-    `measured_in` how many seconds measuring took, without the layers, if it was measured.
+    kernel adds to a program. `host_bytes` None: as much as is asked for. `source` says where the numbers are from.
     """
 
     device: str
@@ -176,7 +174,6 @@ class HardwareProfile:
     driver: str = ""
     layers: tuple[LayerTimes, ...] = ()
     source: str = ""
-    measured_in: float | None = None
 
     def __post_init__(self):
         for name in ("device_bytes", "beside_compute", "matmul_rate", "memory_rate"):
@@ -212,12 +209,12 @@ class HardwareProfile:
                 own["outside"],
                 own["vocab"],
                 own["positions"],
-                own.get("measured_in"),
             )
             for own in data["layers"]
         )
         lines = {name: Line(**data[name]) for name in ("to_device", "to_host")}
-        return cls(**{**data, **lines, "layers": layers})
+        fields = {name: value for name, value in data.items() if name != "measured_in"}  # which older ones have
+        return cls(**{**fields, **lines, "layers": layers})
 
     @classmethod
     def from_datasheet(cls, name: str) -> "HardwareProfile":

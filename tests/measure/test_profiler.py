@@ -24,7 +24,7 @@ from kvrecomp.measure.timing import fit_line, measured_line
 from kvrecomp.plan import GIB, MEMORIES
 from kvrecomp.predict.estimate import estimate
 from kvrecomp.predict.hardware import ATTENTION, WORKS, Curve, HardwareProfile, attention_work, project_work
-from kvrecomp.run import forward, memory
+from kvrecomp.run import forward
 
 
 @pytest.fixture
@@ -72,24 +72,6 @@ def test_measured_once(cache, counted):
     assert counted == ["measured"] * 2
 
 
-def test_a_profile_says_what_measuring_took(cache, counted, monkeypatch, known_machine):
-    """The machine 5 seconds and the layers 11, by a clock that the measuring moves."""
-    clock = [100.0]
-    monkeypatch.setattr(profiler, "time", types.SimpleNamespace(perf_counter=lambda: clock[0]))
-
-    def measure(taking, found):
-        clock[0] += taking
-        return found
-
-    model = toy.model()
-    times = estimate(known_machine, model.shape.layers[0], 4, 2)
-    monkeypatch.setattr(profiler, "measure_machine", lambda: measure(5, known_machine))
-    monkeypatch.setattr(profiler, "measure_layer", lambda *given: measure(11, times))
-    found = profiler.profile(model, batch=2)
-    assert found.measured_in == 5 and {own.measured_in for own in found.layers} == {11}
-    assert profiler.profile() == found  # also as it was read
-
-
 @pytest.mark.parametrize(
     "content",
     [
@@ -116,7 +98,7 @@ def test_a_corrupt_file_is_measured_anew_and_said(cache, counted, caplog, conten
 def test_a_profile_that_cannot_be_kept_is_used_and_said(cache, counted, caplog, known_machine):
     (cache / "kvrecomp").write_text("no directory")
     with caplog.at_level(logging.WARNING):
-        assert dataclasses.replace(profiler.profile(), measured_in=None) == known_machine
+        assert profiler.profile() == known_machine
     record = caplog.records[-1]
     assert "cannot be kept" in record.message and "set XDG_CACHE_HOME" in record.message
 
@@ -227,19 +209,18 @@ def test_a_layer_is_found_again(monkeypatch, number):
         def __init__(self, *_):
             pass
 
-        def step_timer(self, run):
+        def timer(self, run):
+            if isinstance(run, layer_bench.Finish):
+                return self.slow_twice(outside / 2 + run.layers * finish)
             seconds = dense + tails[run.tail] + ("absorb" in (run.tail, run.kind)) * prepare
             tail = attending[run.tail, "device"]
             seconds += tail(layer_bench.TAIL) - tail(0) if run.tail != "keys_values" else 0
-            attention = attending[run.kind, run.place](run.tokens)
-            if run.kind == "absorb" and run.tokens == attending[run.kind, run.place].sizes[-1] - 1:
-                attention *= slower[run.place]
+            attention = attending[run.kind, run.memory](run.tokens)
+            if run.kind == "absorb" and run.tokens == attending[run.kind, run.memory].sizes[-1] - 1:
+                attention *= slower[run.memory]
             seconds += run.blocks * (attention + run.copied * awaiting)
             first_copy = run.copied * 1e-5  # for which nothing is computed meanwhile
             return self.slow_twice(outside + first_copy + run.layers * seconds)
-
-        def finish_timer(self, count):
-            return self.slow_twice(outside / 2 + count * finish)
 
         def slow_twice(self, seconds):
             factors = iter((9, 1, 5))
@@ -270,8 +251,8 @@ def test_what_programs_have_in_common_is_compiled_before_they_are(monkeypatch):
     """One, then one of each kind of attention: the others have the kernels that were chosen for these."""
     begun, ended = [], []
     model, together = toy.model(), threading.Barrier(3, timeout=60)
-    runs = profile_layers._runs_of(model.shape, model.shape.layers[0], 3)
-    of_kinds = [runs.alone[kind, "host"][0] for kind in ATTENTION]
+    runs = profile_layers.choose_runs(model.shape, model.shape.layers[0], 3)
+    of_kinds = [runs.one_block[kind, "host"][0] for kind in ATTENTION]
 
     class Compiling:
         def __init__(self, *_):
@@ -284,12 +265,10 @@ def test_what_programs_have_in_common_is_compiled_before_they_are(monkeypatch):
             ended.append(what)
             return lambda: 1.0
 
-        step_timer = finish_timer = timer
-
     monkeypatch.setattr(profile_layers, "LayerBench", Compiling)
     monkeypatch.setattr("kvrecomp.run.programs.os.cpu_count", lambda: 8)
     profile_layers.measure_layer(model, model.shape.layers[0], batch=3)
-    assert begun[0] == (0, runs.fewer) and [before for before, _ in begun[1:4]] == [1] * 3
+    assert begun[0] == (0, runs.layers[0]) and [before for before, _ in begun[1:4]] == [1] * 3
     kinds = [what for _, what in begun[1:4]]
     assert sorted(run.kind for run in kinds) == sorted(run.tail for run in kinds) == sorted(ATTENTION)
     assert all(before >= 4 for before, _ in begun[4:]) and len(begun) == len(set(ended)) > 20
@@ -332,7 +311,7 @@ def test_blocks_are_copied_in_the_step_where_they_are_said_to_be(monkeypatch, co
 
     monkeypatch.setattr(layer_bench, "decode_step", decode_step)
     bench = layer_bench.LayerBench(toy.model(), [0, 1], 3)
-    seconds = bench.step_timer(layer_bench.Run(2, "keys_values", "keys_values", 5, blocks=2, copied=copied))
+    seconds = bench.timer(layer_bench.Run(2, "keys_values", "keys_values", 5, blocks=2, copied=copied))
     assert spaces == [jax.memory.Space.Host if copied else jax.memory.Space.Device] * 4
     assert seconds() > 0
 
@@ -377,7 +356,7 @@ def test_the_device_is_kept_busy():
 def test_sizes_are_powers_of_two_as_far_as_they_fit(monkeypatch):
     """OPT-6.7B's rows of 8 KiB, or of 16 as keys and values, in 256 MiB, or 2 GiB on the device; 2048 positions."""
     shape = models.preset("opt-6.7b").shape
-    monkeypatch.setattr(memory, "free_device_bytes", lambda: 60 * GIB)
+    monkeypatch.setattr(profile_layers, "free_device_bytes", lambda: 60 * GIB)
     found = {
         (kind, batch, place): profile_layers.block_sizes(
             kind, shape, shape.layers[0], batch, profile_layers.longest_block(kind, place), place
@@ -393,9 +372,9 @@ def test_sizes_are_powers_of_two_as_far_as_they_fit(monkeypatch):
     assert found["keys_values", 64, "device"] == [32, 128, 512, 2048]
     assert found["recompute", 64, "host"] == [128, 256, 512, 1024, 2048]
     assert found["absorb", 10**7, "host"] == [1]
-    monkeypatch.setattr(memory, "free_device_bytes", lambda: 5 * GIB)
+    monkeypatch.setattr(profile_layers, "free_device_bytes", lambda: 5 * GIB)
     assert profile_layers.longest_block("absorb", "device") == 5 * GIB // 8
-    monkeypatch.setattr(memory, "free_device_bytes", lambda: GIB)
+    monkeypatch.setattr(profile_layers, "free_device_bytes", lambda: GIB)
     assert profile_layers.longest_block("absorb", "device") == GIB // 4
 
 
