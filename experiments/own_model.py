@@ -2,7 +2,7 @@
 
     python experiments/own_model.py
 
-What the library asks of a model is `kvrecomp.run.forward.Model`: `shape`, `layers`, `embed` and `unembed`. A layer is
+What the library asks of a model is `kvrecomp.run.model.Model`: `shape`, `layers`, `embed` and `unembed`. A layer is
 called as `layer(hidden, attend)` and hands to `attend` what Q, K and V are projected from, and the projections. So one
 layer trains, prefills and decodes: what is attended to is `attend`'s business.
 

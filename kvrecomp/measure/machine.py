@@ -57,7 +57,7 @@ def measure_machine() -> HardwareProfile:
     to_device, to_host, products = timers[: len(sizes)], timers[len(sizes) : 2 * len(sizes)], timers[2 * len(sizes) :]
     stats = device.memory_stats() or {}
     timed = device_timer()
-    line = measured_line("copies to the device", sizes, [functools.partial(own, timed=timed) for own in to_device])
+    line = measured_line("copies to the device", sizes, [functools.partial(timer, timed=timed) for timer in to_device])
     del timed  # a large array
     kernel_seconds = kernel(9)
     beside = beside_bytes / copy(1)  # a quarter of a second each time

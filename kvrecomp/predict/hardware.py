@@ -135,7 +135,7 @@ class LayerTimes:
     kind of work.
 
     `outside` is a step's work outside its layers, of a model with `vocab` tokens (None: of any model). `positions` is
-    the most tokens that were timed (None: no limit). `measured_in` is how many seconds timing took, if known.
+    the most tokens that were timed (None: no limit).
     """
 
     layer: LayerShape
@@ -145,7 +145,6 @@ class LayerTimes:
     outside: float = 0.0
     vocab: int | None = None
     positions: int | None = None
-    measured_in: float | None = None
 
     def __post_init__(self):
         if set(self.work) != set(WORKS):
@@ -172,7 +171,6 @@ class LayerTimes:
             data["outside"],
             data["vocab"],
             data["positions"],
-            data.get("measured_in"),
         )
 
 
@@ -183,8 +181,7 @@ class HardwareProfile:
     `to_device` and `to_host` are copies of one array over the link, one after the other, by bytes. `beside_compute` is
     the rate of copies to the device while it computes. `handoff_seconds` pass before a copy starts that waited for
     compute or another copy, and before compute starts that waited for a copy. `kernel_seconds` is what one more small
-    kernel adds to a program. `host_bytes` None: as much as is asked for. `source` says where the numbers come from, and
-    `measured_in` how many seconds measuring took, layers not counted, if it was measured.
+    kernel adds to a program. `host_bytes` None: as much as is asked for. `source` says where the numbers come from.
     """
 
     device: str
@@ -202,7 +199,6 @@ class HardwareProfile:
     driver: str = ""
     layers: tuple[LayerTimes, ...] = ()
     source: str = ""
-    measured_in: float | None = None
 
     def __post_init__(self):
         for name in ("device_bytes", "beside_compute", "matmul_rate", "memory_rate"):
@@ -230,7 +226,8 @@ class HardwareProfile:
         """Raises `PlanError`, TypeError, KeyError or ValueError for data that are no profile."""
         layers = tuple(map(LayerTimes.from_json, data["layers"]))
         lines = {name: Line(**data[name]) for name in ("to_device", "to_host")}
-        return cls(**{**data, **lines, "layers": layers})
+        fields = {name: value for name, value in data.items() if name != "measured_in"}  # which older ones have
+        return cls(**{**fields, **lines, "layers": layers})
 
     @classmethod
     def from_datasheet(cls, name: str) -> "HardwareProfile":
