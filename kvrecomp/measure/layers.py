@@ -90,8 +90,8 @@ def choose_runs(shape: ModelShape, layer: LayerShape, batch: int) -> Runs:
         return run, run._replace(layers=MORE_LAYERS)
 
     short = block_sizes("keys_values", shape, layer, batch, AWAITED_BYTES)[-1]
-    longest = {memory: one_block["absorb", memory][-1] for memory in MEMORIES}
-    less_one = {memory: run._replace(tokens=run.tokens - 1) for memory, run in longest.items()}
+    longest: dict[Memory, Run] = {memory: one_block["absorb", memory][-1] for memory in MEMORIES}
+    less_one: dict[Memory, Run] = {memory: run._replace(tokens=run.tokens - 1) for memory, run in longest.items()}
     return Runs(
         layers=few_and_more(one_block["keys_values", "host"][0].tokens),
         finish=(Finish(FEW_LAYERS), Finish(MORE_LAYERS)),

@@ -135,7 +135,7 @@ def computed_without_a_copy(text: str) -> list[int]:
     ],
 )
 def test_copies_are_whole_bounded_and_under_compute(name, window, write_outs, arrays):
-    """Temporary memory: two blocks on their way and one in use, as the order says, and 24 MiB for scores and the like."""
+    """Temporary memory: two blocks on their way and one in use, as the order says; 24 MiB for scores and the like."""
     text, temporary = compile_step(name, window, write_outs)
     assert check_schedule(text) == arrays
     high_water = step_order(plan_of(name, window=window), write_outs).high_water
