@@ -8,7 +8,8 @@ from kvrecomp.plan import AUTO, DEFAULT_WINDOW, Budget, Memory, ModelShape, Orde
 from kvrecomp.plan.footprint import weights_in
 from kvrecomp.plan.named import named_plan, with_weights
 from kvrecomp.predict.hardware import HardwareProfile
-from kvrecomp.predict.scheduler import default_order, make_plan
+from kvrecomp.predict.problem import default_order
+from kvrecomp.predict.scheduler import make_plan
 from kvrecomp.run.limits import limits
 
 
