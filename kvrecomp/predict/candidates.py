@@ -1,7 +1,4 @@
-"""Candidates for a plan: a window and a few settings for each layer shape, and the plan that they make.
-
-Settings -> LayerPlan (in the layer's share of the room) -> Plan
-"""
+"""Candidates for a plan: a window and a few settings for each layer shape, and the plan that they make."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
