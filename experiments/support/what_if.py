@@ -14,9 +14,11 @@ from kvrecomp.plan import AUTO, MEMORIES, Budget, Memory, Method, ModelShape, Pl
 from kvrecomp.plan.cutting import default_tail
 from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.named import named_plan, named_weights, with_weights
-from kvrecomp.predict import cost, scheduler
+from kvrecomp.predict import cost
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.predict.kvpr import kvpr_seconds, kvpr_split
+from kvrecomp.predict.problem import resolve_budget
+from kvrecomp.predict.scheduler import make_plan
 
 STEPS = 80  # of the fraction
 FRACTIONS = tuple(step / STEPS for step in range(STEPS + 1))
@@ -97,8 +99,8 @@ def what_if(
         PlanError: the model has too few positions, or nothing fits in the budget; the message says what would.
     """
     named_plan("device", shape, workload)  # its one block costs nothing to make, however long a prompt is asked for
-    budget = scheduler.resolve_budget(budget or Budget(), profile)
-    chosen = scheduler.make_plan(shape, workload, profile, budget, weights=weights, groups=groups)
+    budget = resolve_budget(budget or Budget(), profile)
+    chosen = make_plan(shape, workload, profile, budget, weights=weights, groups=groups)
     weights = [layer.weights for layer in chosen.layers]
     window = chosen.window if window is None else window
     tail = min(chosen.tail, default_tail(shape, workload, window))
