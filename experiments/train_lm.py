@@ -338,8 +338,7 @@ def train(
 
 
 def check_paths(output: Any, work_dir: Any, log: Any) -> None:
-    """Makes the work_dir. Raises ValueError unless `output`, which is replaced when saving, is new, empty or a checkpoint
-    of ours, or where another path is in it."""
+    """Makes the work_dir. Raises ValueError where saving would replace a path, or what is no checkpoint of ours."""
     output = Path(output)
     if output.exists() and not is_ours(output) and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"output {str(output)!r} is not a checkpoint of ours; choose another directory or remove it")
