@@ -20,7 +20,7 @@ from typing import Literal, get_args
 from jax.profiler import ProfileData
 
 Kind = Literal["to_device", "to_host", "compute"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS = get_args(Kind)
 
 GPU = "/device:GPU:0"
 COPIES: dict[str, Kind] = {"MemcpyH2D": "to_device", "MemcpyD2H": "to_host"}
