@@ -229,8 +229,7 @@ def measured_again(
 def measured_before(path: str | None, about: dict[str, Any]) -> tuple[list[Measured], list[str]]:
     """What the file has already, which is to be added to, and the commands that measured it.
 
-    Raises:
-        ValueError: it is no results file, or of another machine, version of jax or commit.
+    Raises ValueError where it is no results file, or of another machine, version of jax or commit.
     """
     if path is None or not Path(path).exists():
         return [], []

@@ -1,6 +1,7 @@
 """Timelines of traced steps: what is read of a GPU's trace, on traces written by hand; what is said and drawn of it."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import types
@@ -369,8 +370,7 @@ def test_every_span_is_drawn_on_one_time_axis(tmp_path, monkeypatch):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def command(*arguments: str) -> None:
-    scripts.call(trace, *arguments)
+command = functools.partial(scripts.call, trace)
 
 
 def test_a_picture_is_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):

@@ -140,8 +140,7 @@ def make_model(config: Config, dtype: str, seed: int) -> Any:
 def configuration(config: Config) -> Any:
     """The configuration of transformers for one of ours; `from_huggingface` is the way back.
 
-    Raises:
-        ValueError: of a family, or a variant of one, that is not written down here.
+    Raises ValueError for a family, or a variant of one, that is not written down here.
     """
     if isinstance(config, models.OPTConfig):
         return _opt(config)

@@ -46,9 +46,7 @@ class Point:
 def points(rows: Sequence[Row]) -> list[Point]:
     """Points of rows of experiments/suite.py or benchmark.py, by line and cached tokens.
 
-    Raises:
-        ValueError: there is no row, they are not all of one machine, model, batch and length, with weights in one
-            memory and as many groups, or there are two of one line with the same cached tokens.
+    Raises ValueError where there is no row, they differ in one of OF_ALL, or two of a line have the same cached tokens.
     """
     if not rows:
         raise ValueError("there is no row to draw")
@@ -87,11 +85,7 @@ def _title(point: Point) -> str:
 
 
 def draw_curves(found: Sequence[Point], path: str | os.PathLike) -> None:
-    """Writes a PNG: milliseconds of a step over cached tokens, on logarithmic scales.
-
-    Raises:
-        ModuleNotFoundError, ValueError, OSError: as `png.check_path`.
-    """
+    """Writes a PNG: milliseconds of a step over cached tokens, on logarithmic scales. Raises as `png.check_path`."""
     png.check_path(path)
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 

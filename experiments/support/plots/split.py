@@ -11,8 +11,7 @@ from kvrecomp.predict.hardware import DATASHEETS
 def draw_split(found: WhatIf, path: str | Path, measured: Measured | None = None) -> None:
     """Writes a PNG: predicted milliseconds a step against the split, one curve per schedule, and what was measured.
 
-    Raises:
-        ModuleNotFoundError, ValueError, OSError: as `png.check_path`.
+    Raises as `png.check_path`.
     """
     png.check_path(path)
     plan = found.chosen.plan

@@ -76,11 +76,7 @@ def _described(row: Timeline) -> str:
 
 
 def draw(rows: Sequence[Timeline], path: str | os.PathLike) -> None:
-    """Writes a PNG: a panel for every row, all on one time axis.
-
-    Raises:
-        ValueError: there is no row; or as `png.check_path`, as are ModuleNotFoundError and OSError.
-    """
+    """Writes a PNG: a panel for every row, all on one time axis. Raises ValueError without rows, or as `check_path`."""
     png.check_path(path)
     if not rows:
         raise ValueError("there is no step to draw")

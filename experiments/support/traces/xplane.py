@@ -80,8 +80,7 @@ def layers_of(text: str) -> dict[str, int]:
 def read_spans(profile: Any, layers: Mapping[str, int]) -> list[Span]:
     """What the first GPU did in a `jax.profiler.ProfileData`, by its start; seconds from the first start.
 
-    Raises:
-        ValueError: the trace has no GPU, or nothing ran on it.
+    Raises ValueError where the trace has no GPU, or nothing ran on it.
     """
     planes = {plane.name: plane for plane in profile.planes}
     if GPU not in planes:
@@ -110,9 +109,7 @@ def last_step(spans: Sequence[Span], steps: int) -> tuple[list[Span], float]:
 
     Of each kind and name it has the last ones, as many as a step has: the copies that a step begins with start in any
     order. What did not run as often in every step is left out; of what began under the step before, that part is cut.
-
-    Raises:
-        ValueError: nothing ran that often, or the last step does not end last.
+    Raises ValueError where nothing ran that often, or the last step does not end last.
     """
     by_name: dict[tuple[Kind, str], list[Span]] = {}
     for span in sorted(spans, key=lambda span: span.start):
