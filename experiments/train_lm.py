@@ -273,9 +273,9 @@ def train(
     state, best = State(parameters, jax.jit(make_optimizer(config).init)(parameters)), _on_host(parameters)
     curve, step = [], 0
     identity = {**dataclasses.asdict(config), "corpus": corpus.fingerprint(documents)}
-    kept = None if work_dir is None else Path(work_dir) / "state.npz"
-    if kept and kept.exists():
-        curve, (state, best) = restore(kept, identity, (state, best))
+    state_file = None if work_dir is None else Path(work_dir) / "state.npz"
+    if state_file and state_file.exists():
+        curve, (state, best) = restore(state_file, identity, (state, best))
         step = curve[-1]["step"]
         print(f"resumed at step {step}", file=sys.stderr)
     resumed = step
@@ -303,8 +303,8 @@ def train(
             curve.append(point)
             if _best(curve) is point:
                 best = _on_host(state.parameters)
-            if kept:
-                save(kept, identity, curve, (state, best))
+            if state_file:
+                save(state_file, identity, curve, (state, best))
             if log is not None:
                 write_json(log, curve)
 

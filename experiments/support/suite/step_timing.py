@@ -11,8 +11,8 @@ import numpy as np
 
 import kvrecomp
 from kvrecomp.plan import Memory, Plan
-from kvrecomp.run import memory
 from kvrecomp.run.cache import Block, Cache, allocate_tails, describe_blocks, make_cache
+from kvrecomp.run.memory import sharding
 
 NEW = 32  # tokens of tail: no step of a measurement writes it out
 WARM_UP, LEAST_STEPS, STEPS, MOST_SECONDS = 2, 5, NEW - 1, 1.5  # short steps vary more
@@ -33,7 +33,7 @@ def filled_cache(plan: Plan) -> Cache:
     """A cache as after the prompt, of random numbers."""
     blocks = [[_random_block(block) for block in layer] for layer in describe_blocks(plan, 0)]
     padding, length = jax.device_put(
-        (np.zeros(plan.workload.batch, np.int32), np.int32(plan.workload.prompt)), memory.sharding("device")
+        (np.zeros(plan.workload.batch, np.int32), np.int32(plan.workload.prompt)), sharding("device")
     )
     return make_cache(blocks, allocate_tails(plan), padding, length, 0)
 
@@ -44,15 +44,15 @@ def _random_block(block: Block) -> Block:
 
 
 @functools.cache
-def _random_array(shape: tuple[int, ...], dtype: np.dtype, place: Memory):
-    return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype), out_shardings=memory.sharding(place))
+def _random_array(shape: tuple[int, ...], dtype: np.dtype, memory: Memory):
+    return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype), out_shardings=sharding(memory))
 
 
 def step_seconds(decoder: kvrecomp.Decoder) -> float:
     """Median seconds of a step, dispatched one ahead as `generate` does; compiles it first if it is not."""
     decoder.compile(prefill=False)
     cache = jax.block_until_ready(filled_cache(decoder.plan))
-    tokens = jax.device_put(np.full(decoder.plan.workload.batch, 5, np.int32), memory.sharding("device"))
+    tokens = jax.device_put(np.full(decoder.plan.workload.batch, 5, np.int32), sharding("device"))
     times, waiting = [time.perf_counter()], None
     while len(times) <= STEPS and (len(times) <= LEAST_STEPS or times[-1] - times[0] < MOST_SECONDS):
         cache, logits = decoder.step(cache, tokens)
