@@ -35,7 +35,8 @@ from experiments.support.results import tables
 from experiments.support.results.report import run_info
 from experiments.support.what_if import FRACTIONS, Alternative, Measured, WhatIf, measured_as, what_if
 from kvrecomp.plan import GIB, MEMORIES, Budget, PlanError, Workload, format_bytes
-from kvrecomp.predict.hardware import DATASHEETS, LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
+from kvrecomp.predict.datasheets import DATASHEETS
+from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 from kvrecomp.run.limits import limits
 
 THIS = "this"

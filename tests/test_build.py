@@ -17,7 +17,7 @@ BELOW = {
     "kvrecomp.files": set(),
     "kvrecomp.plan": set(),
     "kvrecomp.predict": {"kvrecomp.plan"},
-    "kvrecomp.run": {"kvrecomp.plan", "kvrecomp.predict"},
+    "kvrecomp.run": {"kvrecomp.plan"},
     "kvrecomp.measure": {"kvrecomp.files", "kvrecomp.plan", "kvrecomp.predict", "kvrecomp.run"},
     "kvrecomp": {"kvrecomp.plan", "kvrecomp.predict", "kvrecomp.run", "kvrecomp.measure"},
     "models": {"kvrecomp.plan", "kvrecomp.run"},

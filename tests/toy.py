@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 from dataclasses import dataclass
 
 import jax
@@ -57,9 +58,9 @@ def rotate(heads, positions):
     """Rotary positions: heads [..., n, d] at positions [...], halves of d rotated against each other."""
     half = heads.shape[-1] // 2
     angles = positions[..., None, None] * 3.0 ** -jnp.arange(half)
-    one, other = heads[..., :half], heads[..., half:]
+    first, second = heads[..., :half], heads[..., half:]
     cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate([one * cos - other * sin, other * cos + one * sin], axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
 
 
 class GroupedAttention(Attention):
@@ -114,8 +115,10 @@ class Grouped(CausalLM):
 @functools.cache
 def model(kind="opt", seed=1):  # a seed with which greedy texts are varied
     """A toy model in float32: "opt", "350m" (post-normalised, narrow embedding) or "grouped"."""
-    built = Grouped() if kind == "grouped" else {"opt": OPT, "350m": POST_NORM}[kind].build(dtype="float32", rngs=None)
-    return randomised(built, seed)
+    with jax.ensure_compile_time_eval():  # it is kept, also where a program that is traced asks for it first
+        configs = {"opt": OPT, "350m": POST_NORM}
+        built = Grouped() if kind == "grouped" else configs[kind].build(dtype="float32", rngs=None)
+        return randomised(built, seed)
 
 
 # --- texts ------------------------------------------------------------------------------------------------------------
@@ -166,11 +169,25 @@ def decoded_logits(decoder, given):
     for slot in range(prompt, given.ids.shape[1]):
         cache, logits = decoder.step(cache, put(given.ids[:, slot]))
         result.append(logits)
-        assert cache.layout == plan.blocks((slot - prompt) // plan.tail)
+        assert_blocks(cache, plan, (slot - prompt) // plan.tail)
     kinds = {"host": "pinned_host", "device": "device"}
-    for block in (block for own in cache.blocks for block in own):
+    for block in itertools.chain(*cache.blocks):
         assert all(array.sharding.memory_kind == kinds[block.memory] for array in block.arrays)
     return np.stack([get(logits) for logits in result], axis=1)
+
+
+def assert_blocks(cache, plan, write_outs):
+    """The cache has the blocks of the plan after that many write-outs, each in its slots, without a gap."""
+    slots = plan.workload.prompt + write_outs * plan.tail
+    for blocks, specs in zip(cache.blocks, plan.blocks(write_outs), strict=True):
+        assert [(block.form, block.memory, block.tokens) for block in blocks] == [
+            (spec.form, spec.memory, spec.tokens) for spec in specs
+        ]
+        end = slots
+        for block in reversed(blocks):
+            end -= block.tokens
+            assert int(get(block.start)) == end
+    assert int(get(cache.recent.start)) == slots
 
 
 def assert_exact(decoder, model, given, tolerance=1e-4):

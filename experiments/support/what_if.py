@@ -16,6 +16,7 @@ from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.named import named_plan, named_weights, with_weights
 from kvrecomp.predict import cost, scheduler
 from kvrecomp.predict.hardware import HardwareProfile
+from kvrecomp.predict.kvpr import kvpr_seconds, kvpr_split
 
 STEPS = 80  # of the fraction
 FRACTIONS = tuple(step / STEPS for step in range(STEPS + 1))
@@ -117,9 +118,9 @@ def what_if(
     keys_values, activations, device = named
 
     def formula(recomputed: float) -> float:
-        return groups * cost.kvpr_seconds(profile, shape, workload, recomputed)
+        return groups * kvpr_seconds(profile, shape, workload, recomputed)
 
-    tokens = cost.kvpr_split(profile, shape, workload)
+    tokens = kvpr_split(profile, shape, workload)
     formula_curve = tuple(formula(fraction * workload.prompt) for fraction in FRACTIONS)
     compared = (chosen, keys_values, activations, best, device)
     return WhatIf(

@@ -1,24 +1,18 @@
 """The profile of this machine: measured once, kept as JSON under the user's cache directory."""
 
-import dataclasses
-import functools
 import json
 import logging
 import os
 import pathlib
 import re
-import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 from kvrecomp.files import write_json
 from kvrecomp.measure.layers import measure_layer
 from kvrecomp.measure.machine import measure_machine, this_machine
 from kvrecomp.plan import PlanError
 from kvrecomp.predict.hardware import HardwareProfile, LayerTimes
-from kvrecomp.run.forward import Model
-
-Measured = TypeVar("Measured", HardwareProfile, LayerTimes)
+from kvrecomp.run.model import Model
 
 LOG = logging.getLogger("kvrecomp")
 FORMAT = 13  # of the file, and of what its numbers mean; another one is measured anew
@@ -32,12 +26,12 @@ def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False
     and driver; `refresh` forgets the layers timed before.
     """
     found = None if refresh else _read(profile_path())
-    known = found or _timed(measure_machine)
+    known = found or measure_machine()
     timed: list[LayerTimes] = []
     if model is not None:
         for layer in model.shape.distinct_layers:
             if refresh or not _covers(known.times(layer, model.shape.dtype, batch), model.shape.positions):
-                timed.append(_timed(functools.partial(measure_layer, model, layer, batch)))
+                timed.append(measure_layer(model, layer, batch))
     if timed and found:
         known = _read(profile_path()) or known  # another process may have timed other layers meanwhile
     for times in timed:
@@ -48,13 +42,6 @@ def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False
         except OSError as error:
             LOG.warning("the profile cannot be kept (%s), and is measured again next time: set XDG_CACHE_HOME", error)
     return known
-
-
-def _timed(measure: Callable[[], Measured]) -> Measured:
-    """What was measured, with the seconds that it took."""
-    started = time.perf_counter()
-    measured = measure()
-    return dataclasses.replace(measured, measured_in=time.perf_counter() - started)
 
 
 def _covers(times: LayerTimes | None, positions: int) -> bool:
@@ -76,10 +63,11 @@ def profile_path() -> pathlib.Path:
 
 def check_profile(given: HardwareProfile) -> None:
     """Raises `PlanError` where the profile is of another machine than this."""
-    here, of = this_machine(), {name: getattr(given, name) for name in this_machine()}
-    if of != here:
+    this = this_machine()
+    profiled = {name: getattr(given, name) for name in this}
+    if profiled != this:
         raise PlanError(
-            f"the profile is of {_describe(of)}; this machine is {_describe(here)}: use kvrecomp.profile(), or "
+            f"the profile is of {_describe(profiled)}; this machine is {_describe(this)}: use kvrecomp.profile(), or "
             "make_plan to see what another machine would do"
         )
 

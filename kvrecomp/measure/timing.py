@@ -37,7 +37,8 @@ def median_seconds(run: Callable[[], Any], repeats: int = REPEATS) -> float:
 def least_seconds(timers: Sequence[Callable[[], float]]) -> list[float]:
     """The least that each of these measured in ROUNDS rounds of all: what else a machine does slows programs, for a
     while at times, and nothing speeds them."""
-    return [min(own) for own in zip(*([timer() for timer in timers] for _ in range(ROUNDS)))]
+    rounds = [[timer() for timer in timers] for _ in range(ROUNDS)]
+    return [min(seconds) for seconds in zip(*rounds)]
 
 
 def seconds_longer(
@@ -64,13 +65,13 @@ class HostAhead:
     def __init__(self, busy_seconds: float = AHEAD_SECONDS):
         self._array = memory.zeros((BUSY_BYTES // 4,), jnp.dtype(jnp.float32), "device")
         self._keep_busy = self._additions(FEW_ADDITIONS)
-        each = median_seconds(self._busy) / FEW_ADDITIONS
-        self._keep_busy = self._additions(1 + int(busy_seconds / each))
+        addition_seconds = median_seconds(self._busy) / FEW_ADDITIONS
+        self._keep_busy = self._additions(1 + int(busy_seconds / addition_seconds))
         (self._busy_seconds,) = least_seconds([functools.partial(median_seconds, self._busy)])
 
     def _additions(self, count: int) -> Callable[[jax.Array], jax.Array]:
         def add(array: jax.Array) -> jax.Array:
-            return jax.lax.fori_loop(0, count, lambda _, own: own + 1, array)
+            return jax.lax.fori_loop(0, count, lambda _, added: added + 1, array)
 
         return jax.jit(add, donate_argnums=0).lower(self._array).compile()
 
@@ -99,12 +100,12 @@ def fit_line(sizes: Sequence[float], seconds: Sequence[float]) -> Line:
     weights = 1 / np.asarray(seconds)
     columns = np.stack([np.ones(len(sizes)), np.asarray(sizes, float)], axis=1) * weights[:, None]
     target = np.asarray(seconds) * weights
-    (base, each), *_ = np.linalg.lstsq(columns, target, rcond=None)
+    (base, slope), *_ = np.linalg.lstsq(columns, target, rcond=None)
     if base < 0:  # through zero
-        base, each = 0.0, _one_part(columns[:, 1], target)
-    if each < 0:
-        base, each = _one_part(columns[:, 0], target), 0.0
-    return Line(float(base), float(each))
+        base, slope = 0.0, _one_part(columns[:, 1], target)
+    if slope < 0:
+        base, slope = _one_part(columns[:, 0], target), 0.0
+    return Line(float(base), float(slope))
 
 
 def _one_part(column: np.ndarray, target: np.ndarray) -> float:
@@ -115,15 +116,17 @@ def measured_line(what: str, sizes: Sequence[float], timers: Sequence[Callable[[
     """A line through what each size's timer gives for REPEATS repeats. Where that is no line, all are measured again,
     and the line is through the less that each took."""
     seconds = [math.inf] * len(sizes)
-    for say, outcome in ((LOG.info, "measuring it again"), (LOG.warning, "predictions may be as far off")):
+    for log, outcome in ((LOG.info, "measuring it again"), (LOG.warning, "predictions may be as far off")):
         seconds = [min(before, timer(REPEATS)) for before, timer in zip(seconds, timers, strict=True)]
         line = fit_line(sizes, seconds)
-        offs = [line(size) / took - 1 for size, took in zip(sizes, seconds)]
-        worst = max(offs, key=abs)
-        if abs(worst) <= POOR_FIT:
+        errors = [line(size) / measured - 1 for size, measured in zip(sizes, seconds)]
+        worst = max(range(len(sizes)), key=lambda number: abs(errors[number]))
+        if abs(errors[worst]) <= POOR_FIT:
             break
-        size, took = sizes[offs.index(worst)], seconds[offs.index(worst)]
-        say("%s: a line is %+.0f %% off the %.3g ms measured at %d; %s", what, 100 * worst, 1e3 * took, size, outcome)
+        log(
+            "%s: a line is %+.0f %% off the %.3g ms measured at %d; %s",
+            *(what, 100 * errors[worst], 1e3 * seconds[worst], sizes[worst], outcome),
+        )
     return line
 
 

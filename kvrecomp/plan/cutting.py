@@ -3,18 +3,9 @@ for."""
 
 from collections.abc import Sequence
 
-from kvrecomp.plan.layout import (
-    ALIGNED,
-    FORMS,
-    GIB,
-    LEAST_ALIGNED,
-    BlockSpec,
-    Form,
-    LayerShape,
-    Memory,
-    ModelShape,
-    Workload,
-)
+from kvrecomp.plan.layout import BlockSpec
+from kvrecomp.plan.shapes import ALIGNED, FORMS, GIB, LEAST_ALIGNED, Form, LayerShape, Memory, ModelShape
+from kvrecomp.plan.workload import Workload
 
 BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
 TAIL_BYTES = 2 * GIB

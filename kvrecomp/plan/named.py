@@ -13,18 +13,9 @@ import dataclasses
 from collections.abc import Sequence
 
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs, default_tail
-from kvrecomp.plan.layout import (
-    AUTO,
-    DEFAULT_WINDOW,
-    Form,
-    LayerPlan,
-    LayerShape,
-    Memory,
-    ModelShape,
-    Plan,
-    PlanError,
-    Workload,
-)
+from kvrecomp.plan.layout import AUTO, DEFAULT_WINDOW, LayerPlan, Plan
+from kvrecomp.plan.shapes import Form, LayerShape, Memory, ModelShape, PlanError
+from kvrecomp.plan.workload import Workload
 
 NAMES = ("activations", "recompute", "keys_values", "split:F", "kvpr:F", "device[:F]")
 _ACCEPTS = {  # whether a plan is named with a fraction, without one, or both

@@ -41,12 +41,13 @@ from kvrecomp.plan import (
     Workload,
     format_bytes,
 )
+from kvrecomp.plan.compiling import decode_seconds
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, default_tail
 from kvrecomp.plan.footprint import MARGIN, check_within, memory_needed, prefill_bytes, recomputed_bytes, weights_in
-from kvrecomp.plan.holds import in_flight_bytes
 from kvrecomp.plan.named import named_plan, spread, with_weights
+from kvrecomp.plan.step_order import in_flight_bytes
 from kvrecomp.predict.candidates import Builder, Settings, smaller_form
-from kvrecomp.predict.cost import MOST_LENGTHS, PLANS, StepCost, decode_seconds, mean_bounds, mean_costs, plan_costs
+from kvrecomp.predict.cost import MOST_LENGTHS, PLANS, StepCost, mean_bounds, mean_costs, plan_costs
 from kvrecomp.predict.estimate import layer_times, slow_if_uneven
 from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 

@@ -1,4 +1,4 @@
-"""The results that README shows, against the code as it is: the scheduler chooses what was measured as its choice."""
+"""The results that the pages show, against the code as it is: the scheduler chooses what was measured as its choice."""
 
 import dataclasses
 import json

@@ -32,6 +32,8 @@ MULTI_QUERY = LLAMA | {"num_attention_heads": 5, "num_key_value_heads": 1, "tie_
 VARIANTS = {
     "opt": ("OPT", OPT | {"word_embed_proj_dim": 35}),
     "opt-350m": ("OPT", OPT | {"word_embed_proj_dim": 17, "do_layer_norm_before": False}),
+    "opt, no final norm": ("OPT", OPT | {"word_embed_proj_dim": 35, "_remove_final_layer_norm": True}),
+    "opt, gelu": ("OPT", OPT | {"word_embed_proj_dim": 35, "activation_function": "gelu"}),
     "multi-head": ("Llama", LLAMA),
     "grouped 4:1, llama3 scaling": ("Llama", FOUR_TO_ONE | {"rope_parameters": LLAMA_3}),
     "multi-query, linear scaling": ("Llama", MULTI_QUERY | {"rope_parameters": LINEAR}),
@@ -41,6 +43,7 @@ VARIANTS = {
     "phi3": ("Phi3", GROUPED | {"num_attention_heads": 8, "sliding_window": 6}),
     "gemma": ("Gemma", LLAMA | {"num_key_value_heads": 1, "head_dim": 14}),
 }
+DECODED = [variant for variant in VARIANTS if variant not in ("opt, no final norm", "opt, gelu")]  # attention is OPT's
 # Both forms for each, K and V recomputed for those whose K and V are made in another way, each memory too for OPT.
 RECOMPUTED = ("opt", "opt-350m", "multi-head", "grouped 4:1, llama3 scaling", "qwen3", "gemma")
 MORE_PLANS = ("activations", "keys_values", "device:0.5")
@@ -101,10 +104,17 @@ def test_forward(reference, variant):
     np.testing.assert_allclose(logits[given.mask == 1], expected[given.mask == 1], atol=1e-4, rtol=1e-4)
 
 
+def test_forward_without_a_mask(reference):
+    both, ids = reference("opt", layers=3), toy.texts(7, 13).ids
+    with torch.no_grad():
+        expected = both.theirs(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(toy.get(both.ours(toy.put(ids))), expected, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     ("variant", "name"),
     [
-        *itertools.product(VARIANTS, ["split:0.5"]),
+        *itertools.product(DECODED, ["split:0.5"]),
         *itertools.product(RECOMPUTED, ["recompute"]),
         *itertools.product(["opt"], MORE_PLANS),
     ],

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import kvrecomp
 from kvrecomp.plan import LayerShape, PlanError
-from kvrecomp.predict.hardware import DATASHEETS, KNOTS, LARGEST_DEVICE, Curve, HardwareProfile, LayerTimes, Line
+from kvrecomp.predict.datasheets import DATASHEETS
+from kvrecomp.predict.hardware import KNOTS, LARGEST_DEVICE, Curve, HardwareProfile, LayerTimes, Line
 
 LAYER = LayerShape(hidden=35, heads=6, kv_heads=2, head_dim=4, intermediate=59, gated=True, absorbs_keys=False)
 WORK = {
@@ -64,6 +65,9 @@ def test_a_profile_survives_json():
     assert HardwareProfile.from_json(json.loads(json.dumps(PROFILE.to_json()))) == PROFILE
     bare = replace(PROFILE, layers=(), host_bytes=None)
     assert HardwareProfile.from_json(json.loads(json.dumps(bare.to_json()))) == bare
+    older = changed("measured_in", to=5.0)  # the seconds that measuring took
+    older["layers"][0]["measured_in"] = 7.0
+    assert HardwareProfile.from_json(older) == PROFILE
 
 
 @many
@@ -81,7 +85,6 @@ def test_a_profile_survives_json():
         kernel_seconds=st.floats(0, 1),
         host_bytes=st.none() | positive,
         count=st.integers(1, 8),
-        measured_in=st.none() | positive,
         layers=st.lists(
             st.builds(
                 LayerTimes,
@@ -92,7 +95,6 @@ def test_a_profile_survives_json():
                 outside=st.floats(0, 1),
                 vocab=st.none() | st.integers(1, 99),
                 positions=st.none() | st.integers(1, 99),
-                measured_in=st.none() | positive,
             ),
             max_size=2,
         ).map(tuple),

@@ -6,8 +6,9 @@ import pytest
 import models
 from kvrecomp.plan import GIB, Workload
 from kvrecomp.plan.named import named_plan
-from kvrecomp.predict.cost import kvpr_seconds, kvpr_split, plan_costs
+from kvrecomp.predict.cost import plan_costs
 from kvrecomp.predict.hardware import HardwareProfile
+from kvrecomp.predict.kvpr import kvpr_seconds, kvpr_split
 
 # The optimal split l / s by KVPR's formula (arXiv 2411.17089, equations 8 to 11) at peak rates, where recomputing l
 # tokens takes as long as sending the rest: 4 b l h^2 / v_gpu = 2 b (s - l) h p / v_link, so

@@ -58,7 +58,7 @@ mine = "MemTotal: 300000000 kB\\nMemAvailable: {available // 1024} kB"
 files = {{"/proc/meminfo": mine, "/proc/self/cgroup": ""}}
 pathlib.Path.read_text = lambda self, *given: files[str(self)] if str(self) in files else read(self, *given)
 import kvrecomp
-from kvrecomp import memory
+from kvrecomp.run import memory
 for step in range(2):
     limit = os.environ.get(memory.LIMIT_VARIABLE)
     assert memory.pinned_limit() == int(limit or 64) * 2**30

@@ -1,81 +1,66 @@
 """The schedule that XLA makes for an NVIDIA GPU, checked on a machine that has none.
 
 jax's CUDA plugin compiles for a described GPU (extra `schedule`). The tests read the compiled step: every host block
-is copied whole and asynchronously, with compute under the copy, and memory stays within the window. Private parts of
-jax are used here only, to compile for a device that is not there.
+is copied whole and asynchronously, with compute under the copy, and memory stays within the window.
 """
 
 import dataclasses
+import functools
 import itertools
 import re
-from collections.abc import Mapping
-from typing import Any
 
 import jax
-import numpy as np
 import pytest
+from described_gpu import A100, compile_traced
 
 import kvrecomp
 import models
 from experiments.support.traces import xplane
 from kvrecomp.measure import machine as profile_machine
-from kvrecomp.plan import BlockSpec, LayerPlan, Plan
-from kvrecomp.plan.footprint import in_flight, prefill_bytes, recomputed_bytes
-from kvrecomp.plan.holds import COPIES_IN_FLIGHT
+from kvrecomp.plan import BlockSpec, LayerPlan, Plan, Workload
+from kvrecomp.plan.footprint import prefill_bytes, recomputed_bytes
 from kvrecomp.plan.named import named_plan
-from kvrecomp.run import decoder as runtime
-from kvrecomp.run.window import OVERLAPPING
-from models import LlamaConfig, OPTConfig
+from kvrecomp.plan.step_order import COPIES_IN_FLIGHT, step_order
+from kvrecomp.run.copies import OVERLAPPING
+from kvrecomp.run.decoder import Decoder
+from models import Config, LlamaConfig, OPTConfig
 
 pytest.importorskip("jax_plugins.xla_cuda13", reason="needs jax's CUDA 13 plugin: pip install '.[schedule]'")
 
-H200 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
-  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
-  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
-  clock_rate_ghz: 1.98 device_memory_size: 150754820096 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 7 }
-device_description_str: "NVIDIA H200"
-"""
-A100 = H200.replace("major: 9 } regi", "major: 8 } regi").replace("H200", "A100")  # as far as XLA's scheduler knows it
 MIB = 2**20
 CONFIG = OPTConfig("guard", layers=4, hidden=1024, heads=8, intermediate=1024, vocab=512, positions=2048)
 BLOCK = 16 * MIB  # 1024 tokens of 8 rows in bfloat16
 LLAMA = LlamaConfig("grouped", layers=6, hidden=1024, heads=8, kv_heads=2, intermediate=2816, vocab=512, positions=8192)
-WORK = kvrecomp.Workload(batch=8, prompt=1024, new=512)
+WORKLOAD = Workload(batch=8, prompt=1024, new=512)
 COMPUTE = {"fusion", "custom-call", "dot", "while"}
 
 
-def compile_step(
-    name: str, window: int, write_outs: int = 0, config: OPTConfig = CONFIG, work: kvrecomp.Workload = WORK
-) -> tuple[str, int]:
+def plan_of(name: str, config: Config = CONFIG, window: int = 4 * BLOCK, workload: Workload = WORKLOAD) -> Plan:
+    return named_plan(name, config.shape, workload, window=window, tail=64)
+
+
+def make_decoder(config: Config, plan: Plan) -> Decoder:
+    """A decoder of an abstract model, or of random weights where the plan has some in host memory. Nothing is run, so
+    it does not matter what memory this machine has."""
+    if plan.host_weight_bytes:
+        model = models.create(config, sharding=kvrecomp.placement(plan))
+    else:
+        model = config.build(dtype="bfloat16", rngs=None)
+    return Decoder(model, plan, budget=kvrecomp.Budget.of_gib(device=60, host=60))
+
+
+def compile_plan(config: Config, plan: Plan, write_outs: int = 0) -> tuple[str, int]:
     """The program of a step compiled for an H200, as text, and its temporary device memory in bytes."""
-    model = config.build(dtype="bfloat16", rngs=None)
-    plan = named_plan(name, model.shape, work, window=window, tail=64)
-    return compile_plan(runtime.Decoder(model, plan), write_outs)
+    decoder = make_decoder(config, plan)
+    return compile_traced(decoder._trace_step(write_outs), decoder._options("step", write_outs))
 
 
-def compile_plan(decoder: runtime.Decoder, write_outs: int = 0, target: str = H200) -> tuple[str, int]:
-    """The same of a decoder, for that GPU."""
-    options = decoder._options("step", write_outs)
-    return compile_traced(decoder._trace_step(write_outs), options, target)
-
-
-def compile_traced(traced: Any, options: Mapping[str, Any] = OVERLAPPING, target: str = H200) -> tuple[str, int]:
-    """The same of what `jax.jit(...).trace(...)` gives, compiled with these options of XLA's."""
-    from jax._src import compiler
-    from jax._src.lib import _jax
-    from jax.experimental import topologies
-
-    device = topologies.get_topology_desc("gpu", platform="cuda", target_config=target, topology="1x1x1").devices[0]
-    given = {"device_assignment": np.zeros((1, 1), int), "env_options_overrides": dict(options)}
-    module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
-    program = device.client.compile(module, _jax.DeviceList((device,)), compiler.get_compile_options(1, 1, **given))
-    return program.hlo_modules()[0].to_string(), program.get_compiled_memory_stats().temp_size_in_bytes
+@functools.cache
+def compile_step(
+    name: str, window: int, write_outs: int = 0, config: Config = CONFIG, workload: Workload = WORKLOAD
+) -> tuple[str, int]:
+    """The same of a plan by name."""
+    return compile_plan(config, plan_of(name, config, window, workload), write_outs)
 
 
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = (.*?) ([a-z\-]+)\((.*?)\)")  # name, shape, kind, operands
@@ -150,10 +135,12 @@ def computed_without_a_copy(text: str) -> list[int]:
     ],
 )
 def test_copies_are_whole_bounded_and_under_compute(name, window, write_outs, arrays):
-    """Temporary memory: two blocks on their way and one in use, and 24 MiB for scores and the like."""
+    """Temporary memory: two blocks on their way and one in use, as the order says; 24 MiB for scores and the like."""
     text, temporary = compile_step(name, window, write_outs)
     assert check_schedule(text) == arrays
-    assert temporary <= min(window, 3 * BLOCK) + 24 * MIB
+    high_water = step_order(plan_of(name, window=window), write_outs).high_water
+    assert temporary <= high_water + 24 * MIB
+    assert high_water <= min(window, 3 * BLOCK)
 
 
 @pytest.mark.parametrize(("write_outs", "arrays"), [(0, 1), (2, 3), (3, 3), (5, 3)])
@@ -165,8 +152,10 @@ def test_blocks_out_of_sight_are_not_copied(write_outs, arrays):
 
 
 def test_kvpr_sends_activations_and_recomputes_from_them_under_the_copy_of_keys_and_values():
-    """One copy at a time, and the link rests between two layers."""
-    copies, compute = check_copies(compile_step("kvpr:0.75", 8 * BLOCK)[0])
+    """One copy at a time, and the link rests between two layers; two blocks are on the device at most."""
+    text, temporary = compile_step("kvpr:0.75", 8 * BLOCK)
+    copies, compute = check_copies(text)
+    assert temporary <= step_order(plan_of("kvpr:0.75", window=8 * BLOCK)).high_water + 24 * MIB
     times = list(copies.values())
     assert len(times) == 2 * CONFIG.layers
     assert all(end < start for (_, end), (start, _) in itertools.pairwise(times))
@@ -180,25 +169,23 @@ def test_kvpr_sends_activations_and_recomputes_from_them_under_the_copy_of_keys_
 def test_weights_are_copied_once_for_all_groups_and_under_compute():
     """Each layer's six matrices, and a block of each of two groups."""
     config = dataclasses.replace(CONFIG, layers=3)
-    plan = named_plan("activations", config.shape, WORK, window=4 * BLOCK, tail=64)
-    plan = dataclasses.replace(kvrecomp.with_host_weights(plan, 1.0), groups=2, order="column")
-    model = models.create(config, sharding=kvrecomp.placement(plan))
-    text, temporary = compile_plan(runtime.Decoder(model, plan))
+    plan = kvrecomp.with_host_weights(plan_of("activations", config), 1.0)
+    plan = dataclasses.replace(plan, groups=2, order="column")
+    text, temporary = compile_plan(config, plan)
     assert len(check_copies(text)[0]) == 3 * (6 + 2)
     assert not computed_without_a_copy(text)
-    assert temporary <= plan.whole_window + 24 * MIB
+    assert temporary <= step_order(plan).high_water + 24 * MIB
 
 
 @pytest.mark.parametrize(("groups", "order"), [(1, "row"), (3, "column")])
 def test_weights_in_host_memory_are_on_the_device_a_few_at_a_time(groups, order):
     """As many as are said to be in flight, where nothing but weights is copied."""
-    config = dataclasses.replace(CONFIG, layers=8, intermediate=4096)
-    plan = named_plan("device", config.shape, WORK, window=32 * MIB, tail=64)
-    plan = dataclasses.replace(kvrecomp.with_host_weights(plan, 1.0), groups=groups, order=order)
-    model = models.create(config, sharding=kvrecomp.placement(plan))
-    text, temporary = compile_plan(runtime.Decoder(model, plan))
-    assert len(check_copies(text)[0]) == 8 * 6
-    assert temporary <= in_flight(plan, 0) + 24 * MIB < plan.host_weight_bytes / 2
+    config = dataclasses.replace(CONFIG, intermediate=4096)
+    plan = kvrecomp.with_host_weights(plan_of("device", config, 2 * BLOCK), 1.0)
+    plan = dataclasses.replace(plan, groups=groups, order=order)
+    text, temporary = compile_plan(config, plan)
+    assert len(check_copies(text)[0]) == 4 * 6
+    assert temporary <= step_order(plan).high_water + 24 * MIB < 0.8 * plan.host_weight_bytes
 
 
 def test_a_trace_can_tell_the_layer_of_every_kernel_and_copy():
@@ -216,8 +203,9 @@ def test_a_trace_can_tell_the_layer_of_every_kernel_and_copy():
 
 def test_without_holds_the_check_fails(monkeypatch):
     monkeypatch.setattr(jax.lax, "optimization_barrier", lambda operands: operands)
-    text, temporary = compile_step("activations", 4 * BLOCK, config=dataclasses.replace(CONFIG, layers=8))
-    assert temporary > 4 * BLOCK
+    config = dataclasses.replace(CONFIG, layers=6)
+    text, temporary = compile_plan(config, plan_of("activations", config))
+    assert temporary > 4 * BLOCK + 24 * MIB
     with pytest.raises(AssertionError, match="nothing is computed under"):
         check_schedule(text)
 
@@ -233,7 +221,7 @@ def test_a_sliced_block_fails_the_check(monkeypatch):
 
     monkeypatch.setattr(jax, "device_put", in_halves)
     with pytest.raises(AssertionError, match=r"host memory is read by|not copied whole"):
-        check_schedule(compile_step("activations", 4 * BLOCK)[0])
+        check_schedule(compile_plan(CONFIG, plan_of("activations"))[0])
 
 
 @pytest.mark.parametrize(
@@ -242,30 +230,30 @@ def test_a_sliced_block_fails_the_check(monkeypatch):
 def test_the_link_has_a_copy_to_carry_while_anything_is_computed(hidden, heads, batch, prompt):
     """At OPT's real shapes: XLA decides by its estimate of a layer's time how late it lets a copy start."""
     config = OPTConfig("wide", layers=3, hidden=hidden, heads=heads, intermediate=4 * hidden, vocab=512)
-    text, _ = compile_step("activations", 1024 * MIB, config=config, work=kvrecomp.Workload(batch, prompt, 24))
+    text, _ = compile_step("activations", 1024 * MIB, config=config, workload=Workload(batch, prompt, 24))
     assert not computed_without_a_copy(text)
 
 
 @pytest.mark.parametrize(("name", "arrays"), [("activations", 4), ("kvpr:0.75", 8), ("device:0.5", 4)])
-def test_older_gpus_compute_under_copies_too(name, arrays, monkeypatch):
-    """XLA by itself lets nothing run between a copy's start and its end on an A100."""
-    model = CONFIG.build(dtype="bfloat16", rngs=None)
-    decoder = runtime.Decoder(model, named_plan(name, model.shape, WORK, window=4 * BLOCK, tail=64))
-    assert check_schedule(compile_plan(decoder, target=A100)[0]) == arrays
-    monkeypatch.setattr(decoder, "_options", lambda *program: {})
+def test_older_gpus_compute_under_copies_too(name, arrays):
+    decoder = make_decoder(CONFIG, plan_of(name))
+    assert check_schedule(compile_traced(decoder._trace_step(0), decoder._options("step", 0), A100)[0]) == arrays
+
+
+def test_xla_by_itself_computes_nothing_under_the_copies_of_older_gpus():
     with pytest.raises(AssertionError, match="nothing is computed under"):
-        check_schedule(compile_plan(decoder, target=A100)[0])
+        check_schedule(compile_traced(make_decoder(CONFIG, plan_of("activations"))._trace_step(0), {}, A100)[0])
 
 
 @pytest.mark.parametrize(("config", "form"), [(LLAMA, "keys_values"), (CONFIG, "activations")])
 def test_what_is_on_the_device_is_not_copied(config, form):
     """Scores of a block and of the tail are products of one query; as one product they would need one operand."""
     config = dataclasses.replace(config, layers=2)
-    layer = LayerPlan((BlockSpec(form, "device", WORK.prompt),), form, ("device",))
-    plan = dataclasses.replace(named_plan("device", config.shape, WORK, tail=64), layers=(layer,) * 2)
-    _, temporary = compile_plan(runtime.Decoder(config.build(dtype="bfloat16", rngs=None), plan))
+    layer = LayerPlan((BlockSpec(form, "device", WORKLOAD.prompt),), form, ("device",))
+    plan = dataclasses.replace(plan_of("device", config), layers=(layer,) * 2)
+    _, temporary = compile_plan(config, plan)
     arrays = 2 if form == "keys_values" else 1
-    assert temporary < WORK.batch * WORK.prompt * config.shape.layers[0].width(form) * 2 / arrays / 4
+    assert temporary < WORKLOAD.batch * WORKLOAD.prompt * config.shape.layers[0].width(form) * 2 / arrays / 4
 
 
 def products(text: str, einsum: str) -> list[str]:
@@ -275,7 +263,7 @@ def products(text: str, einsum: str) -> list[str]:
 
 def test_the_rows_of_an_absorbed_query_are_not_scattered():
     """Attention reads a row at a time; XLA would leave the batch innermost."""
-    rows = f"bf16[{WORK.batch},{CONFIG.heads},{CONFIG.hidden}]{{2,1,0}} fusion("
+    rows = f"bf16[{WORKLOAD.batch},{CONFIG.heads},{CONFIG.hidden}]{{2,1,0}} fusion("
     found = products(compile_step("activations", 4 * BLOCK)[0], "bkgd,hkd->bkgh")
     assert len(found) == CONFIG.layers
     assert all(rows in line for line in found)
@@ -288,7 +276,7 @@ def test_the_rows_of_an_absorbed_query_are_not_scattered():
 def test_a_single_row_is_multiplied_as_a_matrix(name, einsum):
     """Not summed over the first axis of the other operand, which a GPU reads slowly so."""
     config = dataclasses.replace(CONFIG, layers=2)
-    text, _ = compile_step(name, 4 * BLOCK, config=config, work=kvrecomp.Workload(1, 1024, 512))
+    text, _ = compile_step(name, 4 * BLOCK, config=config, workload=Workload(1, 1024, 512))
     found = products(text, einsum)
     assert len(found) >= config.layers
     assert all("__triton" in line for line in found)
@@ -296,8 +284,8 @@ def test_a_single_row_is_multiplied_as_a_matrix(name, einsum):
 
 def kernels(text: str) -> set[str]:
     """The computations that become kernels, values in them named by their order."""
-    computations = [each for each in text.split("\n\n") if re.match(r"\s*%(fused|gemm_fusion|wrapped)", each)]
-    return {_renamed(re.sub(r", (metadata|backend_config)=.*", "", each)) for each in computations}
+    computations = [part for part in text.split("\n\n") if re.match(r"\s*%(fused|gemm_fusion|wrapped)", part)]
+    return {_renamed(re.sub(r", (metadata|backend_config)=.*", "", computation)) for computation in computations}
 
 
 def _renamed(computation: str) -> str:
@@ -326,9 +314,8 @@ def test_a_program_for_one_more_block_has_no_new_kernels():
 )
 def test_a_prefill_has_the_intermediate_results_of_one_layer_on_the_device(config, name, batch, prompt):
     """Not of six: what is said is enough, and not much more than that."""
-    plan = named_plan(name, config.shape, kvrecomp.Workload(batch, prompt, 16))
-    decoder = runtime.Decoder(config.build(dtype="bfloat16", rngs=None), plan)
-    _, temporary = compile_traced(decoder._trace_prefill())
+    plan = named_plan(name, config.shape, Workload(batch, prompt, 16))
+    _, temporary = compile_traced(make_decoder(config, plan)._trace_prefill(), OVERLAPPING)
     estimate = prefill_bytes(plan.shape, plan.workload)
     assert 0.75 * estimate < temporary <= estimate
 
@@ -338,8 +325,8 @@ def test_what_is_recomputed_on_the_device_is_of_one_layer(config, method):
     """A short prompt, and many tokens written out: what is said is enough."""
     config = dataclasses.replace(config, layers=3)
     layer = LayerPlan((BlockSpec("activations", "device", 64),), "activations", ("device",), method)
-    plan = Plan("some", config.shape, kvrecomp.Workload(8, 64, 1400), (layer,) * 3, tail=512)
-    _, temporary = compile_plan(runtime.Decoder(config.build(dtype="bfloat16", rngs=None), plan), 2)
+    plan = Plan("some", config.shape, Workload(8, 64, 1400), (layer,) * 3, tail=512)
+    _, temporary = compile_plan(config, plan, 2)
     estimate = recomputed_bytes(plan, 2)
     assert 0.4 * estimate < temporary <= estimate
     assert estimate <= kvrecomp.memory_needed(plan)["device"]["prefill or step"]
@@ -351,8 +338,7 @@ def test_what_the_profile_copies_is_copied_whole(monkeypatch):
     monkeypatch.setattr(profile_machine, "_traced", lambda *given: traced.append(trace(*given)) or traced[-1])
     profile_machine._copy_timer(MIB, 3, True, 2)
     profile_machine._to_device_timer(2**24)
-    texts = [compile_traced(own)[0] for own in traced]
-    copies = [re.findall(r" copy-start\((\S+)\)", text) for text in texts]
-    assert [len(own) for own in copies] == [3 * 2, 3 * 8, 2, 4]
+    texts = [compile_traced(program, OVERLAPPING)[0] for program in traced]
+    assert [len(re.findall(r" copy-start\(", text)) for text in texts] == [3 * 2, 3 * 8, 2, 4]
     for text, blocks in zip(texts, (3, 3, 2, 4), strict=True):
         assert len(re.findall(r"S\(5\)\} parameter\(", text)) == blocks

@@ -1,4 +1,4 @@
-"""Pictures for the README: one size, and written in one piece. Needs matplotlib, the extra `plot`."""
+"""Pictures for the pages: one size, and written in one piece. Needs matplotlib, the extra `plot`."""
 
 import importlib.util
 import os

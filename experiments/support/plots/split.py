@@ -5,7 +5,7 @@ from pathlib import Path
 from experiments.support.plots import png
 from experiments.support.what_if import CURVES, FRACTIONS, Measured, WhatIf, sent_fraction
 from kvrecomp.plan import format_bytes
-from kvrecomp.predict.hardware import DATASHEETS
+from kvrecomp.predict.datasheets import DATASHEETS
 
 
 def draw_split(found: WhatIf, path: str | Path, measured: Measured | None = None) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import statistics
 import time
 from typing import Any
@@ -11,7 +12,7 @@ import numpy as np
 
 import kvrecomp
 from kvrecomp.plan import Memory, Plan
-from kvrecomp.run.cache import Block, Cache, allocate_tails, describe_blocks, make_cache
+from kvrecomp.run.cache import Block, Cache, allocate_recent, describe_blocks
 from kvrecomp.run.memory import sharding
 
 NEW = 32  # tokens of tail: no step of a measurement writes it out
@@ -31,16 +32,17 @@ def device_bytes_with_room(hosted: Plan, cached: Plan, percent: float) -> float:
 
 def filled_cache(plan: Plan) -> Cache:
     """A cache as after the prompt, of random numbers."""
-    blocks = [[_random_block(block) for block in layer] for layer in describe_blocks(plan, 0)]
-    padding, length = jax.device_put(
-        (np.zeros(plan.workload.batch, np.int32), np.int32(plan.workload.prompt)), sharding("device")
-    )
-    return make_cache(blocks, allocate_tails(plan), padding, length, 0)
+    blocks = []
+    for layer, shape in zip(describe_blocks(plan, 0), plan.shape.layers, strict=True):
+        slots = itertools.accumulate((block.tokens for block in layer), initial=0)
+        oldest = plan.workload.prompt - shape.cached(plan.workload.prompt)
+        blocks.append(tuple(_random_block(block, oldest + slot) for block, slot in zip(layer, slots)))
+    return Cache(tuple(blocks), allocate_recent(plan), 0)
 
 
-def _random_block(block: Block) -> Block:
+def _random_block(block: Block, start: int) -> Block:
     arrays = tuple(_random_array(array.shape, np.dtype(array.dtype), block.memory)() for array in block.arrays)
-    return dataclasses.replace(block, arrays=arrays)
+    return dataclasses.replace(block, arrays=arrays, start=jax.device_put(np.int32(start), sharding("device")))
 
 
 @functools.cache

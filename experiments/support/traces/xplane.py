@@ -26,7 +26,7 @@ NO_WORK = ("MemoryAlloc", "MemoryFree", "MemoryResidency")  # events of streams 
 OUTSIDE = -1  # the layer of what is in none: embedding, unembedding
 
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = .*? ([a-z][a-z\-]*)\((.*?)\)")  # name, kind, operands
-LAYER = re.compile(r'op_name="[^"]*\blayer_(\d+)/')  # kvrecomp.run.forward.decode_step names the scopes
+LAYER = re.compile(r'op_name="[^"]*\blayer_(\d+)/')  # kvrecomp.run.step.decode_step names the scopes
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,39 @@
+"""Compiling for an NVIDIA GPU on a machine that has none, by its description.
+
+Needs jax's CUDA plugin (extra `schedule`). The only place that uses private parts of jax: it has no public way
+to compile for a device that is not there.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from jax._src import compiler
+from jax._src.lib import _jax
+from jax.experimental import topologies
+
+H200 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128 block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 4800000000000 l2_cache_size: 62914560
+  clock_rate_ghz: 1.98 device_memory_size: 150754820096 shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 } registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 7 }
+device_description_str: "NVIDIA H200"
+"""
+A100 = H200.replace("major: 9 } regi", "major: 8 } regi").replace("H200", "A100")  # as far as XLA's scheduler knows it
+
+
+def compile_traced(traced: Any, options: Mapping[str, Any], target: str = H200) -> tuple[str, int]:
+    """Compiles what `jax.jit(...).trace(...)` gives, with these options of XLA's, for one such GPU.
+
+    Returns the program's text, its entry in the order of execution, and its temporary device memory in bytes.
+    """
+    device = topologies.get_topology_desc("gpu", platform="cuda", target_config=target, topology="1x1x1").devices[0]
+    given = {"device_assignment": np.zeros((1, 1), int), "env_options_overrides": dict(options)}
+    module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+    program = device.client.compile(module, _jax.DeviceList((device,)), compiler.get_compile_options(1, 1, **given))
+    return program.hlo_modules()[0].to_string(), program.get_compiled_memory_stats().temp_size_in_bytes
