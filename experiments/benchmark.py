@@ -16,7 +16,7 @@ import gc
 import json
 import math
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -42,6 +42,8 @@ from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProf
 from kvrecomp.run import memory
 from kvrecomp.run.programs import side_by_side
 from kvrecomp.run.sampling import Sampling
+
+NUMBERS = "median ms,predicted,p95,worst,link GB,efficiency,tokens/s,temp GB,compile s,prefill s".split(",")
 
 
 def define_flags(into: flags.FlagValues) -> None:
@@ -78,36 +80,28 @@ def define_flags(into: flags.FlagValues) -> None:
 
 
 class Asked(NamedTuple):
-    """A plan as --plans has it, the plan's name, and the budget that it is to keep to."""
+    """A word of --plans, the name of its plan, and the budget that it is to keep to."""
 
-    words: str
+    word: str
     plan: str
     budget: kvrecomp.Budget
 
 
-def read_plan(words: str, budget: kvrecomp.Budget) -> Asked:
+def read_plan(word: str, budget: kvrecomp.Budget) -> Asked:
     """What a word of --plans asks for, within the budget or, of auto:F, F GiB of device memory.
 
     Raises ValueError where F is no number of GiB that a device may have.
     """
-    plan, _, gib = words.partition(":")
-    if plan != AUTO or plan == words:
-        return Asked(words, words, budget)
+    plan, _, gib = word.partition(":")
+    if plan != AUTO or plan == word:
+        return Asked(word, word, budget)
     try:
         device = float(gib) * GIB
     except ValueError:
         device = 0.0
     if not LEAST_DEVICE <= device <= LARGEST_DEVICE:
-        raise ValueError(f"--plans has {words!r}; expected {AUTO}:F, with F GiB of device memory, more than 0")
-    return Asked(words, plan, dataclasses.replace(budget, device=device))
-
-
-def check_chosen_weights(asked: Sequence[Asked], workloads: Sequence[kvrecomp.Workload]) -> None:
-    """Raises ValueError where --weights=auto, one choice for all plans, has more than one budget or workload."""
-    if any(plan.words != plan.plan for plan in asked):
-        raise ValueError(f"--weights={AUTO} goes by --device_memory_gib: leave the GiB of {AUTO}:F out")
-    if len(workloads) > 1:
-        raise ValueError(f"--weights={AUTO} chooses for one workload: give one --batch and one --prompt")
+        raise ValueError(f"--plans has {word!r}; expected {AUTO}:F, with F GiB of device memory, more than 0")
+    return Asked(word, plan, dataclasses.replace(budget, device=device))
 
 
 # --- measuring --------------------------------------------------------------------------------------------------------
@@ -140,9 +134,9 @@ def measure(
     steps: int | None = None,
 ) -> Row:
     """Runs the plan's workload, or as many `steps` of it, on random prompts, after a prefill and a step unmeasured."""
-    plan, workload = decoder.plan, decoder.plan.workload
-    new = min(workload.new, 1 + (steps or workload.new))
-    ids = np.random.default_rng(seed).integers(3, plan.shape.vocab, (plan.rows, workload.prompt), np.int32)
+    plan, new = decoder.plan, decoder.plan.workload.new
+    new = min(new, 1 + (steps or new))
+    ids = np.random.default_rng(seed).integers(3, plan.shape.vocab, (plan.rows, plan.workload.prompt), np.int32)
     loop = TokenLoop(decoder, Sampling(), [], 0)
     with machine_lock.shared():
         loop.run(ids, None, 2)
@@ -153,15 +147,14 @@ def measure(
     link_bytes = int(statistics.median(after_warm_up(result.link_bytes)))
     link_rate = link_bytes / times["median_ms"] * 1e3
     write_outs = median_write_outs(plan, new)
+    hosted = sum(layer.weights == "host" for layer in plan.layers) / len(plan.layers)
     return Row(
         model=plan.shape.name,
-        batch=workload.batch,
-        prompt=workload.prompt,
-        new=workload.new,
+        **dataclasses.asdict(plan.workload),
         asked=asked,
         plan=plan.name,
         dtype=plan.shape.dtype,
-        weights=describe_weights(plan),
+        weights="device" if hosted == 0 else "host" if hosted == 1 else f"{hosted:.3g}",
         groups=plan.groups,
         order=plan.order,
         device_budget=device_budget,
@@ -178,21 +171,12 @@ def measure(
     )
 
 
-def describe_weights(plan: kvrecomp.Plan) -> str:
-    """Where the plan has its layers' weights: device, host, or the fraction of layers on the host."""
-    hosted = sum(layer.weights == "host" for layer in plan.layers)
-    if hosted in (0, len(plan.layers)):
-        return "host" if hosted else "device"
-    return f"{hosted / len(plan.layers):.3g}"
-
-
 def table(rows: list[Row], copy_gbps: float) -> Table:
     """The rows for a terminal."""
     out = Table(title=f"decode steps; copies alone reach {copy_gbps:.1f} GB/s", title_justify="left")
     for heading in ("model", "batch", "prompt", "plan"):
         out.add_column(heading)
-    times, sizes = ("median ms", "predicted", "p95", "worst"), ("link GB", "efficiency", "tokens/s", "temp GB")
-    for heading in (*times, *sizes, "compile s", "prefill s"):
+    for heading in NUMBERS:
         out.add_column(heading, justify="right")
     for row in rows:
         out.add_row(
@@ -221,10 +205,12 @@ def main(given: flags.FlagValues) -> None:
         kvrecomp.plan_for, budget=budget, groups=given.groups, order=given.order, tail=given.tail, window=window
     )
     # Mistakes are said before the weights are made, and what is pinned is limited before there is a backend.
-    asked = [read_plan(words, budget) for words in script.names("plans", given.plans)]
-    choose_weights = given.weights == AUTO
-    if choose_weights:
-        check_chosen_weights(asked, workloads)
+    asked = [read_plan(word, budget) for word in script.names("plans", given.plans)]
+    choose_weights = given.weights == AUTO  # once, for all plans
+    if choose_weights and any(plan.word != plan.plan for plan in asked):
+        raise ValueError(f"--weights={AUTO} goes by --device_memory_gib: leave the GiB of {AUTO}:F out")
+    if choose_weights and len(workloads) > 1:
+        raise ValueError(f"--weights={AUTO} chooses for one workload: give one --batch and one --prompt")
     weights: tuple[Memory, ...] = named_weights("host" if choose_weights else given.weights, len(shape.layers))
     names = {"device", *(plan.plan for plan in asked)}
     if AUTO in names:  # it may keep the cache in either form
@@ -259,7 +245,7 @@ def main(given: flags.FlagValues) -> None:
         decoder, plan, machine = waiting.pop(0)
         if isinstance(decoder, PlanError):
             raise decoder
-        rows.append(measure(decoder, plan.words, plan.budget.device, machine, rate, given.seed, given.steps))
+        rows.append(measure(decoder, plan.word, plan.budget.device, machine, rate, given.seed, given.steps))
         del decoder
         gc.collect()  # a decoder's cache is gone before the next one's is made
         document = about | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}

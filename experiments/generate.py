@@ -115,23 +115,13 @@ def continue_prompts(
 ) -> Run:
     """Continues the prompts together under the plan; `check` compares all logits with those of another plan.
 
-    Raises:
-        PromptError, PlanError, FloatingPointError: as `kvrecomp.generate`.
+    Raises PromptError, PlanError and FloatingPointError as `kvrecomp.generate`.
     """
     ids, mask = encode(tokenizer, prompts)
     ends, pads = special_tokens(tokenizer, ENDS), special_tokens(tokenizer, PADS)
-    result = kvrecomp.generate(
-        model,
-        ids,
-        mask,
-        max_new_tokens=max_new_tokens,
-        plan=plan,
-        budget=budget,
-        eos_token_id=ends or None,
-        pad_token_id=pads[0] if pads else None,
-        output_logits=check,
-        **dataclasses.asdict(sampling or Sampling()),
-    )
+    options = {"max_new_tokens": max_new_tokens, "plan": plan, "budget": budget, "output_logits": check}
+    options |= {"eos_token_id": ends or None, "pad_token_id": pads[0] if pads else None}
+    result = kvrecomp.generate(model, ids, mask, **options, **dataclasses.asdict(sampling or Sampling()))
     new = [row[ids.shape[1] :][:count].tolist() for row, count in zip(result.sequences, result.new_tokens)]
     return Run(
         prompts=list(prompts),

@@ -4,11 +4,11 @@
     python experiments/sweep.py --rooms=0,25,50,100 --out=choices.json
     python experiments/sweep.py --from=predictions.json --plot=predictions.png
 
-Caches are filled with random numbers rather than by a prefill, since a step's time does not depend on them. Without
-`--rooms`, every workload is measured under the six plans of PLANS, predicted and measured side by side. With `--rooms`,
-the device may hold so many per cent of the workload's keys and values, and the scheduler's choice is compared with the
-best of the plans by hand that fit. Times are medians of up to 31 steps; of steps below 20 ms, of the choices, and of
-what is near the best of a room, the least of three such.
+Caches are of random numbers: a step's time does not depend on them. Without `--rooms`, every workload is measured under
+the six plans of PLANS, predicted and measured side by side. With `--rooms`, the device may hold so many per cent of the
+workload's keys and values, and the scheduler's choice is compared with the best of the plans by hand that fit. Times
+are medians of up to 31 steps; of steps below 20 ms, of the choices, and of what is near the best of a room, the least
+of three such.
 
 A position table shorter than the cached tokens is made longer. `--layers` cuts the models: all layers of a step are
 alike, so plans compare as in the whole model, and less memory is needed. Leave enough for a step to take some
@@ -171,26 +171,26 @@ def measure_workload(
     wanted: list[tuple[float | None, bool, Plan]] = []  # room, whether chosen, plan
     if not rooms:
         wanted = [(None, False, named_plan(name, model.shape, workload, tail=NEW)) for name in PLANS]
-    for percent in rooms:
-        budget = budget_with_room(model.shape, workload, percent, host)
-        weights = kvrecomp.weight_memories(model)
+    weights = kvrecomp.weight_memories(model)
+    for room in rooms:
+        budget = budget_with_room(model.shape, workload, room, host)
         chosen = kvrecomp.make_plan(model.shape, workload, machine, budget, weights=weights, tail=NEW)
-        wanted.append((percent, True, chosen))
-        wanted += [(percent, False, plan) for plan in rivals_within(model, workload, budget)]
-    decoders: dict[Hashable, kvrecomp.Decoder] = {}
+        wanted += [(room, True, chosen), *((room, False, plan) for plan in rivals_within(model, workload, budget))]
+    distinct: dict[Hashable, Plan] = {}
     for _, _, plan in wanted:
-        key, needed = _program_key(plan), kvrecomp.memory_needed(plan)["host"]["blocks"]
-        if key not in decoders and needed > host:
-            size = format_bytes(needed)
-            console.print(f"left out: {plan.name}, {plan.shape.name}, {workload}: {size} of host memory")
-        elif key not in decoders:
-            try:
-                decoders[key] = kvrecomp.Decoder(model, plan, budget=Budget(None, host * 1.01))
-            except PlanError as error:
-                console.print(f"left out: {plan.name}, {workload}: {error}")
+        distinct.setdefault(_program_key(plan), plan)
+    decoders: dict[Hashable, kvrecomp.Decoder] = {}
+    for key, plan in distinct.items():
+        needed = kvrecomp.memory_needed(plan)["host"]["blocks"]
+        try:
+            if needed > host:
+                raise PlanError(f"{format_bytes(needed)} of host memory")
+            decoders[key] = kvrecomp.Decoder(model, plan, budget=Budget(None, host * 1.01))
+        except PlanError as error:
+            console.print(f"left out: {plan.name}, {model.shape.name}, {workload}: {error}")
     title, started = f"{model.shape.name}, {workload}", time.perf_counter()
     with machine_lock.shared():
-        side_by_side(lambda decoder: decoder.compile(prefill=False), list(decoders.values()))
+        side_by_side(lambda decoder: decoder.compile(prefill=False), decoders.values())
     compiled = time.perf_counter()
     with machine_lock.exclusive():
         began = time.perf_counter()
@@ -203,22 +203,14 @@ def measure_workload(
         f"{title}: {len(seconds)} programs, {compiled - started:.0f} s compiling, {began - compiled:.0f} s waiting, "
         f"{time.perf_counter() - began:.0f} s measuring"
     )
-    return [
-        Measured(
-            model.shape.name,
-            workload.batch,
-            workload.prompt,
-            workload.new,
-            plan.name,
-            percent,
-            1e3 * seconds[key],
-            1e3 * float(plan_costs(machine, [plan], write_outs=0).seconds[0]),
-            plan.bytes_in("host"),
-            chosen,
-        )
-        for percent, chosen, plan in wanted
-        if (key := _program_key(plan)) in seconds
-    ]
+    rows = []
+    for room, chosen, plan in wanted:
+        if (median := seconds.get(_program_key(plan))) is not None:
+            predicted = float(plan_costs(machine, [plan], write_outs=0).seconds[0])
+            sizes = (model.shape.name, workload.batch, workload.prompt, workload.new)
+            link_bytes = plan.bytes_in("host")
+            rows.append(Measured(*sizes, plan.name, room, 1e3 * median, 1e3 * predicted, link_bytes, chosen))
+    return rows
 
 
 def measured_again(
@@ -237,8 +229,7 @@ def measured_again(
 def measured_before(path: str | None, about: dict[str, Any]) -> tuple[list[Measured], list[str]]:
     """What the file has already, which is to be added to, and the commands that measured it.
 
-    Raises:
-        ValueError: it is no results file, or of another machine, version of jax or commit.
+    Raises ValueError where it is no results file, or of another machine, version of jax or commit.
     """
     if path is None or not Path(path).exists():
         return [], []

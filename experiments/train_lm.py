@@ -104,15 +104,8 @@ class Config:
     @property
     def model(self) -> models.OPTConfig:
         """The model to be trained."""
-        return models.OPTConfig(
-            name="opt-pydoc",
-            layers=self.layers,
-            hidden=self.hidden,
-            heads=self.heads,
-            intermediate=4 * self.hidden,
-            vocab=corpus.VOCABULARY,
-            positions=self.positions,
-        )
+        sizes = (self.layers, self.hidden, self.heads, 4 * self.hidden, corpus.VOCABULARY, self.positions)
+        return models.OPTConfig("opt-pydoc", *sizes)
 
 
 class State(NamedTuple):
@@ -133,9 +126,8 @@ def forward(
     `rate` of each layer's contributions to the residual stream is dropped. Layers are recomputed for their gradients:
     the attention weights of a batch would not fit otherwise.
     """
-    batch, tokens = token_ids.shape
-    attend = causal(jnp.zeros(batch, jnp.int32))
-    hidden = model.embed(token_ids.T, jnp.arange(tokens)[:, None] + offsets)
+    attend = causal(jnp.zeros(token_ids.shape[0], jnp.int32))
+    hidden = model.embed(token_ids.T, jnp.arange(token_ids.shape[1])[:, None] + offsets)
     for number, layer in enumerate(model.layers):
         graph, parameters = nnx.split(layer)
 
@@ -152,7 +144,7 @@ def forward(
 
 
 def loss_sums(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """Nats of all targets but padding, and how many of them are bytes: logits [t, b, vocab], targets int32[t, b]."""
+    """Nats of all targets but padding, and how many are bytes: logits [t, b, vocab], targets int32[t, b]."""
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.where(targets == corpus.PADDING, 0, nats).sum(), (targets < corpus.END_OF_TEXT).sum()
 
@@ -259,8 +251,7 @@ def train(
 ) -> Result:
     """Trains, saves a checkpoint to `output` and says how it went; `log` is a file for the loss curve.
 
-    A run that was killed is resumed from the state in its `work_dir`. Trains on `corpus.documents()` unless others are
-    given.
+    A run that was killed is resumed from the state in its `work_dir`. `documents` default to `corpus.documents()`.
 
     Raises:
         ValueError: paths as `check_paths`, documents shorter than the context, a `work_dir` of a different run.
@@ -268,8 +259,6 @@ def train(
     """
     started = time.monotonic()
     check_paths(output, work_dir, log)
-    if work_dir is not None:
-        Path(work_dir).mkdir(parents=True, exist_ok=True)
     documents = corpus.documents() if documents is None else documents
     parts = corpus.split(documents)._asdict()
     encoded = {name: corpus.encode(part) for name, part in parts.items()}
@@ -281,13 +270,15 @@ def train(
     windows = {name: evaluation_windows(part, config.context) for name, part in encoded.items()}
 
     graph, parameters = nnx.split(models.create(config.model, dtype="float32", seed=config.seed))
-    state = State(parameters, jax.jit(make_optimizer(config).init)(parameters))
-    best, curve = _on_host(parameters), []
+    state, best = State(parameters, jax.jit(make_optimizer(config).init)(parameters)), _on_host(parameters)
+    curve, step = [], 0
     identity = {**dataclasses.asdict(config), "corpus": corpus.fingerprint(documents)}
-    if saved := restore(work_dir, identity, (state, best)):
-        (state, best), curve = saved
-        print(f"resumed at step {curve[-1]['step']}", file=sys.stderr)
-    step = resumed = curve[-1]["step"] if curve else 0
+    state_file = None if work_dir is None else Path(work_dir) / "state.npz"
+    if state_file and state_file.exists():
+        curve, (state, best) = restore(state_file, identity, (state, best))
+        step = curve[-1]["step"]
+        print(f"resumed at step {step}", file=sys.stderr)
+    resumed = step
     if log is not None:
         write_json(log, curve)
 
@@ -312,7 +303,8 @@ def train(
             curve.append(point)
             if _best(curve) is point:
                 best = _on_host(state.parameters)
-            save(work_dir, identity, (state, best), curve)
+            if state_file:
+                save(state_file, identity, curve, (state, best))
             if log is not None:
                 write_json(log, curve)
 
@@ -346,14 +338,15 @@ def train(
 
 
 def check_paths(output: Any, work_dir: Any, log: Any) -> None:
-    """Raises ValueError for an output that is neither new, empty nor a checkpoint of ours, and for what is inside."""
+    """Makes the work_dir. Raises ValueError where saving would replace a path, or what is no checkpoint of ours."""
     output = Path(output)
-    empty = output.is_dir() and not any(output.iterdir())
-    if output.exists() and not empty and not is_ours(output):
+    if output.exists() and not is_ours(output) and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"output {str(output)!r} is not a checkpoint of ours; choose another directory or remove it")
     for name, path in (("work_dir", work_dir), ("log", log)):
         if path is not None and output.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
             raise ValueError(f"{name} {path} is inside output, which is replaced when saving; move it elsewhere")
+    if work_dir is not None:
+        Path(work_dir).mkdir(parents=True, exist_ok=True)
 
 
 def _best(curve: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -375,34 +368,27 @@ def _progress(steps: int, done: int) -> Iterator[Callable[[int, float], None]]:
         yield lambda step, bits: bar.update(task, completed=step, description=f"{bits:.3f} bits per byte")
 
 
-def save(work_dir: Any, identity: dict[str, Any], tree: Any, curve: list[dict[str, Any]]) -> None:
-    """Keeps the training state in a file that is written in one piece, if there is a work_dir."""
-    if work_dir is not None:
-        with replacing(Path(work_dir) / "state.npz") as beside, beside.open("wb") as file:
-            record = np.array(json.dumps({"identity": identity, "curve": curve}))
-            np.savez(file, *jax.device_get(jax.tree.leaves(tree)), record=record)
+def save(path: Path, identity: dict[str, Any], curve: list[dict[str, Any]], tree: Any) -> None:
+    """Keeps the loss curve and the arrays of a run in a file that is written in one piece."""
+    record = np.array(json.dumps({"identity": identity, "curve": curve}))
+    with replacing(path) as beside, beside.open("wb") as file:
+        np.savez(file, *jax.device_get(jax.tree.leaves(tree)), record=record)
 
 
-def restore(work_dir: Any, identity: dict[str, Any], like: Any) -> tuple[Any, list[dict[str, Any]]] | None:
-    """What was saved last, as a tree like this one, and the loss curve; None if there is nothing.
-
-    Raises ValueError where it is of another run.
-    """
-    if work_dir is None or not (Path(work_dir) / "state.npz").exists():
-        return None
+def restore(path: Path, identity: dict[str, Any], like: Any) -> tuple[list[dict[str, Any]], Any]:
+    """The loss curve and the arrays that were saved last, in a tree like this. Raises ValueError for another run's."""
     leaves, structure = jax.tree.flatten(like)
-    with np.load(Path(work_dir) / "state.npz") as file:
+    with np.load(path) as file:
         record = json.loads(str(file["record"]))
         arrays = [file[f"arr_{number}"] for number in range(len(leaves))]
-    saved = record["identity"]
     for name, value in identity.items():
-        if saved.get(name) != value:
+        if (saved := record["identity"].get(name)) != value:
             raise ValueError(
-                f"work_dir {work_dir} has the state of another run: its {name} is {saved.get(name)!r}, not {value!r}; "
-                "use the same settings or another work_dir"
+                f"work_dir {path.parent} has the state of another run: its {name} is {saved!r}, not {value!r}; use the "
+                "same settings or another work_dir"
             )
     arrays = [jax.device_put(new) if isinstance(old, Array) else new for old, new in zip(leaves, arrays, strict=True)]
-    return jax.tree.unflatten(structure, arrays), record["curve"]
+    return record["curve"], jax.tree.unflatten(structure, arrays)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

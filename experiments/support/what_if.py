@@ -93,10 +93,7 @@ def what_if(
 ) -> WhatIf:
     """The plan that the scheduler makes for so many groups of the workload's rows, and the predicted steps of others
     with as many, and with weights where it has them; `window` in bytes is theirs. Where layers' `weights` are is chosen
-    too, unless it is given.
-
-    Raises:
-        PlanError: the model has too few positions, or nothing fits in the budget; the message says what would.
+    too, unless it is given. Raises PlanError where the model has too few positions, or nothing fits in the budget.
     """
     named_plan("device", shape, workload)  # its one block costs nothing to make, however long a prompt is asked for
     budget = resolve_budget(budget or Budget(), profile)

@@ -1,6 +1,7 @@
 """The main job: what it continues, what it prints, what it checks and how it refuses."""
 
 import dataclasses
+import functools
 import json
 import os
 import subprocess
@@ -27,8 +28,7 @@ def checkpoint(tmp_path_factory) -> Path:
     return path
 
 
-def command(*arguments: str) -> None:
-    scripts.call(generate, *arguments)
+command = functools.partial(scripts.call, generate)
 
 
 def document_of(capsys) -> dict:

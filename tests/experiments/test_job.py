@@ -452,8 +452,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def command(*arguments):
-    scripts.call(generate, *arguments)
+command = functools.partial(scripts.call, generate)
 
 
 def test_the_command_runs_the_job_and_prints_a_summary(files, checkpoint, capsys):

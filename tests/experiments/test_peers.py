@@ -1,6 +1,7 @@
 """Peers: what their rows say, and that Hugging Face's models are those that we measure. No time is asserted."""
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -43,8 +44,7 @@ def preset(monkeypatch):
     monkeypatch.setitem(models.PRESETS, "tiny", TINY["opt"])
 
 
-def command(*arguments: str) -> None:
-    scripts.call(peers, *arguments)
+command = functools.partial(scripts.call, peers)
 
 
 SIZES = ("--model=tiny", "--batch=3", "--prompt=7", "--new=11")

@@ -1,6 +1,7 @@
 """The what-if tool: what it predicts against values worked out by hand, what it draws, and how it refuses."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
@@ -32,8 +33,7 @@ PAIR_BYTES = 2 * HIDDEN * 2 * BATCH * PROMPT * LAYERS  # all keys and values
 LINK, MATMUL = 32e9, 312e12  # of the A100
 
 
-def command(*arguments: str) -> None:
-    scripts.call(plan, *arguments)
+command = functools.partial(scripts.call, plan)
 
 
 def small(budget: Budget | None = None, machine: str = "a100", **changes) -> what_if.WhatIf:

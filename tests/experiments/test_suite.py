@@ -196,9 +196,8 @@ def test_weights_do_not_fit_in_the_budgets_that_are_for_that():
 
 
 def test_workloads_by_name_and_by_set():
-    assert [case.name for case in select(CASES, ["w5", "cached"])] == [
-        *("w1", "w5", "cached-1984", "cached-512", "cached-128")
-    ]
+    names = [case.name for case in select(CASES, ["w5", "cached"])]
+    assert names == ["w1", "w5", "cached-1984", "cached-512", "cached-128"]
     assert select(CASES, []) == list(CASES)
     with pytest.raises(ValueError, match=r"there is no workload 'w7'; there are cached, batches, w1, kvpr, w2, w3"):
         select(CASES, ["w1", "w7"])
@@ -214,11 +213,8 @@ def test_a_short_run_measures_some_rows_by_the_same_commands():
 
 
 def test_a_command_measures_one_row():
-    first, second, room, peer = tasks_of(
-        small("activations", "split:0.5", rooms=[50], peers=["huggingface"], steps=2),
-        peers=["huggingface"],
-        host_gib=7.5,
-    )
+    case = small("activations", "split:0.5", rooms=[50], peers=["huggingface"], steps=2)
+    first, second, room, peer = tasks_of(case, peers=["huggingface"], host_gib=7.5)
     common, sizes = "--model=opt-125m --new=3 --dtype=bfloat16", "--batch=2 --prompt=5"
     ours = f"python experiments/benchmark.py {common} --steps=2 --host_memory_gib=7.5 {sizes}"
     assert first.command == f"{ours} --plans=activations" and second.command == f"{ours} --plans=split:0.5"
@@ -255,19 +251,10 @@ def test_workloads_that_differ_in_rows_or_in_prompts_go_together():
     assert sorted(map(str, itertools.chain(*made))) == sorted(map(str, tasks_of(*cases, peers=["huggingface"])))
     said = [dict(word.partition("=")[::2] for word in arguments(tasks) if "=" in word) for tasks in made]
     sizes = [(words["--batch"], words["--prompt"], words.get("--plans", "a peer")) for words in said]
-    assert sizes[:4] == [
-        ("2,4,3", "5", "activations,device"),
-        ("2,4,3", "5", "a peer"),
-        ("4,2", "7", "activations,device"),
-        ("4,2", "7", "a peer"),
-    ]
-    assert sizes[4:6] == [("2", "5", "activations,device"), ("2", "5", "a peer")]  # again
-    assert sizes[6:] == [
-        ("2", "5", "device"),
-        ("2", "11", "activations,device"),
-        ("2", "5", "activations,device"),
-        ("2", "5", "activations,device"),
-    ]
+    both = "activations,device"
+    assert sizes[:4] == [("2,4,3", "5", both), ("2,4,3", "5", "a peer"), ("4,2", "7", both), ("4,2", "7", "a peer")]
+    assert sizes[4:6] == [("2", "5", both), ("2", "5", "a peer")]  # again
+    assert sizes[6:] == [("2", "5", "device"), ("2", "11", both), ("2", "5", both), ("2", "5", both)]
     for tasks, words in zip(made, said, strict=True):
         asked = itertools.product(words["--batch"].split(","), words["--prompt"].split(","))
         measured_sizes = [(str(task.case.batch), str(task.case.prompt)) for task in tasks]
@@ -415,17 +402,16 @@ def test_neither_the_suite_nor_a_peer_starts_a_backend_of_jax():
 
 def test_rows_have_the_names_and_the_commands_of_their_tasks(benchmark, results):
     tasks = tasks_of(small("activations", "device", rooms=[25.0, 50.0]), small("activations", name="other"))
+    assert [task.key for task in tasks[1:4]] == [
+        ("small", "device", None),
+        ("small", "auto", 25.0),
+        ("small", "auto", 50.0),
+    ]
     out = console()
     measured(tasks, results, out)
     document = read(results)
     assert {name: document[name] for name in ABOUT} == ABOUT and document["copy_gbps"] == 50.0
-    assert [(row["workload"], row["plan"], row["room"]) for row in document["rows"]] == [
-        ("small", "activations", None),
-        ("small", "device", None),
-        ("small", "auto", 25.0),
-        ("small", "auto", 50.0),
-        ("other", "activations", None),
-    ]
+    assert [(row["workload"], row["plan"], row["room"]) for row in document["rows"]] == [task.key for task in tasks]
     assert [row["command"] for row in document["rows"]] == [task.command for task in tasks]
     assert len({task.asked for task in tasks}) == 4
     assert all(0 <= row["seconds"] < 60 for row in document["rows"])  # to a tenth of a second
@@ -457,13 +443,9 @@ def test_what_fails_is_not_the_end_of_the_rest(benchmark, results):
     measured(tasks, results, out)
     assert log_of(benchmark) == [*plans, "device"] and len(processes_of(benchmark)) == 4
     document = read(results)
-    assert [(row["workload"], row["plan"]) for row in document["rows"]] == [
-        ("small", "activations"),
-        ("small", "device"),
-        ("other", "device"),
-    ]
-    reasons = {note["plan"]: note["reason"] for note in document["failed"]}
-    assert reasons == {
+    rows = [(row["workload"], row["plan"]) for row in document["rows"]]
+    assert rows == [("small", "activations"), ("small", "device"), ("other", "device")]
+    assert {note["plan"]: note["reason"] for note in document["failed"]} == {
         "split:0.1": "jaxlib.XlaRuntimeError: RESOURCE_EXHAUSTED",
         "split:0.2": "ended by SIGKILL, maybe for want of host memory; it said nothing",
         "split:0.3": "its process ended without the row",

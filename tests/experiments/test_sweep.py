@@ -1,6 +1,7 @@
 """The sweep: which plans are compared, how they are measured, and what is said of them. No time is asserted."""
 
 import dataclasses
+import functools
 import io
 import itertools
 import json
@@ -156,8 +157,7 @@ def test_the_summary_has_a_line_for_each_prediction_or_choice():
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def command(*arguments: str) -> None:
-    scripts.call(sweep, *arguments)
+command = functools.partial(scripts.call, sweep)
 
 
 @pytest.fixture

@@ -157,12 +157,7 @@ class Survey:
 
 
 def survey(reader: Reader, report: Callable[[Line], None]) -> Survey:
-    """Reads all lines, and reports those with errors.
-
-    Raises:
-        ValueError: two lines have the same id.
-        OSError: the file cannot be read.
-    """
+    """Reads all lines, and reports those with errors. Raises ValueError where two have the same id, and OSError."""
     records, errors, lengths = 0, 0, Counter[int]()
     numbers: dict[bytes, int] = {}  # of the line that an id, kept as its hash, was last seen in
     doubled = ""

@@ -152,11 +152,7 @@ CASES = (
 
 
 def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
-    """The cases of these names or sets, all if there is no name, in their order.
-
-    Raises:
-        ValueError: a name of nothing.
-    """
+    """The cases of these names or sets, all if there is no name, in their order; ValueError for a name of nothing."""
     known = list(dict.fromkeys(name for case in cases for name in (*case.sets, case.name)))
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no workload {unknown[0]!r}; there are {', '.join(known)}")
@@ -185,9 +181,7 @@ JSON_KINDS = {
 def read_cases(path: str | os.PathLike) -> tuple[Case, ...]:
     """The cases of a file: a JSON list of objects with the fields of `Case`.
 
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: it is no such list, or has a name twice.
+    Raises ValueError where it is no such list, or has a name twice, and OSError.
     """
     try:
         given = json.loads(Path(path).read_text(encoding="utf-8"))

@@ -19,9 +19,7 @@ Key = tuple[str, str, float | None]  # workload, plan and room
 class Results:
     """Rows by workload, plan and room; `about` is what the file says of this machine, its software and the commit.
 
-    Raises:
-        OSError: the file cannot be read or written.
-        ValueError: it is another file, or was measured elsewhere.
+    Raises ValueError where the file is another script's, or was measured elsewhere, and OSError.
     """
 
     def __init__(self, path: str | os.PathLike, about: Mapping[str, Any]):

@@ -12,8 +12,8 @@ import numpy as np
 
 import kvrecomp
 from kvrecomp.plan import Memory, Plan
-from kvrecomp.run import memory
 from kvrecomp.run.cache import Block, Cache, allocate_recent, describe_blocks
+from kvrecomp.run.memory import sharding
 
 NEW = 32  # tokens of tail: no step of a measurement writes it out
 WARM_UP, LEAST_STEPS, STEPS, MOST_SECONDS = 2, 5, NEW - 1, 1.5  # short steps vary more
@@ -42,19 +42,19 @@ def filled_cache(plan: Plan) -> Cache:
 
 def _random_block(block: Block, start: int) -> Block:
     arrays = tuple(_random_array(array.shape, np.dtype(array.dtype), block.memory)() for array in block.arrays)
-    return dataclasses.replace(block, arrays=arrays, start=jax.device_put(np.int32(start), memory.sharding("device")))
+    return dataclasses.replace(block, arrays=arrays, start=jax.device_put(np.int32(start), sharding("device")))
 
 
 @functools.cache
-def _random_array(shape: tuple[int, ...], dtype: np.dtype, place: Memory):
-    return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype), out_shardings=memory.sharding(place))
+def _random_array(shape: tuple[int, ...], dtype: np.dtype, memory: Memory):
+    return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype), out_shardings=sharding(memory))
 
 
 def step_seconds(decoder: kvrecomp.Decoder) -> float:
     """Median seconds of a step, dispatched one ahead as `generate` does; compiles it first if it is not."""
     decoder.compile(prefill=False)
     cache = jax.block_until_ready(filled_cache(decoder.plan))
-    tokens = jax.device_put(np.full(decoder.plan.workload.batch, 5, np.int32), memory.sharding("device"))
+    tokens = jax.device_put(np.full(decoder.plan.workload.batch, 5, np.int32), sharding("device"))
     times, waiting = [time.perf_counter()], None
     while len(times) <= STEPS and (len(times) <= LEAST_STEPS or times[-1] - times[0] < MOST_SECONDS):
         cache, logits = decoder.step(cache, tokens)
