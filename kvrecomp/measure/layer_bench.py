@@ -74,9 +74,8 @@ class LayerBench:
             (recent,), (logits,) = decode_step(self._part(weights, run.layers), plan, [blocks], [recent], [token_ids])
             return recent, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-        described = describe_blocks(plan, 0)
-        if not run.copied:
-            described = [[_as_if_copied(block) for block in layer] for layer in described]
+        as_used = (lambda block: block) if run.copied else _as_if_copied
+        described = [list(map(as_used, layer)) for layer in describe_blocks(plan, 0)]
         inputs = (self._weights, described, describe_recent(plan), describe_ints(self._batch))
         placed = (None, shardings(described) if run.copied else None, None, None)
         lowered = jax.jit(step, in_shardings=placed, donate_argnames=("recent",)).lower(*inputs)

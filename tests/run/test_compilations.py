@@ -9,7 +9,6 @@ import jax
 import numpy as np
 import pytest
 import toy
-from kvrecomp.run.window import OVERLAPPING
 
 import kvrecomp
 from experiments.support.suite.step_timing import filled_cache
@@ -17,6 +16,7 @@ from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import LayerPlan, Plan, Workload
 from kvrecomp.run import decoder as runtime
 from kvrecomp.run import programs as programs_module
+from kvrecomp.run.copies import OVERLAPPING
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.programs import Programs, side_by_side
 from kvrecomp.run.sampling import Sampling
