@@ -53,7 +53,7 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
 
 @dataclass(frozen=True)
 class Case:
-    """A model, a plan for it, and the programs that are compared; weights are made only where a plan places them."""
+    """A model, a plan for it, and the programs that are compared."""
 
     name: str
     config: Any
@@ -127,10 +127,9 @@ def cases() -> Iterator[Case]:
 
 def dump(folder: Path, only: Sequence[str]) -> None:
     """Compiles the programs with the code of the checkout that is imported, and writes their normalised texts."""
-    from described_gpu import compile_traced
+    from described_gpu import abstract_model, compile_traced
 
     import kvrecomp
-    import models
 
     logging.set_verbosity(logging.WARNING)
     budget = kvrecomp.Budget.of_gib(device=1000, host=1000)
@@ -142,10 +141,7 @@ def dump(folder: Path, only: Sequence[str]) -> None:
         }
         if not missing:
             continue
-        if all(layer.weights == "device" for layer in case.plan.layers):
-            model = case.config.build(dtype="bfloat16", rngs=None)
-        else:
-            model = models.create(case.config, sharding=kvrecomp.placement(case.plan))
+        model = abstract_model(case.config, kvrecomp.placement(case.plan))
         decoder = kvrecomp.Decoder(model, case.plan, budget=budget)
         traces = {
             "step": decoder._trace_step,

@@ -4,13 +4,17 @@ Needs jax's CUDA plugin (extra `schedule`). The only place that uses private par
 to compile for a device that is not there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jax._src import compiler
 from jax._src.lib import _jax
 from jax.experimental import topologies
+
+from models.checkpoint import Skeleton
 
 H200 = """
 gpu_device_info {
@@ -25,6 +29,17 @@ dnn_version_info { major: 9 minor: 7 }
 device_description_str: "NVIDIA H200"
 """
 A100 = H200.replace("major: 9 } regi", "major: 8 } regi").replace("H200", "A100")  # as far as XLA's scheduler knows it
+
+
+def abstract_model(config: Any, where: Callable[[str, tuple[int, ...]], jax.sharding.Sharding]) -> Any:
+    """A model in bfloat16 of no numbers, whose parameters are said to be where `kvrecomp.placement` has them."""
+    skeleton = Skeleton(config, "bfloat16")
+    return skeleton.fill(
+        {
+            name: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=where(name, shape))
+            for name, shape in skeleton.shapes.items()
+        }
+    )
 
 
 def compile_traced(traced: Any, options: Mapping[str, Any], target: str = H200) -> tuple[str, int]:
