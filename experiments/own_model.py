@@ -142,12 +142,12 @@ def main(given: flags.FlagValues) -> None:
             print(f"step {step}: {jax.device_get(loss):.2f} nats a byte")
 
     prompts = np.stack([text[start : start + PROMPT] for start in (1000, 2000, 3000)])
-    workload = kvrecomp.Workload(*prompts.shape, NEW)
+    workload = kvrecomp.Workload(len(prompts), PROMPT, NEW)
     for name, hosted in (("activations", 0.0), ("keys_values", 0.5)):
         plan = kvrecomp.with_host_weights(kvrecomp.named_plan(name, model.shape, workload), hosted)
         result = kvrecomp.generate(placed(model, plan), prompts, max_new_tokens=NEW, plan=plan, output_logits=True)
         whole = jax.device_get(forward(model, jax.device_put(result.sequences)))
-        difference = abs(result.logits.swapaxes(0, 1) - whole[:, PROMPT - 1 : -1]).max()
+        difference = abs(np.asarray(result.logits).swapaxes(0, 1) - whole[:, PROMPT - 1 : -1]).max()
         print(f"{name}, weights of {hosted:.0%} of the layers in host memory:")
         print(f"  {result.sequences[0, PROMPT:].tolist()}, {bytes(result.sequences[0].tolist())}")
         print(f"  logits differ from the forward pass's by {difference:.1e} at most")

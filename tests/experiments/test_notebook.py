@@ -26,8 +26,8 @@ import json
 
 print(json.dumps({
     "plans": list(measured),
-    "milliseconds": {name: own[0] for name, own in measured.items()},
-    "sent": {name: own[1] for name, own in measured.items()},
+    "milliseconds": {name: milliseconds for name, (milliseconds, _, _) in measured.items()},
+    "sent": {name: sent for name, (_, sent, _) in measured.items()},
     "difference": difference,
     "largest": float(np.abs(reference).max()),
     "workload": [WORKLOAD.batch, WORKLOAD.prompt, WORKLOAD.new],

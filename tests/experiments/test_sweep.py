@@ -66,7 +66,7 @@ def test_of_short_steps_the_least_of_three_medians_counts(model, known_machine, 
     monkeypatch.setattr(sweep, "side_by_side", lambda compile, decoders: None)
     monkeypatch.setattr(sweep, "step_seconds", seconds)
     rows = sweep.measure_workload(model, WORKLOAD, known_machine, [], HOST, quiet())
-    assert measured.pop("recompute") == [0.5] and all(len(own) == 3 for own in measured.values())
+    assert measured.pop("recompute") == [0.5] and all(len(times) == 3 for times in measured.values())
     assert [row.median_ms for row in rows] == [500 if row.plan == "recompute" else 11 for row in rows]
 
 

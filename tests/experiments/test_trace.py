@@ -88,10 +88,10 @@ def xspace(planes: dict[str, dict[str, list[tuple]]]) -> ProfileData:
                 event = names.setdefault(name, len(names) + 1)
                 text.append(f"events {{ metadata_id: {event} offset_ps: {offset} duration_ps: {duration}")
                 for key, value in stats.items():
-                    own = names.setdefault(key, len(names) + 1)
-                    kept = f"ref_value: {names.setdefault(value, len(names) + 1)}"
+                    named = names.setdefault(key, len(names) + 1)
+                    referred = f"ref_value: {names.setdefault(value, len(names) + 1)}"
                     plain = f'str_value: "{value}"' if key == "name" else f"uint64_value: {value}"
-                    text.append(f"stats {{ metadata_id: {own} {kept if key in REFERRED else plain} }}")
+                    text.append(f"stats {{ metadata_id: {named} {referred if key in REFERRED else plain} }}")
                 text.append("}")
             text.append("}")
         for table in ("event_metadata", "stat_metadata"):

@@ -125,7 +125,8 @@ def best_plan(setting: Setting, weights: Memory, profile: HardwareProfile) -> Pl
     Where the paper has the weights in host memory, the plan has as many there as it takes.
     """
     workload = Workload(setting.batch, setting.prompt, setting.new)
-    memories = ["device"] * len(setting.shape.layers) if weights == "device" else None
+    on_device: list[Memory] = ["device"] * len(setting.shape.layers)
+    memories = on_device if weights == "device" else None
     try:
         return scheduler.make_plan(setting.shape, workload, profile, weights=memories, groups=setting.groups)
     except PlanError:

@@ -151,7 +151,7 @@ def script(command: str) -> str:
 def predicted(rows: Sequence[Row]) -> list[predictions.Measured]:
     """The rows that have a prediction; those of experiments/benchmark.py know of no room."""
     fields = [field.name for field in dataclasses.fields(predictions.Measured)]
-    full = [{"room": None} | row for row in rows if row["off"] is not None]
+    full: list[Row] = [{"room": None} | row for row in rows if row["off"] is not None]
     return [predictions.Measured(**{name: row[name] for name in fields if name in row}) for row in full]
 
 
