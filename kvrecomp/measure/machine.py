@@ -133,18 +133,19 @@ def _held_copies(
 
     def copy_all(arrays):
         ops = (Op("copy", blocks=(0,), nbytes=block_bytes), Op("attend", blocks=(0,), frees=block_bytes)) * count
-        order = order_layers((ops,), (0,), room * block_bytes, "pipelined")
-        copies = Copies.begin(order, dict(zip(range(0, 2 * count, 2), itertools.cycle(arrays))))
+        step = order_layers((ops,), (0,), room * block_bytes, "pipelined")
+        (order,) = step.of_layers()
+        copies = Copies.begin(dict(zip(range(0, 2 * count, 2), itertools.cycle(arrays))), step.at_start)
         ends, result = [], jnp.zeros((), arrays[0].dtype)
         for number in range(0, 2 * count, 2):
-            copies, before, x = copies.take(number, result)
+            copies, before, x = copies.take(order, number, result)
             ends.append(before)  # read, or XLA would drop the order with it
             result = x[0, 0, -1]
             if computing:
                 queries = jnp.broadcast_to(x[0, 0], (32, x.shape[-1]))
                 scores = jnp.einsum("nh,sbh->nsb", queries, x)
                 result = jnp.einsum("nsb,sbh->nh", scores, x)
-            copies, result = copies.ended(number + 1, result)
+            copies, result = copies.ended(order, number + 1, result)
         return *ends, result
 
     return _traced(copy_all, block_bytes, blocks).lower().compile(compiler_options=dict(OVERLAPPING))

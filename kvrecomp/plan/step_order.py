@@ -19,9 +19,10 @@ of bytes is on its way or in use. Layer by layer (KVPR's schedule) one copy is o
 the layer before.
 """
 
+import collections
 import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -63,6 +64,20 @@ class Op(NamedTuple):
         return self.kind == "copy" and not self.blocks
 
 
+@dataclass(frozen=True)
+class LayerOrder:
+    """A layer's operations, numbered from its first, which is number `first` of the step.
+
+    When operation n has ended, with some result, the copies `ties[n]` are tied to that result, and those in `starts[n]`
+    start. They may be of later layers. Layers that are equal do the same, wherever they are in the step.
+    """
+
+    ops: tuple[Op, ...]
+    ties: tuple[tuple[int, ...], ...]
+    starts: tuple[tuple[int, ...], ...]
+    first: int = field(compare=False)
+
+
 @dataclass(frozen=True, eq=False)
 class StepOrder:
     """The operations of all layers, numbered in the order of compute; a copy comes where its array is used.
@@ -80,13 +95,32 @@ class StepOrder:
     computed: np.ndarray
     high_water: int
 
-    def of_layer(self, number: int) -> Iterator[tuple[int, Op]]:
-        """The operations of that layer, each with its number in the step."""
-        first = sum(len(self.layers[before]) for before in self.numbers[:number])
-        return enumerate(self.layers[self.numbers[number]], first)
-
     def __iter__(self) -> Iterator[tuple[int, Op]]:
         return enumerate(itertools.chain.from_iterable(self.layers[number] for number in self.numbers))
+
+    @property
+    def at_start(self) -> list[int]:
+        """The copies that start with the step."""
+        return self.copies[self.waits_for == START].tolist()
+
+    def of_layers(self) -> list[LayerOrder]:
+        """The operations of each layer, with the copies that wait for them."""
+        ties: dict[int, list[int]] = collections.defaultdict(list)
+        starts: dict[int, list[int]] = collections.defaultdict(list)
+        for copy, waits_for, computed in zip(self.copies.tolist(), self.waits_for.tolist(), self.computed.tolist()):
+            starts[waits_for].append(copy)
+            for op in {waits_for, computed}:
+                ties[op].append(copy)
+        orders, first = [], 0
+        for number in self.numbers:
+            ops = self.layers[number]
+            tied, started = (
+                tuple(tuple(copy - first for copy in copies[op]) for op in range(first, first + len(ops)))
+                for copies in (ties, starts)
+            )
+            orders.append(LayerOrder(ops, tied, started, first))
+            first += len(ops)
+        return orders
 
 
 def step_order(plan: Plan, write_outs: int = 0, matrices: Sequence[Matrices] | None = None) -> StepOrder:

@@ -1,15 +1,16 @@
 """Copies from host memory to the device within a step, held so that they overlap with compute; and the option without
 which XLA overlaps none of them on some GPUs."""
 
+import itertools
 import types
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import jax
 from jax import Array
 
-from kvrecomp.plan.step_order import START, StepOrder
+from kvrecomp.plan.step_order import LayerOrder
 
 Result = TypeVar("Result")  # arrays in any structure; a hold goes through all of them
 
@@ -21,8 +22,8 @@ OVERLAPPING: Mapping[str, Any] = types.MappingProxyType({"xla_gpu_enable_latency
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Copies:
-    """The arrays that a step's copies bring, by the numbers of their operations in `order`: those in host memory that
-    are `waiting`, and those that have `started`, on the device once they arrive.
+    """The arrays that a step's copies bring, by the numbers of their operations: those in host memory that are
+    `waiting`, and those that have `started`, on the device once they arrive.
 
     XLA may start a copy as early as its operands allow, so it is held: an optimization barrier ties it to the result of
     the operation that it waits for. The barrier's other output, that result, is what the step goes on with; XLA drops
@@ -38,37 +39,59 @@ class Copies:
 
     waiting: dict[int, Array]
     started: dict[int, Array]
-    order: StepOrder = field(metadata={"static": True})
 
     @classmethod
-    def begin(cls, order: StepOrder, arrays: Mapping[int, Array]) -> "Copies":
+    def begin(cls, arrays: Mapping[int, Array], at_start: Sequence[int]) -> "Copies":
         """Those of a step, of which some start with it. `arrays` has the host array of every copy."""
-        return cls(dict(arrays), {}, order)._start(START)
+        return cls(dict(arrays), {})._start(at_start)
 
-    def take(self, number: int, result: Result) -> tuple["Copies", Result, Array]:
+    def of_layer(self, order: LayerOrder) -> "Copies":
+        """Those that the layer awaits or that wait for it, by the layer's numbers."""
+        concerned = {*range(len(order.ops)), *itertools.chain.from_iterable(order.ties)}
+        waiting, started = (
+            {copy - order.first: array for copy, array in arrays.items() if copy - order.first in concerned}
+            for arrays in (self.waiting, self.started)
+        )
+        return Copies(waiting, started)
+
+    def after_layer(self, order: LayerOrder, left: "Copies") -> "Copies":
+        """Those of the step when the layer has left these of its own."""
+        concerned = self.of_layer(order)
+        waiting, started = (
+            {copy: array for copy, array in arrays.items() if copy - order.first not in of_layer}
+            | {copy + order.first: array for copy, array in remaining.items()}
+            for arrays, of_layer, remaining in (
+                (self.waiting, concerned.waiting, left.waiting),
+                (self.started, concerned.started, left.started),
+            )
+        )
+        return Copies(waiting, started)
+
+    # What follows is by a layer's numbers.
+
+    def take(self, order: LayerOrder, number: int, result: Result) -> tuple["Copies", Result, Array]:
         """A block's array, on the device, and `result`; whatever comes of the array waits for `result`.
 
         In this order, because XLA would await the array before it has finished `result`, and the link would rest.
         """
         result, array = jax.lax.optimization_barrier((result, self.started[number]))
-        copies, array = self.ended(number, array)
+        copies, array = self.ended(order, number, array)
         return copies, result, array
 
-    def fetch(self, number: int) -> tuple["Copies", Array]:
+    def fetch(self, order: LayerOrder, number: int) -> tuple["Copies", Array]:
         """An array of weights, on the device; nothing waits for it but what uses it."""
-        return self.ended(number, self.started[number])
+        return self.ended(order, number, self.started[number])
 
-    def ended(self, number: int, result: Result) -> tuple["Copies", Result]:
+    def ended(self, order: LayerOrder, number: int, result: Result) -> tuple["Copies", Result]:
         """Starts the copies that waited for this operation, whose result it is; go on with what this returns."""
-        order, waiting = self.order, dict(self.waiting)
-        for copy in order.copies[(order.waits_for == number) | (order.computed == number)].tolist():
+        waiting = dict(self.waiting)
+        for copy in order.ties[number]:
             result, waiting[copy] = jax.lax.optimization_barrier((result, waiting[copy]))
         started = {copy: array for copy, array in self.started.items() if copy != number}
-        return replace(self, waiting=waiting, started=started)._start(number), result
+        return Copies(waiting, started)._start(order.starts[number]), result
 
-    def _start(self, number: int) -> "Copies":
-        """Starts the copies that wait for this operation."""
+    def _start(self, copies: Sequence[int]) -> "Copies":
         waiting, started = dict(self.waiting), dict(self.started)
-        for copy in self.order.copies[self.order.waits_for == number].tolist():
+        for copy in copies:
             started[copy] = jax.device_put(waiting.pop(copy), jax.memory.Space.Device)
-        return replace(self, waiting=waiting, started=started)
+        return Copies(waiting, started)

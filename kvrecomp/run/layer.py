@@ -7,17 +7,20 @@ attention is one equation, and the jaxpr is evaluated: what wraps that equation 
 at hand.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import jax
+from flax import nnx
 from jax import Array
 from jax.extend import core
 
 from kvrecomp.plan import PlanError
 from kvrecomp.run.attention import Attend, Projections
 
-Result = TypeVar("Result")
+Attention = Callable[[Any, Array, Projections], tuple[Array, Any]]
+"""`attention(context, x, projections)` gives what `attend` returns and what else is made, both any pytrees."""
 
 Input = Array | Callable[[], Array]
 """An array, or what gives it when it is needed."""
@@ -31,51 +34,87 @@ _attention.def_abstract_eval(lambda *_, jaxpr, structure: jaxpr.out_avals)
 _WRAPPERS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
 
 
-def call_layer(
-    layer: Callable[..., Array],
-    attention: Callable[[Array, Projections], tuple[Array, Result]],
-    hidden: Array,
-    weights: Sequence[Input] = (),
-    like: Sequence[Any] = (),
-    attended: Callable[[Result], Result] = lambda result: result,
-) -> tuple[Array, Result]:
-    """`layer(hidden, attend, *weights)`, and what its attention made: hidden [..., h] -> [..., h] and any pytree.
+@dataclass(frozen=True)
+class Layer:
+    """A layer without its parameters: `layer(parameters)(hidden, attend)`."""
 
-    `attention` gives what `attend` returns, and the rest. `weights` are arrays like those in `like`; one that is a
-    function is called once the layer needs the array. `attended` is given what attention made when it is done, before
-    the layer goes on, and may change it.
+    graph: Any
+    structure: Any
 
-    Raises `PlanError` unless the layer attends exactly once, outside of loops and conditions.
-    """
-    shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in like]  # on the device, wherever they are now
-    closed = jax.make_jaxpr(lambda hidden, *weights: layer(hidden, _attend_by(attention), *weights))(hidden, *shapes)
+    @classmethod
+    def split(cls, module: nnx.Module) -> tuple["Layer", list[Array]]:
+        """A module's layer and parameters."""
+        graph, state = nnx.split(module)
+        parameters, structure = jax.tree.flatten(state)
+        return cls(graph, structure), parameters
+
+    def __call__(self, parameters: Sequence[Array]) -> Callable[[Array, Attend], Array]:
+        return nnx.merge(self.graph, jax.tree.unflatten(self.structure, parameters))
+
+
+class Layers:
+    """Calls layers; those that are alike, and attend alike, are traced once."""
+
+    def __init__(self):
+        self._traced: dict[Hashable, core.ClosedJaxpr] = {}
+
+    def call(
+        self,
+        layer: Layer,
+        attention: Attention,
+        hidden: Array,
+        parameters: Sequence[Any],
+        context: Any,
+        given: Mapping[int, Input] | None = None,
+        attended: Callable[[Any], Any] = lambda result: result,
+    ) -> tuple[Array, Any]:
+        """`layer(parameters)(hidden, attend)`, hidden [..., h] -> [..., h], and what else its attention made.
+
+        `given` are arrays in place of parameters, by their numbers, or functions that are called once the layer needs
+        the array. `attended` is given what attention made when it is done, before the layer goes on, and may change it.
+        An `attention` that equals another attends alike.
+
+        Raises `PlanError` unless the layer attends exactly once, outside of loops and conditions.
+        """
+        shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in parameters]  # on the device, wherever now
+        arrays, structure = jax.tree.flatten((hidden, context))
+        key = layer, attention, structure, *map(jax.typeof, arrays), *((like.shape, like.dtype) for like in shapes)
+        if key not in self._traced:
+            self._traced[key] = _trace(layer, attention, hidden, shapes, context)
+        results: list[Any] = []
+
+        def attend(operands: Sequence[Array], jaxpr: core.ClosedJaxpr, structure: Any) -> list[Array]:
+            outputs = core.jaxpr_as_fun(jaxpr)(*operands)
+            _, result = jax.tree.unflatten(structure, outputs)
+            results.append(attended(result))
+            return outputs
+
+        inputs: dict[int, Input] = {**dict(enumerate(parameters)), **(given or {})}
+        (out,) = _evaluate(self._traced[key], [hidden, *inputs.values(), *jax.tree.leaves(context)], attend)
+        return out, results[0]
+
+
+def _trace(
+    layer: Layer, attention: Attention, hidden: Array, parameters: Sequence[jax.ShapeDtypeStruct], context: Any
+) -> core.ClosedJaxpr:
+    """The layer as a jaxpr of these three, whose attention is one equation."""
+
+    def run(hidden: Array, parameters: Sequence[Array], context: Any) -> Array:
+        def attend(x: Array, projections: Projections) -> Array:
+            function = jax.jit(lambda x: attention(context, x, projections))  # what it captures becomes its operands
+            closed, shapes = jax.make_jaxpr(function, return_shape=True)(x)
+            (call,) = closed.jaxpr.eqns
+            values = dict(zip((*closed.jaxpr.constvars, *closed.jaxpr.invars), (*closed.consts, x), strict=True))
+            operands = [values[variable] for variable in call.invars]
+            mixed, *_ = _attention.bind(*operands, jaxpr=call.params["jaxpr"], structure=jax.tree.structure(shapes))
+            return mixed
+
+        return layer(parameters)(hidden, attend)
+
+    closed = jax.make_jaxpr(run)(hidden, parameters, context)
     if (count := _attentions(closed)) != 1:
         raise PlanError(f"a layer called attend {count} times; expected once")
-    results: list[Result] = []
-
-    def attend(operands: Sequence[Array], jaxpr: core.ClosedJaxpr, structure: Any) -> list[Array]:
-        outputs = core.jaxpr_as_fun(jaxpr)(*operands)
-        _, result = jax.tree.unflatten(structure, outputs)
-        results.append(attended(result))
-        return outputs
-
-    (out,) = _evaluate(closed, [hidden, *weights], attend)
-    return out, results[0]
-
-
-def _attend_by(attention: Callable[[Array, Projections], tuple[Array, Any]]) -> Attend:
-    """The `attend` that a layer is given: it makes the one equation."""
-
-    def attend(x: Array, projections: Projections) -> Array:
-        function = jax.jit(lambda x: attention(x, projections))  # what it captures becomes operands of its equation
-        closed, shapes = jax.make_jaxpr(function, return_shape=True)(x)
-        (call,) = closed.jaxpr.eqns
-        values = dict(zip((*closed.jaxpr.constvars, *closed.jaxpr.invars), (*closed.consts, x), strict=True))
-        operands = [values[variable] for variable in call.invars]
-        mixed, *_ = _attention.bind(*operands, jaxpr=call.params["jaxpr"], structure=jax.tree.structure(shapes))
-        return mixed
-
-    return attend
+    return closed
 
 
 def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[Input], attend: Callable[..., list[Array]]) -> list[Array]:

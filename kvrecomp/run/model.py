@@ -13,7 +13,7 @@ class Model(Protocol):
     @property
     def shape(self) -> ModelShape: ...
 
-    layers: Any  # a sequence of callables: layer(hidden [..., h], attend: Attend) -> [..., h]
+    layers: Any  # a sequence of nnx modules: layer(hidden [..., h], attend: Attend) -> [..., h]
 
     def embed(self, token_ids: Array, positions: Array) -> Array:
         """int32[...], int32[...] -> [..., h]."""

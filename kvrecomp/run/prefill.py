@@ -1,17 +1,17 @@
 """The prefill: a whole prompt through a model, and its blocks on their way to where the plan wants them."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvrecomp.plan import LayerPlan, Plan
+from kvrecomp.plan import BlockSpec, Plan
 from kvrecomp.run.attention import Projections, attend_causal, positions_of
 from kvrecomp.run.cache import Block, Recent, after_prompt, cut
-from kvrecomp.run.layer import call_layer
+from kvrecomp.run.layer import Layers
 from kvrecomp.run.model import Model
-from kvrecomp.run.weights import host_weights
+from kvrecomp.run.weights import layer_weights
 
 
 def prefill(
@@ -20,23 +20,15 @@ def prefill(
     """Prompts int32[t, b], left-padded by int32[b] -> blocks, what is recent, logits float32[b, vocab]."""
     hidden = model.embed(token_ids, positions_of(jnp.arange(len(token_ids)), padding))
     blocks: list[tuple[Block, ...]] = []
-    hosted = host_weights(model, plan)
-    coming = _to_device(hosted[0].arrays)
-    for layer_plan, layer, following in zip(plan.layers, hosted, [*hosted[1:], None], strict=True):
-        weights, coming = coming, ()
-        if following is not None and following.arrays:  # they cross the link while this layer is computed
-            hidden, held = jax.lax.optimization_barrier((hidden, following.arrays))
+    weights, layers = layer_weights(model, plan), Layers()
+    coming = _to_device(weights[0].host_arrays)
+    for layer_plan, layer, following in zip(plan.layers, weights, [*weights[1:], None], strict=True):
+        arrived, coming = dict(zip(layer.in_host, coming, strict=True)), []
+        if following is not None and following.in_host:  # they cross the link while this layer is computed
+            hidden, held = jax.lax.optimization_barrier((hidden, following.host_arrays))
             coming = _to_device(held)
-
-        def attention(
-            x: Array, projections: Projections, layer_plan: LayerPlan = layer_plan
-        ) -> tuple[Array, tuple[Block, ...]]:
-            mixed, key, value = attend_causal(projections, x, padding)
-            # Rotated in float32, K may be wider than the model's numbers.
-            tensors = [tensor.astype(plan.shape.dtype) for tensor in (x, key, value)]
-            return mixed, tuple(_place(block) for block in cut(layer_plan.prompt, *tensors))
-
-        hidden, of_layer = call_layer(layer.call, attention, hidden, weights, weights)
+        attention = PromptAttention(layer_plan.prompt, plan.shape.dtype)
+        hidden, of_layer = layers.call(layer.layer, attention, hidden, layer.parameters, padding, arrived)
         blocks.append(of_layer)
         if len(blocks) > 1:
             # The layer before has left the device when this one ends; XLA would copy all layers at the end. The barrier
@@ -46,7 +38,22 @@ def prefill(
     return tuple(blocks), after_prompt(plan, padding), model.unembed(hidden[-1])
 
 
-def _to_device(arrays: tuple[Array, ...]) -> tuple[Array, ...]:
+@dataclass(frozen=True)
+class PromptAttention:
+    """A prompt's attention to itself, which makes the layer's blocks of it."""
+
+    specs: tuple[BlockSpec, ...]
+    dtype: str
+
+    def __call__(self, padding: Array, x: Array, projections: Projections) -> tuple[Array, tuple[Block, ...]]:
+        """x [t, b, h], rows left-padded by int32[b] -> [t, b, n * d], and the blocks where the plan has them."""
+        mixed, key, value = attend_causal(projections, x, padding)
+        # Rotated in float32, K may be wider than the model's numbers.
+        tensors = [tensor.astype(self.dtype) for tensor in (x, key, value)]
+        return mixed, tuple(_place(block) for block in cut(self.specs, *tensors))
+
+
+def _to_device(arrays: list[Array]) -> list[Array]:
     return jax.device_put(arrays, jax.memory.Space.Device)
 
 

@@ -1,6 +1,5 @@
 """A step: one more token of every row through a model, over an explicit cache, in the order that `step_order` gives."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,13 +8,13 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvrecomp.plan import Method, Plan
-from kvrecomp.plan.step_order import TAIL, Op, StepOrder, step_order
+from kvrecomp.plan.step_order import TAIL, LayerOrder, step_order
 from kvrecomp.run.attention import Mixes, Partial, Projections, Query, attend, join, merge
 from kvrecomp.run.cache import Block, Recent, append
 from kvrecomp.run.copies import Copies
-from kvrecomp.run.layer import call_layer
+from kvrecomp.run.layer import Layers
 from kvrecomp.run.model import Model
-from kvrecomp.run.weights import HostWeights, host_weights
+from kvrecomp.run.weights import LayerWeights, layer_weights
 
 Blocks = Sequence[Sequence[Block]]
 """Those of every layer, in token order."""
@@ -29,13 +28,19 @@ def decode_step(
 
     Groups go through the layers together, so that weights are copied, and multiplied with, once for all of them.
     """
-    order, layers = layer_steps(model, plan, blocks, recents)
-    copies = Copies.begin(order, {number: array for layer in layers for number, array in layer.host_arrays().items()})
+    write_outs = len(blocks[0][0]) - len(plan.layers[0].prompt)
+    weights, layers = layer_weights(model, plan), Layers()
+    order = step_order(plan, write_outs, [layer.matrices for layer in weights])
+    steps = [
+        LayerStep(layer_order, weights[number], plan.layers[number].method, _groups(plan, number, blocks, recents))
+        for number, layer_order in enumerate(order.of_layers())
+    ]
+    copies = Copies.begin({number: array for step in steps for number, array in step.host_arrays()}, order.at_start)
     hidden = model.embed(jnp.concatenate(token_ids), jnp.concatenate([recent.positions for recent in recents]))
     tails: list[list[Block]] = []
-    for number, layer in enumerate(layers):
+    for number, step in enumerate(steps):
         with jax.named_scope(f"layer_{number}"):  # metadata only: a trace tells by it which layer a kernel belongs to
-            hidden, tails_of_layer, copies = layer.run(hidden, copies)
+            hidden, tails_of_layer, copies = step.run(layers, hidden, copies)
         tails.append(tails_of_layer)
     after = [
         replace(recent, tails=tuple(tail.arrays for tail in group), length=recent.length + 1)
@@ -44,101 +49,102 @@ def decode_step(
     return after, jnp.split(model.unembed(hidden), len(recents))
 
 
-def layer_steps(
-    model: Model, plan: Plan, blocks: Sequence[Blocks], recents: Sequence[Recent]
-) -> tuple[StepOrder, list["LayerStep"]]:
-    """The order of the step that these caches are at, and what each layer does in it."""
-    write_outs = len(blocks[0][0]) - len(plan.layers[0].prompt)
-    weights = host_weights(model, plan)
-    order = step_order(plan, write_outs, [layer.matrices for layer in weights])
-    layers = []
-    for number, (layer_plan, shape) in enumerate(zip(plan.layers, plan.shape.layers)):
-        groups = [
-            GroupStep(recent, recent.tail(number), shape.in_sight(of_layers[number]))
-            for of_layers, recent in zip(blocks, recents)
-        ]
-        layers.append(LayerStep(dict(order.of_layer(number)), weights[number], layer_plan.method, groups))
-    return order, layers
-
-
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GroupStep:
-    """What a layer works on of one group: its tail, and its blocks in sight."""
+    """What a layer works on of one group: its tail and its blocks in sight, and where its rows are (see `Recent`)."""
 
-    recent: Recent
+    length: Array
+    padding: Array
     tail: Block
     blocks: tuple[Block, ...]
 
 
+def _groups(plan: Plan, layer: int, blocks: Sequence[Blocks], recents: Sequence[Recent]) -> list[GroupStep]:
+    in_sight = plan.shape.layers[layer].in_sight
+    return [
+        GroupStep(recent.length, recent.padding, recent.tail(layer), in_sight(group[layer]))
+        for group, recent in zip(blocks, recents, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class LayerStep:
-    """A layer's operations in a step, by number, and what they work on."""
+    """A layer's part of a step, and what it works on."""
 
-    ops: dict[int, Op]
-    weights: HostWeights
+    order: LayerOrder
+    weights: LayerWeights
     method: Method
     groups: list[GroupStep]
 
-    def host_arrays(self) -> dict[int, Array]:
-        """What its copies bring, by the numbers of their operations."""
-        matrices = iter(self.weights.arrays)
-        return {
-            number: next(matrices) if op.copies_weights else self.groups[op.group].blocks[op.blocks[0]].arrays[0]
-            for number, op in self.ops.items()
-            if op.kind == "copy"
-        }
+    def host_arrays(self) -> list[tuple[int, Array]]:
+        """What its copies bring, with the numbers of their operations in the step."""
+        matrices, arrays = iter(self.weights.host_arrays), []
+        for number, op in enumerate(self.order.ops, self.order.first):
+            if op.kind == "copy":
+                blocks = [self.groups[op.group].blocks[place] for place in op.blocks]
+                arrays.append((number, blocks[0].arrays[0] if blocks else next(matrices)))
+        return arrays
 
-    def run(self, hidden: Array, copies: Copies) -> tuple[Array, list[Block], Copies]:
-        """hidden [rows, h], group after group -> the same, the groups' tails with the new tokens, what is to come."""
-        numbers = [number for number, op in self.ops.items() if op.copies_weights]
+    def run(self, layers: Layers, hidden: Array, copies: Copies) -> tuple[Array, list[Block], Copies]:
+        """hidden [rows, h], group after group -> the same, each group's tail with its new token, the copies to come."""
+        order, (layer, parameters, in_host, before) = self.order, self.weights
+        of_weights = [number for number, op in enumerate(order.ops) if op.copies_weights]
+        concerned = copies.of_layer(order)
         arrived: dict[int, Array] = {}
-        for number in numbers[: self.weights.before]:
-            copies, arrived[number] = copies.fetch(number)
+        for parameter, number in zip(in_host[:before], of_weights):
+            concerned, arrived[parameter] = concerned.fetch(order, number)
 
         def attended(result: tuple[list[Block], Copies]) -> tuple[list[Block], Copies]:
-            tails, copies = result
-            for number in numbers[self.weights.before :]:
-                copies, arrived[number] = copies.fetch(number)
-            return tails, copies
+            tails, concerned = result
+            for parameter, number in zip(in_host[before:], of_weights[before:]):
+                concerned, arrived[parameter] = concerned.fetch(order, number)
+            return tails, concerned
 
-        hidden, (tails, copies) = call_layer(
-            self.weights.call,
-            functools.partial(self.attend, copies),
-            hidden,
-            [functools.partial(arrived.__getitem__, number) for number in numbers],
-            self.weights.arrays,
-            attended,
-        )
-        copies, hidden = copies.ended(max(self.ops), hidden)
-        return hidden, tails, copies
+        given = {parameter: lambda parameter=parameter: arrived[parameter] for parameter in in_host}
+        attention, context = CachedAttention(order, self.method), (self.groups, concerned)
+        hidden, (tails, concerned) = layers.call(layer, attention, hidden, parameters, context, given, attended)
+        concerned, hidden = concerned.ended(order, len(order.ops) - 1, hidden)
+        return hidden, tails, copies.after_layer(order, concerned)
 
-    def attend(self, copies: Copies, x: Array, projections: Projections) -> tuple[Array, tuple[list[Block], Copies]]:
+
+@dataclass(frozen=True)
+class CachedAttention:
+    """The attention of a layer's new tokens, which makes the tails with them, and starts copies as its order says."""
+
+    order: LayerOrder
+    method: Method
+
+    def __call__(
+        self, context: tuple[list[GroupStep], Copies], x: Array, projections: Projections
+    ) -> tuple[Array, tuple[list[Block], Copies]]:
         """x [rows, h] -> [rows, n * d], the tails and the copies to come.
 
         Rows of all groups go through the projections at once, and attend one group after the other, as blocks arrive.
         """
-        positions = jnp.concatenate([group.recent.positions for group in self.groups])
+        groups, copies = context
+        positions = jnp.concatenate([group.length - group.padding for group in groups])
         new = x, projections.keys(x, positions), projections.values(x)  # not computed where not appended
-        of_groups = zip(*(jnp.split(rows, len(self.groups)) for rows in (*new, projections.queries(x, positions))))
+        of_groups = zip(*(jnp.split(rows, len(groups)) for rows in (*new, projections.queries(x, positions))))
         mixed, tails = [], []
-        for number, (group, (x, key, value, queries)) in enumerate(zip(self.groups, of_groups)):
-            query = Query(projections, queries, group.recent.length, group.recent.padding)
-            tail = append(group.tail, group.recent.length, x, key, value)
+        for number, (group, (x, key, value, queries)) in enumerate(zip(groups, of_groups)):
+            query = Query(projections, queries, group.length, group.padding)
+            tail = append(group.tail, group.length, x, key, value)
             blocks = {TAIL: tail, **dict(enumerate(group.blocks))}
             partials: dict[Mixes, Partial] = {}
-            for op_number, op in self.ops.items():
+            for op_number, op in enumerate(self.order.ops):
                 if op.group != number or not op.blocks:
                     continue
                 with jax.named_scope(op.label):
                     if op.kind == "copy":
                         newest, partial = partials.popitem()
-                        copies, partials[newest], array = copies.take(op_number, partial)
+                        copies, partials[newest], array = copies.take(self.order, op_number, partial)
                         (place,) = op.blocks
                         blocks[place] = replace(blocks[place], arrays=(array,))
                     else:
                         partials = join(partials, attend(query, [blocks[place] for place in op.blocks], self.method))
                         newest, partial = partials.popitem()
-                        copies, partials[newest] = copies.ended(op_number, partial)
+                        copies, partials[newest] = copies.ended(self.order, op_number, partial)
             mixed.append(merge(query, partials))
             tails.append(tail)
         return jnp.concatenate(mixed), (tails, copies)

@@ -17,11 +17,11 @@ from flax import nnx
 from jax import Array
 from jax.sharding import Sharding
 
-from kvrecomp.plan import LayerPlan, LayerShape, Memory, Plan, PlanError
+from kvrecomp.plan import LayerShape, Memory, Plan, PlanError
 from kvrecomp.plan.step_order import Matrices
 from kvrecomp.run import memory
-from kvrecomp.run.attention import Attend, Projections
-from kvrecomp.run.layer import call_layer
+from kvrecomp.run.attention import Projections
+from kvrecomp.run.layer import Layer, Layers
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -92,62 +92,51 @@ def check_placement(model: Any, plan: Plan) -> None:
 # --- the order in which a layer uses them -----------------------------------------------------------------------------
 
 
-class HostWeights(NamedTuple):
-    """A layer's weights in host memory in the order of use, the first `before` of them up to its attention.
+class LayerWeights(NamedTuple):
+    """A layer and its parameters; `in_host` are the numbers of those in host memory in the order of use, the first
+    `before` of them up to its attention."""
 
-    `call(hidden, attend, *arrays)` is the layer with these arrays in place of its own.
-    """
+    layer: Layer
+    parameters: list[Array]
+    in_host: tuple[int, ...] = ()
+    before: int = 0
 
-    call: Callable[..., Array]
-    arrays: tuple[Array, ...]
-    before: int
+    @property
+    def host_arrays(self) -> list[Array]:
+        return [self.parameters[number] for number in self.in_host]
 
     @property
     def matrices(self) -> Matrices:
-        sizes = tuple(array.size * array.dtype.itemsize for array in self.arrays)
+        """Bytes of those in host memory."""
+        sizes = tuple(array.size * array.dtype.itemsize for array in self.host_arrays)
         return sizes[: self.before], sizes[self.before :]
 
 
-def host_weights(model: Any, plan: Plan) -> list[HostWeights]:
+def layer_weights(model: Any, plan: Plan) -> list[LayerWeights]:
     """Those of every layer."""
-    layers = zip(model.layers, plan.layers, plan.shape.layers, strict=True)
-    return [_host_weights(*layer, plan.workload.batch) for layer in layers]
-
-
-def _host_weights(layer: nnx.Module, plan: LayerPlan, shape: LayerShape, batch: int) -> HostWeights:
-    # The module is made anew within the layer's own trace: nnx.remat updates its parameters, which are of this one.
-    graph, state = nnx.split(layer)
-    leaves, structure = jax.tree.flatten(state)
-    in_host: tuple[int, ...] = ()
-    before = 0
-    if plan.weights == "host":
-        like = tuple((leaf.shape, leaf.dtype) for leaf in leaves)
-        used_before, used_after = (
-            [number for number in part if is_matrix(leaves[number].shape, shape)]
-            for part in _order_of_use(graph, structure, like, shape, batch)
-        )
-        in_host, before = (*used_before, *used_after), len(used_before)
-
-    def call(hidden: Array, attend: Attend, *arrays: Array) -> Array:
-        given = dict(zip(in_host, arrays, strict=True))
-        weights = [given.get(number, leaf) for number, leaf in enumerate(leaves)]
-        return nnx.merge(graph, jax.tree.unflatten(structure, weights))(hidden, attend)
-
-    return HostWeights(call, tuple(leaves[number] for number in in_host), before)
+    found = []
+    for module, layer_plan, shape in zip(model.layers, plan.layers, plan.shape.layers, strict=True):
+        layer, parameters = Layer.split(module)
+        in_host: tuple[int, ...] = ()
+        before = 0
+        if layer_plan.weights == "host":
+            like = tuple((array.shape, array.dtype) for array in parameters)
+            used = _order_of_use(layer, like, shape, plan.workload.batch)
+            first, then = ([number for number in part if is_matrix(like[number][0], shape)] for part in used)
+            in_host, before = (*first, *then), len(first)
+        found.append(LayerWeights(layer, parameters, in_host, before))
+    return found
 
 
 @functools.lru_cache(maxsize=256)
 def _order_of_use(
-    graph: Any, structure: Any, like: tuple[tuple[tuple[int, ...], Any], ...], shape: LayerShape, batch: int
+    layer: Layer, like: tuple[tuple[tuple[int, ...], Any], ...], shape: LayerShape, batch: int
 ) -> tuple[list[int], list[int]]:
-    """The numbers of the leaves that the layer uses up to its attention, and of those after, in the order of use."""
+    """The numbers of the parameters that the layer uses up to its attention and of those after, in the order of use."""
     used: dict[int, None] = {}
     used_before = 0
 
-    def call(hidden: Array, attend: Attend, *weights: Array) -> Array:
-        return nnx.merge(graph, jax.tree.unflatten(structure, weights))(hidden, attend)
-
-    def attention(x: Array, projections: Projections) -> tuple[Array, list[Array]]:
+    def attention(_: None, x: Array, projections: Projections) -> tuple[Array, list[Array]]:
         positions = jnp.zeros(batch, jnp.int32)
         heads = [projections.keys(x, positions), projections.values(x), projections.queries(x, positions)]
         return jnp.zeros((batch, shape.heads * shape.head_dim), x.dtype), heads
@@ -157,14 +146,14 @@ def _order_of_use(
         used_before = len(used)
         return heads
 
-    def run(hidden: Array, *weights: Array) -> Array:
+    def run(hidden: Array, *parameters: Array) -> Array:
         def needed(number: int) -> Callable[[], Array]:
-            return lambda: used.setdefault(number) or weights[number]
+            return lambda: used.setdefault(number) or parameters[number]
 
-        inputs = [needed(number) for number in range(len(weights))]
-        return call_layer(call, attention, hidden, inputs, weights, attended)[0]
+        given = {number: needed(number) for number in range(len(parameters))}
+        return Layers().call(layer, attention, hidden, parameters, None, given, attended)[0]
 
-    leaves = [jax.ShapeDtypeStruct(*leaf) for leaf in like]
-    jax.eval_shape(run, jax.ShapeDtypeStruct((batch, shape.hidden), like[0][1]), *leaves)
+    parameters = [jax.ShapeDtypeStruct(*array) for array in like]
+    jax.eval_shape(run, jax.ShapeDtypeStruct((batch, shape.hidden), like[0][1]), *parameters)
     numbers = list(used)
     return numbers[:used_before], numbers[used_before:]

@@ -70,7 +70,8 @@ def test_the_operations_of_a_layer():
     assert len(order.layers) == 1 and order.numbers == (0, 0, 0)
     numbered = list(order)
     assert numbered == [(number, op) for number, (_, op) in enumerate(numbered)]
-    assert list(order.of_layer(1)) == numbered[len(order.layers[0]) : 2 * len(order.layers[0])]
+    first = len(order.layers[0])
+    assert [(layer.first, layer.ops) for layer in order.of_layers()] == [(n * first, order.layers[0]) for n in range(3)]
 
 
 def test_matrices_of_a_model_count_instead_of_its_shape():

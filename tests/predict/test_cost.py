@@ -527,10 +527,10 @@ def test_a_copy_is_held_until_the_last_task_of_what_it_waits_for(plan, write_out
     """Operations have one task, but for those of attention and for absorbing, which some layers need not do."""
     tasks, order = each_task(plan, write_outs), step_order(plan, write_outs)
     counts = []
-    for number, (layer, shape) in enumerate(zip(plan.layers, plan.shape.layers)):
+    for layer, shape, layer_order in zip(plan.layers, plan.shape.layers, order.of_layers()):
         blocks = shape.in_sight(layer.blocks(write_outs, plan.tail))
         forms = {block.form for block in blocks} | {layer.tail_form}
-        for _, op in order.of_layer(number):
+        for op in layer_order.ops:
             apart = [
                 place != TAIL and blocks[place].memory == "device" and blocks[place].form != layer.tail_form
                 for place in op.blocks

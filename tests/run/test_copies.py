@@ -43,17 +43,21 @@ def test_copies_are_held_as_the_order_says(plan, write_outs):
         mock.patch.object(jax.lax, "optimization_barrier", tie),
         mock.patch.object(jax, "device_put", device_put),
     ):
-        copies = Copies.begin(order, {number: Tied(number) for number in order.copies.tolist()})
-        for number, op in ops.items():
-            before, through = (Tied(after=frozenset(range(end))) for end in (number, number + 1))
-            if op.copies_weights:
-                copies, array = copies.fetch(number)
-                assert array.number == number
-            elif op.kind == "copy":
-                copies, result, array = copies.take(number, before)
-                assert array.number == number and number in array.after and result.after >= before.after
-            else:
-                copies, _ = copies.ended(number, through)
+        copies = Copies.begin({number: Tied(number) for number in order.copies.tolist()}, order.at_start)
+        for layer in order.of_layers():
+            concerned = copies.of_layer(layer)
+            for place, op in enumerate(layer.ops):
+                number = layer.first + place
+                before, through = (Tied(after=frozenset(range(end))) for end in (number, number + 1))
+                if op.copies_weights:
+                    concerned, array = concerned.fetch(layer, place)
+                    assert array.number == number
+                elif op.kind == "copy":
+                    concerned, result, array = concerned.take(layer, place, before)
+                    assert array.number == number and number in array.after and result.after >= before.after
+                else:
+                    concerned, _ = concerned.ended(layer, place, through)
+            copies = copies.after_layer(layer, concerned)
     assert [array.number for array in started] == order.copies.tolist()
     assert not copies.waiting and not copies.started
     for array, waits_for in zip(started, order.waits_for.tolist(), strict=True):

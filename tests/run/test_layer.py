@@ -14,7 +14,7 @@ from flax import nnx
 import kvrecomp
 from kvrecomp.plan import PlanError
 from kvrecomp.run.attention import Projection, Projections
-from kvrecomp.run.layer import call_layer
+from kvrecomp.run.layer import Layer, Layers
 
 WORKLOAD = kvrecomp.Workload(batch=3, prompt=11, new=9)
 
@@ -122,19 +122,37 @@ def test_no_tracer_leaks(name):
 PROJECTIONS = Projections(*[Projection(np.ones((5, 2, 3), np.float32))] * 3, scale=1.0)
 
 
-def attention(x, projections):
-    return 2 * x, {"made": projections.key(x)}
+class Own(nnx.Module):
+    """A layer with a scale, which it needs after its attention."""
+
+    def __init__(self, run):
+        self.scale = nnx.Param(toy.put(np.float32(3)))
+        self.run = run
+
+    def __call__(self, hidden, attend):
+        return self.scale[...] * self.run(hidden, lambda x: attend(x, PROJECTIONS))
 
 
-def test_what_attention_makes_comes_back():
-    def layer(hidden, attend, scale):
-        return scale * attend(hidden, PROJECTIONS)
+def attention(context, x, projections):
+    return context * x, {"made": projections.key(x)}
 
-    hidden, scale = toy.put(np.arange(5, dtype=np.float32)), toy.put(np.float32(3))
-    events = []
+
+@jax.jit
+def hidden_state():
+    return jnp.arange(5.0)
+
+
+def test_what_attention_makes_comes_back_and_layers_alike_are_traced_once():
+    events, traced = [], []
+
+    def run(hidden, attend):
+        traced.append(1)
+        return attend(hidden)
+
+    layers = [Layer.split(Own(run)) for _ in range(3)]
 
     @jax.jit
-    def run(hidden, scale):
+    def program(hidden, scale):
         def needed():
             events.append("scale is needed")
             return scale
@@ -143,22 +161,29 @@ def test_what_attention_makes_comes_back():
             events.append("attention is done")
             return {"made": result["made"] + 1}
 
-        return call_layer(layer, attention, hidden, [needed], [scale], attended)
+        results, calls = [], Layers()
+        for layer, parameters in layers:
+            hidden, result = calls.call(layer, attention, hidden, parameters, jnp.float32(2), {0: needed}, attended)
+            results.append(result["made"])
+        return hidden, results
 
-    found, result = run(hidden, scale)
-    np.testing.assert_array_equal(toy.get(found), 6 * np.arange(5))
-    np.testing.assert_array_equal(toy.get(result["made"]), np.full((2, 3), 11))
-    assert events == ["attention is done", "scale is needed"]
+    found, made = program(hidden_state(), toy.put(np.float32(5)))
+    np.testing.assert_array_equal(toy.get(found), 10**3 * np.arange(5))
+    for number, array in enumerate(made):
+        np.testing.assert_array_equal(toy.get(array), np.full((2, 3), 10 * 10**number + 1))
+    assert events == ["attention is done", "scale is needed"] * 3
+    assert len(traced) == 1
 
 
 @pytest.mark.parametrize(
-    ("layer", "message"),
+    ("run", "message"),
     [
         (lambda x, attend: x, "a layer called attend 0 times"),
-        (lambda x, attend: attend(x, PROJECTIONS) + attend(x, PROJECTIONS), "a layer called attend 2 times"),
-        (lambda x, attend: jax.lax.map(lambda x: attend(x, PROJECTIONS), x[None]), "attend inside scan"),
+        (lambda x, attend: attend(x) + attend(x), "a layer called attend 2 times"),
+        (lambda x, attend: jax.lax.map(attend, x[None])[0], "attend inside scan"),
     ],
 )
-def test_a_layer_that_does_not_attend_once_is_refused(layer, message):
+def test_a_layer_that_does_not_attend_once_is_refused(run, message):
+    layer, parameters = Layer.split(Own(run))
     with pytest.raises(PlanError, match=message):
-        call_layer(layer, attention, toy.put(np.arange(5, dtype=np.float32)))
+        Layers().call(layer, attention, hidden_state(), parameters, toy.put(np.float32(2)))

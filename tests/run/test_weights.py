@@ -81,12 +81,12 @@ def test_matrices_are_copied_in_the_order_of_their_use(config):
     """K's and V's projections first; the sizes that plans count with are those of the parameters, in the same order."""
     model = models.create(config, dtype="float32")
     plan = with_host_weights(kvrecomp.named_plan("activations", model.shape, WORK), 1.0)
-    found = weights.host_weights(model, plan)[0]
+    found = weights.layer_weights(model, plan)[0]
     layer = model.layers[0]
     gate = [] if config is OPT else [layer.feed_forward.gate]
     attention, feed_forward = layer.attention, layer.feed_forward
     used = attention.key, attention.value, attention.query, attention.output, *gate, feed_forward.up, feed_forward.down
-    assert [id(array) for array in found.arrays] == [id(module.kernel.get_value()) for module in used]
+    assert [id(array) for array in found.host_arrays] == [id(module.kernel.get_value()) for module in used]
     assert found.before == 3
     sizes = tuple(tuple(nbytes // 4 for nbytes in part) for part in found.matrices)
     assert sizes == model.shape.layers[0].matrices
