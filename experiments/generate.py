@@ -17,7 +17,6 @@ was killed; see `experiments.support.job.runner`. From a notebook:
 """
 
 import dataclasses
-import functools
 import json
 import statistics
 import sys
@@ -26,8 +25,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
 from absl import flags
 from rich.console import Console
 from rich.text import Text
@@ -36,9 +33,10 @@ from tokenizers import Tokenizer
 import kvrecomp
 import models
 from experiments.support import script
-from experiments.support.job import runner as job
-from experiments.support.job.runner.input import checkpoint_hash
-from experiments.support.job.runner.runner import BATCH
+from experiments.support.check import Check, check_logits
+from experiments.support.job import runner
+from experiments.support.job.reader import checkpoint_hash
+from experiments.support.job.runner import BATCH
 from experiments.support.prompts import ENDS, PADS, PROMPTS, encode, is_ids, read_prompts, special_tokens
 from experiments.support.results.report import run_info
 from experiments.support.source import SHIPPED, Source
@@ -46,65 +44,35 @@ from kvrecomp.plan import AUTO, format_bytes
 from kvrecomp.plan.footprint import check_within
 from kvrecomp.plan.named import NAMES
 from kvrecomp.run.limits import limits
-from kvrecomp.run.prompt import split_groups
 from kvrecomp.run.sampling import Sampling
 
 NEW_TOKENS = 200
 WIDTH = 120  # of what is printed into a file or a pipe
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
-    """Called by the script only: notebooks and tests import without them."""
-    defining = (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool)
-    string, integer, number, boolean = (functools.partial(define, flag_values=into) for define in defining)
-    string("checkpoint", str(SHIPPED), "Directory of a model: Hugging Face's format, or models.save's.")
-    string("model", None, "Instead of a checkpoint, a preset with random weights; ids are printed.")
-    flags.DEFINE_multi_string("prompt", [], "Text to continue; repeatable. Default: a few built in.", flag_values=into)
-    string("prompts_file", None, "More prompts, one a line; blank lines are skipped.")
-    integer("max_new_tokens", NEW_TOKENS, "Most new tokens a row.", lower_bound=1)
-    string("input", None, "Instead of prompts, a file of them: lines of JSON, with a prompt and maybe an id.")
-    string("output", None, "Where to write records of an input; one that is there is gone on with.")
-    integer("batch", BATCH, "Most prompts of an input decoded at once.", lower_bound=1)
-    string("plan", AUTO, f"What is cached how and where: {AUTO}, the fastest; or {', '.join(NAMES)}.")
-    number("window_mib", None, "Bytes from the host in flight or in use, in MiB; default: as the plan needs.")
-    integer("tail", None, "Tokens in the tail; default: as the plan needs.", lower_bound=1)
-    number("device_memory_gib", None, "Device memory to use, weights included; default: what is free.")
-    number("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
-    boolean("do_sample", True, "Sample; --nodo_sample takes the likeliest token.")
-    number("temperature", 0.7, "Logits are divided by it.")
-    integer("top_k", 0, "Sample from so many of the likeliest tokens; 0: all.")
-    number("top_p", 0.9, "Sample from the fewest tokens that have this probability together.")
-    integer("seed", 0, "Of sampling, and of random weights.", lower_bound=0, upper_bound=2**32 - 1)
-    string("dtype", None, "Of weights and cache; default: float32 on a CPU, else as stored or bfloat16.")
-    boolean("check", True, "Compare the logits with those of a plan with the cache in the other memory.")
-    boolean("json", False, "Print a JSON document as the last line of standard output.")
-
-
-@dataclass(frozen=True)
-class Check:
-    """How far logits are from those of another plan that is fed the same tokens.
-
-    `difference` is the largest absolute one, None where the other plan could not be run, for the `reason` given.
-    """
-
-    plan: str
-    difference: float | None
-    tolerance: float
-    reason: str = ""
-
-    @property
-    def passed(self) -> bool:
-        """Whether the difference is within the tolerance; a check that could not be made has not failed."""
-        return self.difference is None or self.difference <= self.tolerance
-
-    def __str__(self) -> str:
-        if self.difference is None:
-            return f"logits not compared with those of plan {self.plan}: {self.reason}"
-        verdict = "equal" if self.passed else "DIFFER FROM"
-        return (
-            f"logits {verdict} those of plan {self.plan}: largest difference {self.difference:.2g}, "
-            f"tolerance {self.tolerance:.2g}"
-        )
+def define_flags(into: flags.FlagValues) -> None:
+    define = script.Define(into)
+    define.string("checkpoint", str(SHIPPED), "Directory of a model: Hugging Face's format, or models.save's.")
+    define.string("model", None, "Instead of a checkpoint, a preset with random weights; ids are printed.")
+    define.strings("prompt", [], "Text to continue; repeatable. Default: a few built in.")
+    define.string("prompts_file", None, "More prompts, one a line; blank lines are skipped.")
+    define.integer("max_new_tokens", NEW_TOKENS, "Most new tokens a row.", lower_bound=1)
+    define.string("input", None, "Instead of prompts, a file of them: lines of JSON, with a prompt and maybe an id.")
+    define.string("output", None, "Where to write records of an input; one that is there is gone on with.")
+    define.integer("batch", BATCH, "Most prompts of an input decoded at once.", lower_bound=1)
+    define.string("plan", AUTO, f"What is cached how and where: {AUTO}, the fastest; or {', '.join(NAMES)}.")
+    define.number("window_mib", None, "Bytes from the host in flight or in use, in MiB; default: as the plan needs.")
+    define.integer("tail", None, "Tokens in the tail; default: as the plan needs.", lower_bound=1)
+    define.number("device_memory_gib", None, "Device memory to use, weights included; default: what is free.")
+    define.number("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
+    define.boolean("do_sample", True, "Sample; --nodo_sample takes the likeliest token.")
+    define.number("temperature", 0.7, "Logits are divided by it.")
+    define.integer("top_k", 0, "Sample from so many of the likeliest tokens; 0: all.")
+    define.number("top_p", 0.9, "Sample from the fewest tokens that have this probability together.")
+    define.integer("seed", 0, "Of sampling, and of random weights.", lower_bound=0, upper_bound=2**32 - 1)
+    define.string("dtype", None, "Of weights and cache; default: float32 on a CPU, else as stored or bfloat16.")
+    define.boolean("check", True, "Compare the logits with those of a plan with the cache in the other memory.")
+    define.boolean("json", False, "Print a JSON document as the last line of standard output.")
 
 
 @dataclass(frozen=True)
@@ -147,73 +115,22 @@ def continue_prompts(
 ) -> Run:
     """Continues the prompts together under the plan; `check` compares all logits with those of another plan.
 
-    Raises:
-        PromptError, PlanError, FloatingPointError: as `kvrecomp.generate`.
+    Raises PromptError, PlanError and FloatingPointError as `kvrecomp.generate`.
     """
     ids, mask = encode(tokenizer, prompts)
     ends, pads = special_tokens(tokenizer, ENDS), special_tokens(tokenizer, PADS)
-    result = kvrecomp.generate(
-        model,
-        ids,
-        mask,
-        max_new_tokens=max_new_tokens,
-        plan=plan,
-        budget=budget,
-        eos_token_id=ends or None,
-        pad_token_id=pads[0] if pads else None,
-        output_logits=check,
-        **dataclasses.asdict(sampling or Sampling()),
-    )
+    options = {"max_new_tokens": max_new_tokens, "plan": plan, "budget": budget, "output_logits": check}
+    options |= {"eos_token_id": ends or None, "pad_token_id": pads[0] if pads else None}
+    result = kvrecomp.generate(model, ids, mask, **options, **dataclasses.asdict(sampling or Sampling()))
     new = [row[ids.shape[1] :][:count].tolist() for row, count in zip(result.sequences, result.new_tokens)]
     return Run(
         prompts=list(prompts),
         prompt_tokens=mask.sum(axis=1).tolist(),
         continuations=new,
-        texts=None if tokenizer is None else [tokenizer.decode(own) for own in new],
+        texts=None if tokenizer is None else [tokenizer.decode(ids) for ids in new],
         result=result,
         check=check_logits(model, result, mask, budget) if check else None,
     )
-
-
-def check_logits(
-    model: models.CausalLM, result: kvrecomp.Generated, mask: np.ndarray, budget: kvrecomp.Budget | None = None
-) -> Check:
-    """Decodes the same tokens with the cache on the device, or with K and V in host memory if it was on the device or
-    does not fit there.
-
-    The difference is rounding: float32 is held to 1e-4, and what is rounded more coarsely to a few units in the last
-    place of the largest logit.
-    """
-    plan, given = result.plan, result.logits
-    if given is None:
-        raise ValueError("the result has no logits to check: generate with output_logits=True")
-    coarse = {"bfloat16": 2**-8, "float16": 2**-11, "float32": 0 if jax.default_backend() == "cpu" else 2**-11}
-    tolerance = max(1e-4, 8 * coarse[plan.shape.dtype] * float(np.abs(given).max()))
-    names = ["device"] if plan.bytes_in("host", plan.write_outs) else []
-    names += [] if plan.name == "keys_values" else ["keys_values"]
-    misfit, options = None, {"groups": plan.groups, "order": plan.order, "tail": plan.tail, "window": plan.window}
-    for name in names:
-        try:
-            weights = [layer.weights for layer in plan.layers]
-            other = kvrecomp.plan_for(name, plan.shape, plan.workload, weights=weights, **options)
-            decoder = kvrecomp.Decoder(model, other, budget=budget)
-            break
-        except kvrecomp.PlanError as error:
-            misfit = misfit or str(error)
-    else:
-        return Check(names[0], None, tolerance, misfit or "")
-    prompt, new = np.split(result.sequences, [mask.shape[1]], axis=1)
-    caches, logits = zip(*(decoder.prefill(*part) for part in split_groups(prompt, mask, other)))
-    differences = [_difference(logits, given[0])]
-    for tokens, expected in zip(new.T, given[1:]):
-        caches, logits = decoder.step_groups(caches, jax.device_put(np.split(tokens, plan.groups)))
-        differences.append(_difference(logits, expected))
-    return Check(name, float(np.max(differences)), tolerance)  # NaN stays NaN
-
-
-def _difference(logits: Sequence[jax.Array], expected: np.ndarray) -> float:
-    """The largest between logits of all groups and those expected."""
-    return np.abs(np.concatenate(jax.device_get(logits)) - expected).max()
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
@@ -286,11 +203,10 @@ def check_flags(given: flags.FlagValues) -> None:
             raise ValueError(f"--{name} and --input exclude each other: give one of them")
 
 
-def continue_given(given: flags.FlagValues, budget: kvrecomp.Budget) -> Run:
+def continue_given(given: flags.FlagValues, source: Source, budget: kvrecomp.Budget) -> Run:
     """Continues the prompts of the flags, or the built-in ones."""
     prompts = read_prompts(given.prompt, given.prompts_file)
     sampling = Sampling(given.do_sample, given.temperature, given.top_k, given.top_p, given.seed)
-    source = source_of(given)
     shape, tokenizer = source.describe()
     if tokenizer is None and given.model is None and not all(map(is_ids, prompts)):
         raise models.CheckpointError(
@@ -299,62 +215,46 @@ def continue_given(given: flags.FlagValues, budget: kvrecomp.Budget) -> Run:
             "--prompt='5 17 2'"
         )
     workload = kvrecomp.Workload(len(prompts), encode(tokenizer, prompts)[0].shape[1], given.max_new_tokens)
-    window = script.window_bytes(given.window_mib)
-    options = {"budget": budget, "groups": None, "tail": given.tail, "window": window}
-    plan = kvrecomp.plan_for(given.plan, shape, workload, **options)
+    options = {"groups": None, "tail": given.tail, "window": script.window_bytes(given.window_mib)}
+    plan = kvrecomp.plan_for(given.plan, shape, workload, budget=budget, **options)
     check_within(plan, limits(budget))  # before the weights are read or made
+    model, new = source.load(plan), given.max_new_tokens
     return continue_prompts(
-        source.load(plan),
-        tokenizer,
-        prompts,
-        plan=plan,
-        max_new_tokens=given.max_new_tokens,
-        budget=budget,
-        sampling=sampling,
-        check=given.check,
+        model, tokenizer, prompts, plan=plan, max_new_tokens=new, budget=budget, sampling=sampling, check=given.check
     )
 
 
-def source_of(given: flags.FlagValues) -> Source:
-    """Where the flags say that the model is from."""
-    return Source(given.checkpoint, given.model, given.dtype, given.seed)
-
-
-def continue_file(given: flags.FlagValues, budget: kvrecomp.Budget) -> job.Summary:
+def continue_file(given: flags.FlagValues, source: Source, budget: kvrecomp.Budget) -> runner.Summary:
     """Continues a file of prompts into another; see `experiments.support.job.runner`."""
-    settings = job.Settings(**{own.name: given[own.name].value for own in dataclasses.fields(job.Settings)})
-    return job.run(
-        Path(given.input),
-        Path(given.output),
-        settings,
-        checkpoint_hash(Path(given.checkpoint)) if given.model is None else f"{given.model}, seed {given.seed}",
-        source_of(given),
-        any_text=given.model is not None,
-        budget=budget,
-    )
+    settings = runner.Settings(**{f.name: getattr(given, f.name) for f in dataclasses.fields(runner.Settings)})
+    random = given.model is not None
+    model = f"{given.model}, seed {given.seed}" if random else checkpoint_hash(Path(given.checkpoint))
+    try:
+        return runner.run(
+            Path(given.input), Path(given.output), settings, model, source, any_text=random, budget=budget
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"; the same command goes on with {given.output}") from None
 
 
-def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
-    """Unpacks the flags."""
+def main(given: flags.FlagValues) -> None:
     check_flags(given)
     budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
     budget = kvrecomp.Budget(**limits(budget))  # what is free before the weights are there
-    try:
-        done = continue_given(given, budget) if given.input is None else continue_file(given, budget)
-    except KeyboardInterrupt:
-        if given.input is None:
-            raise
-        raise KeyboardInterrupt(f"; the same command goes on with {given.output}") from None
-    if isinstance(done, Run):
-        show(done)
-    else:
-        print(done)
+    source = Source(given.checkpoint, given.model, given.dtype, given.seed)
+    if given.input is not None:
+        summary = continue_file(given, source, budget)
+        print(summary)
+        if given.json:
+            print(json.dumps(run_info() | dataclasses.asdict(summary)))
+        return
+    run = continue_given(given, source, budget)
+    show(run)
     if given.json:
-        print(json.dumps(document(done) if isinstance(done, Run) else run_info() | dataclasses.asdict(done)))
-    if isinstance(done, Run) and done.check is not None and not done.check.passed:
-        sys.exit(f"error: {done.check}")
+        print(json.dumps(document(run)))
+    if run.check is not None and not run.check.passed:
+        sys.exit(f"error: {run.check}")
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

@@ -4,90 +4,68 @@
 
 A row is one of experiments/benchmark.py, with the peer's name as its plan and null where a field has no meaning; of
 several batches and prompts each is measured with each, as there. Only decode steps are timed, each awaited;
-`report.after_warm_up` says which count, as for our own. Another program joins with a `peer.Peer` in `programs.PEERS`.
+`report.after_warm_up` says which count, as for our own. Another program joins with a `peer.Peer` in `peers.PEERS`.
 """
 
+import dataclasses
 import json
-import statistics
-from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
 from absl import flags
 
 import models
 from experiments.support import script
+from experiments.support.peers import PEERS
 from experiments.support.peers.peer import Steps
-from experiments.support.peers.registry import PEERS
 from experiments.support.results import tables
-from experiments.support.results.report import after_warm_up, run_info, versions
-from experiments.support.suite import turns
+from experiments.support.results.report import run_info, versions
+from experiments.support.suite import machine_lock
+from experiments.support.suite.row import Row, step_times
 from kvrecomp.files import write_json
 from kvrecomp.plan import Workload
 from kvrecomp.plan.named import named_plan
 from models.checkpoint import DTYPES
-from models.config import Config
 
 
-def row_of(name: str, config: Config, dtype: str, work: Workload, steps: Steps) -> dict[str, Any]:
-    """The row of a results file: the fields of `benchmark.Row`."""
-    seconds = after_warm_up(steps.seconds)
-    median = statistics.median(seconds)
-    return {
-        "model": config.name,
-        "batch": work.batch,
-        "prompt": work.prompt,
-        "new": work.new,
-        "asked": name,
-        "plan": name,
-        "dtype": dtype,
-        "weights": None,
-        "groups": None,
-        "order": None,
-        "device_budget": None,
-        "median_ms": median * 1e3,
-        "p95_ms": float(np.percentile(seconds, 95)) * 1e3,
-        "worst_ms": max(seconds) * 1e3,
-        "predicted_ms": None,
-        "link_bytes": PEERS[name].link_bytes,
-        "predicted_bytes": None,
-        "link_efficiency": None,
-        "tokens_per_second": work.batch / median,
-        "peak_device_bytes": steps.peak_device_bytes,
-        "temp_bytes": None,
-        "compile_s": None,
-        "prefill_s": steps.prefill_seconds,
-        "programs": None,
-        "step_ms": [round(1e3 * each, 2) for each in steps.seconds],
-    }
+def define_flags(into: flags.FlagValues) -> None:
+    define = script.Define(into)
+    define.enum("peer", "huggingface", list(PEERS), "The program.")
+    define.string("model", "opt-125m", "Preset whose shape is decoded with.")
+    define.list("batch", ["8"], "Rows decoded together, or several such numbers.")
+    define.list("prompt", ["256"], "Tokens in each prompt, or several such numbers.")
+    define.integer("new", 32, "New tokens per row.", lower_bound=1)
+    define.enum("dtype", "bfloat16", list(DTYPES), "Of weights and cache.")
+    define.integer("seed", 0, "Of weights and prompts.")
+    define.string("out", None, "Also write the JSON document to this file.")
+    define.string("commit", "", "Recorded as the commit, where git cannot be asked.")
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
-    """Called by the script only."""
-    flags.DEFINE_enum("peer", "huggingface", list(PEERS), "The program.", flag_values=into)
-    flags.DEFINE_string("model", "opt-125m", "Preset whose shape is decoded with.", flag_values=into)
-    flags.DEFINE_list("batch", ["8"], "Rows decoded together, or several such numbers.", flag_values=into)
-    flags.DEFINE_list("prompt", ["256"], "Tokens in each prompt, or several such numbers.", flag_values=into)
-    flags.DEFINE_integer("new", 32, "New tokens per row.", lower_bound=1, flag_values=into)
-    flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of weights and cache.", flag_values=into)
-    flags.DEFINE_integer("seed", 0, "Of weights and prompts.", flag_values=into)
-    flags.DEFINE_string("out", None, "Also write the JSON document to this file.", flag_values=into)
-    flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)
+def row_of(peer: str, model: str, dtype: str, workload: Workload, steps: Steps) -> Row:
+    """The row of a peer that took these steps."""
+    return Row(
+        model=model,
+        **dataclasses.asdict(workload),
+        asked=peer,
+        plan=peer,
+        dtype=dtype,
+        link_bytes=PEERS[peer].link_bytes,
+        peak_device_bytes=steps.peak_device_bytes,
+        prefill_s=steps.prefill_seconds,
+        **step_times(steps.seconds, workload.batch),
+    )
 
 
-def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
-    """Unpacks the flags."""
-    config, works = models.preset(given.model), script.workloads(given.batch, given.prompt, given.new)
-    for work in works:
-        named_plan("device", config.shape, work)  # raises where the model has too few positions
+def main(given: flags.FlagValues) -> None:
+    config, workloads = models.preset(given.model), script.workloads(given.batch, given.prompt, given.new)
+    for workload in workloads:
+        named_plan("device", config.shape, workload)  # raises where the model has too few positions
     tables.check_out(given.out, "link_efficiency")
     peer = PEERS[given.peer]
     if reason := peer.unavailable(False):
         raise ValueError(f"{given.peer}: {reason}")
     rows, document = [], {}
-    with turns.measuring():
-        for work, steps in zip(works, peer.run(config, given.dtype, works, given.seed), strict=True):
-            rows.append(row_of(given.peer, config, given.dtype, work, steps))
+    with machine_lock.exclusive():
+        for workload, steps in zip(workloads, peer.run(config, given.dtype, workloads, given.seed), strict=True):
+            rows.append(dataclasses.asdict(row_of(given.peer, config.name, given.dtype, workload, steps)))
             document = run_info(given.commit, device=steps.device) | {"versions": versions(), "rows": rows}
             if given.out:
                 write_json(given.out, document)  # what was measured is not lost with what comes after
@@ -95,5 +73,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

@@ -9,9 +9,9 @@ Nothing is generated and no weights are made. From a notebook:
 
     found = what_if(models.preset("opt-6.7b").shape, Workload(32, 1024, 32), HardwareProfile.from_datasheet("a100"))
     show(found)
-    split_plot.draw(found, "split.png")
+    draw_split(found, "split.png")
 
-with `what_if` and `split_plot` of `experiments.support`.
+with `what_if` and `plots.split` of `experiments.support`.
 """
 
 import dataclasses
@@ -20,7 +20,6 @@ import functools
 import json
 import math
 import sys
-from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
@@ -30,38 +29,39 @@ from rich.table import Table
 
 import models
 from experiments.support import script
-from experiments.support.plots import figure as plots
-from experiments.support.plots import split as split_plot
+from experiments.support.plots import png
+from experiments.support.plots.split import draw_split
 from experiments.support.results import tables
 from experiments.support.results.report import run_info
-from experiments.support.what_if import FRACTIONS, Measured, WhatIf, measured_as, what_if
+from experiments.support.what_if import FRACTIONS, Alternative, Measured, WhatIf, measured_as, what_if
 from kvrecomp.plan import GIB, MEMORIES, Budget, PlanError, Workload, format_bytes
-from kvrecomp.predict.hardware import DATASHEETS, LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
+from kvrecomp.predict.datasheets import DATASHEETS
+from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 from kvrecomp.run.limits import limits
 
 THIS = "this"
 WIDTH = 120  # of what is printed into a file or a pipe
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
-    """Called by the script only: notebooks and tests import without them."""
-    defining = (flags.DEFINE_string, flags.DEFINE_integer, flags.DEFINE_float, flags.DEFINE_bool)
-    string, integer, number, boolean = (functools.partial(define, flag_values=into) for define in defining)
-    string("model", "opt-6.7b", "Preset: a model by its published sizes.")
-    integer("batch", 32, "Rows decoded together, in a group.", lower_bound=1)
-    integer("prompt", 1024, "Tokens in each prompt.", lower_bound=1)
-    integer("new", 32, "New tokens per row.", lower_bound=1)
-    integer("groups", 1, "Groups of so many rows each.", lower_bound=1)
-    string("dtype", "bfloat16", "Of weights and cache.")
-    string("hardware", THIS, f"The machine: {THIS}, which is measured, or a data sheet: {', '.join(DATASHEETS)}.")
-    number(
-        "device_memory_gib", None, "Device memory to use, weights included; default: what is free, or the data sheet's."
-    )
-    number("host_memory_gib", None, "Pinned host memory to use; default: what is free, or as much as is asked for.")
-    number("window_mib", None, "Bytes in flight or in use, in MiB, of the plans by name; default: as the chosen plan.")
-    string("plot", None, "Write a PNG: predicted step time against the split.")
-    string("measured", None, "Results of experiments/benchmark.py, to show those of the same workload beside.")
-    boolean("json", False, "Print a JSON document as the last line of standard output.")
+def define_flags(into: flags.FlagValues) -> None:
+    define = script.Define(into)
+    define.string("model", "opt-6.7b", "Preset: a model by its published sizes.")
+    define.integer("batch", 32, "Rows decoded together, in a group.", lower_bound=1)
+    define.integer("prompt", 1024, "Tokens in each prompt.", lower_bound=1)
+    define.integer("new", 32, "New tokens per row.", lower_bound=1)
+    define.integer("groups", 1, "Groups of so many rows each.", lower_bound=1)
+    define.string("dtype", "bfloat16", "Of weights and cache.")
+    hardware = f"The machine: {THIS}, which is measured, or a data sheet: {', '.join(DATASHEETS)}."
+    define.string("hardware", THIS, hardware)
+    device = "Device memory to use, weights included; default: what is free, or the data sheet's."
+    define.number("device_memory_gib", None, device)
+    host = "Pinned host memory to use; default: what is free, or as much as is asked for."
+    define.number("host_memory_gib", None, host)
+    window = "Bytes in flight or in use, in MiB, of the plans by name; default: as the chosen plan."
+    define.number("window_mib", None, window)
+    define.string("plot", None, "Write a PNG: predicted step time against the split.")
+    define.string("measured", None, "Results of experiments/benchmark.py, to show those of the same workload beside.")
+    define.boolean("json", False, "Print a JSON document as the last line of standard output.")
 
 
 # --- what is asked for ------------------------------------------------------------------------------------------------
@@ -111,8 +111,8 @@ def show(found: WhatIf, measured: Measured | None = None, console: Console | Non
     )
     if measured is not None:
         count = len(measured.points)
-        own = f"{count} row{'' if count == 1 else 's'}" if count else "no row"
-        say(f"{measured.file}: {own} of this model, workload and placement of weights, measured on {measured.device}")
+        rows = f"{count} row{'' if count == 1 else 's'}" if count else "no row"
+        say(f"{measured.file}: {rows} of this model, workload and placement of weights, measured on {measured.device}")
 
 
 def _budget_text(budget: Budget) -> str:
@@ -128,26 +128,29 @@ def table(found: WhatIf, measured: Measured | None = None) -> Table:
     for heading in [*headings, *(["measured\nms"] if measured else [])]:
         out.add_column(heading, justify="right")
     out.add_column("fits")
-    for each in found.alternatives:
+    for alternative in found.alternatives:
+        name, misfit = alternative.plan.name, alternative.misfit
+        chosen = alternative is found.chosen
         cells = [
-            f"{each.plan.name} (chosen)" if each is found.chosen else each.plan.name,
-            f"{1e3 * each.seconds:.2f}",
-            f"{each.tokens_per_second:.1f}",
-            f"{each.link_bytes / 1e9:.2f}",
-            *(f"{each.needed[place] / GIB:.2f}" for place in MEMORIES),
+            f"{name} (chosen)" if chosen else name,
+            f"{1e3 * alternative.seconds:.2f}",
+            f"{alternative.tokens_per_second:.1f}",
+            f"{alternative.link_bytes / 1e9:.2f}",
+            *(f"{alternative.needed[memory] / GIB:.2f}" for memory in MEMORIES),
         ]
         if measured is not None:
-            time = measured.of(each.plan.name)
+            time = measured.of(name)
             cells.append("-" if time is None else f"{time:.2f}")
-        style = "bold" if each is found.chosen else "dim" if each.misfit else None
-        out.add_row(*cells, f"no: {each.misfit}" if each.misfit else "yes", style=style)
+        style = "bold" if chosen else "dim" if misfit else None
+        out.add_row(*cells, f"no: {misfit}" if misfit else "yes", style=style)
     return out
 
 
 def document(found: WhatIf, measured: Measured | None = None) -> dict[str, Any]:
     """All of it as plain data; what is not limited is None."""
-    plan = found.chosen.plan
-    result = run_info() | {
+    plan, budget = found.chosen.plan, dataclasses.asdict(found.budget)
+    points = measured.points if measured else ()
+    return run_info() | {
         "model": plan.shape.name,
         "dtype": plan.shape.dtype,
         **dataclasses.asdict(plan.workload),
@@ -155,46 +158,40 @@ def document(found: WhatIf, measured: Measured | None = None) -> dict[str, Any]:
         "order": plan.order,
         "hardware": found.profile.device,
         "source": found.profile.source,
-        "budget": {
-            place: None if size == math.inf else size for place, size in dataclasses.asdict(found.budget).items()
-        },
+        "budget": {memory: None if size == math.inf else size for memory, size in budget.items()},
         "plan": {
-            "name": plan.name,
-            "schedule": plan.schedule,
-            "tail": plan.tail,
-            "window": plan.window,
-            "reason": plan.reason,
+            **{name: getattr(plan, name) for name in ("name", "schedule", "tail", "window", "reason")},
             "layers": [dataclasses.asdict(layer) for layer in plan.layers],
         },
-        "alternatives": [
-            {
-                "plan": each.plan.name,
-                "schedule": each.plan.schedule,
-                "predicted_ms": 1e3 * each.seconds,
-                "tokens_per_second": each.tokens_per_second,
-                "link_bytes": each.link_bytes,
-                **{f"{place}_bytes": each.needed[place] for place in MEMORIES},
-                "fits": not each.misfit,
-                "misfit": each.misfit,
-                "measured_ms": measured.of(each.plan.name) if measured else None,
-            }
-            for each in found.alternatives
-        ],
+        "alternatives": [_record(alternative, measured) for alternative in found.alternatives],
         "kvpr_formula": {"recomputed": found.kvpr_tokens, "ms": 1e3 * found.kvpr_seconds},
         "fractions": FRACTIONS,
         "curves_ms": {name: [1e3 * seconds for seconds in curve] for name, curve in found.curves.items()},
+        "measured": [{"plan": name, "median_ms": milliseconds} for name, milliseconds in points],
+        "measured_on": measured.device if measured else None,
     }
-    points = [] if measured is None else [{"plan": name, "median_ms": own} for name, own in measured.points]
-    return result | {"measured": points, "measured_on": measured.device if measured else None}
+
+
+def _record(alternative: Alternative, measured: Measured | None) -> dict[str, Any]:
+    return {
+        "plan": alternative.plan.name,
+        "schedule": alternative.plan.schedule,
+        "predicted_ms": 1e3 * alternative.seconds,
+        "tokens_per_second": alternative.tokens_per_second,
+        "link_bytes": alternative.link_bytes,
+        **{f"{memory}_bytes": alternative.needed[memory] for memory in MEMORIES},
+        "fits": not alternative.misfit,
+        "misfit": alternative.misfit,
+        "measured_ms": measured.of(alternative.plan.name) if measured else None,
+    }
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
-    """Unpacks the flags."""
+def main(given: flags.FlagValues) -> None:
     if given.plot is not None:
-        plots.check_path(given.plot)
+        png.check_path(given.plot)
     shape = dataclasses.replace(models.preset(given.model).shape, dtype=given.dtype)
     workload = Workload(given.batch, given.prompt, given.new)
     budget, window = read_budget(given.device_memory_gib, given.host_memory_gib), script.window_bytes(given.window_mib)
@@ -203,15 +200,14 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
     if given.hardware == THIS:
         budget = Budget(**limits(budget))  # what is free, as no weights are there
     found = what_if(shape, workload, profile, budget, groups=given.groups, window=window)
-    measured = None if rows is None else measured_as(found.chosen.plan, rows, given.measured)
+    measured = None if rows is None else measured_as(found.chosen.plan, rows, str(given.measured))
     show(found, measured)
     if given.plot is not None:
-        split_plot.draw(found, given.plot, measured)
+        draw_split(found, given.plot, measured)
         print(f"drawn to {given.plot}")
     if given.json:
         print(json.dumps(document(found, measured)))
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

@@ -11,7 +11,7 @@ file is written after every row: killed, the same command goes on. A row is meas
 its own `command`, which measures it alone, would be another. Rows that were not asked for stay in the file, with the
 commit that they were measured at.
 
-For a smaller machine write workloads of your own, a JSON list of objects with the fields of `workloads.Case`:
+For a smaller machine write workloads of your own, a JSON list of objects with the fields of `cases.Case`:
 
     [{"name": "small", "model": "opt-125m", "batch": 2, "prompt": 64, "new": 8, "plans": ["activations", "device"]}]
 """
@@ -19,17 +19,13 @@ For a smaller machine write workloads of your own, a JSON list of objects with t
 import collections
 import contextlib
 import fcntl
-import json
 import os
 import re
 import signal
-import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -37,104 +33,32 @@ from rich.markdown import Markdown
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.support import script
-from experiments.support.peers.registry import PEERS
+from experiments.support.peers import PEERS
 from experiments.support.results import tables
 from experiments.support.results.report import command
-from experiments.support.suite import workloads
+from experiments.support.suite.cases import CASES, read_cases, select
 from experiments.support.suite.machine import Machine, look
-from experiments.support.suite.own_workloads import read_cases
+from experiments.support.suite.process import ProcessFailed, run_process
 from experiments.support.suite.results import Results
-from experiments.support.suite.workloads import CASES, Task
+from experiments.support.suite.tasks import Task, check_fits, make_tasks, processes
 from kvrecomp.run import memory
 from models.checkpoint import DTYPES
 
-ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "experiments" / "results"
-POLL_SECONDS = 0.2
-GRACE_SECONDS = 20  # for a process that was told to end
-MOST_OF_A_REASON = 400  # characters
+RESULTS = Path(__file__).parent / "results"
 TIMEOUT = 1200.0
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
-    """Called by the script only."""
-    flags.DEFINE_bool("quick", False, "Measure the few rows that say most.", flag_values=into)
-    flags.DEFINE_list("only", [], "Workloads, or sets of them, by name; default: all.", flag_values=into)
-    flags.DEFINE_list("peers", list(PEERS), "Other programs to measure; --peers= for none.", flag_values=into)
-    flags.DEFINE_string("workloads", None, "JSON file of workloads of your own, in place of ours.", flag_values=into)
-    flags.DEFINE_string("out", None, "The results file; default: with ours, by the device.", flag_values=into)
-    flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of all.", flag_values=into)
-    flags.DEFINE_float("host_memory_gib", None, "Host memory to use; default: what is free.", flag_values=into)
-    flags.DEFINE_float("timeout_s", TIMEOUT, "Most seconds from row to row.", lower_bound=1, flag_values=into)
-    flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)
-
-
-# --- one process ------------------------------------------------------------------------------------------------------
-
-
-class ProcessFailed(Exception):
-    """A process did not do all that it was asked for; the message says why."""
-
-
-def run_process(tasks: Sequence[Task], commit: str, timeout: float, lock: int) -> Generator[dict[str, Any], None, None]:
-    """Measures tasks that go together in a process: its document, whenever rows have joined it.
-
-    A process that writes no row for `timeout` seconds is ended.
-
-    The process holds the file descriptor `lock` too, so that one that outlives this, which was killed, is waited for
-    by whoever comes next. Raises `ProcessFailed`.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        out, errors = Path(folder) / "rows.json", Path(folder) / "errors.txt"
-        given = [sys.executable, *workloads.arguments(tasks), f"--out={out}"]
-        given += [f"--commit={commit}"] if commit else []
-        told = {"cwd": ROOT, "env": _environment(), "pass_fds": [lock]}
-        with errors.open("wb") as stream:
-            process = subprocess.Popen(given, stdout=subprocess.DEVNULL, stderr=stream, **told)
-            with _ended(process):
-                end, running, read = time.monotonic() + timeout, True, ""
-                while running:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        process.wait(POLL_SECONDS)
-                    running = process.poll() is None  # before its last rows are read
-                    text = out.read_text(encoding="utf-8") if out.exists() else ""  # written in one piece
-                    if text != read:
-                        yield json.loads(text)
-                        end, read = time.monotonic() + timeout, text
-                    if running and time.monotonic() > end:
-                        raise ProcessFailed(f"no row in {timeout:g} s (--timeout_s)")
-        if process.returncode:
-            raise ProcessFailed(reason(errors.read_text(errors="replace"), process.returncode))
-
-
-def _environment() -> dict[str, str]:
-    paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # Without jax's own words after it, the error is the last line of a traceback.
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "JAX_TRACEBACK_FILTERING": "off"}
-
-
-@contextlib.contextmanager
-def _ended(process: subprocess.Popen) -> Iterator[None]:
-    """Ends the process if it is still there when this is left, however it is left."""
-    try:
-        yield
-    finally:
-        for end in (process.terminate, process.kill):
-            if process.poll() is None:
-                end()
-                with contextlib.suppress(subprocess.TimeoutExpired):
-                    process.wait(GRACE_SECONDS)
-
-
-def reason(errors: str, status: int) -> str:
-    """What went wrong in a process that wrote these errors and ended with that status."""
-    lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    named = [line for line in lines if re.match(r"error: |[\w.]*(Error|Exception)\b", line)]
-    said = (named or lines or ["it said nothing"])[-1].removeprefix("error: ")[:MOST_OF_A_REASON]
-    return said if status > 0 else f"ended by {signal.Signals(-status).name}, maybe for want of host memory; {said}"
-
-
-# --- all of them ------------------------------------------------------------------------------------------------------
+def define_flags(into: flags.FlagValues) -> None:
+    define = script.Define(into)
+    define.boolean("quick", False, "Measure the few rows that say most.")
+    define.list("only", [], "Workloads, or sets of them, by name; default: all.")
+    define.list("peers", list(PEERS), "Other programs to measure; --peers= for none.")
+    define.string("workloads", None, "JSON file of workloads of your own, in place of ours.")
+    define.string("out", None, "The results file; default: with ours, by the device.")
+    define.enum("dtype", "bfloat16", list(DTYPES), "Of all.")
+    define.number("host_memory_gib", None, "Host memory to use; default: what is free.")
+    define.number("timeout_s", TIMEOUT, "Most seconds from row to row.", lower_bound=1)
+    define.string("commit", "", "Recorded as the commit, where git cannot be asked.")
 
 
 def to_measure(tasks: Sequence[Task], results: Results, machine: Machine, dtype: str) -> list[Task]:
@@ -145,7 +69,7 @@ def to_measure(tasks: Sequence[Task], results: Results, machine: Machine, dtype:
             continue
         why = machine.unavailable.get(task.plan, "") if task.peer else ""
         try:
-            workloads.check_fits(task, dtype, machine.peers_allowed if task.peer else machine.allowed)
+            check_fits(task, dtype, machine.peers_allowed if task.peer else machine.allowed)
         except ValueError as error:  # a PlanError: too large, or more tokens than the model has positions
             why = why or str(error)
         if why:
@@ -158,7 +82,7 @@ def to_measure(tasks: Sequence[Task], results: Results, machine: Machine, dtype:
 def measure(
     tasks: Sequence[Task], results: Results, console: Console, lock: int, commit: str = "", timeout: float = TIMEOUT
 ) -> None:
-    """Measures the tasks, in processes as `workloads.processes` has them, and says what came of each.
+    """Measures the tasks, in processes as `tasks.processes` has them, and says what came of each.
 
     Where a process fails, the task that it was at has failed, and those after it are tried in a new one. `lock` is what
     `alone` gives.
@@ -167,7 +91,7 @@ def measure(
     bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
     with bar:
         shown = bar.add_task("", total=len(tasks))
-        waiting = collections.deque(workloads.processes(tasks))
+        waiting = collections.deque(processes(tasks))
         while waiting:
             left = waiting.popleft()
             bar.update(shown, description=str(left[0]))
@@ -189,7 +113,7 @@ def measure(
                 results.note("failed", task, why)
                 bar.update(shown, advance=1)
                 console.print(f"{task}: failed: {why}", markup=False, highlight=False)
-                waiting.extendleft(reversed(workloads.processes(left)))
+                waiting.extendleft(reversed(processes(left)))
 
 
 @contextlib.contextmanager
@@ -225,24 +149,20 @@ def show(tasks: Sequence[Task], results: Results, console: Console) -> list[str]
     return failed
 
 
-# --- the command ------------------------------------------------------------------------------------------------------
-
-
 def default_name(device: str) -> str:
     """The file of the results of a device: those of an NVIDIA H200 are in h200_suite.json."""
     return re.sub(r"[^a-z0-9]+", "_", device.lower().removeprefix("nvidia ")).strip("_") + "_suite.json"
 
 
-def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
-    """Unpacks the flags."""
+def main(given: flags.FlagValues) -> None:
     if memory.GIVEN_LIMIT is None:  # each process finds out itself what is free when it starts
         os.environ.pop(memory.LIMIT_VARIABLE, None)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that a process is not left behind
     console = Console(width=None if sys.stdout.isatty() else 150)
     if unknown := [name for name in given.peers if name not in PEERS]:
         raise ValueError(f"--peers: there is no peer {unknown[0]!r}; there are {', '.join(PEERS)}")
-    cases = workloads.select(read_cases(given.workloads) if given.workloads else CASES, given.only)
-    tasks = workloads.make_tasks(cases, given.peers, given.quick, given.dtype, given.host_memory_gib)
+    cases = select(read_cases(given.workloads) if given.workloads else CASES, given.only)
+    tasks = make_tasks(cases, given.peers, given.quick, given.dtype, given.host_memory_gib)
     if not tasks:
         raise ValueError("--quick leaves nothing of --only: ask for other workloads, or leave one of the flags out")
     folder = Path(given.out).parent if given.out else RESULTS
@@ -262,5 +182,4 @@ def main(_: Sequence[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

@@ -4,14 +4,14 @@
     python experiments/sweep.py --rooms=0,25,50,100 --out=choices.json
     python experiments/sweep.py --from=predictions.json --plot=predictions.png
 
-Caches are filled with random numbers rather than by a prefill, since a step's time does not depend on them. Without
-`--rooms`, every workload is measured under the six plans of PLANS, predicted and measured side by side. With `--rooms`,
-the device may hold so many per cent of the workload's keys and values, and the scheduler's choice is compared with the
-best of the plans by hand that fit. Times are medians of up to 31 steps; of steps below 20 ms, of the choices, and of
-what is near the best of a room, the least of three such.
+Caches are of random numbers: a step's time does not depend on them. Without `--rooms`, every workload is measured under
+the six plans of PLANS, predicted and measured side by side. With `--rooms`, the device may hold so many per cent of the
+workload's keys and values, and the scheduler's choice is compared with the best of the plans by hand that fit. Times
+are medians of up to 31 steps; of steps below 20 ms, of the choices, and of what is near the best of a room, the least
+of three such.
 
-A position table shorter than the cached tokens is made longer. `--layers` cuts the models: a step has as many layers
-alike, so that plans compare as in the whole model, and less memory is needed. Leave as many that a step takes some
+A position table shorter than the cached tokens is made longer. `--layers` cuts the models: all layers of a step are
+alike, so plans compare as in the whole model, and less memory is needed. Leave enough for a step to take some
 milliseconds, longer than the host takes to launch it. The results are written after every workload: killed, the same
 command goes on, and another one at the same commit adds to them. With `--from`, nothing is measured: results are read,
 and said and drawn together.
@@ -34,13 +34,12 @@ from rich.table import Table
 import kvrecomp
 import models
 from experiments.support import script
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.results import predictions, tables
 from experiments.support.results.predictions import Measured
 from experiments.support.results.report import run_info
-from experiments.support.suite import turns
-from experiments.support.suite.one_step import NEW, step_seconds, with_positions
-from experiments.support.suite.rooms import device_bytes
+from experiments.support.suite import machine_lock
+from experiments.support.suite.step_timing import NEW, device_bytes_with_room, step_seconds, with_positions
 from kvrecomp.files import write_json
 from kvrecomp.plan import (
     DEFAULT_WINDOW,
@@ -64,8 +63,8 @@ from kvrecomp.run.programs import side_by_side
 # The most host memory first: pinning it takes long, and what is pinned for one plan serves the next.
 PLANS = ("keys_values", "split:0.5", "kvpr:0.75", "activations", "recompute", "device:0.5")
 COMPARED = (*PLANS, "split:0.25", "split:0.75", "kvpr:0.25", "kvpr:0.5", "kvpr:1", "device")
-# What the device holds as far as there is room, and what the rest is, in host memory.
-SPLITS_OF_ROOM: tuple[tuple[Form, Form], ...] = (
+# The form that the device holds as far as there is room, and the form of the rest, in host memory.
+FORMS_BY_ROOM: tuple[tuple[Form, Form], ...] = (
     ("keys_values", "activations"),
     ("keys_values", "keys_values"),
     ("activations", "activations"),
@@ -79,44 +78,53 @@ NEAR = 1.15  # times as long as the best of a room: it may be as good
 AND = " && "  # between the commands that a file is of
 
 
-# --- the sweep --------------------------------------------------------------------------------------------------------
+# --- plans ------------------------------------------------------------------------------------------------------------
 
 
-def rivals_within(model: Any, work: kvrecomp.Workload, budget: Budget) -> Iterator[Plan]:
+def budget_with_room(shape: ModelShape, workload: kvrecomp.Workload, percent: float, host: float | None) -> Budget:
+    """Device memory with room for so many per cent of the workload's keys and values."""
+    hosted, cached = (named_plan(name, shape, workload, tail=NEW) for name in ("keys_values", "device"))
+    return Budget(device_bytes_with_room(hosted, cached, percent), host)
+
+
+def rivals_within(model: Any, workload: kvrecomp.Workload, budget: Budget) -> list[Plan]:
     """Plans by hand that keep to the budget's device memory: those of COMPARED, and four that use it in full."""
-    plans = [named_plan(name, model.shape, work, tail=NEW) for name in COMPARED]
-    for here, there in SPLITS_OF_ROOM:
-        room = max(0.0, (budget.device or 0) - _on_device(_two_forms(model, work, here, there, 0.0)))
-        plans.append(_two_forms(model, work, here, there, room))
-    distinct: dict[Any, Plan] = {}
+    allowed = budget.device or 0
+    plans = [named_plan(name, model.shape, workload, tail=NEW) for name in COMPARED]
+    for device_form, host_form in FORMS_BY_ROOM:
+        room = allowed - _device_bytes(_two_forms(model, workload, device_form, host_form, 0.0))
+        plans.append(_two_forms(model, workload, device_form, host_form, max(0.0, room)))
+    distinct: dict[Hashable, Plan] = {}
     for plan in plans:  # without room two forms are one
-        distinct.setdefault(_key(plan), plan)
-    return (plan for plan in distinct.values() if _on_device(plan) <= (budget.device or 0))
+        distinct.setdefault(_program_key(plan), plan)
+    return [plan for plan in distinct.values() if _device_bytes(plan) <= allowed]
 
 
-def _on_device(plan: Plan) -> int:
-    """Bytes of device memory that the plan needs."""
+def _device_bytes(plan: Plan) -> int:
     return sum(kvrecomp.memory_needed(plan)["device"].values())
 
 
-def _two_forms(model: Any, work: kvrecomp.Workload, here: Form, there: Form, room: float) -> Plan:
+def _two_forms(model: Any, workload: kvrecomp.Workload, device_form: Form, host_form: Form, room: float) -> Plan:
     """As many tokens in one form as `room` bytes hold on the device, the others in the other form in host memory."""
-    own = []
+    layers = []
     for layer in model.shape.layers:
-        token_bytes = work.batch * layer.width(here) * model.shape.itemsize
-        tokens = layer.cached(work.prompt)
-        kept = min(tokens, int(room / len(model.shape.layers) / token_bytes))
-        runs: list[tuple[Form, Memory, int]] = [(here, "device", kept), (there, "host", tokens - kept)]
-        blocks = cut_runs(runs, layer, model.shape, work, DEFAULT_WINDOW // BLOCKS_PER_WINDOW)
-        last: Memory = "host" if kept < tokens else "device"
-        own.append(LayerPlan(blocks, there if last == "host" else here, (last,)))
-    return Plan(f"{here} here, {there} there", model.shape, work, tuple(own), tail=NEW)
+        token_bytes = workload.batch * layer.width(device_form) * model.shape.itemsize
+        tokens = layer.cached(workload.prompt)
+        on_device = min(tokens, int(room / len(model.shape.layers) / token_bytes))
+        on_host = tokens - on_device
+        runs: list[tuple[Form, Memory, int]] = [(device_form, "device", on_device), (host_form, "host", on_host)]
+        blocks = cut_runs(runs, layer, model.shape, workload, DEFAULT_WINDOW // BLOCKS_PER_WINDOW)
+        tail_form, _, _ = runs[1] if on_host else runs[0]
+        layers.append(LayerPlan(blocks, tail_form, ("host" if on_host else "device",)))
+    return Plan(f"{device_form} here, {host_form} there", model.shape, workload, tuple(layers), tail=NEW)
 
 
-def budget_with_room(shape: ModelShape, work: kvrecomp.Workload, percent: float, host: float | None) -> Budget:
-    """Device memory with room for so many per cent of the workload's keys and values."""
-    hosted, kept = (named_plan(name, shape, work, tail=NEW) for name in ("keys_values", "device"))
-    return Budget(device_bytes(hosted, kept, percent), host)
+def _program_key(plan: Plan) -> Hashable:
+    """Equal for plans that are the same program. Of a window it has the copies that it holds, and until when."""
+    return plan.layers, plan.tail, plan.schedule, make_tasks(plan).hold.tobytes()
+
+
+# --- the sweep --------------------------------------------------------------------------------------------------------
 
 
 def run(
@@ -135,78 +143,59 @@ def run(
         config = config if layers is None else dataclasses.replace(config, layers=layers)
         left: dict[int, dict[kvrecomp.Workload, list[float]]] = {}  # by batch: workloads and their rooms
         for batch, prompt in itertools.product(sorted(batches, reverse=True), sorted(cached, reverse=True)):
-            of = (config.shape.name, layers, batch, prompt)
-            there = {row.room for row in before if (row.model, row.layers, row.batch, row.prompt) == of}
-            if {*(rooms or [None])} - there:
-                work = kvrecomp.Workload(batch, prompt, NEW)
-                left.setdefault(batch, {})[work] = [room for room in rooms if room not in there]
+            sizes = (config.shape.name, layers, batch, prompt)
+            done = {row.room for row in before if (row.model, row.layers, row.batch, row.prompt) == sizes}
+            if {*(rooms or [None])} - done:
+                workload = kvrecomp.Workload(batch, prompt, NEW)
+                left.setdefault(batch, {})[workload] = [room for room in rooms if room not in done]
         if not left:
             continue
-        with turns.preparing():
+        with machine_lock.shared():
             model = models.create(config)
-        for batch, works in left.items():
+        for batch, workloads in left.items():
             started = time.perf_counter()
-            with turns.measuring():
+            with machine_lock.exclusive():
                 machine = kvrecomp.profile(model, batch=batch)
             console.print(f"{config.shape.name}, batch {batch}: profile in {time.perf_counter() - started:.0f} s")
-            for work, own in works.items():
-                rows = measure_workload(model, work, machine, own, host, console)
+            for workload, rooms_left in workloads.items():
+                rows = measure_workload(model, workload, machine, rooms_left, host, console)
                 yield machine, [dataclasses.replace(row, layers=layers) for row in rows]
         del model
         gc.collect()
 
 
-def measured_before(path: str | None, about: dict[str, Any]) -> tuple[list[Measured], list[str]]:
-    """What the file has already, which is to be added to, and the commands that measured it.
-
-    Raises:
-        ValueError: it is no results file, or of another machine, version of jax or commit.
-    """
-    if path is None or not Path(path).exists():
-        return [], []
-    tables.check_out(path, "chosen")
-    rows = tables.read_file(path)
-    for name in ("device", "driver", "jax", "commit"):
-        if others := {row.get(name) for row in rows} - {about[name]}:
-            raise ValueError(
-                f"--out: {path} was measured with {name} {others.pop()}, and this is {about[name]}: "
-                "give another file, or remove that one"
-            )
-    return tables.predicted(rows), [command for row in rows[:1] for command in row["command"].split(AND)]
-
-
 def measure_workload(
-    model: Any, work: kvrecomp.Workload, machine: HardwareProfile, rooms: list[float], host: float, console: Console
+    model: Any, workload: kvrecomp.Workload, machine: HardwareProfile, rooms: list[float], host: float, console: Console
 ) -> list[Measured]:
     """All plans of one workload, each distinct one measured once."""
     wanted: list[tuple[float | None, bool, Plan]] = []  # room, whether chosen, plan
     if not rooms:
-        wanted = [(None, False, named_plan(name, model.shape, work, tail=NEW)) for name in PLANS]
-    for percent in rooms:
-        budget = budget_with_room(model.shape, work, percent, host)
-        weights = kvrecomp.weight_memories(model)
-        chosen = kvrecomp.make_plan(model.shape, work, machine, budget, weights=weights, tail=NEW)
-        wanted.append((percent, True, chosen))
-        wanted += [(percent, False, plan) for plan in rivals_within(model, work, budget)]
-    decoders: dict[Any, kvrecomp.Decoder] = {}
+        wanted = [(None, False, named_plan(name, model.shape, workload, tail=NEW)) for name in PLANS]
+    weights = kvrecomp.weight_memories(model)
+    for room in rooms:
+        budget = budget_with_room(model.shape, workload, room, host)
+        chosen = kvrecomp.make_plan(model.shape, workload, machine, budget, weights=weights, tail=NEW)
+        wanted += [(room, True, chosen), *((room, False, plan) for plan in rivals_within(model, workload, budget))]
+    distinct: dict[Hashable, Plan] = {}
     for _, _, plan in wanted:
-        key = _key(plan)
+        distinct.setdefault(_program_key(plan), plan)
+    decoders: dict[Hashable, kvrecomp.Decoder] = {}
+    for key, plan in distinct.items():
         needed = kvrecomp.memory_needed(plan)["host"]["blocks"]
-        if key not in decoders and needed > host:
-            console.print(f"left out: {plan.name}, {plan.shape.name}, {work}: {format_bytes(needed)} of host memory")
-        elif key not in decoders:
-            try:
-                decoders[key] = kvrecomp.Decoder(model, plan, budget=Budget(None, host * 1.01))
-            except PlanError as error:
-                console.print(f"left out: {plan.name}, {work}: {error}")
-    title, started = f"{model.shape.name}, {work}", time.perf_counter()
-    with turns.preparing():
-        side_by_side(lambda decoder: decoder.compile(prefill=False), list(decoders.values()))
+        try:
+            if needed > host:
+                raise PlanError(f"{format_bytes(needed)} of host memory")
+            decoders[key] = kvrecomp.Decoder(model, plan, budget=Budget(None, host * 1.01))
+        except PlanError as error:
+            console.print(f"left out: {plan.name}, {model.shape.name}, {workload}: {error}")
+    title, started = f"{model.shape.name}, {workload}", time.perf_counter()
+    with machine_lock.shared():
+        side_by_side(lambda decoder: decoder.compile(prefill=False), decoders.values())
     compiled = time.perf_counter()
-    with turns.measuring():
+    with machine_lock.exclusive():
         began = time.perf_counter()
         seconds = {key: step_seconds(decoder) for key, decoder in track(decoders.items(), title, console=console)}
-        again = measured_again(seconds, [(room, chosen, _key(plan)) for room, chosen, plan in wanted])
+        again = measured_again(seconds, [(room, chosen, _program_key(plan)) for room, chosen, plan in wanted])
         for _ in range(AGAIN):
             for key in again:
                 seconds[key] = min(seconds[key], step_seconds(decoders[key]))
@@ -214,22 +203,14 @@ def measure_workload(
         f"{title}: {len(seconds)} programs, {compiled - started:.0f} s compiling, {began - compiled:.0f} s waiting, "
         f"{time.perf_counter() - began:.0f} s measuring"
     )
-    plans = [(percent, chosen, plan) for percent, chosen, plan in wanted if _key(plan) in seconds]
-    return [
-        Measured(
-            model.shape.name,
-            work.batch,
-            work.prompt,
-            work.new,
-            plan.name,
-            percent,
-            1e3 * seconds[_key(plan)],
-            1e3 * float(plan_costs(machine, [plan], write_outs=0).seconds[0]),
-            plan.bytes_in("host"),
-            chosen,
-        )
-        for percent, chosen, plan in plans
-    ]
+    rows = []
+    for room, chosen, plan in wanted:
+        if (median := seconds.get(_program_key(plan))) is not None:
+            predicted = float(plan_costs(machine, [plan], write_outs=0).seconds[0])
+            sizes = (model.shape.name, workload.batch, workload.prompt, workload.new)
+            link_bytes = plan.bytes_in("host")
+            rows.append(Measured(*sizes, plan.name, room, 1e3 * median, 1e3 * predicted, link_bytes, chosen))
+    return rows
 
 
 def measured_again(
@@ -237,17 +218,30 @@ def measured_again(
 ) -> list[Hashable]:
     """Which programs, of those that took so many seconds, are measured in further rounds; `wanted` has the rooms that
     each is for, and whether it is chosen there."""
-    again = {key for key, own in seconds.items() if own < SHORT}
+    again = {key for key, median in seconds.items() if median < SHORT}
     for room in {room for room, _, _ in wanted if room is not None}:
-        own = {key: chosen for other, chosen, key in reversed(wanted) if other == room and key in seconds}
-        best = min((seconds[key] for key in own), default=0.0)  # none, where nothing for this room fits the host
-        again |= {key for key, chosen in own.items() if chosen or seconds[key] < NEAR * best}
+        in_room = [(chosen, key) for wanted_room, chosen, key in wanted if wanted_room == room and key in seconds]
+        best = min((seconds[key] for _, key in in_room), default=0.0)  # none, where nothing for this room fits the host
+        again |= {key for chosen, key in in_room if chosen or seconds[key] < NEAR * best}
     return [key for key in seconds if key in again]
 
 
-def _key(plan: Plan) -> Any:
-    """What makes two plans the same program. Of a window it is the copies that it holds, and until when."""
-    return plan.layers, plan.tail, plan.schedule, make_tasks(plan).hold.tobytes()
+def measured_before(path: str | None, about: dict[str, Any]) -> tuple[list[Measured], list[str]]:
+    """What the file has already, which is to be added to, and the commands that measured it.
+
+    Raises ValueError where it is no results file, or of another machine, version of jax or commit.
+    """
+    if path is None or not Path(path).exists():
+        return [], []
+    tables.check_out(path, "chosen")
+    rows = tables.read_file(path)
+    for name in ("device", "driver", "jax", "commit"):
+        if differing := {row.get(name) for row in rows} - {about[name]}:
+            raise ValueError(
+                f"--out: {path} was measured with {name} {differing.pop()}, and this is {about[name]}: "
+                "give another file, or remove that one"
+            )
+    return tables.predicted(rows), [command for row in rows[:1] for command in row["command"].split(AND)]
 
 
 # --- what is printed --------------------------------------------------------------------------------------------------
@@ -273,65 +267,73 @@ def summary(rows: list[Measured]) -> Table:
     return table
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
-    """Called by the script only."""
-    flags.DEFINE_list("models", ["opt-1.3b", "opt-6.7b", "opt-13b"], "Presets.", flag_values=into)
-    flags.DEFINE_list("batches", ["1", "8", "32"], "Rows decoded together.", flag_values=into)
-    flags.DEFINE_list("cached", ["512", "1024", "4096"], "Cached tokens of a row.", flag_values=into)
-    flags.DEFINE_list("rooms", [], "Per cent of the keys and values that the device may hold.", flag_values=into)
-    flags.DEFINE_integer("layers", None, "Cut the models to so many layers.", lower_bound=1, flag_values=into)
-    flags.DEFINE_float("host_memory_gib", 72, "Most pinned memory of a plan.", flag_values=into)
-    flags.DEFINE_list("from", [], "Results of this script, read instead of measuring.", flag_values=into)
-    flags.DEFINE_string("plot", None, "Write a PNG: how far predictions are off.", flag_values=into)
-    flags.DEFINE_string("plot_choices", None, "Write a PNG: chosen plans against the best by hand.", flag_values=into)
-    flags.DEFINE_string("out", None, "Also write the JSON document to this file.", flag_values=into)
-    flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)
+def define_flags(into: flags.FlagValues) -> None:
+    define = script.Define(into)
+    define.list("models", ["opt-1.3b", "opt-6.7b", "opt-13b"], "Presets.")
+    define.list("batches", ["1", "8", "32"], "Rows decoded together.")
+    define.list("cached", ["512", "1024", "4096"], "Cached tokens of a row.")
+    define.list("rooms", [], "Per cent of the keys and values that the device may hold.")
+    define.integer("layers", None, "Cut the models to so many layers.", lower_bound=1)
+    define.number("host_memory_gib", 72, "Most pinned memory of a plan.")
+    define.list("from", [], "Results of this script, read instead of measuring.")
+    define.string("plot", None, "Write a PNG: how far predictions are off.")
+    define.string("plot_choices", None, "Write a PNG: chosen plans against the best by hand.")
+    define.string("out", None, "Also write the JSON document to this file.")
+    define.string("commit", "", "Recorded as the commit, where git cannot be asked.")
 
 
-def document_of(rows: list[Measured], machine: HardwareProfile | None, about: dict[str, Any]) -> dict[str, Any]:
-    """What a results file has; the profile says what predictions came of."""
-    profile = None if machine is None else machine.to_json()
-    return about | {"profile": profile, "rows": [dataclasses.asdict(row) for row in rows]}
+# --- the command ------------------------------------------------------------------------------------------------------
 
 
-def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
-    """Unpacks the flags."""
+def read_rows(paths: Sequence[str], console: Console) -> list[Measured]:
+    """The rows of results files, which are said."""
+    rows = [row for path in paths for row in tables.predicted(tables.read_file(path))]
+    console.print(summary(rows))
+    return rows
+
+
+def measure_rows(given: flags.FlagValues, console: Console) -> tuple[list[Measured], dict[str, Any]]:
+    """Measures what the flags say, and writes it after every workload; the rows, and the document of a results file.
+
+    What was measured is not lost with what comes after. The profile in the document says what predictions came of.
+    """
+    batches, cached = (script.whole_numbers(name, getattr(given, name)) for name in ("batches", "cached"))
+    rooms = script.percentages("rooms", given.rooms)
+    configs = [models.preset(name) for name in script.names("models", given.models)]  # a mistake is said first
+    configs = [with_positions(config, max(cached) + NEW) for config in configs]
+    if not given.host_memory_gib > 0:
+        raise ValueError(f"--host_memory_gib is {given.host_memory_gib:g}; it must be a size in GiB above zero")
+    host = given.host_memory_gib * GIB
+    memory.limit_pinned(host)
+    about = run_info(given.commit)
+    rows, commands = measured_before(given.out, about)
+    about["command"] = AND.join(dict.fromkeys([*commands, about["command"]]))
+    if rows:
+        console.print(summary(rows))
+    document = about | {"profile": None, "rows": [dataclasses.asdict(row) for row in rows]}
+    for machine, measured in run(configs, batches, cached, rooms, given.layers, host, console, list(rows)):
+        rows += measured
+        document = about | {"profile": machine.to_json(), "rows": [dataclasses.asdict(row) for row in rows]}
+        if given.out:
+            write_json(given.out, document)
+        console.print(summary(measured))
+    return rows, document
+
+
+def main(given: flags.FlagValues) -> None:
     console = Console(width=150)
     old = given["from"].value
     if old and given.out:
         raise ValueError("--out is for what is measured, and with --from nothing is: give one of them")
     for path in (given.plot, given.plot_choices):
         if path is not None:
-            plots.check_path(path)
-    if old:
-        document, rows = {}, [row for path in old for row in tables.predicted(tables.read_file(path))]
-        console.print(summary(rows))
-    else:
-        batches, cached = (script.whole_numbers(name, given[name].value) for name in ("batches", "cached"))
-        rooms = script.percentages("rooms", given.rooms)
-        configs = [models.preset(name) for name in script.names("models", given.models)]  # a mistake is said first
-        configs = [with_positions(config, max(cached) + NEW) for config in configs]
-        if not given.host_memory_gib > 0:
-            raise ValueError(f"--host_memory_gib is {given.host_memory_gib:g}; it must be a size in GiB above zero")
-        host = given.host_memory_gib * GIB
-        memory.limit_pinned(host)
-        about = run_info(given.commit)
-        rows, commands = measured_before(given.out, about)
-        about["command"] = AND.join(dict.fromkeys([*commands, about["command"]]))
-        if rows:
-            console.print(summary(rows))
-        document = document_of(rows, None, about)
-        for machine, own in run(configs, batches, cached, rooms, given.layers, host, console, list(rows)):
-            rows += own
-            document = document_of(rows, machine, about)
-            if given.out:  # after every workload: what was measured is not lost with what comes after
-                write_json(given.out, document)
-            console.print(summary(own))
+            png.check_path(path)
+    rows, document = (read_rows(old, console), None) if old else measure_rows(given, console)
     if rows:
         console.print(predictions.accuracy(rows))
     if predictions.choices(rows):
         console.print(predictions.regret(rows))
-    if not old:
+    if document is not None:
         print(json.dumps(document))
     if given.plot is not None:
         predictions.draw_predictions(rows, given.plot)
@@ -340,5 +342,4 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

@@ -34,10 +34,10 @@ from rich.table import Table
 import kvrecomp
 import models
 from experiments.support import script
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.results import tables
 from experiments.support.results.report import run_info
-from experiments.support.suite import one_step, turns
+from experiments.support.suite import machine_lock, step_timing
 from experiments.support.traces import timeline, xplane
 from experiments.support.traces.timeline import Timeline
 from kvrecomp.files import write_json
@@ -50,22 +50,20 @@ WARM_UP, STEPS = 3, 2
 SHOWN_GAPS = 1e-3  # gaps shorter than this part of the step are not kept, a picture has no room for them
 
 
-def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
-    """Called by the script only."""
-    flags.DEFINE_string("model", "opt-1.3b", "Preset whose random weights are decoded with.", flag_values=into)
-    flags.DEFINE_integer("batch", 8, "Rows decoded together.", lower_bound=1, flag_values=into)
-    flags.DEFINE_integer("prompt", 1024, "Cached tokens of a row.", lower_bound=1, flag_values=into)
-    flags.DEFINE_list("plans", ["activations"], "Plans: auto, or as named_plan has them.", flag_values=into)
-    flags.DEFINE_bool("compare", False, f"Short for --plans={','.join(COMPARED)}.", flag_values=into)
-    flags.DEFINE_string("dtype", "bfloat16", "Of weights and cache.", flag_values=into)
-    flags.DEFINE_float(
-        "device_memory_gib", None, "Device memory to use, weights included; default: free.", flag_values=into
-    )
-    flags.DEFINE_float("host_memory_gib", None, "Pinned host memory to use; default: what is free.", flag_values=into)
-    flags.DEFINE_string("plot", "trace.png", "Write the picture to this PNG.", flag_values=into)
-    flags.DEFINE_string("out", None, "Also write the JSON document to this file.", flag_values=into)
-    flags.DEFINE_string("from", None, "A JSON document of this script, drawn without tracing.", flag_values=into)
-    flags.DEFINE_string("commit", "", "Recorded as the commit, where git cannot be asked.", flag_values=into)
+def define_flags(into: flags.FlagValues) -> None:
+    define = script.Define(into)
+    define.string("model", "opt-1.3b", "Preset whose random weights are decoded with.")
+    define.integer("batch", 8, "Rows decoded together.", lower_bound=1)
+    define.integer("prompt", 1024, "Cached tokens of a row.", lower_bound=1)
+    define.list("plans", ["activations"], "Plans: auto, or as named_plan has them.")
+    define.boolean("compare", False, f"Short for --plans={','.join(COMPARED)}.")
+    define.string("dtype", "bfloat16", "Of weights and cache.")
+    define.number("device_memory_gib", None, "Device memory to use, weights included; default: free.")
+    define.number("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
+    define.string("plot", "trace.png", "Write the picture to this PNG.")
+    define.string("out", None, "Also write the JSON document to this file.")
+    define.string("from", None, "A JSON document of this script, drawn without tracing.")
+    define.string("commit", "", "Recorded as the commit, where git cannot be asked.")
 
 
 # --- tracing ----------------------------------------------------------------------------------------------------------
@@ -73,10 +71,11 @@ def define_flags(into: flags.FlagValues = flags.FLAGS) -> None:
 
 def traced(decoder: kvrecomp.Decoder) -> tuple[list[xplane.Span], float]:
     """What ran in one step, and its seconds; the program is compiled and warm."""
-    cache = one_step.filled_cache(decoder.plan)
+    cache = step_timing.filled_cache(decoder.plan)
     tokens = jax.device_put(np.full(decoder.plan.workload.batch, 5, np.int32), memory.sharding("device"))
 
     def take(steps: int, cache: Cache) -> Cache:
+        logits = None
         for _ in range(steps):
             cache, logits = decoder.step(cache, tokens)
         jax.block_until_ready(logits)
@@ -99,21 +98,18 @@ def traced(decoder: kvrecomp.Decoder) -> tuple[list[xplane.Span], float]:
 def measure(model: Any, plan: kvrecomp.Plan, budget: kvrecomp.Budget) -> Timeline:
     """The step of one plan: timed, then traced."""
     decoder = kvrecomp.Decoder(model, plan, budget=budget)
-    with turns.preparing():
+    with machine_lock.shared():
         decoder.compile(prefill=False)
-    with turns.measuring():
-        median = one_step.step_seconds(decoder)
+    with machine_lock.exclusive():
+        median = step_timing.step_seconds(decoder)
         return timeline_of(plan, median, *traced(decoder))
 
 
 def timeline_of(plan: kvrecomp.Plan, median: float, spans: Sequence[xplane.Span], seconds: float) -> Timeline:
     """What is kept of a traced step that takes `median` seconds untraced."""
-    work = plan.workload
     return Timeline(
         model=plan.shape.name,
-        batch=work.batch,
-        prompt=work.prompt,
-        new=work.new,
+        **dataclasses.asdict(plan.workload),
         plan=plan.name,
         median_ms=1e3 * median,
         traced_ms=1e3 * seconds,
@@ -137,22 +133,21 @@ def run(given: flags.FlagValues) -> list[Timeline]:
             f"a trace of copies and compute needs a GPU, and jax runs on {platform}: run it on one (README.md says how "
             "to install jax for it), or draw what was traced before with --from=FILE.json"
         )
-    config = one_step.with_positions(models.preset(given.model), given.prompt + one_step.NEW)
+    config = step_timing.with_positions(models.preset(given.model), given.prompt + step_timing.NEW)
     shape = dataclasses.replace(config.shape, dtype=given.dtype)
-    work = kvrecomp.Workload(given.batch, given.prompt, one_step.NEW)
+    workload = kvrecomp.Workload(given.batch, given.prompt, step_timing.NEW)
     for name in names:  # mistakes are said before the weights are made
         if name != AUTO:
-            kvrecomp.plan_for(name, shape, work, tail=one_step.NEW)
-    with turns.preparing():
+            kvrecomp.plan_for(name, shape, workload, tail=step_timing.NEW)
+    with machine_lock.shared():
         model = models.create(config, dtype=given.dtype)
     budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
-    with turns.measuring():
-        machine = kvrecomp.profile(model, batch=work.batch) if AUTO in names else None
+    with machine_lock.exclusive():
+        machine = kvrecomp.profile(model, batch=given.batch) if AUTO in names else None
     rows, weights = [], kvrecomp.weight_memories(model)
+    options = {"budget": budget, "profile": machine, "weights": weights, "tail": step_timing.NEW}
     for name in names:
-        plan = kvrecomp.plan_for(
-            name, model.shape, work, budget=budget, profile=machine, weights=weights, tail=one_step.NEW
-        )
+        plan = kvrecomp.plan_for(name, model.shape, workload, **options)
         rows.append(measure(model, plan, budget))
         gc.collect()  # a decoder's cache is gone before the next one's is made
     return rows
@@ -174,12 +169,11 @@ def summary(rows: Sequence[Timeline]) -> Table:
     return table
 
 
-def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
-    """Unpacks the flags."""
+def main(given: flags.FlagValues) -> None:
     console, old = Console(width=150), given["from"].value
     if old and given.out:
         raise ValueError("--out is for what is traced, and with --from nothing is: give one of them")
-    plots.check_path(given.plot)
+    png.check_path(given.plot)
     tables.check_out(given.out, "spans")
     rows = timeline.timelines(tables.read_file(old)) if old else run(given)
     document = {} if old else run_info(given.commit) | {"rows": [dataclasses.asdict(row) for row in rows]}
@@ -199,5 +193,4 @@ def main(_: list[str], given: flags.FlagValues = flags.FLAGS) -> None:
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

@@ -3,27 +3,25 @@
     PYTHONPATH=. python experiments/train_lm.py --output=experiments/checkpoints/pydoc --seed=0
 
 writes a checkpoint for `models.load`, with a tokenizer and `training.json`, which says how it came about. From a
-notebook: `train(Config(output=...))`.
+notebook: `train(Config(), output)`.
 
-The corpus (`experiments.support.corpus`) is smaller than the model is patient, so weights are kept from the evaluation
-that was best on the validation documents; the held-out documents decide nothing and are only reported on. Bits per byte
-are the bits of all predicted tokens, ends of text included, over the number of predicted bytes.
+The model outlearns the corpus (`experiments.support.corpus`), so weights are kept from the evaluation that was best on
+the validation documents; the held-out documents decide nothing and are only reported on. Bits per byte are the bits of
+all predicted tokens, ends of text included, over the number of predicted bytes.
 
-Where the work happens: the whole corpus is one array on the device, and one jitted call does many steps, each cutting
-its own random windows by (seed, step). So nothing crosses the link while training, and a resumed run sees the batches
-that an uninterrupted one does.
+The whole corpus is one array on the device, and one jitted call does many steps, each cutting its own random windows by
+(seed, step): nothing crosses the link while training, and a resumed run sees the batches of an uninterrupted one.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import os
-import platform
-import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +31,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 from absl import flags
 from flax import nnx
 from jax import Array
@@ -42,12 +39,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import models
 from experiments.support import corpus, script
-from kvrecomp.files import write_json
+from experiments.support.results.report import command
+from kvrecomp.files import replacing, write_json
 from kvrecomp.run.attention import causal
 from models.checkpoint import is_ours
+from models.config import check_sizes
 
 SAVED_DTYPES = ("bfloat16", "float16", "float32")
 COMPUTE_DTYPES = ("bfloat16", "float32")
+PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
 WARMUP_STEPS = 100
 FINAL_RATE = 0.02  # of the learning rate, at the end of the cosine
 GRADIENT_NORM = 1.0
@@ -55,42 +55,36 @@ EVALUATION_TOKENS = 2**14  # at a time
 STEPS_PER_CALL = 25  # often enough for a progress bar, seldom enough that dispatch costs nothing
 
 
+def _flag(default: Any, help: str) -> Any:
+    return dataclasses.field(default=default, metadata={"help": help})
+
+
 @dataclass(frozen=True)
 class Config:
-    """One training run. `output`, `work_dir` and `log` are paths, the rest decides the result: two are equal,
-    and share a compiled step, if they give the same weights.
+    """What decides the weights: equal runs give the same and share a compiled step. Each field is a flag of the script.
 
     Sizes are in tokens, which are bytes. Rows start at random positions when `context` is less than `positions`, so
-    that all positions are trained. `dtype` is that of the saved weights, `compute_dtype` that of the products in
-    training; master weights and optimizer are float32.
-
-    Raises:
-        ValueError: a size that is not positive, sizes that do not fit each other, an unknown dtype, an output
-            directory that is not a checkpoint of ours.
+    that all positions are trained. Master weights and optimizer are float32. Raises ValueError for a size or rate that
+    is none, sizes that do not fit each other, and an unknown dtype.
     """
 
-    output: str = dataclasses.field(compare=False)
-    steps: int = 5000
-    batch: int = 32
-    context: int = 512
-    positions: int = 1024
-    layers: int = 6
-    hidden: int = 192
-    heads: int = 6
-    learning_rate: float = 2e-3
-    weight_decay: float = 0.1
-    dropout: float = 0.15
-    seed: int = 0
-    dtype: str = "bfloat16"
-    compute_dtype: str = "bfloat16"
-    eval_every: int = 250
-    work_dir: str | None = dataclasses.field(default=None, compare=False)
-    log: str | None = dataclasses.field(default=None, compare=False)
+    steps: int = _flag(5000, "Optimizer steps.")
+    batch: int = _flag(32, "Rows of a step.")
+    context: int = _flag(512, "Tokens (bytes) of a row.")
+    positions: int = _flag(1024, "Most tokens the model can read; all are trained.")
+    layers: int = _flag(6, "Layers.")
+    hidden: int = _flag(192, "Hidden size; the feed-forward is four times as wide.")
+    heads: int = _flag(6, "Attention heads.")
+    learning_rate: float = _flag(2e-3, "Learning rate after warm-up.")
+    weight_decay: float = _flag(0.1, "AdamW's decay of the kernels.")
+    dropout: float = _flag(0.15, "Share of each layer's contributions that is dropped.")
+    seed: int = _flag(0, "Seed of weights, batches and dropout.")
+    dtype: str = _flag("bfloat16", f"Of the saved weights: {', '.join(SAVED_DTYPES)}.")
+    compute_dtype: str = _flag("bfloat16", f"Of the products: {', '.join(COMPUTE_DTYPES)}.")
+    eval_every: int = _flag(250, "Steps between evaluations, and states kept.")
 
     def __post_init__(self):
-        for name in ("steps", "batch", "context", "positions", "layers", "hidden", "heads", "eval_every"):
-            if getattr(self, name) <= 0:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be greater than zero")
+        check_sizes("training", self, ("steps", "batch", "context", "eval_every"))
         if not (0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf and 0 <= self.dropout < 1):
             raise ValueError(
                 f"learning_rate {self.learning_rate}, weight_decay {self.weight_decay}, dropout {self.dropout}; "
@@ -101,61 +95,17 @@ class Config:
         for name, known in (("dtype", SAVED_DTYPES), ("compute_dtype", COMPUTE_DTYPES)):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
-        if self.context > self.positions:
+        if self.context > self.model.positions:  # whose own sizes are checked
             raise ValueError(
                 f"context {self.context} is larger than the model's {self.positions} positions; "
                 f"lower it or use positions={self.context}"
             )
-        if self.hidden % self.heads:
-            raise ValueError(f"hidden size {self.hidden} does not divide into {self.heads} heads")
-        output = Path(self.output)
-        empty = output.is_dir() and not any(output.iterdir())
-        if not self.output or (output.exists() and not empty and not is_ours(output)):
-            raise ValueError(
-                f"output {self.output!r} is not a checkpoint of ours; choose another directory or remove it"
-            )
-        for name in ("work_dir", "log"):  # saving replaces the output directory as a whole
-            path = getattr(self, name)
-            if path is not None and output.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
-                raise ValueError(f"{name} {path} is inside output, which is replaced when saving; move it elsewhere")
-        if self.work_dir is not None and Path(self.work_dir).exists() and not Path(self.work_dir).is_dir():
-            raise ValueError(f"work_dir {self.work_dir} is a file; give the name of a directory")
-        if self.log is not None and Path(self.log).is_dir():
-            raise ValueError(f"log {self.log} is a directory; give the name of a file in it")
 
     @property
     def model(self) -> models.OPTConfig:
         """The model to be trained."""
-        return models.OPTConfig(
-            name="opt-pydoc",
-            layers=self.layers,
-            hidden=self.hidden,
-            heads=self.heads,
-            intermediate=4 * self.hidden,
-            vocab=corpus.VOCABULARY,
-            positions=self.positions,
-        )
-
-    @property
-    def command(self) -> str:
-        """The command line of this run."""
-        given = [field.name for field in dataclasses.fields(self) if getattr(self, field.name) != field.default]
-        given += [] if "seed" in given else ["seed"]
-        options = [f"--{name}={shlex.quote(str(getattr(self, name)))}" for name in given]
-        return " ".join(["PYTHONPATH=. python experiments/train_lm.py", *options])
-
-    @property
-    def decisive(self) -> dict[str, Any]:
-        """The fields that the result depends on."""
-        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self) if field.compare}
-
-
-class Result(NamedTuple):
-    """What `train` gives: the model as saved, the loss curve, and the contents of training.json."""
-
-    model: models.CausalLM
-    log: list[dict[str, Any]]
-    summary: dict[str, Any]
+        sizes = (self.layers, self.hidden, self.heads, 4 * self.hidden, corpus.VOCABULARY, self.positions)
+        return models.OPTConfig("opt-pydoc", *sizes)
 
 
 class State(NamedTuple):
@@ -176,16 +126,15 @@ def forward(
     `rate` of each layer's contributions to the residual stream is dropped. Layers are recomputed for their gradients:
     the attention weights of a batch would not fit otherwise.
     """
-    batch, tokens = token_ids.shape
-    attend = causal(jnp.zeros(batch, jnp.int32))
-    hidden = model.embed(token_ids.T, jnp.arange(tokens)[:, None] + offsets)
+    attend = causal(jnp.zeros(token_ids.shape[0], jnp.int32))
+    hidden = model.embed(token_ids.T, jnp.arange(token_ids.shape[1])[:, None] + offsets)
     for number, layer in enumerate(model.layers):
         graph, parameters = nnx.split(layer)
 
         @jax.checkpoint
         def apply(parameters: nnx.State, hidden: Array, graph=graph, number=number) -> Array:
             out = nnx.merge(graph, parameters)(hidden, attend)
-            if not rate:
+            if key is None or not rate:
                 return out
             kept = jax.random.bernoulli(jax.random.fold_in(key, number), 1 - rate, out.shape)
             return hidden + jnp.where(kept, (out - hidden) / (1 - rate), 0)
@@ -195,7 +144,7 @@ def forward(
 
 
 def loss_sums(logits: Array, targets: Array) -> tuple[Array, Array]:
-    """Nats of all targets but padding, and how many of them are bytes: logits [t, b, vocab], targets int32[t, b]."""
+    """Nats of all targets but padding, and how many are bytes: logits [t, b, vocab], targets int32[t, b]."""
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
     return jnp.where(targets == corpus.PADDING, 0, nats).sum(), (targets < corpus.END_OF_TEXT).sum()
 
@@ -285,95 +234,123 @@ def bits_per_byte(graph: nnx.GraphDef, parameters: Any, dtype: str, windows: Arr
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-def train(config: Config, documents: Sequence[str] | None = None) -> Result:
-    """Train, save to `config.output` and say how it went; resumes from `config.work_dir` if that has a state.
+class Result(NamedTuple):
+    """What `train` gives: the model as saved, the loss curve, and the contents of training.json."""
 
-    Args:
-        config: the run.
-        documents: what to train on; `corpus.documents()` if None.
+    model: models.CausalLM
+    curve: list[dict[str, Any]]
+    summary: dict[str, Any]
+
+
+def train(
+    config: Config,
+    output: str | os.PathLike[str],
+    work_dir: str | os.PathLike[str] | None = None,
+    log: str | os.PathLike[str] | None = None,
+    documents: Sequence[str] | None = None,
+) -> Result:
+    """Trains, saves a checkpoint to `output` and says how it went; `log` is a file for the loss curve.
+
+    A run that was killed is resumed from the state in its `work_dir`. `documents` default to `corpus.documents()`.
 
     Raises:
-        ValueError: a corpus shorter than the context, a `work_dir` of a different run.
+        ValueError: paths as `check_paths`, documents shorter than the context, a `work_dir` of a different run.
         FloatingPointError: a loss that is not a number.
     """
     started = time.monotonic()
+    check_paths(output, work_dir, log)
     documents = corpus.documents() if documents is None else documents
-    parts = corpus.split(documents)
-    encoded = corpus.Split(*map(corpus.encode, parts))
-    for name, tokens in encoded._asdict().items():
+    parts = corpus.split(documents)._asdict()
+    encoded = {name: corpus.encode(part) for name, part in parts.items()}
+    for name, tokens in encoded.items():
         needed = config.context + 1 if name == "train" else 2
         if len(tokens) < needed:
             raise ValueError(f"the {name} documents are {len(tokens)} tokens; at least {needed} are needed")
-    tokens = jax.device_put(encoded.train)
-    validation, heldout = (evaluation_windows(part, config.context) for part in (encoded.validation, encoded.heldout))
+    tokens, seed = jax.device_put((encoded.pop("train"), np.uint32(config.seed)))
+    windows = {name: evaluation_windows(part, config.context) for name, part in encoded.items()}
 
     graph, parameters = nnx.split(models.create(config.model, dtype="float32", seed=config.seed))
-    state = State(parameters, jax.jit(make_optimizer(config).init)(parameters))
-    best, step, log = _on_host(parameters), 0, []
-    store = _Store(config, corpus.fingerprint(documents))
-    if (kept := store.restore(state, best)) is not None:
-        state, best, step, log = kept
+    state, best = State(parameters, jax.jit(make_optimizer(config).init)(parameters)), _on_host(parameters)
+    curve, step = [], 0
+    identity = {**dataclasses.asdict(config), "corpus": corpus.fingerprint(documents)}
+    state_file = None if work_dir is None else Path(work_dir) / "state.npz"
+    if state_file and state_file.exists():
+        curve, (state, best) = restore(state_file, identity, (state, best))
+        step = curve[-1]["step"]
         print(f"resumed at step {step}", file=sys.stderr)
     resumed = step
+    if log is not None:
+        write_json(log, curve)
 
-    seed = jax.device_put(np.uint32(config.seed))
     with _progress(config.steps, step) as advance:
         while step < config.steps:
             stop = min(config.steps, (step // config.eval_every + 1) * config.eval_every)
             bits = 0.0
-            for first, last in _calls(step, stop):
+            for first in range(step, stop, STEPS_PER_CALL):
+                last = min(stop, first + STEPS_PER_CALL)
                 bounds = jax.device_put((np.int32(first), np.int32(last)))
                 state, total = train_steps(config, graph, state, tokens, seed, *bounds)
                 bits += float(jax.device_get(total))
                 advance(last, bits / (last - step))
-            record = {"step": stop, "train_loss_bits_per_byte": bits / (stop - step)}
-            for name, windows in (("validation", validation), ("heldout", heldout)):
-                record[f"{name}_bits_per_byte"] = bits_per_byte(graph, state.parameters, config.compute_dtype, windows)
-            if not all(map(math.isfinite, record.values())):
+            point = {"step": stop, "train_loss_bits_per_byte": bits / (stop - step)}
+            for name, part in windows.items():
+                point[f"{name}_bits_per_byte"] = bits_per_byte(graph, state.parameters, config.compute_dtype, part)
+            if not all(map(math.isfinite, point.values())):
                 raise FloatingPointError(
                     f"the loss is not a number by step {stop}; use a learning_rate below {config.learning_rate}"
                 )
-            step, known = stop, min((r["validation_bits_per_byte"] for r in log), default=math.inf)
-            if record["validation_bits_per_byte"] < known:
+            step = stop
+            curve.append(point)
+            if _best(curve) is point:
                 best = _on_host(state.parameters)
-            log.append(record)
-            store.save(state, best, step, log)
-            if config.log is not None:
-                write_json(config.log, log)
-    store.close()
-    if config.log is not None:
-        write_json(config.log, log)
+            if state_file:
+                save(state_file, identity, curve, (state, best))
+            if log is not None:
+                write_json(log, curve)
 
     best = jax.jit(_cast, static_argnums=1)(jax.device_put(best), config.dtype)
     model = nnx.merge(graph, best)
-    models.save(model, config.output, tokenizer=models.byte_tokenizer())
+    models.save(model, output, tokenizer=models.byte_tokenizer())
     summary = {
-        "command": config.command,
+        "command": command(),
         "seed": config.seed,
         "steps": config.steps,
-        "chosen_step": min(log, key=lambda record: record["validation_bits_per_byte"])["step"],
+        "chosen_step": _best(curve)["step"],
         "parameters": sum(p.size for p in jax.tree.leaves(best)),
         # Of the weights as saved, computed in their dtype.
-        "heldout_bits_per_byte": bits_per_byte(graph, best, config.dtype, heldout),
-        "validation_bits_per_byte": bits_per_byte(graph, best, config.dtype, validation),
+        "heldout_bits_per_byte": bits_per_byte(graph, best, config.dtype, windows["heldout"]),
+        "validation_bits_per_byte": bits_per_byte(graph, best, config.dtype, windows["validation"]),
         "tokens_trained_on": config.steps * config.batch * config.context,
         "seconds": round(time.monotonic() - started, 1),
         "resumed_at_step": resumed,
-        "config": config.decisive,
+        "config": dataclasses.asdict(config),
         "corpus": {
-            "sha256": corpus.fingerprint(documents),
-            "documents": {name: len(part) for name, part in parts._asdict().items()},
-            "bytes": {name: sum(len(text.encode()) for text in part) for name, part in parts._asdict().items()},
+            "sha256": identity["corpus"],
+            "documents": {name: len(part) for name, part in parts.items()},
+            "bytes": {name: sum(len(text.encode()) for text in part) for name, part in parts.items()},
         },
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("jax", "flax", "optax", "orbax-checkpoint", "numpy")},
-        },
+        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
         "device": jax.devices()[0].device_kind,
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
     }
-    write_json(Path(config.output) / "training.json", summary)
-    return Result(model, log, summary)
+    write_json(Path(output) / "training.json", summary)
+    return Result(model, curve, summary)
+
+
+def check_paths(output: Any, work_dir: Any, log: Any) -> None:
+    """Makes the work_dir. Raises ValueError where saving would replace a path, or what is no checkpoint of ours."""
+    output = Path(output)
+    if output.exists() and not is_ours(output) and not (output.is_dir() and not any(output.iterdir())):
+        raise ValueError(f"output {str(output)!r} is not a checkpoint of ours; choose another directory or remove it")
+    for name, path in (("work_dir", work_dir), ("log", log)):
+        if path is not None and output.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
+            raise ValueError(f"{name} {path} is inside output, which is replaced when saving; move it elsewhere")
+    if work_dir is not None:
+        Path(work_dir).mkdir(parents=True, exist_ok=True)
+
+
+def _best(curve: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    return min(curve, key=lambda point: point["validation_bits_per_byte"])
 
 
 def _on_host(tree: Any) -> Any:
@@ -381,117 +358,56 @@ def _on_host(tree: Any) -> Any:
     return jax.tree.map(np.array, jax.device_get(tree))
 
 
-def _calls(first: int, last: int) -> Iterable[tuple[int, int]]:
-    """(first, last) of each call of `train_steps`."""
-    for start in range(first, last, STEPS_PER_CALL):
-        yield start, min(last, start + STEPS_PER_CALL)
-
-
-class _progress:
+@contextlib.contextmanager
+def _progress(steps: int, done: int) -> Iterator[Callable[[int, float], None]]:
     """A context that gives `advance(step, bits per byte)`: a bar on a terminal, nothing elsewhere."""
-
-    def __init__(self, steps: int, done: int):
-        console = Console(stderr=True)
-        columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-        self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
-        self._task = self._progress.add_task("compiling", total=steps, completed=done)
-
-    def __enter__(self):
-        self._progress.start()
-        return lambda step, bits: self._progress.update(
-            self._task, completed=step, description=f"{bits:.3f} bits per byte"
-        )
-
-    def __exit__(self, *_):
-        self._progress.stop()
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("compiling", total=steps, completed=done)
+        yield lambda step, bits: bar.update(task, completed=step, description=f"{bits:.3f} bits per byte")
 
 
-class _Store:
-    """The training state in `config.work_dir`, as Orbax keeps it; does nothing without a `work_dir`."""
+def save(path: Path, identity: dict[str, Any], curve: list[dict[str, Any]], tree: Any) -> None:
+    """Keeps the loss curve and the arrays of a run in a file that is written in one piece."""
+    record = np.array(json.dumps({"identity": identity, "curve": curve}))
+    with replacing(path) as beside, beside.open("wb") as file:
+        np.savez(file, *jax.device_get(jax.tree.leaves(tree)), record=record)
 
-    def __init__(self, config: Config, fingerprint: str):
-        self._identity = {"config": config.decisive, "corpus": fingerprint}
-        self._directory = config.work_dir
-        self._manager = None
-        if config.work_dir is not None:
-            self._manager = ocp.CheckpointManager(
-                Path(config.work_dir).absolute(),
-                options=ocp.CheckpointManagerOptions(max_to_keep=2, create=True),
-                item_names=("arrays", "record"),
-            )
 
-    def save(self, state: State, best: Any, step: int, log: list[dict[str, Any]]) -> None:
-        """Keep it all. Waits for the disk: the next step reuses the memory of the arrays."""
-        if self._manager is None:
-            return
-        record = {"identity": self._identity, "log": log}
-        arrays = _named({"state": state, "best": best})
-        items = ocp.args.Composite(arrays=ocp.args.StandardSave(arrays), record=ocp.args.JsonSave(record))
-        self._manager.save(step, args=items)
-        self._manager.wait_until_finished()
-
-    def restore(self, state: State, best: Any) -> tuple[State, Any, int, list[dict[str, Any]]] | None:
-        """The latest kept, in the form of the arguments; None if there is nothing."""
-        if self._manager is None or (step := self._manager.latest_step()) is None:
-            return None
-        record = self._manager.restore(step, args=ocp.args.Composite(record=ocp.args.JsonRestore()))["record"]
-        theirs = {**record["identity"].pop("config"), **record["identity"]}
-        ours = {**self._identity["config"], "corpus": self._identity["corpus"]}
-        if different := [name for name in ours if theirs.get(name) != ours[name]]:
-            name = different[0]
+def restore(path: Path, identity: dict[str, Any], like: Any) -> tuple[list[dict[str, Any]], Any]:
+    """The loss curve and the arrays that were saved last, in a tree like this. Raises ValueError for another run's."""
+    leaves, structure = jax.tree.flatten(like)
+    with np.load(path) as file:
+        record = json.loads(str(file["record"]))
+        arrays = [file[f"arr_{number}"] for number in range(len(leaves))]
+    for name, value in identity.items():
+        if (saved := record["identity"].get(name)) != value:
             raise ValueError(
-                f"work_dir {self._directory} has the state of another run: its {name} is {theirs.get(name)!r}, not "
-                f"{ours[name]!r}; use the same settings or another work_dir"
+                f"work_dir {path.parent} has the state of another run: its {name} is {saved!r}, not {value!r}; use the "
+                "same settings or another work_dir"
             )
-        tree = {"state": state, "best": best}
-        target = _named(tree)
-        arrays = self._manager.restore(step, args=ocp.args.Composite(arrays=ocp.args.StandardRestore(target)))["arrays"]
-        tree = jax.tree.unflatten(jax.tree.structure(tree), [arrays[name] for name in target])
-        return tree["state"], tree["best"], step, record["log"]
-
-    def close(self) -> None:
-        """Give the directory back."""
-        if self._manager is not None:
-            self._manager.close()
-
-
-def _named(tree: Any) -> dict[str, Any]:
-    """{path: leaf}, in the order of the leaves: what is on disk does not depend on classes of optax or flax."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    arrays = [jax.device_put(new) if isinstance(old, Array) else new for old, new in zip(leaves, arrays, strict=True)]
+    return record["curve"], jax.tree.unflatten(structure, arrays)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def define_flags() -> None:
-    """The fields of `Config` as flags. Called by the script only: notebooks and tests import without them."""
-    default = Config
-    flags.DEFINE_string("output", None, "Directory to write the checkpoint to.", required=True)
-    flags.DEFINE_integer("steps", default.steps, "Optimizer steps.")
-    flags.DEFINE_integer("batch", default.batch, "Rows of a step.")
-    flags.DEFINE_integer("context", default.context, "Tokens (bytes) of a row.")
-    flags.DEFINE_integer("positions", default.positions, "Most tokens the model can read; all are trained.")
-    flags.DEFINE_integer("layers", default.layers, "Layers.")
-    flags.DEFINE_integer("hidden", default.hidden, "Hidden size; the feed-forward is four times as wide.")
-    flags.DEFINE_integer("heads", default.heads, "Attention heads.")
-    flags.DEFINE_float("learning_rate", default.learning_rate, "Learning rate after warm-up.")
-    flags.DEFINE_float("weight_decay", default.weight_decay, "AdamW's decay of the kernels.")
-    flags.DEFINE_float("dropout", default.dropout, "Share of each layer's contributions that is dropped.")
-    flags.DEFINE_integer("seed", default.seed, "Seed of weights, batches and dropout.")
-    flags.DEFINE_string("dtype", default.dtype, f"Of the saved weights: {', '.join(SAVED_DTYPES)}.")
-    flags.DEFINE_string("compute_dtype", default.compute_dtype, f"Of the products: {', '.join(COMPUTE_DTYPES)}.")
-    flags.DEFINE_integer("eval_every", default.eval_every, "Steps between evaluations, and states kept.")
-    flags.DEFINE_string("work_dir", default.work_dir, "Directory of the training state; resumes if there is one.")
-    flags.DEFINE_string("log", default.log, "JSON file for the loss curve.")
+def define_flags(into: flags.FlagValues) -> None:
+    define = script.Define(into)
+    define.string("output", None, "Directory to write the checkpoint to.", required=True)
+    for field in dataclasses.fields(Config):
+        of_type = {int: define.integer, float: define.number, str: define.string}[type(field.default)]
+        of_type(field.name, field.default, field.metadata["help"])
+    define.string("work_dir", None, "Directory of the training state; resumes if there is one.")
+    define.string("log", None, "JSON file for the loss curve.")
 
 
-def main(_: Sequence[str]) -> None:
-    """Unpacks the flags."""
-    names = [field.name for field in dataclasses.fields(Config)]
-    result = train(Config(**{name: flags.FLAGS[name].value for name in names}))
-    print(json.dumps(result.summary))
+def main(given: flags.FlagValues) -> None:
+    config = Config(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Config)})
+    print(json.dumps(train(config, given.output, given.work_dir, given.log).summary))
 
 
 if __name__ == "__main__":
-    define_flags()
-    script.run(main)
+    script.run(main, define_flags)

@@ -8,7 +8,8 @@ from kvrecomp.plan import AUTO, DEFAULT_WINDOW, Budget, Memory, ModelShape, Orde
 from kvrecomp.plan.footprint import weights_in
 from kvrecomp.plan.named import named_plan, with_weights
 from kvrecomp.predict.hardware import HardwareProfile
-from kvrecomp.predict.scheduler import default_order, make_plan
+from kvrecomp.predict.problem import default_order
+from kvrecomp.predict.scheduler import make_plan
 from kvrecomp.run.limits import limits
 
 
@@ -35,17 +36,18 @@ def plan_for(
         PlanError: there is no such plan, nothing fits, or the profile is of another machine.
     """
     loaded = None if weights is None else weights_in(shape, weights)  # raises where these are not one a layer
-    if name != AUTO:
-        plan = named_plan(name, shape, workload, tail=tail, window=DEFAULT_WINDOW if window is None else window)
-        plan = plan if weights is None else with_weights(plan, weights)
-        groups = 1 if groups is None else groups
-        order = order or default_order(plan.host_weight_bytes > 0, groups)
-        return dataclasses.replace(plan, groups=groups, order=order)
-    if profile is None:
-        profile = profiler.profile()
-    else:
-        profiler.check_profile(profile)
-    own = Budget(**limits(budget or Budget(), loaded))
-    return make_plan(
-        shape, workload, profile, own, weights=weights, groups=groups, order=order, tail=tail, window=window
-    )
+    if name == AUTO:
+        if profile is None:
+            profile = profiler.profile()
+        else:
+            profiler.check_profile(profile)
+        budget = Budget(**limits(budget or Budget(), loaded))
+        return make_plan(
+            shape, workload, profile, budget, weights=weights, groups=groups, order=order, tail=tail, window=window
+        )
+    plan = named_plan(name, shape, workload, tail=tail, window=DEFAULT_WINDOW if window is None else window)
+    if weights is not None:
+        plan = with_weights(plan, weights)
+    groups = 1 if groups is None else groups
+    order = order or default_order(plan.host_weight_bytes > 0, groups)
+    return dataclasses.replace(plan, groups=groups, order=order)

@@ -22,7 +22,7 @@ from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.run import memory
 from kvrecomp.run.decoder import Decoder
-from kvrecomp.run.forward import Model
+from kvrecomp.run.model import Model
 from kvrecomp.run.prompt import as_ids, as_mask, as_row_ids, as_token_ids, check_tokens, split_groups
 from kvrecomp.run.sampling import NAN_TOKEN, Sampling, choose, start_rows
 from kvrecomp.run.weights import weight_memories
@@ -195,10 +195,11 @@ class TokenLoop:
             ),
             memory.sharding("device"),
         )
-        rows = [start_rows(seed, own, cache.length, cache.padding) for own, cache in zip(names, caches, strict=True)]
+        recents = [cache.recent for cache in caches]
+        rows = [start_rows(seed, row, recent.length, recent.padding) for row, recent in zip(names, recents)]
         sent = 0
         for index in range(max_new_tokens):
-            chosen = [choose(self.sampling, eos, pad, *own) for own in zip(rows, logits)]
+            chosen = [choose(self.sampling, eos, pad, *group) for group in zip(rows, logits)]
             rows, tokens, reports = map(list, zip(*chosen))
             arriving = (reports, logits if self.output_logits else [])
             jax.tree.map(lambda array: array.copy_to_host_async(), arriving)

@@ -159,7 +159,7 @@ def dump(folder: Path, only: Sequence[str]) -> None:
 
 def kinds(text: str) -> collections.Counter[str]:
     """How many instructions of each kind the entry has."""
-    return collections.Counter(re.findall(r"^  ([a-z\-]+)\.\d+ = ", text[text.index("\nENTRY\n") :], re.M))
+    return collections.Counter(re.findall(r"^  ([a-z\-]+)\.\d+ = ", text[text.index("ENTRY\n") :], re.M))
 
 
 def differences(before: str, after: str) -> str:

@@ -177,7 +177,7 @@ def test_stepping_past_the_workload():
     with one_line(PlanError, "3 new tokens", "all of them are cached", "larger Workload.new"):
         decoder.step(cache, token_ids)
     assert np.isfinite(toy.get(logits)).all()  # and what is there is still there
-    assert all(np.isfinite(toy.get(array)).all() for tail in cache.tails for array in tail.arrays)
+    assert all(np.isfinite(toy.get(array)).all() for tail in cache.recent.tails for array in tail)
 
 
 def test_a_model_on_another_device_is_refused():

@@ -169,11 +169,25 @@ def decoded_logits(decoder, given):
     for slot in range(prompt, given.ids.shape[1]):
         cache, logits = decoder.step(cache, put(given.ids[:, slot]))
         result.append(logits)
-        assert cache.layout == plan.blocks((slot - prompt) // plan.tail)
+        assert_blocks(cache, plan, (slot - prompt) // plan.tail)
     kinds = {"host": "pinned_host", "device": "device"}
     for block in itertools.chain(*cache.blocks):
         assert all(array.sharding.memory_kind == kinds[block.memory] for array in block.arrays)
     return np.stack([get(logits) for logits in result], axis=1)
+
+
+def assert_blocks(cache, plan, write_outs):
+    """The cache has the blocks of the plan after that many write-outs, each in its slots, without a gap."""
+    slots = plan.workload.prompt + write_outs * plan.tail
+    for blocks, specs in zip(cache.blocks, plan.blocks(write_outs), strict=True):
+        assert [(block.form, block.memory, block.tokens) for block in blocks] == [
+            (spec.form, spec.memory, spec.tokens) for spec in specs
+        ]
+        end = slots
+        for block in reversed(blocks):
+            end -= block.tokens
+            assert int(get(block.start)) == end
+    assert int(get(cache.recent.start)) == slots
 
 
 def assert_exact(decoder, model, given, tolerance=1e-4):

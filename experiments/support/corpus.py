@@ -17,6 +17,7 @@ import os
 import re
 import sysconfig
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -29,13 +30,14 @@ VOCABULARY = 258
 
 SHORTEST = 40  # characters; shorter strings say little more than a name
 LONGEST_SHARED = 60  # characters of a paragraph; documents that share a longer one are kept on one side of the split
+VALIDATION, HELDOUT = 0.04, 0.04  # of the documents
 TOPICS = "pydoc_data/topics.py"
 # Tests, programs with strings for their own users, generated tables, and what is not the standard library's own.
-EXCLUDED = frozenset("test tests idlelib turtledemo lib2to3 encodings pydoc_data ensurepip".split()) | {
-    "site-packages",
-    "dist-packages",
-    "__pycache__",
-}
+EXCLUDED = frozenset(
+    "test tests idlelib turtledemo lib2to3 encodings pydoc_data ensurepip site-packages dist-packages "
+    "__pycache__".split()
+)
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 class Split(NamedTuple):
@@ -54,32 +56,35 @@ def documents(root: str | os.PathLike | None = None) -> list[str]:
     """
     root = Path(sysconfig.get_paths()["stdlib"] if root is None else root)
     found = _without_contained(_topics(root / TOPICS))
-    for path in _sources(root):
-        found += _documentation_strings(path)
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(set(folders) - EXCLUDED)
+        for name in sorted(files):
+            if name.endswith(".py"):
+                found += _documentation_strings(Path(folder, name))
     found = [document for document in dict.fromkeys(found) if len(document) >= SHORTEST]
     if not found:
         raise FileNotFoundError(f"{root} holds no documentation strings; a Python with its library's sources is needed")
     return found
 
 
-def split(documents: Sequence[str], validation: float = 0.04, heldout: float = 0.04) -> Split:
+def split(documents: Sequence[str]) -> Split:
     """Split by hash, so that a document stays on its side whatever others are there.
 
     Documents that repeat a paragraph of another are split as one, by the hash of the first of them. Groups that are
     a large part of the corpus, as the manual's cross-quoting chapters are, are always trained on.
     """
     groups = _groups(documents)
-    limit = sum(map(len, documents)) / 100
-    sizes: dict[int, int] = {}
+    sizes = Counter[int]()
     for document, group in zip(documents, groups):
-        sizes[group] = sizes.get(group, 0) + len(document)
+        sizes[group] += len(document)
+    large = sizes.total() / 100
     parts = Split([], [], [])
     for document, group in zip(documents, groups):
         digest = hashlib.sha256(documents[group].encode()).digest()
         draw = int.from_bytes(digest[:8], "big") / 2**64
-        if sizes[group] > limit or draw >= validation + heldout:
+        if sizes[group] > large or draw >= VALIDATION + HELDOUT:
             parts.train.append(document)
-        elif draw < heldout:
+        elif draw < HELDOUT:
             parts.heldout.append(document)
         else:
             parts.validation.append(document)
@@ -88,10 +93,9 @@ def split(documents: Sequence[str], validation: float = 0.04, heldout: float = 0
 
 def encode(documents: Sequence[str]) -> np.ndarray:
     """uint16[tokens]: an end-of-text, then each document's UTF-8 bytes and an end-of-text."""
-    joined = [np.array([END_OF_TEXT], np.uint16)]
-    for document in documents:
-        joined += [np.frombuffer(document.encode(), np.uint8).astype(np.uint16), joined[0]]
-    return np.concatenate(joined)
+    end = np.array([END_OF_TEXT], np.uint16)
+    encoded = [np.frombuffer(document.encode(), np.uint8) for document in documents]
+    return np.concatenate([end, *(part for document in encoded for part in (document, end))], dtype=np.uint16)
 
 
 def fingerprint(documents: Sequence[str]) -> str:
@@ -103,12 +107,6 @@ def paragraphs(document: str) -> list[str]:
     """Paragraphs longer than `LONGEST_SHARED`, white space made alike."""
     found = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", document))
     return [paragraph for paragraph in found if len(paragraph) > LONGEST_SHARED]
-
-
-def _sources(root: Path) -> Iterator[Path]:
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(name for name in folders if name not in EXCLUDED)
-        yield from (Path(folder, name) for name in sorted(files) if name.endswith(".py"))
 
 
 def _parse(path: Path) -> ast.Module:
@@ -127,28 +125,26 @@ def _topics(path: Path) -> list[str]:
     return []
 
 
-def _documentation_strings(path: Path) -> list[str]:
+def _documentation_strings(path: Path) -> Iterator[str]:
     """Those of one file in order of appearance; none if this Python cannot parse it."""
     try:
         tree = _parse(path)
     except (SyntaxError, ValueError):
-        return []
-    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    nodes = [node for node in ast.walk(tree) if isinstance(node, documented)]
-    nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    strings = (ast.get_docstring(node, clean=True) for node in nodes)  # clean is inspect.cleandoc
-    # A lone surrogate, as an escape may write one, has no UTF-8.
-    return [text.encode(errors="ignore").decode().strip() for text in strings if text]
+        return
+    nodes = [node for node in ast.walk(tree) if isinstance(node, DOCUMENTED)]
+    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+        if text := ast.get_docstring(node):
+            yield text.encode(errors="ignore").decode().strip()  # a lone surrogate of an escape has no UTF-8
 
 
 def _without_contained(topics: Sequence[str]) -> list[str]:
     """Leaves out topics all of whose long paragraphs another, larger one has: "with" is a part of "compound"."""
     kept, seen = set(), set()
     for topic in sorted(topics, key=lambda topic: (-len(topic), topic)):
-        own = set(paragraphs(topic))
-        if own - seen or not own:
+        found = set(paragraphs(topic))
+        if found - seen or not found:
             kept.add(topic)
-            seen |= own
+            seen |= found
     return [topic for topic in topics if topic in kept]
 
 
@@ -165,6 +161,6 @@ def _groups(documents: Sequence[str]) -> list[int]:
     owners: dict[str, int] = {}
     for number, document in enumerate(documents):
         for paragraph in paragraphs(document):
-            one, other = first(owners.setdefault(paragraph, number)), first(number)
-            parents[max(one, other)] = min(one, other)
+            one, two = first(owners.setdefault(paragraph, number)), first(number)
+            parents[max(one, two)] = min(one, two)
     return [first(number) for number in range(len(documents))]

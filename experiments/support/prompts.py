@@ -57,7 +57,7 @@ def encode_one(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
     Without a tokenizer a prompt is ids in digits, "5 17 2"; of any other text ids are its UTF-8 bytes, which stand for
     nothing to random weights, but for different lengths. Raises UnicodeEncodeError where it is not text.
     """
-    # A tokenizer without a post-processor adds nothing of its own: ours, whose texts begin with what ends them.
+    # A tokenizer without a post-processor adds nothing: ours, whose texts begin with what ends them.
     begin = [] if tokenizer is None or tokenizer.post_processor is not None else special_tokens(tokenizer, ENDS)[:1]
     text = prompt.encode()  # before the tokenizer, which says less of what is not text
     if tokenizer is not None:
@@ -81,7 +81,7 @@ def encode(tokenizer: Tokenizer | None, prompts: Sequence[str]) -> tuple[np.ndar
 def pad_left(rows: Sequence[Sequence[int] | np.ndarray], length: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows of ids as int32[batch, length], zeros on their left, and bool of the mask."""
     ids, mask = np.zeros((len(rows), length), np.int32), np.zeros((len(rows), length), bool)
-    for row, own in enumerate(rows):
-        ids[row, length - len(own) :] = own
-        mask[row, length - len(own) :] = True
+    for number, row in enumerate(rows):
+        ids[number, length - len(row) :] = row
+        mask[number, length - len(row) :] = True
     return ids, mask

@@ -4,29 +4,21 @@ found = what_if(models.preset("opt-6.7b").shape, Workload(32, 1024, 32), Hardwar
 """
 
 import dataclasses
+import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from experiments.support.results import tables
-from kvrecomp.plan import (
-    AUTO,
-    MEMORIES,
-    Budget,
-    Memory,
-    Method,
-    ModelShape,
-    Plan,
-    Workload,
-    format_bytes,
-)
+from kvrecomp.plan import AUTO, MEMORIES, Budget, Memory, Method, ModelShape, Plan, Workload, format_bytes
 from kvrecomp.plan.cutting import default_tail
 from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.named import named_plan, named_weights, with_weights
-from kvrecomp.predict import cost, scheduler
+from kvrecomp.predict import cost
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.predict.kvpr import kvpr_seconds, kvpr_split
+from kvrecomp.predict.problem import resolve_budget
+from kvrecomp.predict.scheduler import make_plan
 
 STEPS = 80  # of the fraction
 FRACTIONS = tuple(step / STEPS for step in range(STEPS + 1))
@@ -85,8 +77,8 @@ class Measured:
 
     def of(self, plan: str) -> float | None:
         """The plan's time, the median where it was measured more than once."""
-        own = [milliseconds for name, milliseconds in self.points if name == plan]
-        return statistics.median(own) if own else None
+        times = [milliseconds for name, milliseconds in self.points if name == plan]
+        return statistics.median(times) if times else None
 
 
 def what_if(
@@ -101,14 +93,11 @@ def what_if(
 ) -> WhatIf:
     """The plan that the scheduler makes for so many groups of the workload's rows, and the predicted steps of others
     with as many, and with weights where it has them; `window` in bytes is theirs. Where layers' `weights` are is chosen
-    too, unless it is given.
-
-    Raises:
-        PlanError: the model has too few positions, or nothing fits in the budget; the message says what would.
+    too, unless it is given. Raises PlanError where the model has too few positions, or nothing fits in the budget.
     """
     named_plan("device", shape, workload)  # its one block costs nothing to make, however long a prompt is asked for
-    budget = scheduler.resolve_budget(budget or Budget(), profile)
-    chosen = scheduler.make_plan(shape, workload, profile, budget, weights=weights, groups=groups)
+    budget = resolve_budget(budget or Budget(), profile)
+    chosen = make_plan(shape, workload, profile, budget, weights=weights, groups=groups)
     weights = [layer.weights for layer in chosen.layers]
     window = chosen.window if window is None else window
     tail = min(chosen.tail, default_tail(shape, workload, window))
@@ -123,25 +112,24 @@ def what_if(
         "recompute": [with_method(plan, "recompute") for plan in absorb],
         "kvpr": [make(f"kvpr:{fraction:g}") for fraction in FRACTIONS],
     }
-    others = [make("keys_values"), make("activations"), make("device")]
-    plans = [chosen, *others, *(plan for curve in curves.values() for plan in curve)]
-    first, *rest = [float(seconds) for seconds in cost.mean_costs(profile, plans).seconds]
-    named, rest = rest[: len(others)], iter(rest[len(others) :])
-    seconds = {name: tuple(next(rest) for _ in curve) for name, curve in curves.items()}
-
-    best = min(range(len(FRACTIONS)), key=seconds["kvpr"].__getitem__)
-    compared = [*zip(others, named)]
-    compared.insert(2, (curves["kvpr"][best], seconds["kvpr"][best]))  # everything on the device comes last
+    named = [make("keys_values"), make("activations"), make("device")]
+    plans = [chosen, *named, *itertools.chain(*curves.values())]
+    predicted = {plan: float(seconds) for plan, seconds in zip(plans, cost.mean_costs(profile, plans).seconds)}
+    curve_seconds = {name: tuple(predicted[plan] for plan in curve) for name, curve in curves.items()}
+    best = min(curves["kvpr"], key=predicted.__getitem__)
+    keys_values, activations, device = named
 
     def formula(recomputed: float) -> float:
         return groups * kvpr_seconds(profile, shape, workload, recomputed)
 
     tokens = kvpr_split(profile, shape, workload)
+    formula_curve = tuple(formula(fraction * workload.prompt) for fraction in FRACTIONS)
+    compared = (chosen, keys_values, activations, best, device)
     return WhatIf(
         profile=profile,
         budget=budget,
-        alternatives=tuple(judged(plan, each, budget) for plan, each in [(chosen, first), *compared]),
-        curves=seconds | {"kvpr_formula": tuple(formula(fraction * workload.prompt) for fraction in FRACTIONS)},
+        alternatives=tuple(judged(plan, predicted[plan], budget) for plan in compared),
+        curves=curve_seconds | {"kvpr_formula": formula_curve},
         kvpr_tokens=tokens,
         kvpr_seconds=formula(tokens),
     )
@@ -155,9 +143,9 @@ def with_method(plan: Plan, method: Method) -> Plan:
 
 def judged(plan: Plan, seconds: float, budget: Budget) -> Alternative:
     """The plan with what it sends and needs, and whether that is within the budget."""
-    needed: dict[Memory, int] = {place: sum(items.values()) for place, items in memory_needed(plan).items()}
-    excess = {place: needed[place] - getattr(budget, place) for place in MEMORIES}
-    misfit = " and ".join(f"{place} lacks {format_bytes(size)}" for place, size in excess.items() if size > 0)
+    needed: dict[Memory, int] = {memory: sum(items.values()) for memory, items in memory_needed(plan).items()}
+    excess = {memory: needed[memory] - getattr(budget, memory) for memory in MEMORIES}
+    misfit = " and ".join(f"{memory} lacks {format_bytes(size)}" for memory, size in excess.items() if size > 0)
     sent = sum(share * plan.link_bytes(write_outs) for write_outs, share in cost.step_shares(plan).items())
     return Alternative(plan, seconds, round(sent), needed, misfit)
 
@@ -183,15 +171,17 @@ def measured_as(plan: Plan, rows: Sequence[tables.Row], file: str) -> Measured:
 
     Those of plan `auto` are left out: chosen for another machine or budget, it is another plan of the same name.
     """
-    order = plan.order if plan.groups > 1 else "row"
     wanted = {"model": plan.shape.name, "dtype": plan.shape.dtype, **dataclasses.asdict(plan.workload)}
-    wanted |= {"weights": tuple(layer.weights for layer in plan.layers), "groups": plan.groups, "order": order}
+    wanted |= {"groups": plan.groups, "order": plan.order if plan.groups > 1 else "row"}
+    weights = tuple(layer.weights for layer in plan.layers)
+    default = {"dtype": "bfloat16", "groups": 1, "order": "row"}
 
-    def said(row: tables.Row) -> dict[str, Any]:
-        given = {"dtype": "bfloat16", "weights": "device", "groups": 1, "order": "row"}
-        given |= {key: row[key] for key in wanted if row.get(key) is not None}
-        return given | {"weights": named_weights(given["weights"], len(plan.layers))}
+    def matches(row: tables.Row) -> bool:
+        row = {name: value for name, value in row.items() if value is not None}
+        same = all((default | row).get(name) == value for name, value in wanted.items())
+        return same and named_weights(row.get("weights", "device"), len(plan.layers)) == weights
 
-    own = [row for row in rows if row.get("plan") != AUTO and said(row) == wanted]
-    points = tuple((str(row.get("plan")), float(row["median_ms"])) for row in own)
+    points = tuple(
+        (str(row.get("plan")), float(row["median_ms"])) for row in rows if row.get("plan") != AUTO and matches(row)
+    )
     return Measured(str(rows[0].get("device", "unknown device")) if rows else "unknown device", points, file)

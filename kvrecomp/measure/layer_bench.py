@@ -1,9 +1,10 @@
-"""Times a few layers of a model in the program that decoding runs, `forward.decode_step`.
+"""Times a few layers of a model in the program that decoding runs, `step.decode_step`.
 
 Blocks are on the device already, or short to copy, so that nothing but compute is timed.
 """
 
 import dataclasses
+import itertools
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -18,9 +19,10 @@ from kvrecomp.measure.timing import device_timer, median_seconds, random, random
 from kvrecomp.plan import BlockSpec, Form, LayerPlan, Memory, Method, Plan, Workload
 from kvrecomp.predict.hardware import Attention
 from kvrecomp.run import memory
-from kvrecomp.run.cache import Block, allocate_tails, describe_blocks, describe_tails, make_cache
-from kvrecomp.run.forward import Model, decode_step
-from kvrecomp.run.window import OVERLAPPING
+from kvrecomp.run.cache import Block, allocate_recent, describe_blocks, describe_ints, describe_recent, shardings
+from kvrecomp.run.copies import OVERLAPPING
+from kvrecomp.run.model import Model
+from kvrecomp.run.step import decode_step
 
 TAIL = 32  # tokens: XLA fuses the scores of very few with others', and computes them many times
 STEPS = 10  # at most, dispatched one after the other
@@ -68,33 +70,36 @@ class LayerBench:
     def _step_timer(self, run: Run) -> Callable[[], float]:
         plan = self._plan(run)
 
-        def step(weights, blocks, tails, padding, length, token_ids):
-            cache = make_cache(blocks, tails, padding, length, 0)
-            (tails,), (logits,) = decode_step(self._part(weights, run.layers), plan, [cache], [token_ids])
-            return tails, jnp.argmax(logits, axis=-1).astype(jnp.int32)
+        def step(weights, blocks, recent, token_ids):
+            (recent,), (logits,) = decode_step(self._part(weights, run.layers), plan, [blocks], [recent], [token_ids])
+            return recent, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
-        described, placed = describe_blocks(plan, 0), memory.sharding("host" if run.copied else "device")
-        if not run.copied:
-            described = [[_as_if_copied(block) for block in blocks] for blocks in described]
-        padding, length, token_ids = jax.device_put(
-            (np.zeros(self._batch, np.int32), np.int32(plan.workload.prompt), np.zeros(self._batch, np.int32)),
-            memory.sharding("device"),
-        )
-        inputs = (self._weights, described, describe_tails(plan), padding, length, token_ids)
-        shardings = (None, jax.tree.map(lambda _: placed, described), None, None, None, None)
-        lowered = jax.jit(step, in_shardings=shardings, donate_argnames=("tails",)).lower(*inputs)
+        as_used = (lambda block: block) if run.copied else _as_if_copied
+        described = [list(map(as_used, layer)) for layer in describe_blocks(plan, 0)]
+        inputs = (self._weights, described, describe_recent(plan), describe_ints(self._batch))
+        placed = (None, shardings(described) if run.copied else None, None, None)
+        lowered = jax.jit(step, in_shardings=placed, donate_argnames=("recent",)).lower(*inputs)
         program = lowered.compile(compiler_options=dict(OVERLAPPING))
-        jax.tree.map(lambda like: random_maker(like.shape, like.dtype), described)  # compiled here, too
+        for block in itertools.chain.from_iterable(described):
+            for like in block.arrays:
+                random_maker(like.shape, like.dtype)  # compiled here, too
+        start = jax.device_put(np.int32(0), memory.sharding("device"))
+
+        def filled(block: Block) -> Block:
+            where = memory.sharding(block.memory if run.copied else "device")
+            arrays = tuple(jax.device_put(random(like.shape, like.dtype), where) for like in block.arrays)
+            return dataclasses.replace(block, arrays=arrays, start=start)
 
         def seconds() -> float:
-            blocks = jax.tree.map(lambda like: jax.device_put(random(like.shape, like.dtype), placed), described)
-            tails, tokens = allocate_tails(plan), token_ids
+            blocks = [[filled(block) for block in layer] for layer in described]
+            token_ids = jax.device_put(np.zeros(self._batch, np.int32), memory.sharding("device"))
+            state = allocate_recent(plan), token_ids
 
             def take(steps: int) -> Array:
-                nonlocal tails, tokens
+                nonlocal state
                 for _ in range(steps):
-                    tails, tokens = program(self._weights, blocks, tails, padding, length, tokens)
-                return tokens
+                    state = program(self._weights, blocks, *state)
+                return state[1]
 
             return self._seconds(take)
 

@@ -18,8 +18,8 @@ from kvrecomp.measure.timing import least_seconds
 from kvrecomp.plan import DEFAULT_WINDOW, LEAST_ALIGNED, MEMORIES, LayerShape, Memory, ModelShape, uneven
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW
 from kvrecomp.predict.hardware import ATTENTION, Attention, Curve, LayerTimes, Work, attention_work, project_work
-from kvrecomp.run.forward import Model
 from kvrecomp.run.memory import free_device_bytes
+from kvrecomp.run.model import Model
 from kvrecomp.run.programs import side_by_side
 
 FEW_LAYERS, MORE_LAYERS = 2, 6
@@ -90,8 +90,8 @@ def choose_runs(shape: ModelShape, layer: LayerShape, batch: int) -> Runs:
         return run, run._replace(layers=MORE_LAYERS)
 
     short = block_sizes("keys_values", shape, layer, batch, AWAITED_BYTES)[-1]
-    longest = {memory: one_block["absorb", memory][-1] for memory in MEMORIES}
-    less_one = {memory: run._replace(tokens=run.tokens - 1) for memory, run in longest.items()}
+    longest: dict[Memory, Run] = {memory: one_block["absorb", memory][-1] for memory in MEMORIES}
+    less_one: dict[Memory, Run] = {memory: run._replace(tokens=run.tokens - 1) for memory, run in longest.items()}
     return Runs(
         layers=few_and_more(one_block["keys_values", "host"][0].tokens),
         finish=(Finish(FEW_LAYERS), Finish(MORE_LAYERS)),

@@ -1,6 +1,7 @@
 """Measures this machine: the link, matrix products, device memory."""
 
 import functools
+import itertools
 import pathlib
 import re
 from collections.abc import Callable, Sequence
@@ -11,11 +12,11 @@ import jax.numpy as jnp
 
 from kvrecomp.measure.timing import device_timer, measured_line, median_seconds, random_maker, seconds_longer
 from kvrecomp.plan import GIB, MIB
-from kvrecomp.plan.holds import Copy
+from kvrecomp.plan.step_order import Op, order_layers
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.run import memory
+from kvrecomp.run.copies import OVERLAPPING, Copies
 from kvrecomp.run.programs import side_by_side
-from kvrecomp.run.window import OVERLAPPING, Window
 
 HANDOFF_BYTES = 2 * MIB  # so long to copy that the host, which starts copies and kernels, is ahead
 COPY_PASSES = (2, 8)  # how often each block is copied when the rate of copies is measured
@@ -128,20 +129,22 @@ def _held_copies(
     block_bytes: int, blocks: int, passes: int, computing: bool, room: int
 ) -> Callable[[Sequence[jax.Array]], Any]:
     """A program that copies every one of so many arrays so often."""
+    count = blocks * passes
 
     def copy_all(arrays):
-        copies = [(array, Copy(array.size * array.dtype.itemsize)) for array in arrays] * passes
-        window, result = Window([copies], room * block_bytes, "pipelined"), jnp.zeros((), arrays[0].dtype)
-        ends = []
-        for _ in copies:
-            before, x = window.take(result)
+        ops = (Op("copy", blocks=(0,), nbytes=block_bytes), Op("attend", blocks=(0,), frees=block_bytes)) * count
+        order = order_layers((ops,), (0,), room * block_bytes, "pipelined")
+        copies = Copies.begin(order, dict(zip(range(0, 2 * count, 2), itertools.cycle(arrays))))
+        ends, result = [], jnp.zeros((), arrays[0].dtype)
+        for number in range(0, 2 * count, 2):
+            copies, before, x = copies.take(number, result)
             ends.append(before)  # read, or XLA would drop the order with it
             result = x[0, 0, -1]
             if computing:
                 queries = jnp.broadcast_to(x[0, 0], (32, x.shape[-1]))
                 scores = jnp.einsum("nh,sbh->nsb", queries, x)
                 result = jnp.einsum("nsb,sbh->nh", scores, x)
-            result = window.used(result)
+            copies, result = copies.ended(number + 1, result)
         return *ends, result
 
     return _traced(copy_all, block_bytes, blocks).lower().compile(compiler_options=dict(OVERLAPPING))

@@ -12,7 +12,7 @@ from kvrecomp.measure.layers import measure_layer
 from kvrecomp.measure.machine import measure_machine, this_machine
 from kvrecomp.plan import PlanError
 from kvrecomp.predict.hardware import HardwareProfile, LayerTimes
-from kvrecomp.run.forward import Model
+from kvrecomp.run.model import Model
 
 LOG = logging.getLogger("kvrecomp")
 FORMAT = 13  # of the file, and of what its numbers mean; another one is measured anew

@@ -1,31 +1,24 @@
 """Plain data, without jax: the sizes of a model, a workload, a budget, and the plan of what is cached where."""
 
-from kvrecomp.plan.layout import (
+from kvrecomp.plan.layout import AUTO, DEFAULT_WINDOW, BlockSpec, LayerPlan, Order, Plan, Schedule
+from kvrecomp.plan.shapes import (
     ALIGNED,
-    AUTO,
-    DEFAULT_WINDOW,
     FORMS,
     GIB,
     LEAST_ALIGNED,
     MEMORIES,
     METHODS,
     MIB,
-    BlockSpec,
-    Budget,
     Form,
-    LayerPlan,
     LayerShape,
     Memory,
     Method,
     ModelShape,
-    Order,
-    Plan,
     PlanError,
-    Schedule,
-    Workload,
-    format_bytes,
     uneven,
 )
+from kvrecomp.plan.table import format_bytes
+from kvrecomp.plan.workload import Budget, Workload
 
 __all__ = [
     "ALIGNED",

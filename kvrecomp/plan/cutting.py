@@ -1,20 +1,11 @@
-"""How many tokens blocks, tails and chunks of queries have: by what memory there is room for, and what kernels are fast
+"""How many tokens blocks, tails and chunks of queries have: by the memory that there is, and by what kernels are fast
 for."""
 
 from collections.abc import Sequence
 
-from kvrecomp.plan.layout import (
-    ALIGNED,
-    FORMS,
-    GIB,
-    LEAST_ALIGNED,
-    BlockSpec,
-    Form,
-    LayerShape,
-    Memory,
-    ModelShape,
-    Workload,
-)
+from kvrecomp.plan.layout import BlockSpec
+from kvrecomp.plan.shapes import ALIGNED, FORMS, GIB, LEAST_ALIGNED, Form, LayerShape, Memory, ModelShape
+from kvrecomp.plan.workload import Workload
 
 BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
 TAIL_BYTES = 2 * GIB
@@ -24,10 +15,13 @@ SCORE_BYTES = 2**28  # scores of one chunk of queries during prefill
 def cut_runs(
     runs: Sequence[tuple[Form, Memory, int]], layer: LayerShape, shape: ModelShape, workload: Workload, most_bytes: int
 ) -> tuple[BlockSpec, ...]:
-    """Runs of (form, memory, tokens) as blocks: one on the device; on the host as few as `most_bytes` allow, equal
-    within one token. Where LEAST_ALIGNED tokens fit, and not all do, they are multiples of ALIGNED, equal within one of
-    these; the last has what is left. Runs of no tokens are left out."""
-    blocks = []
+    """Runs of (form, memory, tokens) as blocks; runs of no tokens are left out.
+
+    A run on the device is one block. On the host there are as few as `most_bytes` a block allow, equal within one
+    token. Where LEAST_ALIGNED tokens fit in a block, and not all do, blocks are multiples of ALIGNED, equal within one
+    of these, and the last has what is left.
+    """
+    blocks: list[BlockSpec] = []
     for form, memory, tokens in runs:
         token_bytes = workload.batch * layer.width(form) * shape.itemsize
         largest = tokens if memory == "device" else max(1, most_bytes // token_bytes)
@@ -35,20 +29,18 @@ def cut_runs(
         units = -(-tokens // unit)
         count = -(-units // max(1, largest // unit))
         for number in range(count):
-            own = unit * (units // count + (number < units % count))
-            blocks.append(BlockSpec(form, memory, min(own, tokens)))
-            tokens -= own
+            size = min(tokens, unit * (units // count + (number < units % count)))
+            blocks.append(BlockSpec(form, memory, size))
+            tokens -= size
     return tuple(blocks)
 
 
 def default_tail(shape: ModelShape, workload: Workload, window: int, most_bytes: float = TAIL_BYTES) -> int:
-    """Tokens of a tail of at most `most_bytes` in all layers, and a fraction of the window in one: a power of two, or
-    `new`, which is the most.
-
-    At least 16 and at most 1024 where the window allows.
+    """Tokens of a tail of at most `most_bytes` in all layers and a block's share of the window in one: a power of two
+    from 16 to 1024, smaller where the window is, or all `new` tokens where these are fewer.
 
     A write-out needs a new program, and compiling it takes longer than a few steps. Steps that send little are short
-    and their tails long, so the tail fills while the next program is compiled.
+    and their tails long, so that the tail fills while the next program is compiled.
     """
     widths = [max(layer.width(form) for form in FORMS) for layer in shape.layers]
     row_bytes = workload.batch * shape.itemsize

@@ -5,9 +5,12 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from kvrecomp.plan.cutting import chunk_of_queries
-from kvrecomp.plan.holds import in_flight_bytes
-from kvrecomp.plan.layout import GIB, MEMORIES, Memory, ModelShape, Plan, PlanError, Workload, format_bytes
+from kvrecomp.plan.layout import Plan
 from kvrecomp.plan.pinned import LIMIT_VARIABLE, pinned_limit
+from kvrecomp.plan.shapes import GIB, MEMORIES, Memory, ModelShape, PlanError
+from kvrecomp.plan.step_order import step_order
+from kvrecomp.plan.table import format_bytes
+from kvrecomp.plan.workload import Workload
 
 MARGIN = 0.05  # of what is free: fragmentation, and the programs themselves
 
@@ -27,8 +30,8 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
             "blocks": plan.bytes_in("device", write_outs),
             "tail": plan.tail_bytes,
             "prefill or step": max(
-                prefill_bytes(shape, plan.workload) + 2 * max(plan.weight_bytes(*own) for own in plan.distinct_layers),
-                in_flight(plan, write_outs) + recomputed_bytes(plan, write_outs),
+                prefill_bytes(shape, plan.workload) + 2 * plan.most_weight_bytes,
+                step_order(plan, write_outs).high_water + recomputed_bytes(plan, write_outs),
             ),
         },
         "host": {"weights": weights["host"], "blocks": plan.bytes_in("host", write_outs)},
@@ -51,22 +54,6 @@ def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
         scores = 2 * 4 * workload.batch * layer.heads * workload.prompt * chunk
         most = max(most, tokens * attention * shape.itemsize + scores, tokens * feed_forward * shape.itemsize)
     return most
-
-
-def in_flight(plan: Plan, write_outs: int) -> int:
-    """Most bytes from the host on their way or in use: layer by layer all that one needs, of the groups that go through
-    it together; else those copied ahead, a block in use and weights."""
-    layerwise = largest = kept = 0
-    for layer, layer_shape in plan.distinct_layers:
-        blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
-        sizes = [plan.bytes_of(layer_shape, block) for block in blocks if block.memory == "host"]
-        weights = plan.weight_bytes(layer, layer_shape)
-        matrix = max(map(max, layer_shape.matrices)) * plan.shape.itemsize if weights else 0
-        layerwise = max(layerwise, plan.groups_per_pass * sum(sizes) + weights)
-        largest, kept = max(largest, matrix, *sizes), max(kept, weights)  # copies ahead may be of another kind of layer
-    pipelined = in_flight_bytes(plan.whole_window, largest, kept)
-    most = layerwise if plan.schedule == "layerwise" else pipelined
-    return min(most, plan.bytes_in("host", write_outs, in_sight=True) + plan.host_weight_bytes)
 
 
 def recomputed_bytes(plan: Plan, write_outs: int) -> int:
@@ -96,43 +83,43 @@ def weights_in(shape: ModelShape, memories: Sequence[Memory]) -> dict[Memory, in
         raise PlanError(
             f"weights are said to be in {len(memories)} memories; {shape.name} has {len(shape.layers)} layers"
         )
-    hosted = sum(layer.parameters for layer, place in zip(shape.layers, memories) if place == "host")
+    hosted = sum(layer.parameters for layer, memory in zip(shape.layers, memories) if memory == "host")
     return {"device": (shape.parameters - hosted) * shape.itemsize, "host": hosted * shape.itemsize}
 
 
 def check_within(plan: Plan, allowed: Mapping[Memory, float]) -> None:
     """Raises `PlanError`, with sizes and with what would fit, if the plan needs more bytes than are allowed."""
     needed = memory_needed(plan)
-    for place in MEMORIES:
-        limit = allowed[place]
-        total = sum(needed[place].values())
+    for memory in MEMORIES:
+        limit = allowed[memory]
+        total = sum(needed[memory].values())
         if total <= limit:
             continue
-        items = ", ".join(f"{item} {format_bytes(size)}" for item, size in needed[place].items() if size)
+        items = ", ".join(f"{item} {format_bytes(size)}" for item, size in needed[memory].items() if size)
         raise PlanError(
-            f"plan {plan.name} needs {format_bytes(total)} of {place} memory ({items}); {format_bytes(limit)} may be "
-            f"used: {_what_fits(plan, place, limit)}{_pool_hint(place, total)}"
+            f"plan {plan.name} needs {format_bytes(total)} of {memory} memory ({items}); {format_bytes(limit)} may be "
+            f"used: {_what_fits(plan, memory, limit)}{_pool_hint(memory, total)}"
         )
 
 
-def _what_fits(plan: Plan, place: Memory, limit: float) -> str:
+def _what_fits(plan: Plan, memory: Memory, limit: float) -> str:
     """The largest batch for which the plan fits."""
 
     def excess(batch: int) -> bool:
         smaller = dataclasses.replace(plan, workload=dataclasses.replace(plan.workload, batch=batch))
-        return sum(memory_needed(smaller)[place].values()) > limit
+        return sum(memory_needed(smaller)[memory].values()) > limit
 
     fitting = bisect.bisect_left(range(1, plan.workload.batch), True, key=excess)
     if fitting:
         return f"a batch of {fitting} fits where {plan.workload.batch} were asked for"
     ways = "use a smaller model, a shorter prompt or more memory"
-    if place == "device" and any(layer.weights == "device" for layer in plan.layers):
+    if memory == "device" and any(layer.weights == "device" for layer in plan.layers):
         ways += ", or put weights into host memory, as plan auto does where it may"
     return f"not even a batch of 1 fits; {ways}"
 
 
-def _pool_hint(place: Memory, total: float) -> str:
-    if place == "device" or total <= pinned_limit():
+def _pool_hint(memory: Memory, total: float) -> str:
+    if memory == "device" or total <= pinned_limit():
         return ""
     return (
         f"; the pinned pool is capped at {pinned_limit() / GIB:.0f} GiB: set {LIMIT_VARIABLE} before jax "

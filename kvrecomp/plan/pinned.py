@@ -2,7 +2,7 @@
 
 import os
 
-from kvrecomp.plan.layout import GIB
+from kvrecomp.plan.shapes import GIB
 
 LIMIT_VARIABLE = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB"
 _DEFAULT_LIMIT_GIB = 64

@@ -1,21 +1,25 @@
-"""Makes the plan of layers of one shape from a few numbers, which the scheduler varies, and the room that there is."""
+"""Candidates for a plan: a window and a few settings for each layer shape, and the plan that they make."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvrecomp.plan import LEAST_ALIGNED, BlockSpec, Form, LayerPlan, LayerShape, Memory, Method, ModelShape, Workload
+from kvrecomp.plan import AUTO, FORMS, LEAST_ALIGNED, BlockSpec, Form, LayerPlan, LayerShape, Memory, Method, Plan
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
+from kvrecomp.plan.footprint import memory_needed, recomputed_bytes
+from kvrecomp.plan.step_order import in_flight_bytes
+from kvrecomp.predict.problem import Space
 
 
 @dataclass(frozen=True)
 class Settings:
     """What the plan of layers of one shape is made from.
 
-    `on_device` is the fraction of the device memory left over that holds keys and values, None for as much as leaves no
-    token behind the link; `activations` the fraction of the prompt behind the link that are activations. `tail_form` is
-    that of generated tokens, and `growth` the fraction of the written-out tails that could stay on the device for which
-    room is kept; the prompt comes next, and what is left over is for more of them. Parts of a prompt of LEAST_ALIGNED
-    tokens or more are multiples of `unit`, but for the last, of which the rest is a block of its own.
+    `on_device` is the fraction of the free device memory that holds keys and values (None: as much as leaves no token
+    behind the link); the rest holds the smaller form. `activations` is the fraction of the prompt behind the link that
+    is activations. `tail_form` is the form of generated tokens, and `growth` the fraction of the written-out tails that
+    could stay on the device for which room is kept before any of the prompt gets some. Parts of a prompt of
+    LEAST_ALIGNED tokens or more are multiples of `unit`, but for the last, the rest of which is a block of its own.
     """
 
     on_device: float | None
@@ -27,78 +31,155 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Builder:
-    """Makes the plan of layers of one shape.
+class Candidate:
+    """A window in bytes, and the settings of each layer shape."""
 
-    `room` is how many bytes of tail and blocks each may keep on the device, `window_room` the same where a window is
-    needed too.
-    """
-
-    layer: LayerShape
-    shape: ModelShape
-    workload: Workload
     window: int
-    tail: int
-    room: float
-    window_room: float
-
-    def plan(self, settings: Settings) -> LayerPlan:
-        """The plan with these settings, which may be over the budget where even the tail is."""
-        prompt = self.layer.cached(self.workload.prompt)
-        write_outs = max(0, (self.workload.new - 1) // self.tail)
-        smaller = smaller_form(self.layer)
-        pair, small = self._bytes("keys_values"), self._bytes(smaller)
-        grown = self.tail * self._bytes(settings.tail_form)  # a tail's bytes, written out or not
-        all_fits = prompt * small + (1 + write_outs) * grown <= self.room
-        room = max(0.0, (self.room if all_fits else self.window_room) - grown)
-        kept = min(write_outs, int(room / grown))
-        for_prompt = room - (kept if all_fits else int(settings.growth * kept)) * grown
-        if settings.on_device is not None:
-            pairs = min(prompt, int(settings.on_device * for_prompt / pair))
-        elif prompt * pair <= for_prompt:
-            pairs = prompt
-        else:  # as many as leave room for the others in the smaller form
-            pairs = max(0, int((for_prompt - prompt * small) / (pair - small))) if pair > small else 0
-        unit = settings.unit if prompt >= LEAST_ALIGNED else 1
-
-        def part(tokens: int, of: int) -> int:
-            """So many, or a few less; all there are as they are."""
-            return tokens if tokens >= of else tokens - tokens % unit
-
-        pairs = part(pairs, prompt)
-        rest = part(min(prompt - pairs, int((for_prompt - pairs * pair) / small)), prompt - pairs)
-        behind = prompt - pairs - rest
-        sent = part(round(settings.activations * behind), behind)
-        here = {"keys_values": pairs, "activations": 0}
-        here[smaller] += rest
-        blocks = (
-            *self._cut("keys_values", "device", here["keys_values"]),
-            *self._cut("activations", "device", here["activations"], unit),
-            *_mix(self._cut("activations", "host", sent, unit), self._cut("keys_values", "host", behind - sent)),
-        )
-        kept = min(write_outs, int((room - pairs * pair - rest * small) / grown))
-        stays: list[Memory] = ["device"] * kept
-        leaves: list[Memory] = ["host"] if kept < write_outs or behind else ["device"]
-        return LayerPlan(blocks, settings.tail_form, (*stays, *leaves), settings.method)
-
-    def _cut(self, form: Form, memory: Memory, tokens: int, unit: int = 1) -> tuple[BlockSpec, ...]:
-        """Blocks of so many tokens; where these are no multiple of `unit`, the rest is a block of its own."""
-        rest = tokens % unit if tokens >= LEAST_ALIGNED else 0
-        runs: list[tuple[Form, Memory, int]] = [(form, memory, tokens - rest), (form, memory, rest)]
-        return cut_runs(runs, self.layer, self.shape, self.workload, self.window // BLOCKS_PER_WINDOW)
-
-    def _bytes(self, form: Form) -> int:
-        """Of one token."""
-        return self.workload.batch * self.layer.width(form) * self.shape.itemsize
+    settings: Mapping[LayerShape, Settings]
 
 
-def _mix(some: Sequence[BlockSpec], others: Sequence[BlockSpec]) -> list[BlockSpec]:
-    """Both in turns: of one kind copies are long and of the other compute is, so that each runs under the other. Of
-    two that are due at once the first is one of `some`."""
-    turns = [(number / len(own), block) for own in (some, others) for number, block in enumerate(own)]
-    return [block for _, block in sorted(turns, key=lambda turn: turn[0])]
+Split = Mapping[tuple[Form, Memory], int]
+"""Tokens of a layer's prompt in each form and memory."""
 
 
 def smaller_form(layer: LayerShape) -> Form:
-    """The form with fewer bytes; keys and values where they are alike."""
+    """The form with fewer bytes; keys and values where both have as many."""
     return "activations" if layer.width("activations") < layer.width("keys_values") else "keys_values"
+
+
+def least_candidate(space: Space) -> Candidate:
+    """The candidate that needs the least memory: each layer shape in its smaller form. It fits if any does."""
+    settings = {}
+    for layer in space.layer_shapes:
+        form = smaller_form(layer)
+        settings[layer] = Settings(None, float(form == "activations"), "absorb", form, 0.0)
+    return Candidate(space.windows[-1], settings)
+
+
+def candidate_plan(space: Space, candidate: Candidate) -> Plan:
+    """The candidate's plan, which may be over the budget.
+
+    Raises `PlanError` if a block or a tail is larger than the window.
+    """
+    free = space.beside_weights
+    plan = _fill(space, candidate, free)
+    if recomputed_bytes(plan, plan.write_outs):  # which no room was left for
+        excess = sum(memory_needed(plan)["device"].values()) - (space.problem.budget.device or 0.0)
+        if excess > 0:
+            plan = _fill(space, candidate, free - excess)
+    return plan
+
+
+def _fill(space: Space, candidate: Candidate, free: float) -> Plan:
+    """The candidate's plan in `free` bytes beside the weights, which layers share so that each can hold as many tokens
+    as the others."""
+    problem, window = space.problem, candidate.window
+    for_cache = (free - space.prefill) / problem.groups
+    largest_copy = max(window // BLOCKS_PER_WINDOW, space.hosted_matrix)
+    in_flight = in_flight_bytes(window + 2 * space.hosted_layer, largest_copy, space.hosted_layer)
+    beside_window = for_cache - max(0, in_flight - space.prefill) / problem.groups
+
+    widths = [layer.width(smaller_form(layer)) for layer in space.layer_shapes]
+    total_width = sum(widths[number] for number in space.layer_numbers)
+    plans: list[dict[Memory, LayerPlan]] = []  # of each layer shape, with its weights in either memory
+    for layer, width in zip(space.layer_shapes, widths):
+        share = width / total_width
+        settings = candidate.settings[layer]
+        plan = _layer_plan(space, layer, settings, window, for_cache * share, beside_window * share)
+        plans.append({"device": plan, "host": dataclasses.replace(plan, weights="host")})
+    return Plan(
+        AUTO,
+        problem.shape,
+        problem.workload,
+        tuple(plans[number][memory] for number, memory in zip(space.layer_numbers, space.weights)),
+        space.tail,
+        window,
+        groups=problem.groups,
+        order=space.order,
+    )
+
+
+def _layer_plan(
+    space: Space, layer: LayerShape, settings: Settings, window: int, room: float, beside_window: float
+) -> LayerPlan:
+    """The plan of one layer with these settings, what is over its room in host memory.
+
+    It has `room` bytes for its tail and blocks, and those `beside_window` where it needs a window too.
+    """
+    workload = space.problem.workload
+    prompt = layer.cached(workload.prompt)
+    write_outs = space.write_outs
+    row_bytes = workload.batch * space.problem.shape.itemsize
+    token_bytes: dict[Form, int] = {form: row_bytes * layer.width(form) for form in FORMS}
+    tail_bytes = space.tail * token_bytes[settings.tail_form]  # written out or not
+
+    all_fits = prompt * token_bytes[smaller_form(layer)] + (1 + write_outs) * tail_bytes <= room
+    free = max(0.0, (room if all_fits else beside_window) - tail_bytes)
+    could_stay = min(write_outs, int(free / tail_bytes))
+    reserved = could_stay if all_fits else int(settings.growth * could_stay)
+    split = _split_prompt(layer, settings, prompt, token_bytes, free - reserved * tail_bytes)
+    free -= sum(split[form, "device"] * token_bytes[form] for form in FORMS)
+    stay = min(write_outs, int(free / tail_bytes))
+
+    some_leave = stay < write_outs or any(split[form, "host"] for form in FORMS)
+    memories: list[Memory] = ["device"] * stay
+    memories.append("host" if some_leave else "device")
+    blocks = _cut(space, layer, settings.unit, window, split)
+    return LayerPlan(blocks, settings.tail_form, tuple(memories), settings.method)
+
+
+def _split_prompt(
+    layer: LayerShape, settings: Settings, prompt: int, token_bytes: Mapping[Form, int], free: float
+) -> Split:
+    """Where the prompt's tokens go: as many to the device as fit in `free` bytes, first those as keys and values."""
+    smaller = smaller_form(layer)
+    small, pair = token_bytes[smaller], token_bytes["keys_values"]
+    unit = settings.unit if prompt >= LEAST_ALIGNED else 1
+
+    def in_units(tokens: int, available: int) -> int:
+        """So many of the tokens available, or a few less in a multiple of the unit; all of them as they are."""
+        return available if tokens >= available else tokens - tokens % unit
+
+    if settings.on_device is not None:
+        pairs = int(settings.on_device * free / pair)
+    elif prompt * pair <= free:
+        pairs = prompt
+    else:  # as many as leave room for the others in the smaller form
+        pairs = max(0, int((free - prompt * small) / (pair - small))) if pair > small else 0
+    pairs = in_units(pairs, prompt)
+    smaller_ones = in_units(int((free - pairs * pair) / small), prompt - pairs)
+    hosted = prompt - pairs - smaller_ones
+    activations = in_units(round(settings.activations * hosted), hosted)
+
+    split: dict[tuple[Form, Memory], int] = {
+        ("keys_values", "device"): pairs,
+        ("activations", "device"): 0,
+        ("activations", "host"): activations,
+        ("keys_values", "host"): hosted - activations,
+    }
+    split[smaller, "device"] += smaller_ones
+    return split
+
+
+def _cut(space: Space, layer: LayerShape, unit: int, window: int, split: Split) -> tuple[BlockSpec, ...]:
+    """A split prompt as blocks. Where activations are no multiple of the unit, the rest is a block of its own."""
+
+    def cut(form: Form, memory: Memory) -> tuple[BlockSpec, ...]:
+        tokens = split[form, memory]
+        rest = tokens % unit if form == "activations" and tokens >= LEAST_ALIGNED else 0
+        runs: list[tuple[Form, Memory, int]] = [(form, memory, tokens - rest), (form, memory, rest)]
+        return cut_runs(runs, layer, space.problem.shape, space.problem.workload, window // BLOCKS_PER_WINDOW)
+
+    from_host = _interleave(cut("activations", "host"), cut("keys_values", "host"))
+    return (*cut("keys_values", "device"), *cut("activations", "device"), *from_host)
+
+
+def _interleave(first: Sequence[BlockSpec], second: Sequence[BlockSpec]) -> list[BlockSpec]:
+    """Both in turns, evenly, beginning with one of the `first`.
+
+    Activations take long to attend to, keys and values to copy: so each of them runs while the other does.
+    """
+    turns: list[tuple[float, BlockSpec]] = []
+    for blocks in (first, second):
+        turns += [(number / len(blocks), block) for number, block in enumerate(blocks)]
+    return [block for _, block in sorted(turns, key=lambda turn: turn[0])]

@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 
 from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
-from kvrecomp.plan.holds import Copy, events_before
+from kvrecomp.plan.step_order import START, TAIL, Op, StepOrder, step_order
 from kvrecomp.predict.estimate import layer_times
 from kvrecomp.predict.hardware import (
     ATTENTION,
@@ -85,97 +85,84 @@ class StepCost(NamedTuple):
 
 def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
     """The tasks of one step under the plan, after that many write-outs: of one group where each takes its own."""
-    *alike, outside = _kinds_of_tasks(plan, write_outs)
-    work, tokens, blocks, copies, copy_bytes = np.concatenate([*(own.columns for own in alike), outside.columns], 1)
-    # What layers alike have in common is there once; here it is laid out for every layer.
-    layers = np.array(plan.distinct_numbers)
-    task, counts = _of_layers([own.columns.shape[1] for own in alike], layers)
-    copy, copy_counts = _of_layers([len(own.copies) for own in alike], layers)
-    event, event_counts = _of_layers([len(own.events) for own in alike], layers)
-    sent = np.concatenate([own.copies for own in alike])[copy]
-    ends = np.concatenate([own.events for own in alike])[event] + np.repeat(np.cumsum(counts) - counts, event_counts)
-    kind = np.append(task, len(work) - 1).astype(np.int32)
-    hold = np.full(len(kind), -1, np.int32)
-    before = events_before(sent, copy_counts, plan.whole_window, plan.schedule)
-    hold[copies[kind] > 0] = np.append(ends, -1)[before - 1]  # of none before it, the start of the step
+    order = step_order(plan, write_outs)
+    distinct = _distinct_tasks(plan, order, write_outs)
+    tasks = [[task for op in layer for task in op] for layer in distinct]
+    work, tokens, blocks, copies, copy_bytes = np.array([*itertools.chain(*tasks), _outside(plan)], float).T
+    # What layers alike have in common is there once; `kind` lays it out for every layer.
+    starts = np.cumsum([0, *map(len, tasks)])
+    kinds = [np.arange(start, end) for start, end in itertools.pairwise(starts.tolist())]
+    kind = np.concatenate([*(kinds[number] for number in order.numbers), starts[-1:]]).astype(np.int32)
+    counts = [np.array(list(map(len, layer))) for layer in distinct]
+    last = np.cumsum(np.concatenate([counts[number] for number in order.numbers])) - 1  # task of each operation
+    hold = np.full(len(kind), START, np.int32)
+    hold[last[order.copies]] = np.append(last, START)[order.waits_for]
     return Tasks(work.astype(np.int32), tokens, blocks, copies, copy_bytes, kind, hold)
 
 
-def _of_layers(lengths: Sequence[int], layers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where in a list of each kind of layer's things, of which there are `lengths`, those of every layer are, and how
-    many each has. `layers` has the kind of each."""
-    of_kinds = np.array(lengths)
-    counts = of_kinds[layers]
-    shift = (np.cumsum(of_kinds) - of_kinds)[layers] - (np.cumsum(counts) - counts)
-    return np.arange(counts.sum()) + np.repeat(shift, counts), counts
+class Task(NamedTuple):
+    """A column of `Tasks` by kind of task."""
+
+    work: int
+    tokens: int = 0
+    blocks: int = 1
+    copies: int = 0
+    copy_bytes: int = 0
 
 
-class _LayerTasks(NamedTuple):
-    """A layer's tasks: float[5, tasks] of work, tokens, blocks, copies and copy_bytes; its copies, int[copies, 2]; and
-    int[events], the task that ends at each event of `holds.events_before`."""
-
-    columns: np.ndarray
-    copies: np.ndarray
-    events: np.ndarray
+def _outside(plan: Plan) -> Task:
+    """What a step does outside its layers, after them: embedding, unembedding and sampling."""
+    return Task(len(plan.shape.distinct_layers) * len(WORKS), blocks=plan.groups_per_pass)
 
 
-def _kinds_of_tasks(plan: Plan, write_outs: int) -> list[_LayerTasks]:
-    """The tasks of each of the plan's kinds of layers, and of a step outside its layers: embedding, unembedding and
-    sampling, at the end."""
+def _distinct_tasks(plan: Plan, order: StepOrder, write_outs: int) -> list[list[list[Task]]]:
+    """The tasks of each operation of each of the plan's distinct layers."""
     shapes = list(plan.shape.distinct_layers)
-    outside = np.array([[len(shapes) * len(WORKS)], [0], [plan.groups_per_pass], [0], [0]], float)
-    alike = [_layer_tasks(plan, *kind, write_outs, shapes.index(kind[1])) for kind in plan.distinct_layers]
-    return [*alike, _LayerTasks(outside, np.zeros((0, 2), int), np.zeros(0, int))]
+    return [
+        _layer_tasks(plan, layer, shape, shapes.index(shape), ops, write_outs)
+        for (layer, shape), ops in zip(plan.distinct_layers, order.layers, strict=True)
+    ]
 
 
 def _layer_tasks(
-    plan: Plan, layer: LayerPlan, layer_shape: LayerShape, write_outs: int, shape_number: int
-) -> _LayerTasks:
-    tasks: list[tuple[float, ...]] = []
-    copies: list[Copy] = []
-    events: list[int] = []
+    plan: Plan, layer: LayerPlan, shape: LayerShape, shape_number: int, ops: Sequence[Op], write_outs: int
+) -> list[list[Task]]:
+    """The tasks of each of a layer's operations."""
+    tail = layer.tail_block(plan.tail)
+    blocks = shape.in_sight(layer.blocks(write_outs, plan.tail))
+    groups_beside = plan.groups_per_pass - 1  # that go through the projections and the feed-forward with the first
 
-    def compute(work: Work, tokens: int = 0, blocks: int = 1) -> None:
-        tasks.append((shape_number * len(WORKS) + WORKS.index(work), tokens, blocks, 0, 0))
+    def task(work: Work, *sizes: int) -> Task:
+        return Task(shape_number * len(WORKS) + WORKS.index(work), *sizes)
 
-    def await_copy(nbytes: int, kept: bool = False) -> None:
-        events.extend([len(tasks)] if kept else [len(tasks), len(tasks) + 1])  # used by the task that comes next
-        tasks.append((shape_number * len(WORKS) + WORKS.index("await"), 0, 1, 1, nbytes))
-        copies.append(Copy(nbytes, kept))
-
-    def kind(block: BlockSpec) -> Attention:
+    def attention(block: BlockSpec) -> Attention:
         return "keys_values" if block.form == "keys_values" else layer.method
 
-    def attend(block: BlockSpec, blocks: int = 1) -> None:
-        if block.memory == "device" and kind(block) != kind(tail):  # a partial result of its own, as from the host
-            compute(attention_work(kind(block), "host"), 0, blocks)
-            blocks = 0
-        tokens = 0 if block is tail else block.tokens  # of a tail it is not known what an odd number costs
-        compute(attention_work(kind(block), block.memory, tokens), block.tokens, blocks)
+    def attend(place: int) -> list[Task]:
+        if place == TAIL:  # but for its tokens it is in the time of `project`; what an odd number costs is not known
+            return [task(attention_work(attention(tail), "device"), tail.tokens, 0)]
+        block = blocks[place]
+        work = attention_work(attention(block), block.memory, block.tokens)
+        if block.memory == "device" and attention(block) != attention(tail):
+            # It has a partial result of its own, as a block from the host has.
+            return [task(attention_work(attention(block), "host"), 0, 1), task(work, block.tokens, 0)]
+        return [task(work, block.tokens, 1)]
 
-    early, late = layer_shape.matrices if layer.weights == "host" else ((), ())
-    blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
-    tail = BlockSpec(layer.tail_form, "device", plan.tail)
-    for count in early:
-        await_copy(count * plan.shape.itemsize, kept=True)
-    others = plan.groups_per_pass - 1  # groups that go through the projections and the feed-forward with the first
-    compute(project_work(kind(tail)), others)
-    for _ in range(plan.groups_per_pass):
-        if "absorb" in map(kind, (*blocks, tail)):
-            compute("prepare")
-        for block in blocks:
-            if block.memory == "device":
-                attend(block)
-        attend(tail, blocks=0)  # but for its tokens it is in the time of `project`
-        for block in blocks:
-            if block.memory == "host":
-                await_copy(plan.bytes_of(layer_shape, block))
-                attend(block)
-    for count in late:
-        await_copy(count * plan.shape.itemsize, kept=True)
-    compute("finish", others)
-    events.append(len(tasks) - 1)
-    return _LayerTasks(np.array(tasks, float).T, np.array(copies, int).reshape(-1, 2), np.array(events))
+    def tasks(op: Op) -> list[Task]:
+        match op.kind:
+            case "copy":
+                return [task("await", 0, 1, 1, op.nbytes)]
+            case "project":
+                return [task(project_work(attention(tail)), groups_beside)]
+            case "append":
+                absorbs = "absorb" in map(attention, (*blocks, tail))
+                return [task("prepare")] if absorbs else []
+            case "attend":
+                return [found for place in op.blocks for found in attend(place)]
+            case "finish":
+                return [task("finish", groups_beside)]
+
+    return list(map(tasks, ops))
 
 
 def stack_tasks(tasks: Sequence[Tasks]) -> Tasks:
@@ -186,9 +173,9 @@ def stack_tasks(tasks: Sequence[Tasks]) -> Tasks:
     """
     plans = -(-len(tasks) // PLANS) * PLANS
     kinds, longest = KINDS, TASKS
-    while kinds < 1 + max(len(own.work) for own in tasks):  # the last one of each plan takes no time
+    while kinds < 1 + max(len(plan.work) for plan in tasks):  # the last one of each plan takes no time
         kinds *= 4
-    while longest < max(len(own.kind) for own in tasks):
+    while longest < max(len(plan.kind) for plan in tasks):
         longest *= 4
 
     def stack(name: str, *columns: np.ndarray) -> np.ndarray:
@@ -243,8 +230,8 @@ def step_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload
     with jax.default_device(_cpu()):
         handoff = jax.device_put(np.float32(profile.handoff_seconds))
         for start in range(0, len(computing), PLANS):
-            some = jax.device_put([column[start : start + PLANS] for column in arrays])
-            found.append(_step_seconds(handoff, *some))
+            part = jax.device_put([column[start : start + PLANS] for column in arrays])
+            found.append(_step_seconds(handoff, *part))
         return StepCost(*map(np.concatenate, zip(*jax.device_get(found))))
 
 
@@ -275,10 +262,11 @@ def _pipeline(
         computed = jnp.where(awaits, jnp.maximum(computed + compute, copied + handoff), ended)
         return (copied, computed, ends.at[number].set(ended)), None
 
-    each = [own[kinds] for own in (computing, copying, has_copy)]
+    computing, copying, has_copy = (column[kinds] for column in (computing, copying, has_copy))
     count, zero = kinds.shape[0], jnp.zeros(())
-    (_, seconds, _), _ = jax.lax.scan(advance, (zero, zero, jnp.zeros(count)), (jnp.arange(count), *each, holds))
-    return StepCost(seconds, each[1].sum(), each[0].sum())
+    tasks = jnp.arange(count), computing, copying, has_copy, holds
+    (_, seconds, _), _ = jax.lax.scan(advance, (zero, zero, jnp.zeros(count)), tasks)
+    return StepCost(seconds, copying.sum(), computing.sum())
 
 
 def _seconds_of_kinds(
@@ -329,9 +317,10 @@ def mean_bounds(profile: HardwareProfile, plans: Sequence[Plan]) -> np.ndarray:
     often: list[np.ndarray] = []  # how many layers have each kind of task, and for how many groups in turn
     for plan in plans:
         for write_outs in step_shares(plan):
-            kinds = [own.columns for own in _kinds_of_tasks(plan, write_outs)]
-            columns.append(np.concatenate(kinds, axis=1))
-            counts = np.repeat([*plan.distinct_layers.values(), 1], [own.shape[1] for own in kinds])
+            layers = _distinct_tasks(plan, step_order(plan, write_outs), write_outs)
+            tasks = [[task for op in layer for task in op] for layer in layers]
+            columns.append(np.array([*itertools.chain(*tasks), _outside(plan)], float).T)
+            counts = np.repeat([*plan.distinct_layers.values(), 1], [*map(len, tasks), 1])
             often.append(counts * (plan.groups // plan.groups_per_pass))
     work, *others = np.concatenate(columns, axis=1)
     seconds = _seconds_of_kinds(profile, work_table(profile, shape, workload), work.astype(int), *others)

@@ -1,6 +1,6 @@
-"""Seconds of a layer's work where none were measured: from the rates of a machine, as its data sheet has them."""
+"""Seconds of a layer's work where none were measured: from a machine's rates, as its data sheet has them."""
 
-from kvrecomp.plan import LEAST_ALIGNED, MEMORIES, LayerShape, Memory, ModelShape
+from kvrecomp.plan import LEAST_ALIGNED, MEMORIES, LayerShape, ModelShape
 from kvrecomp.predict.hardware import ATTENTION, Curve, HardwareProfile, LayerTimes, Work, attention_work
 
 # Llama-2-7B with 32 rows takes 2.4 ms a layer on an H100 with 481 activations, 1.2 with 480 (h100_tokens_82bb9c4.txt),
@@ -10,7 +10,7 @@ UNEVEN = 2.0
 
 
 def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batch: int) -> LayerTimes:
-    """Times of a layer from the machine's rates, where none were measured.
+    """Times of a layer from the machine's rates; they have no dtype.
 
     A kernel takes the longer of its floating-point operations at the rate of matrix products and its bytes at the rate
     of device memory (the roofline model, Williams et al. 2009), and `kernel_seconds` more. Bytes are those of weights,
@@ -22,48 +22,51 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
     def kernel(operations: float, numbers: float) -> float:
         return max(operations / profile.matmul_rate, numbers * p / profile.memory_rate)
 
-    def weights(count: float, kernels: int) -> Curve:
+    def over_weights(count: float, kernels: int) -> Curve:
         return Curve.line(kernel(2 * b * count, count) + kernels * profile.kernel_seconds)
 
-    def tokens(*kernels: tuple[float, float], count: int = 4) -> Curve:
+    def over_tokens(*kernels: tuple[float, float], count: int = 4) -> Curve:
+        """Of `count` kernels; `kernels` are (operations, numbers) for one token of one row."""
         scores = 12 * b * layer.heads / profile.memory_rate  # float32, written, read for the softmax and for mixing
-        return Curve.line(count * profile.kernel_seconds, sum(kernel(b * o, b * n) for o, n in kernels) + scores)
+        token_seconds = sum(kernel(b * operations, b * numbers) for operations, numbers in kernels) + scores
+        return Curve.line(count * profile.kernel_seconds, token_seconds)
 
     by_keys, by_values = (2 * nd, kd), (2 * nd, kd)  # scores against K, weights times V
     over_activations = (2 * layer.heads * h, h)  # the same against x
     absorbing = kernel(2 * b * h * nd, h * kd)  # q W_K, or the mix times W_V
     project_keys = (2 * h * kd, h + kd)
     if layer.absorbs_keys:
-        absorb = tokens(over_activations, over_activations)
+        absorb = over_tokens(over_activations, over_activations)
     else:
-        absorb = tokens(project_keys, by_keys, over_activations, count=5)
+        absorb = over_tokens(project_keys, by_keys, over_activations, count=5)
     work: dict[Work, Curve] = {
-        "project": weights(layer.projecting, 3),
-        "project_absorb": weights(layer.projecting - layer.absorbed, 2 - layer.absorbs_keys),
-        "project_recompute": weights(layer.projecting, 3),
-        "finish": weights(layer.parameters - layer.projecting, 5),
+        "project": over_weights(layer.projecting, 3),
+        "project_absorb": over_weights(layer.projecting - layer.absorbed, 2 - layer.absorbs_keys),
+        "project_recompute": over_weights(layer.projecting, 3),
+        "finish": over_weights(layer.parameters - layer.projecting, 5),
         "prepare": Curve.line((1 + layer.absorbs_keys) * (absorbing + profile.kernel_seconds)),
         "await": Curve.line(profile.handoff_seconds),  # which is measured of a machine; up to three times as long
-        "keys_values": tokens(by_keys, by_values),
+        "keys_values": over_tokens(by_keys, by_values),
         "absorb": absorb,
-        "recompute": tokens(project_keys, project_keys, by_keys, by_values, count=6),
+        "recompute": over_tokens(project_keys, project_keys, by_keys, by_values, count=6),
     }
     work |= {attention_work(kind, "device"): work[kind] for kind in ATTENTION}
-    slow = work["absorb"].times(1.0 if layer.absorbs_keys else UNEVEN)
-    work |= {"uneven_absorb": work["absorb"], "uneven_device_absorb": slow}
+    work["uneven_absorb"] = absorb
+    work["uneven_device_absorb"] = absorb if layer.absorbs_keys else absorb.times(UNEVEN)
     return LayerTimes(layer, "", batch, work)
 
 
 def layer_times(profile: HardwareProfile, layer: LayerShape, shape: ModelShape, batch: int) -> LayerTimes:
-    """What was measured of a layer of the model, or else an estimate, which has no dtype."""
+    """What was measured of a layer of the model, or else an estimate."""
     times = profile.times(layer, shape.dtype, batch)
     return estimate(profile, layer, shape.itemsize, batch) if times is None else times
 
 
 def slow_if_uneven(times: LayerTimes) -> bool:
-    """Whether absorbed activations of a number that is no multiple of ALIGNED take longer, in either memory."""
-
-    def seconds(place: Memory, tokens: int) -> tuple[float, ...]:
-        return times.work[attention_work("absorb", place, tokens)].seconds
-
-    return any(seconds(place, LEAST_ALIGNED + 1) > seconds(place, LEAST_ALIGNED) for place in MEMORIES)
+    """Whether absorbing a number of activations that is no multiple of ALIGNED takes longer, in either memory."""
+    for memory in MEMORIES:
+        even = times.work[attention_work("absorb", memory, LEAST_ALIGNED)]
+        uneven = times.work[attention_work("absorb", memory, LEAST_ALIGNED + 1)]
+        if uneven.seconds > even.seconds:
+            return True
+    return False

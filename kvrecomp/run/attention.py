@@ -16,17 +16,18 @@ Tokens come first in arrays, since the blocks are token-major.
 """
 
 import functools
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from kvrecomp.plan import Form, Method
+from kvrecomp.plan import Method
 from kvrecomp.plan.cutting import chunk_of_queries
+from kvrecomp.run.cache import Block
 
 MASKED = -1e30  # finite: a block that is masked whole must not give NaN, its weight vanishes when merged
 
@@ -147,11 +148,10 @@ def causal(padding: Array) -> Attend:
 
 
 Mixes = Literal["values", "activations"]
+MIXES: tuple[Mixes, ...] = get_args(Mixes)
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
-class Partial:
+class Partial(NamedTuple):
     """Softmax attention over some of the tokens.
 
     `log_total` float32[b, k, g] is the log of the sum of exp(score); `mixed` float32[b, k, g, w] is the weighted mean
@@ -160,20 +160,6 @@ class Partial:
 
     log_total: Array
     mixed: Array
-    mixes: Mixes = field(metadata={"static": True})
-
-
-class Cached(NamedTuple):
-    """Cached tokens to attend to, on the device: x [s, b, h] or K and V [s, b, k, d], and the slot of the first."""
-
-    form: Form
-    tensors: Sequence[Array]
-    start: int | Array
-
-    @property
-    def slots(self) -> Array:
-        """int32[s]."""
-        return self.start + jnp.arange(self.tensors[0].shape[0])
 
 
 @dataclass(frozen=True)
@@ -205,52 +191,52 @@ class Query:
         return absorbed, jnp.einsum("bkgd,kd->bkg", self.heads, bias, preferred_element_type=jnp.float32)
 
 
-def attend(query: Query, cached: Sequence[Cached], method: Method) -> list[Partial]:
-    """Attention over all of the given tokens: one partial for the values and one for the activations that are mixed.
+def attend(query: Query, blocks: Sequence[Block], method: Method) -> dict[Mixes, Partial]:
+    """Attention over all tokens of the given blocks, on the device: a partial for each of what is mixed.
 
     `method` says how activations are used: "absorb" what can be, or "recompute" K and V from them.
     """
-    scored = [_score(query, tokens, method, apart=len(cached) > 1) for tokens in cached]
-    partials = []
-    for mixes in ("values", "activations"):
-        own = [(scores, mixable) for scores, mixable, kind in scored if kind == mixes]
-        if own:
-            partials.append(_mix(own, mixes))
+    scored = [_score(query, block, method, shared=len(blocks) > 1) for block in blocks]
+    partials: dict[Mixes, Partial] = {}
+    for mixes in MIXES:
+        pieces = [(scores, mixable) for scores, mixable, mixed in scored if mixed == mixes]
+        if pieces:
+            partials[mixes] = _mix(pieces, mixes)
     return partials
 
 
-def _score(query: Query, cached: Cached, method: Method, apart: bool) -> tuple[Array, Array, Mixes]:
+def _score(query: Query, block: Block, method: Method, shared: bool) -> tuple[Array, Array, Mixes]:
     """float32[b, k, g, s] scores, and what is to be mixed with their weights: V [s, b, k, d] or x [s, b, h].
 
-    Kept `apart`, the query is an operand that products with other tokens do not share. XLA would make one of two that
-    share one, where one is small, and copy their other operands together for that: with the tail, at every step, all
-    that is cached on the device.
+    Where the query is `shared` with other blocks, it is made an operand of this product alone. XLA would make one
+    product of two that share an operand, where one is small, and copy their other operands together for that: with the
+    tail, at every step, all that is cached on the device.
     """
 
-    def own(query_side: Array) -> Array:
-        if not apart:
+    def operand(query_side: Array) -> Array:
+        if not shared:
             return query_side
-        return jax.lax.optimization_barrier((query_side, cached.tensors[0]))[0]
+        return jax.lax.optimization_barrier((query_side, block.tensors[0]))[0]
 
     projections = query.projections
-    if cached.form == "keys_values":
-        key, mixable = cached.tensors
-        mixes: Mixes = "values"
+    mixes: Mixes = "values"
+    if block.form == "keys_values":
+        key, mixable = block.tensors
     else:
-        (x,) = cached.tensors
+        (x,) = block.tensors
         recompute = method == "recompute"
-        positions = positions_of(cached.slots, query.padding)
+        positions = positions_of(block.slots, query.padding)
         key = projections.keys(x, positions) if recompute or projections.encode_key is not None else None
         mixable, mixes = (projections.values(x), "values") if recompute else (x, "activations")
     if key is None:
         absorbed, constant = query.absorbed
-        scores = jnp.einsum("bkgh,sbh->bkgs", own(absorbed), mixable, preferred_element_type=jnp.float32)
+        scores = jnp.einsum("bkgh,sbh->bkgs", operand(absorbed), mixable, preferred_element_type=jnp.float32)
         scores = scores if constant is None else scores + constant[..., None]
     else:
-        # Of one query a head XLA makes no product, and there is nothing to keep apart.
-        heads = own(query.heads) if query.heads.shape[2] > 1 else query.heads
+        # Of one query a head XLA makes no product, and there is nothing to share.
+        heads = operand(query.heads) if query.heads.shape[2] > 1 else query.heads
         scores = jnp.einsum("bkgd,sbkd->bkgs", heads, key, preferred_element_type=jnp.float32)
-    seen = visible(cached.slots, query.padding, query.slot[None], projections.sliding_window)[0]
+    seen = visible(block.slots, query.padding, query.slot[None], projections.sliding_window)[0]
     return jnp.where(seen.T[:, None, None], projections.bound(scores), MASKED), mixable, mixes
 
 
@@ -266,14 +252,14 @@ def _mix(scored: Sequence[tuple[Array, Array]], mixes: Mixes) -> Partial:
     of_activations = dtype if dtype == jnp.bfloat16 else jnp.float32
     mixed, start = [], 0
     for piece, mixable in scored:
-        own = weights[..., start : start + piece.shape[-1]].astype(dtype)
+        piece_weights = weights[..., start : start + piece.shape[-1]].astype(dtype)
         if mixes == "values":
-            mixed.append(_by_head("bkgs,sbkd->bkgd", own, mixable))
+            mixed.append(_by_head("bkgs,sbkd->bkgd", piece_weights, mixable))
         else:
-            mixed.append(jnp.einsum("bkgs,sbh->bkgh", own, mixable, preferred_element_type=of_activations))
+            mixed.append(jnp.einsum("bkgs,sbh->bkgh", piece_weights, mixable, preferred_element_type=of_activations))
         start += piece.shape[-1]
     # Divided once mixed: dividing the weights would read and write them once more.
-    return Partial((most + jnp.log(total))[..., 0], functools.reduce(jnp.add, mixed) / total, mixes)
+    return Partial((most + jnp.log(total))[..., 0], functools.reduce(jnp.add, mixed) / total)
 
 
 def _by_head(subscripts: str, rows: Array, matrices: Array) -> Array:
@@ -288,33 +274,35 @@ def _by_head(subscripts: str, rows: Array, matrices: Array) -> Array:
     return jnp.einsum(subscripts, twice, matrices, preferred_element_type=jnp.float32)[:, :, :1]
 
 
-def join(partials: Sequence[Partial], new: Partial) -> list[Partial]:
-    """The partials with one more, over other tokens, joined with the one that mixes the same; that one comes last.
+def join(partials: Mapping[Mixes, Partial], found: Mapping[Mixes, Partial]) -> dict[Mixes, Partial]:
+    """The partials with those found over other tokens, joined where they mix the same; the ones found come last.
 
     One after the other rather than all at the end: XLA times each kernel that it has not seen before, and a program for
     one more block, compiled while steps run, should have none.
     """
-    others = [partial for partial in partials if partial.mixes != new.mixes]
-    for old in partials:
-        if old.mixes == new.mixes:
+    joined = dict(partials)
+    for mixes, new in found.items():
+        old = joined.pop(mixes, None)
+        if old is not None:
             total = jnp.logaddexp(old.log_total, new.log_total)
-            shares = [jnp.exp(own.log_total - total)[..., None] for own in (old, new)]
-            new = Partial(total, shares[0] * old.mixed + shares[1] * new.mixed, new.mixes)
-    return [*others, new]
+            old_share, new_share = (jnp.exp(partial.log_total - total)[..., None] for partial in (old, new))
+            new = Partial(total, old_share * old.mixed + new_share * new.mixed)
+        joined[mixes] = new
+    return joined
 
 
-def merge(query: Query, partials: Sequence[Partial]) -> Array:
-    """Partial results over disjoint tokens, one of a kind -> [b, n * d], in the dtype of the query.
+def merge(query: Query, partials: Mapping[Mixes, Partial]) -> Array:
+    """Partial results over disjoint tokens -> [b, n * d], in the dtype of the query.
 
     Each counts by its share of the weights, exp(log_total) over the sum of all.
     """
-    shares = jax.nn.softmax(jnp.stack([partial.log_total for partial in partials]), axis=0)[..., None]
+    shares = jax.nn.softmax(jnp.stack([partial.log_total for partial in partials.values()]), axis=0)[..., None]
     dtype, out = query.queries.dtype, jnp.zeros((), jnp.float32)
-    for share, partial in zip(shares, partials, strict=True):
-        own = partial.mixed
-        if partial.mixes == "activations":
+    for share, (mixes, partial) in zip(shares, partials.items(), strict=True):
+        values = partial.mixed
+        if mixes == "activations":
             kernel, bias = query.projections.value
-            own = _by_head("bkgh,hkd->bkgd", own.astype(dtype), kernel)
-            own += 0 if bias is None else bias[:, None]
-        out += share * own
+            values = _by_head("bkgh,hkd->bkgd", values.astype(dtype), kernel)
+            values += 0 if bias is None else bias[:, None]
+        out += share * values
     return out.astype(dtype).reshape(query.queries.shape[0], -1)

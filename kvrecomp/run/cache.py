@@ -1,6 +1,7 @@
 """What is cached: pure pytrees, passed in and returned, never hidden in a module.
 
-    Cache -> LayerCache (one a layer) -> Block... in token order, then the tail
+    Cache -> blocks, a tuple of Block a layer, in token order
+          -> Recent: the tails, and where each row is
 
 A block's arrays, tokens first, are copied whole: a slice of a host array would be read by a kernel over the link
 instead of by the copy engine. Its form and memory are static, so they select the program.
@@ -10,15 +11,17 @@ instead of by the copy engine. Its form and memory are static, so they select th
     keys_values on host      both in one, [s, 2, b, kv_heads, head_dim]
 
 A host block is one array because XLA keeps two copies under way: as two arrays, one block would be both, and the next
-block's copy would make XLA await one of them before its time. On the device K and V are apart because scores over a
-part of an array take longer.
+block's copy would make XLA await one of them before its time. On the device K and V are two arrays because scores over
+a part of an array take longer.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 
 from kvrecomp.plan import BlockSpec, Form, LayerShape, Memory, Plan
@@ -30,9 +33,10 @@ STATIC: dict = {"static": True}  # part of the tree's structure, so it selects t
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Block:
-    """Consecutive cached tokens of one layer."""
+    """Consecutive cached tokens of one layer, the first of them in slot `start`, int32[] on the device."""
 
     arrays: tuple[Array, ...]
+    start: Array
     form: Form = field(metadata=STATIC)
     memory: Memory = field(metadata=STATIC)
 
@@ -45,6 +49,11 @@ class Block:
         return sum(array.size * array.dtype.itemsize for array in self.arrays)
 
     @property
+    def slots(self) -> Array:
+        """int32[s]."""
+        return self.start + jnp.arange(self.tokens)
+
+    @property
     def tensors(self) -> tuple[Array, ...]:
         """x [s, b, h], or K and V [s, b, k, d]."""
         if self.form == "keys_values" and self.memory == "host":
@@ -52,83 +61,78 @@ class Block:
             return both[:, 0], both[:, 1]
         return self.arrays
 
-    @property
-    def spec(self) -> BlockSpec:
-        return BlockSpec(self.form, self.memory, self.tokens)
-
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class LayerCache:
-    """One layer's blocks in token order, and its tail: a block on the device of which the first tokens are in use."""
+class Recent:
+    """What a step changes; all of it on the device.
 
-    blocks: tuple[Block, ...]
-    tail: Block
+    `tails` has each layer's arrays, of which the first tokens are in use, and `forms` what they hold. `start` int32[]
+    is the slot of a tail's first token, `length` int32[] the number of slots in use, padding included, and `padding`
+    int32[b] counts each row's padding on the left.
+    """
+
+    tails: tuple[tuple[Array, ...], ...]
+    start: Array
+    length: Array
+    padding: Array
+    forms: tuple[Form, ...] = field(metadata=STATIC)
+
+    def tail(self, layer: int) -> Block:
+        """The tail of a layer, as a block."""
+        return Block(self.tails[layer], self.start, self.forms[layer], "device")
+
+    @property
+    def positions(self) -> Array:
+        """int32[b], of each row's new token."""
+        return self.length - self.padding
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Cache:
-    """All that decoding remembers.
+    """All that decoding remembers: each layer's blocks, and what is recent.
 
-    `padding` int32[b] counts each row's padding on the left. `length` int32[] is the number of slots in use, padding
-    included, on the device; `in_tail` is how many of them are in the tail, known to the host without asking the device.
+    `in_tail` counts the tokens in a tail, known to the host without asking the device.
     """
 
-    layers: tuple[LayerCache, ...]
-    padding: Array
-    length: Array
+    blocks: tuple[tuple[Block, ...], ...]
+    recent: Recent
     in_tail: int = field(metadata=STATIC)
 
-    @property
-    def blocks(self) -> tuple[tuple[Block, ...], ...]:
-        return tuple(layer.blocks for layer in self.layers)
 
-    @property
-    def tails(self) -> tuple[Block, ...]:
-        return tuple(layer.tail for layer in self.layers)
-
-    @property
-    def layout(self) -> tuple[tuple[BlockSpec, ...], ...]:
-        """The blocks of every layer, as a plan lists them."""
-        return tuple(tuple(block.spec for block in blocks) for blocks in self.blocks)
-
-
-def make_cache(
-    blocks: Sequence[Sequence[Block]], tails: Sequence[Block], padding: Array, length: Array, in_tail: int
-) -> Cache:
-    """A cache from its blocks and tails, both one entry a layer."""
-    layers = tuple(LayerCache(tuple(own), tail) for own, tail in zip(blocks, tails, strict=True))
-    return Cache(layers, padding, length, in_tail)
-
-
-def in_sight(cache: Cache, plan: Plan) -> Cache:
-    """The cache without the blocks that have left the sliding windows of their layers."""
-    layers = zip(cache.layers, plan.shape.layers, strict=True)
-    return replace(cache, layers=tuple(replace(own, blocks=shape.in_sight(own.blocks)) for own, shape in layers))
-
-
-def kept(form: Form, x: Array, key: Array, value: Array) -> tuple[Array, ...]:
-    """The tensors that the form keeps."""
+def tensors_of(form: Form, x: Array, key: Array, value: Array) -> tuple[Array, ...]:
+    """What the form has of tokens: x, or K and V."""
     return (x,) if form == "activations" else (key, value)
 
 
-def make_block(form: Form, place: Memory, tensors: Sequence[Array]) -> Block:
+def make_block(form: Form, memory: Memory, tensors: Sequence[Array], start: Array) -> Block:
     """Of x [s, b, h], or K and V [s, b, k, d], arranged as in that memory."""
-    if form == "keys_values" and place == "host":
-        return Block((jnp.stack(tensors, axis=1),), form, place)
-    return Block(tuple(tensors), form, place)
+    if form == "keys_values" and memory == "host":
+        tensors = (jnp.stack(tensors, axis=1),)
+    return Block(tuple(tensors), start, form, memory)
 
 
 def cut(specs: Sequence[BlockSpec], x: Array, key: Array, value: Array) -> tuple[Block, ...]:
     """The newest tokens of a layer's prompt, x [s, b, h] and K and V [s, b, k, d], as the blocks that a plan lists."""
     blocks, start = [], len(x) - sum(spec.tokens for spec in specs)
     for spec in specs:
-        own = slice(start, start + spec.tokens)
-        tensors = [tensor[own] for tensor in kept(spec.form, x, key, value)]
-        blocks.append(make_block(spec.form, spec.memory, tensors))
+        tensors = [tensor[start : start + spec.tokens] for tensor in tensors_of(spec.form, x, key, value)]
+        blocks.append(make_block(spec.form, spec.memory, tensors, jnp.int32(start)))
         start += spec.tokens
     return tuple(blocks)
+
+
+def append(tail: Block, slot: Array, x: Array, key: Array, value: Array) -> Block:
+    """The tail with a token, x [b, h], K and V [b, k, d], in slot int32[]; written in place where it is donated."""
+    written = [
+        jax.lax.dynamic_update_index_in_dim(array, tensor.astype(array.dtype), slot - tail.start, 0)
+        for array, tensor in zip(tail.arrays, tensors_of(tail.form, x, key, value), strict=True)
+    ]
+    return replace(tail, arrays=tuple(written))
+
+
+# --- abstract arrays, to lower programs with --------------------------------------------------------------------------
 
 
 def block_shapes(spec: BlockSpec, layer: LayerShape, batch: int) -> tuple[tuple[int, ...], ...]:
@@ -140,41 +144,60 @@ def block_shapes(spec: BlockSpec, layer: LayerShape, batch: int) -> tuple[tuple[
 
 
 def describe_blocks(plan: Plan, write_outs: int) -> tuple[tuple[Block, ...], ...]:
-    """The blocks of every layer after that many write-outs, as abstract arrays to lower a program with."""
+    """The blocks of every layer after that many write-outs."""
     return tuple(
-        tuple(_describe(spec, layer, plan) for spec in own)
-        for own, layer in zip(plan.blocks(write_outs), plan.shape.layers, strict=True)
+        tuple(_describe(spec, shape, plan) for spec in specs)
+        for specs, shape in zip(plan.blocks(write_outs), plan.shape.layers, strict=True)
     )
 
 
-def describe_tails(plan: Plan) -> tuple[Block, ...]:
-    """The tails of every layer, as abstract arrays."""
-    return tuple(
-        _describe(BlockSpec(own.tail_form, "device", plan.tail), layer, plan)
-        for own, layer in zip(plan.layers, plan.shape.layers, strict=True)
-    )
-
-
-def _describe(spec: BlockSpec, layer: LayerShape, plan: Plan) -> Block:
-    shapes = block_shapes(spec, layer, plan.workload.batch)
+def _describe(spec: BlockSpec, shape: LayerShape, plan: Plan) -> Block:
+    shapes = block_shapes(spec, shape, plan.workload.batch)
     arrays = tuple(memory.describe(shape, plan.shape.dtype, spec.memory) for shape in shapes)
-    return Block(arrays, spec.form, spec.memory)
+    return Block(arrays, describe_ints(), spec.form, spec.memory)
 
 
-def empty_tails(plan: Plan) -> tuple[Block, ...]:
-    """Tails of zeros, within a program: unused slots are masked, and must be finite for that."""
-    return jax.tree.map(lambda like: jnp.zeros(like.shape, like.dtype), describe_tails(plan))
-
-
-def allocate_tails(plan: Plan) -> tuple[Block, ...]:
-    """The same outside of a program."""
-    return jax.tree.map(lambda like: memory.zeros(like.shape, like.dtype, "device"), describe_tails(plan))
-
-
-def append(tail: Block, slot: Array, x: Array, key: Array, value: Array) -> Block:
-    """The tail with a token, x [b, h], K and V [b, k, d], written at int32[] slot; in place where it is donated."""
-    written = [
-        jax.lax.dynamic_update_index_in_dim(array, own.astype(array.dtype), slot, 0)
-        for array, own in zip(tail.arrays, kept(tail.form, x, key, value), strict=True)
+def describe_recent(plan: Plan) -> Recent:
+    """What is recent, at any step."""
+    tails = [
+        _describe(layer.tail_block(plan.tail), shape, plan)
+        for layer, shape in zip(plan.layers, plan.shape.layers, strict=True)
     ]
-    return replace(tail, arrays=tuple(written))
+    forms: tuple[Form, ...] = tuple(layer.tail_form for layer in plan.layers)
+    arrays = tuple(tail.arrays for tail in tails)
+    return Recent(arrays, describe_ints(), describe_ints(), describe_ints(plan.workload.batch), forms)
+
+
+def describe_ints(*shape: int) -> Any:
+    """int32 on the device."""
+    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=memory.sharding("device"))
+
+
+def shardings(blocks: Any) -> Any:
+    """The sharding of every array in a tree of blocks and arrays, those that are in no block being on the device."""
+
+    def sharding(node: Any) -> Any:
+        device = memory.sharding("device")
+        if not isinstance(node, Block):
+            return device
+        return replace(node, arrays=(memory.sharding(node.memory),) * len(node.arrays), start=device)
+
+    return jax.tree.map(sharding, blocks, is_leaf=lambda node: isinstance(node, Block))
+
+
+# --- what is recent before the first step -----------------------------------------------------------------------------
+
+
+def after_prompt(plan: Plan, padding: Array) -> Recent:
+    """What is recent when a prompt is cached, its rows padded by int32[b]; within a program."""
+    like, prompt = describe_recent(plan), jnp.int32(plan.workload.prompt)
+    # Unused slots are masked, and must be finite for that.
+    tails = jax.tree.map(lambda tail: jnp.zeros(tail.shape, tail.dtype), like.tails)
+    return replace(like, tails=tails, start=prompt, length=prompt, padding=padding)
+
+
+def allocate_recent(plan: Plan) -> Recent:
+    """The same outside of a program, with rows that are not padded."""
+    empty = jax.tree.map(lambda like: memory.zeros(like.shape, like.dtype, "device"), describe_recent(plan))
+    start, length = jax.device_put((np.int32(plan.workload.prompt),) * 2, memory.sharding("device"))
+    return replace(empty, start=start, length=length)

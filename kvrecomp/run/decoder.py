@@ -24,13 +24,22 @@ from jax import Array
 from kvrecomp.plan import Budget, Memory, Plan, PlanError
 from kvrecomp.plan.compiling import compile_seconds
 from kvrecomp.run import memory
-from kvrecomp.run.cache import Block, Cache, describe_blocks, describe_tails, make_block, make_cache
-from kvrecomp.run.forward import Model, decode_step, prefill
+from kvrecomp.run.cache import (
+    Cache,
+    describe_blocks,
+    describe_ints,
+    describe_recent,
+    make_block,
+    shardings,
+)
+from kvrecomp.run.copies import OVERLAPPING
 from kvrecomp.run.limits import check_memory
+from kvrecomp.run.model import Model
+from kvrecomp.run.prefill import prefill
 from kvrecomp.run.programs import Compiled, Programs, side_by_side
 from kvrecomp.run.prompt import PromptError, check_prompt, check_step
+from kvrecomp.run.step import decode_step
 from kvrecomp.run.weights import check_placement
-from kvrecomp.run.window import OVERLAPPING
 
 LOG = logging.getLogger("kvrecomp")
 
@@ -102,11 +111,9 @@ class Decoder:
         """
         token_ids, padding = check_prompt(input_ids, attention_mask, self.plan)
         self.compile()  # before anything runs: XLA chooses kernels by timing them, and beside other work wrongly
-        token_ids, padding, length = jax.device_put(
-            (np.ascontiguousarray(token_ids.T), padding, np.int32(token_ids.shape[1])), memory.sharding("device")
-        )
-        blocks, tails, logits = self._program("prefill")(self._weights, token_ids, padding)
-        return make_cache(blocks, tails, padding, length, 0), logits
+        token_ids, padding = jax.device_put((np.ascontiguousarray(token_ids.T), padding), memory.sharding("device"))
+        blocks, recent, logits = self._program("prefill")(self._weights, token_ids, padding)
+        return Cache(blocks, recent, 0), logits
 
     def step(self, cache: Cache, token_ids: Array) -> tuple[Cache, Array]:
         """One more token of every row, int32[batch] on the device -> cache, logits float32[batch, vocab].
@@ -143,7 +150,7 @@ class Decoder:
                 "give step_groups as many"
             )
         for cache, ids in zip(caches, token_ids):
-            check_step(cache.length, ids, plan)
+            check_step(cache.recent.length, ids, plan)
         cached = [self._write_outs(cache) * plan.tail + cache.in_tail for cache in caches]
         if len(set(cached)) > 1:
             raise PromptError(f"the groups' caches have {cached} new tokens: give step_groups those of the same step")
@@ -155,36 +162,34 @@ class Decoder:
 
     def _write_outs(self, cache: Cache) -> int:
         """How often the cache's tail was written out."""
-        return len(cache.layers[0].blocks) - len(self.plan.layers[0].prompt)
+        return len(cache.blocks[0]) - len(self.plan.layers[0].prompt)
 
     def _step(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> tuple[list[Cache], list[Array]]:
         plan, write_outs = self.plan, self._write_outs(caches[0])
         if caches[0].in_tail == plan.tail:
             caches, write_outs = [self._write_out(cache, write_outs) for cache in caches], write_outs + 1
-        given = [(cache.blocks, cache.tails, cache.padding, cache.length) for cache in caches]
-        tails, lengths, logits = self._program("step", write_outs)(self._weights, *zip(*given), tuple(token_ids))
+        blocks, recents = tuple(cache.blocks for cache in caches), tuple(cache.recent for cache in caches)
+        recents, logits = self._program("step", write_outs)(self._weights, blocks, recents, tuple(token_ids))
         if write_outs < plan.write_outs:
             # After the call: a program's first execution loads its kernels, which takes longer beside a compilation.
             self._prepare("write-out", plan.written_to(write_outs))
             for ahead in range(1, min(COMPILED_AHEAD, plan.write_outs - write_outs) + 1):
                 self._prepare("step", write_outs + ahead)
-        after = [
-            make_cache(cache.blocks, own, cache.padding, length, cache.in_tail + 1)
-            for cache, own, length in zip(caches, tails, lengths, strict=True)
-        ]
-        return after, logits
+        after = zip(caches, recents, strict=True)
+        return [replace(cache, recent=recent, in_tail=cache.in_tail + 1) for cache, recent in after], logits
 
     def _write_out(self, cache: Cache, write_outs: int) -> Cache:
         """The cache with its full tails as blocks, and empty tails."""
-        new = self._program("write-out", self.plan.written_to(write_outs))(cache.tails)
-        blocks = [(*own, block) for own, block in zip(cache.blocks, new, strict=True)]
-        return make_cache(blocks, cache.tails, cache.padding, cache.length, 0)
+        new, start = self._program("write-out", self.plan.written_to(write_outs))(cache.recent)
+        blocks = tuple((*layer, block) for layer, block in zip(cache.blocks, new, strict=True))
+        return Cache(blocks, replace(cache.recent, start=start), 0)
 
     def _reserve_growth(self) -> None:
         """Pins host memory for the blocks to come, of all groups."""
-        last = describe_blocks(self.plan, self.plan.write_outs)
-        grown = [block for own, layer in zip(last, self.plan.layers) for block in own[len(layer.prompt) :]]
-        arrays = [array for block in grown if block.memory == "host" for array in block.arrays]
+        arrays = []
+        for layer, blocks in zip(self.plan.layers, describe_blocks(self.plan, self.plan.write_outs)):
+            for block in blocks[len(layer.prompt) :]:
+                arrays += block.arrays if block.memory == "host" else ()
         memory.reserve("host", [(array.shape, array.dtype) for array in arrays] * self.plan.groups)
 
     # --- the jit boundary: static are the plan and what names the program, all else is data ---
@@ -215,45 +220,28 @@ class Decoder:
         def program(weights, token_ids, padding):
             return prefill(self._model(weights), self.plan, token_ids, padding)
 
-        work = self.plan.workload
-        inputs = self._weights, _ints(work.prompt, work.batch), _ints(work.batch)
-        blocks, tails, _ = jax.eval_shape(program, *inputs)
-        shardings = (_shardings(blocks), _shardings(tails), memory.sharding("device"))
-        return jax.jit(program, out_shardings=shardings).trace(*inputs)
+        workload = self.plan.workload
+        inputs = self._weights, describe_ints(workload.prompt, workload.batch), describe_ints(workload.batch)
+        return jax.jit(program, out_shardings=shardings(jax.eval_shape(program, *inputs))).trace(*inputs)
 
     def _trace_step(self, write_outs: int) -> Any:
-        def program(weights, blocks, tails, padding, length, token_ids):
-            caches = [make_cache(*own, 0) for own in zip(blocks, tails, padding, length)]
-            tails, logits = decode_step(self._model(weights), self.plan, caches, token_ids)
-            return tails, [own + 1 for own in length], logits
+        def step(weights, blocks, recent, token_ids):
+            return decode_step(self._model(weights), self.plan, blocks, recent, token_ids)
 
-        batch, groups = self.plan.workload.batch, self.plan.groups_per_pass
-        blocks = describe_blocks(self.plan, write_outs)
-        own = blocks, describe_tails(self.plan), _ints(batch), _ints(), _ints(batch)
-        inputs = self._weights, *((each,) * groups for each in own)
+        blocks, groups = describe_blocks(self.plan, write_outs), self.plan.groups_per_pass
+        of_group = blocks, describe_recent(self.plan), describe_ints(self.plan.workload.batch)
+        inputs = self._weights, *((described,) * groups for described in of_group)
         placed = [array.sharding for array in self._weights]
-        shardings = (placed, (_shardings(blocks),) * groups, None, None, None, None)
-        return jax.jit(program, in_shardings=shardings, donate_argnames=("tails", "length")).trace(*inputs)
+        in_shardings = placed, (shardings(blocks),) * groups, None, None
+        return jax.jit(step, in_shardings=in_shardings, donate_argnames="recent").trace(*inputs)
 
     def _trace_write_out(self, memories: Sequence[Memory]) -> Any:
-        def program(tails):
-            return tuple(
-                make_block(tail.form, place, [jnp.copy(tensor) for tensor in tail.tensors])
-                for tail, place in zip(tails, memories, strict=True)
-            )
+        def program(recent):
+            blocks = []
+            for number, where in enumerate(memories):
+                tail = recent.tail(number)
+                blocks.append(make_block(tail.form, where, [jnp.copy(tensor) for tensor in tail.tensors], tail.start))
+            return tuple(blocks), recent.start + self.plan.tail
 
-        tails = describe_tails(self.plan)
-        return jax.jit(program, out_shardings=_shardings(jax.eval_shape(program, tails))).trace(tails)
-
-
-def _ints(*shape: int) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=memory.sharding("device"))
-
-
-def _shardings(blocks: Any) -> Any:
-    """The sharding of every array in a tree of blocks."""
-    return jax.tree.map(
-        lambda block: replace(block, arrays=(memory.sharding(block.memory),) * len(block.arrays)),
-        blocks,
-        is_leaf=lambda node: isinstance(node, Block),
-    )
+        recent = describe_recent(self.plan)
+        return jax.jit(program, out_shardings=shardings(jax.eval_shape(program, recent))).trace(recent)

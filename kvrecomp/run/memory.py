@@ -133,7 +133,7 @@ def _proc_meminfo(field: str) -> int:
 
 
 def _control_groups(
-    root: pathlib.Path = pathlib.Path("/sys/fs/cgroup"), own: pathlib.Path = pathlib.Path("/proc/self/cgroup")
+    root: pathlib.Path = pathlib.Path("/sys/fs/cgroup"), listed: pathlib.Path = pathlib.Path("/proc/self/cgroup")
 ) -> list[tuple[int, int]]:
     """Limit and use, in bytes, of the memory of this process's control groups and of those that these are in.
 
@@ -142,13 +142,13 @@ def _control_groups(
     """
     found = []
     with contextlib.suppress(OSError):
-        for line in own.read_text().splitlines():
+        for line in listed.read_text().splitlines():
             _, controllers, path = line.split(":", 2)
             if controllers == "" or "memory" in controllers.split(","):
                 version = _SECOND if controllers == "" else _FIRST
                 group = root / version.folder / path.lstrip("/")  # a container does not see it: its own is at the root
                 found += [_group_memory(folder, version) for folder in (group, *group.parents)]
-    return [each for each in found if each is not None and each[0] < _NO_LIMIT]
+    return [group for group in found if group is not None and group[0] < _NO_LIMIT]
 
 
 class _Version(NamedTuple):

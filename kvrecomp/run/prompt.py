@@ -78,7 +78,7 @@ def split_groups(input_ids: Any, attention_mask: Any, plan: Plan) -> list[tuple[
             "make a plan for this one"
         )
     lacking = [(0, 0), (longest - ids.shape[1], 0)]
-    groups = (np.split(np.pad(own, lacking), plan.groups) for own in (ids, mask))
+    groups = (np.split(np.pad(rows, lacking), plan.groups) for rows in (ids, mask))
     return list(zip(*groups))
 
 
@@ -102,10 +102,10 @@ def check_prompt(input_ids: Any, attention_mask: Any, plan: Plan) -> tuple[np.nd
 def check_tokens(ids: np.ndarray, mask: np.ndarray, vocab: int) -> None:
     """Raises `PromptError` where bool[batch, prompt] `mask` is not left-padded or has an empty row, or one of the
     int[batch, prompt] ids in it is not of the vocabulary."""
-    for row, own in enumerate(mask):
-        if not own.any():
+    for row, is_token in enumerate(mask):
+        if not is_token.any():
             raise PromptError(f"row {row} is empty: its mask has no token; give every row at least one")
-        if not own[own.argmax() :].all():
+        if not is_token[is_token.argmax() :].all():
             raise PromptError(f"row {row} is not left-padded: its mask has a 0 after a 1; move the padding to the left")
     wrong = (ids < 0) | (ids >= vocab)
     if (wrong & mask).any():

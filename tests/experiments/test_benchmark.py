@@ -1,9 +1,12 @@
 """The benchmark: what a row says of a plan that was run. No time is asserted."""
 
+import functools
 import io
+import re
 
 import numpy as np
 import pytest
+import scripts
 import toy
 from rich.console import Console
 
@@ -15,16 +18,22 @@ from kvrecomp.plan import GIB, PlanError
 from kvrecomp.plan.named import named_plan
 from kvrecomp.predict.cost import plan_costs
 
-WORK = kvrecomp.Workload(batch=3, prompt=11, new=13)
+WORKLOAD = kvrecomp.Workload(batch=3, prompt=11, new=13)
+
+
+@functools.cache
+def decoder(name):
+    """Compiled once for all tests."""
+    model = toy.model()
+    return kvrecomp.Decoder(model, named_plan(name, model.shape, WORKLOAD, tail=4))
 
 
 @pytest.mark.parametrize("name", ["activations", "device"])
 def test_a_row(name, known_machine):
-    model = toy.model()
-    plan = named_plan(name, model.shape, WORK, tail=4)
-    row = benchmark.measure(kvrecomp.Decoder(model, plan), "asked", None, known_machine, 2e9)
+    plan = decoder(name).plan
+    row = benchmark.measure(decoder(name), "asked", None, known_machine, 2e9)
     assert (row.model, row.batch, row.prompt, row.new, row.asked, row.plan) == ("toy", 3, 11, 13, "asked", name)
-    assert len(row.step_ms) == WORK.new - 1
+    assert len(row.step_ms) == WORKLOAD.new - 1
     assert 5 <= row.programs <= 6  # prefill, write-out, three layouts' steps; the next may be there already
     counted = row.step_ms[report.WARM_UP :]
     assert row.worst_ms == pytest.approx(max(counted), abs=0.01)
@@ -38,54 +47,19 @@ def test_a_row(name, known_machine):
         assert row.link_efficiency is None and row.link_bytes == 0
     else:
         assert row.link_efficiency == pytest.approx(row.link_bytes / row.median_ms * 1e3 / 2e9)
+    out = io.StringIO()
+    Console(file=out, width=200).print(benchmark.table([row], 12.5))
+    assert "copies alone reach 12.5 GB/s" in out.getvalue() and name in out.getvalue()
 
 
 def test_some_of_the_steps(known_machine):
     """The plan is made for all of them; what is predicted is the middle of those that were run: 7 of 13 tokens, before
     the first write-out of a tail of 4."""
-    model = toy.model()
-    plan = named_plan("activations", model.shape, WORK, tail=4)
-    row = benchmark.measure(kvrecomp.Decoder(model, plan), plan.name, None, known_machine, 2e9, steps=6)
+    plan = decoder("activations").plan
+    row = benchmark.measure(decoder("activations"), plan.name, None, known_machine, 2e9, steps=6)
     assert (row.new, len(row.step_ms)) == (13, 6)
     assert row.predicted_bytes == 11 * 3 * 21 * 4 * 2
     assert row.predicted_ms == pytest.approx(1e3 * float(plan_costs(known_machine, [plan], 0).seconds[0]))
-
-
-def test_auto_within_so_much_memory():
-    budget = kvrecomp.Budget(7.0, 5.0)
-    assert benchmark.within("auto:2.5", budget) == ("auto", kvrecomp.Budget(2.5 * GIB, 5.0))
-    assert benchmark.within("auto", budget) == ("auto", budget)
-    assert benchmark.within("split:0.5", budget) == ("split:0.5", budget)
-    for wrong in ("half", "", "0", "-1", "nan", "inf", "1e9"):
-        with pytest.raises(
-            ValueError, match=rf"--plans has 'auto:{wrong}'; expected auto:F, with F GiB of device memory, more"
-        ):
-            benchmark.within(f"auto:{wrong}", budget)
-
-
-def test_what_does_not_fit_is_said_when_its_turn_comes():
-    model = toy.model()
-    decoder = benchmark.make_decoder(model, kvrecomp.Budget(), lambda: named_plan("activations", model.shape, WORK))
-    small = benchmark.make_decoder(model, kvrecomp.Budget(host=100), lambda: decoder.plan)
-    assert decoder.plan.name == "activations" and isinstance(small, PlanError)
-    benchmark.compile_first(small)
-
-
-def test_what_cannot_be_compiled_is_said_when_its_turn_comes(known_machine, monkeypatch):
-    plan = named_plan("activations", toy.model().shape, WORK)
-    decoder = kvrecomp.Decoder(toy.model(), plan)
-    monkeypatch.setattr(decoder, "_trace", lambda *_: 1 / 0)
-    benchmark.compile_first(decoder)
-    with pytest.raises(ZeroDivisionError):
-        benchmark.measure(decoder, plan.name, None, known_machine, 2e9)
-
-
-def test_the_table_has_every_plan(known_machine):
-    plan = named_plan("activations", toy.model().shape, kvrecomp.Workload(2, 5, 3))
-    row = benchmark.measure(kvrecomp.Decoder(toy.model(), plan), plan.name, None, known_machine, 1e9)
-    out = io.StringIO()
-    Console(file=out, width=200).print(benchmark.table([row], 12.5))
-    assert "copies alone reach 12.5 GB/s" in out.getvalue() and "activations" in out.getvalue()
 
 
 def test_rows_count_weights_in_host_memory(known_machine):
@@ -96,3 +70,48 @@ def test_rows_count_weights_in_host_memory(known_machine):
     row = benchmark.measure(kvrecomp.Decoder(model, plan), plan.name, None, known_machine, 1e9)
     assert row.weights == "0.5"
     assert row.link_bytes == row.predicted_bytes == 5 * 2 * 21 * 4 * 2 + 4 * shape.layers[1].parameters
+
+
+def test_auto_within_so_much_memory():
+    budget = kvrecomp.Budget(7.0, 5.0)
+    assert benchmark.read_plan("auto:2.5", budget) == ("auto:2.5", "auto", kvrecomp.Budget(2.5 * GIB, 5.0))
+    for words in ("auto", "split:0.5"):
+        assert benchmark.read_plan(words, budget) == (words, words, budget)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        *(
+            (
+                [f"--plans=auto:{wrong}"],
+                f"--plans has 'auto:{wrong}'; expected auto:F, with F GiB of device memory, more",
+            )
+            for wrong in ("half", "", "0", "-1", "nan", "inf", "1e9")
+        ),
+        (["--weights=auto", "--plans=auto:2"], "--weights=auto goes by --device_memory_gib: leave the GiB"),
+        (["--weights=auto", "--batch=3,5"], "--weights=auto chooses for one workload: give one --batch"),
+        (["--weights=gpu"], "weights 'gpu': expected device, host"),
+        (["--plans="], "--plans is empty: give one name or more"),
+        (["--plans=nonsense"], "there is no plan 'nonsense'"),
+        (["--order=rows"], "flag --order=rows: value should be one of <row|column>"),
+        (["--new=1"], "--new is 1: the first token comes with the prompt"),
+    ],
+)
+def test_refusals_come_before_the_weights(monkeypatch, flags, message):
+    monkeypatch.setitem(models.PRESETS, "toy", toy.OPT)
+    monkeypatch.setattr(benchmark.memory, "limit_pinned", lambda needed: pytest.fail("it went on"))
+    with pytest.raises(SystemExit, match=f"^error: {re.escape(message)}"):
+        scripts.call(benchmark, "--model=toy", "--prompt=7", "--new=3", *flags)
+
+
+def test_what_does_not_fit_or_compile_is_said_when_its_turn_comes(known_machine, monkeypatch):
+    model, plan = toy.model(), named_plan("activations", toy.model().shape, WORKLOAD)
+    small = benchmark.make_decoder(model, kvrecomp.Budget(host=100), lambda: plan)
+    assert isinstance(small, PlanError)
+    benchmark.compile_first(small)
+    broken = benchmark.make_decoder(model, kvrecomp.Budget(), lambda: plan)
+    monkeypatch.setattr(broken, "_trace", lambda *_: 1 / 0)
+    benchmark.compile_first(broken)
+    with pytest.raises(ZeroDivisionError):
+        benchmark.measure(broken, plan.name, None, known_machine, 2e9)

@@ -4,8 +4,7 @@ import struct
 
 import pytest
 
-from experiments.support.plots import curves
-from experiments.support.plots import figure as plots
+from experiments.support.plots import curves, png
 from experiments.support.results import predictions
 
 ROW = {"device": "Some GPU", "model": "opt-6.7b", "batch": 32, "new": 32, "room": None}
@@ -81,7 +80,7 @@ def test_no_rows():
 def test_every_row_is_a_point(monkeypatch):
     pytest.importorskip("matplotlib")
     kept = []
-    monkeypatch.setattr(plots, "save", lambda figure, path, source: kept.append((figure, source)))
+    monkeypatch.setattr(png, "save", lambda figure, path, source: kept.append((figure, source)))
     points = curves.points(rows())
     curves.draw_curves(points, "unwritten.png")
     ((figure, source),) = kept

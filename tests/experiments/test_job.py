@@ -1,7 +1,7 @@
 """Continuing a file: what records say, what they depend on, and that a job goes on where it was killed.
 
 The last test kills the program itself, with SIGKILL. With JOB_PROMPTS=2000 JOB_KILLS=20 in the environment it does so
-twenty times while 2,000 prompts are decoded, with nothing done to be quick.
+twenty times while 2,000 prompts are decoded.
 """
 
 import dataclasses
@@ -18,22 +18,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import scripts
 import toy
-from absl import flags
-from experiments.support.job.runner.runner import Settings
 from flax import nnx
 
 import kvrecomp
 import models
-from experiments import generate as script
-from experiments.support.job import meter as job_meter
-from experiments.support.job import runner as job
-from experiments.support.script import in_one_line
+from experiments import generate
+from experiments.support.job import decoding, meter, runner
+from experiments.support.job.runner import Settings
+from experiments.support.source import Source
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import GIB, PlanError
 from kvrecomp.run.limits import check_memory
 
-ROOT = Path(__file__).parent.parent.parent
 CONFIG = models.OPTConfig("opt-tiny", layers=1, hidden=24, heads=3, intermediate=40, vocab=258, positions=67)
 NEW = 7
 SETTINGS = Settings(NEW, batch=3, plan="activations", do_sample=True, temperature=0.9, seed=5)
@@ -91,7 +89,7 @@ class Files:
 
     def run(self, model_hash="tiny", dtype="float32", budget=None, **settings):
         settings, self.given.read_dtype = dataclasses.replace(SETTINGS, **settings), dtype
-        return job.run(self.source, self.target, settings, model_hash, self.given, budget=budget)
+        return runner.run(self.source, self.target, settings, model_hash, self.given, budget=budget)
 
     def records(self):
         return [json.loads(line) for line in self.target.read_text().splitlines()]
@@ -109,9 +107,9 @@ class Files:
 
 @pytest.fixture
 def files(tmp_path):
-    own = Files(tmp_path)
-    own.write(*LINES)
-    return own
+    files = Files(tmp_path)
+    files.write(*LINES)
+    return files
 
 
 # --- what records say -------------------------------------------------------------------------------------------------
@@ -158,7 +156,7 @@ def test_the_seed_and_the_place_change_texts(files):
 def test_texts_that_end_say_so(files, monkeypatch):
     """With a token that comes often in the place of the end."""
     ends = []
-    monkeypatch.setattr(job, "special_tokens", lambda _, names: ends if names is job.ENDS else [])
+    monkeypatch.setattr(decoding, "special_tokens", lambda _, names: ends if names is decoding.ENDS else [])
     free = [record["tokens"] for record in files.anew()]
     often = int(np.bincount(np.concatenate(free)).argmax())
     ends.append(often)
@@ -174,7 +172,7 @@ def test_rows_that_fill_a_batch_end_when_its_prompts_do(files, monkeypatch):
     """A batch of one prompt, which ends with its first token, takes the steps at most that were dispatched ahead."""
     first = alone("Return the", 0)[0]
     files.write(LINES[0], *({"prompt": 'The "with" statement'} for _ in range(3)))
-    monkeypatch.setattr(job, "special_tokens", lambda _, names: [first] if names is job.ENDS else [])
+    monkeypatch.setattr(decoding, "special_tokens", lambda _, names: [first] if names is decoding.ENDS else [])
     steps, step = [], kvrecomp.run.decoder.Decoder.step_groups
     monkeypatch.setattr(kvrecomp.run.decoder.Decoder, "step_groups", lambda *args: steps.append(1) or step(*args))
     records = files.anew()
@@ -218,7 +216,7 @@ def test_a_prompt_whose_logits_are_nan_is_an_error_and_the_others_are_not(files,
     assert capsys.readouterr().err == f"line 3: {told}\n"
 
 
-def test_weights_that_do_not_fit_are_in_host_memory(files, monkeypatch):
+def test_weights_that_do_not_fit_are_in_host_memory(files):
     """Of five layers, which a plan of one shape puts there for all; records are those with everything on the device."""
     config = dataclasses.replace(CONFIG, layers=5)
     shape = dataclasses.replace(config.shape, dtype="float32")
@@ -251,14 +249,16 @@ def test_similar_lengths_share_a_program_and_stretches_change_nothing(files, mon
     records = files.anew(batch=5)
     assert [[plan.workload.batch, plan.workload.prompt] for plan in made] == [[5, 9], [5, 3]]
     assert [record["tokens"] for record in records[:2]] == [alone([0] * 3, 0), alone([1] * 9, 1)]
-    monkeypatch.setattr(job, "STRETCH", 2)
+    monkeypatch.setattr(runner, "STRETCH", 2)
     assert files.anew(batch=5) == records
 
 
 def test_the_budget_decides_how_many_rows(files, monkeypatch):
     """Activations are 24 numbers of 4 bytes, for 21 tokens of the prompt."""
     row, device, sizes = LONGEST * 24 * 4, 2 * GIB, []
-    monkeypatch.setattr(job.Decoding, "records", lambda _, plan, lines: sizes.append(len(lines)) or [{}] * len(lines))
+    monkeypatch.setattr(
+        decoding.Decoding, "records", lambda _, plan, lines: sizes.append(len(lines)) or [{}] * len(lines)
+    )
     for rows, cut in ((1, [1] * 8), (2, [2] * 4), (3, [3, 3, 2])):
         sizes.clear()
         files.anew(budget=kvrecomp.Budget(device, row * rows + row - 1))
@@ -277,7 +277,7 @@ class Killed(BaseException):
 
 def kill_after(monkeypatch, batches):
     """Ends a run like a kill, when so many batches are decoded."""
-    decode, left = job.Decoding.records, batches
+    decode, left = decoding.Decoding.records, batches
 
     def records(*args):
         nonlocal left
@@ -286,14 +286,14 @@ def kill_after(monkeypatch, batches):
         left -= 1
         return decode(*args)
 
-    monkeypatch.setattr(job.Decoding, "records", records)
+    monkeypatch.setattr(decoding.Decoding, "records", records)
 
 
 @pytest.mark.parametrize("stretch", [1, 64])
 @pytest.mark.parametrize("batches", [0, 1, 2])
 def test_a_run_goes_on_with_what_was_decided(files, monkeypatch, stretch, batches):
     """Prompts of finished batches are not decoded again, and plans and stretches are those of the beginning."""
-    monkeypatch.setattr(job, "STRETCH", stretch)
+    monkeypatch.setattr(runner, "STRETCH", stretch)
     files.anew()
     expected = files.target.read_bytes()
     files.target.unlink()
@@ -303,8 +303,8 @@ def test_a_run_goes_on_with_what_was_decided(files, monkeypatch, stretch, batche
     assert files.target.read_bytes() == expected[: files.target.stat().st_size] != expected
     with monkeypatch.context() as patch:
         patch.setattr(kvrecomp, "plan_for", None)
-        patch.setattr(job, "survey", None)
-        patch.setattr(job, "STRETCH", 7)
+        patch.setattr(runner, "survey", None)
+        patch.setattr(runner, "STRETCH", 7)
         kill_after(patch, 3 - batches)
         summary = files.run()
     assert files.target.read_bytes() == expected
@@ -313,16 +313,16 @@ def test_a_run_goes_on_with_what_was_decided(files, monkeypatch, stretch, batche
 
 def test_a_batch_of_which_a_part_was_written_is_decoded_whole(files, monkeypatch):
     """Or its rows might be rounded differently."""
-    monkeypatch.setattr(job, "STRETCH", 1)
+    monkeypatch.setattr(runner, "STRETCH", 1)
     files.anew()
-    expected, decoded, decode = files.target.read_bytes(), [], job.Decoding.records
+    expected, decoded, decode = files.target.read_bytes(), [], decoding.Decoding.records
     files.target.write_bytes(b"".join(expected.splitlines(keepends=True)[:5]))  # three, and two of the second batch
 
     def records(self, plan, lines):
         decoded.append([line.index for line in lines])
         return decode(self, plan, lines)
 
-    monkeypatch.setattr(job.Decoding, "records", records)
+    monkeypatch.setattr(decoding.Decoding, "records", records)
     files.run()
     assert decoded == [[5, 3, 4], [6, 7]] and files.target.read_bytes() == expected
 
@@ -377,7 +377,7 @@ def test_an_output_of_another_input_is_left_alone(files):
 
 def test_an_output_that_lost_a_record_is_not_gone_on_with(files, monkeypatch):
     """The place of the next line would be another's."""
-    monkeypatch.setattr(job, "STRETCH", 1)
+    monkeypatch.setattr(runner, "STRETCH", 1)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, 2)
         files.run()
@@ -388,14 +388,14 @@ def test_an_output_that_lost_a_record_is_not_gone_on_with(files, monkeypatch):
 
 
 def test_an_input_that_changes_meanwhile_is_an_error(files, monkeypatch):
-    monkeypatch.setattr(job, "STRETCH", 1)
-    decode = job.Decoding.records
+    monkeypatch.setattr(runner, "STRETCH", 1)
+    decode = decoding.Decoding.records
 
     def records(*args):
         files.source.write_bytes(files.source.read_bytes() + b"\n")
         return decode(*args)
 
-    monkeypatch.setattr(job.Decoding, "records", records)
+    monkeypatch.setattr(decoding.Decoding, "records", records)
     with pytest.raises(ValueError, match="was changed since"):
         files.run()
     assert len(files.records()) == 3
@@ -405,7 +405,7 @@ def test_another_machine_is_warned_of(files, monkeypatch, capsys):
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_after(patch, 1)
         files.run()
-    monkeypatch.setattr(job, "machine", lambda: {"device": "another", "jax": "0.0"})
+    monkeypatch.setattr(runner, "machine", lambda: {"device": "another", "jax": "0.0"})
     files.run()
     error = capsys.readouterr().err
     assert error.startswith("warning: ") and "another" in error and error.count("\n") == 1
@@ -418,14 +418,14 @@ def test_another_machine_is_warned_of(files, monkeypatch, capsys):
 def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(files, capfd, monkeypatch):
     files.anew()
     assert capfd.readouterr() == ("", "")  # it is done within a minute
-    monkeypatch.setattr(job_meter, "SAID_EVERY", 0)
+    monkeypatch.setattr(meter, "SAID_EVERY", 0)
     files.anew()
     out, error = capfd.readouterr()
     said = re.findall(r"^decoding: (\d) of 8 records, [1-9]\d* tokens a second$", error, re.M)
     assert not out and len(said) == error.count("\n") >= NEW  # one a step
     assert said == sorted(said) and said[0] == "0" and said[-1] == "8"
     monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
-    monkeypatch.setattr(job_meter, "SHOWN_EVERY", 0)
+    monkeypatch.setattr(meter, "SHOWN_EVERY", 0)
     files.anew()
     error = capfd.readouterr().err
     assert re.search(r"[1-8]/8 records", error) and re.search(r"[1-9]\d* tokens/s", error) and "0:00:0" in error
@@ -433,13 +433,13 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(files
 
 
 def test_a_meter_counts_tokens_of_rows_until_they_end():
-    with job.Meter(9, 4) as meter:
-        meter.begin(2, [7])
-        meter.put(np.zeros((3, 5)))
+    with meter.Meter(9, 4) as counted:
+        counted.begin(2, [7])
+        counted.put(np.zeros((3, 5)))
         for tokens in ([1, 7, 1], [1, 1, 1], [7, 7, 7]):
-            meter.put(np.array(tokens))
-        meter.end()
-        assert meter.tokens == 4  # three of the first row, one of the second, none of the third, which fills up
+            counted.put(np.array(tokens))
+        counted.end()
+        assert counted.tokens == 4  # three of the first row, one of the second, none of the third, which fills up
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -452,13 +452,7 @@ def checkpoint(tmp_path_factory):
     return path
 
 
-def command(*arguments):
-    """The script in this process."""
-    values = flags.FlagValues()
-    script.define_flags(values)
-    with in_one_line():
-        values(["generate", *arguments])
-        script.main([], values)
+command = functools.partial(scripts.call, generate)
 
 
 def test_the_command_runs_the_job_and_prints_a_summary(files, checkpoint, capsys):
@@ -490,13 +484,14 @@ def test_random_weights_take_any_text(files, monkeypatch):
     assert {(len(record["tokens"]), record["finish_reason"]) for record in files.records()} == {(7, "length")}
 
 
-def test_an_interrupt_says_how_to_go_on(files, checkpoint, monkeypatch):
+def test_an_interrupt_says_how_to_go_on(files, checkpoint, monkeypatch, capsys):
     def interrupted(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(job, "run", interrupted)
-    with pytest.raises(KeyboardInterrupt, match=r"^; the same command goes on with .*out\.jsonl$"):
+    monkeypatch.setattr(runner, "run", interrupted)
+    with pytest.raises(SystemExit):
         command(f"--checkpoint={checkpoint}", f"--input={files.source}", f"--output={files.target}")
+    assert capsys.readouterr().err == f"interrupted; the same command goes on with {files.target}\n"
 
 
 @pytest.mark.parametrize(
@@ -537,23 +532,16 @@ def test_refusals_are_one_line_and_nothing_is_written(files, checkpoint, argumen
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 
-def start(source, target, *options, **environment):
+def start(*words):
     """The program in a process of its own."""
+    root = Path(__file__).parents[2]
     return subprocess.Popen(
-        [sys.executable, "experiments/generate.py", f"--input={source}", f"--output={target}", "--json", *options],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [sys.executable, "experiments/generate.py", *words],
+        cwd=root,
+        env={**os.environ, "PYTHONPATH": str(root), "JAX_PLATFORMS": "cpu"},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
-
-
-def finish(process):
-    """Its summary."""
-    out, error = process.communicate()
-    assert process.returncode == 0, error
-    return json.loads(out.splitlines()[-1])
 
 
 def done(target):
@@ -562,7 +550,7 @@ def done(target):
     return sum(file.read_bytes().count(b"\n") for file in files if file.exists())
 
 
-def some_prompts(count, dice):
+def random_prompts(count, dice):
     """Pieces of this file, many of them short, and a line with an error."""
     text, lines = Path(__file__).read_text(), []
     for number in range(count):
@@ -572,25 +560,20 @@ def some_prompts(count, dice):
     return "\n".join(lines)
 
 
-def test_a_job_that_is_killed_ends_with_the_bytes_of_one_that_is_not(tmp_path):
-    """Of the shipped checkpoint, sampling; killed after random numbers of records and, in turns, while it starts."""
-    count, kills = int(os.environ.get("JOB_PROMPTS", "30")), int(os.environ.get("JOB_KILLS", "2"))
-    options, environment = ["--max_new_tokens=20"], {"XLA_FLAGS": ""}  # not those of tests
-    if count < 100:  # where compiling would take most of the time
-        options = ["--max_new_tokens=8", "--batch=4", "--plan=split:0.5"]
-        environment = {
-            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-            "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+def test_a_job_that_is_killed_ends_with_the_bytes_of_one_that_is_not(tmp_path, monkeypatch, capsys):
+    """Of the shipped checkpoint, sampling; killed after random numbers of records and, in turns, while it starts. The
+    last process is this one."""
+    count, kills = int(os.environ.get("JOB_PROMPTS", "30")), int(os.environ.get("JOB_KILLS", "1"))
     seed = random.randrange(10**6)
     print(f"seed {seed}")
     dice = random.Random(seed)
     source, target, whole = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "whole.jsonl"))
-    source.write_text(some_prompts(count, dice))
-    uninterrupted = start(source, whole, *options, **environment)
+    source.write_text(random_prompts(count, dice))
+    options = [f"--input={source}", "--json", "--max_new_tokens=20"]
+    if count < 100:  # where compiling would take most of the time
+        options += ["--max_new_tokens=8", "--batch=4", "--plan=split:0.5"]
     for kill in range(kills):
-        process = start(source, target, *options, **environment)
+        process = start(f"--output={target}", *options)
         if kill % 2:
             time.sleep(dice.random() * 2)
         else:
@@ -600,14 +583,17 @@ def test_a_job_that_is_killed_ends_with_the_bytes_of_one_that_is_not(tmp_path):
                 time.sleep(0.001)
             time.sleep(dice.random() * 0.05)
         process.kill()
-        assert process.wait() == -signal.SIGKILL, process.communicate()
+        assert process.wait() == -signal.SIGKILL
         print(f"killed after {done(target)} records")
-    last = finish(start(source, target, *options, **environment))
-    uninterrupted = finish(uninterrupted)
+    shipped = Source().load()
+    monkeypatch.setattr(Source, "load", lambda *_: shipped)
+    summaries = []
+    for output in (target, whole):
+        command(f"--output={output}", *options)
+        summaries.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
     assert target.read_bytes() == whole.read_bytes()
-    assert uninterrupted["prompts"] == count and last["prompts"] < count
+    assert summaries[0]["prompts"] < summaries[1]["prompts"] == count
     records = [json.loads(line) for line in whole.read_text().splitlines()]
     assert records.pop(count // 3)["line"] == count // 3 + 1
     assert [record["id"] for record in records] == [f"r{number}" for number in range(count)]
     assert len({record["text"] for record in records}) > count / 2
-    print(f"{uninterrupted['seconds']:.1f} s uninterrupted, the last run {last['seconds']:.1f} s")

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from experiments.support.job.runner.output import FORMAT, Output
+
+from experiments.support.job.output import FORMAT, Output
 
 DESCRIPTION = {"records": 7, "settings": {"seed": 1}}
 # As batches finish: longer prompts first, whose turn comes later.
@@ -54,7 +55,7 @@ def killed_after(path: Path, size: int) -> int | None:
     except Killed:
         return batch
     finally:
-        output._close()  # and nothing else, as when a process ends
+        output._files.close()  # and nothing else, as when a process ends
     return None
 
 
@@ -187,7 +188,7 @@ def test_an_output_that_no_job_wrote_is_left_alone(tmp_path, content):
     assert files(tmp_path / "out") == {"out": content}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 1}', '{"format": 99}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 3}', '{"format": 99}'])
 def test_a_description_that_is_none(tmp_path, content):
     (tmp_path / "out").write_bytes(b'{"id": 1}\n{"id"')
     (tmp_path / "out.job.json").write_text(content)

@@ -1,24 +1,25 @@
 """Peers: what their rows say, and that Hugging Face's models are those that we measure. No time is asserted."""
 
 import dataclasses
+import functools
 import json
 import math
+import re
 
 import pytest
-from absl import flags
+import scripts
 
 import models
-from experiments import benchmark, peers
-from experiments.support.peers import huggingface
+from experiments import peers
+from experiments.support.peers import PEERS, huggingface
 from experiments.support.peers.peer import Peer, Steps
-from experiments.support.peers.registry import PEERS
-from experiments.support.suite import workloads
+from experiments.support.suite.cases import CASES
 from kvrecomp.plan import GIB, Workload
 from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.named import named_plan
 from models.checkpoint import Skeleton
 
-WORK = Workload(batch=3, prompt=7, new=11)
+WORKLOAD = Workload(batch=3, prompt=7, new=11)
 # Prime and distinct sizes where the architectures allow.
 TINY = {
     "opt": models.OPTConfig("tiny", 2, 21, 3, 37, vocab=61, positions=41),
@@ -43,12 +44,7 @@ def preset(monkeypatch):
     monkeypatch.setitem(models.PRESETS, "tiny", TINY["opt"])
 
 
-def command(*arguments: str) -> None:
-    """The script in this process."""
-    values = flags.FlagValues()
-    peers.define_flags(values)
-    values(["peers", *arguments])
-    peers.main([], values)
+command = functools.partial(scripts.call, peers)
 
 
 SIZES = ("--model=tiny", "--batch=3", "--prompt=7", "--new=11")
@@ -56,11 +52,10 @@ SIZES = ("--model=tiny", "--batch=3", "--prompt=7", "--new=11")
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def test_a_row_has_the_fields_of_ours():
+def test_a_row_has_null_where_a_field_of_ours_has_no_meaning():
     seconds = [9.0, 8.0, 7.0, 0.1, 0.3, 0.2, 0.4]  # the first three warm up
-    row = peers.row_of("huggingface", TINY["opt"], "float32", WORK, Steps("Some GPU", 0.5, seconds, 123))
-    assert list(row) == [field.name for field in dataclasses.fields(benchmark.Row)]
-    known = {name: value for name, value in row.items() if value is not None}
+    row = peers.row_of("huggingface", "tiny", "float32", WORKLOAD, Steps("Some GPU", 0.5, seconds, 123))
+    known = {name: value for name, value in dataclasses.asdict(row).items() if value is not None}
     assert known == {
         "model": "tiny",
         "batch": 3,
@@ -78,10 +73,8 @@ def test_a_row_has_the_fields_of_ours():
         "prefill_s": 0.5,
         "step_ms": [9000.0, 8000.0, 7000.0, 100.0, 300.0, 200.0, 400.0],
     }
-    assert (
-        peers.row_of("huggingface_offloaded", TINY["opt"], "float32", WORK, Steps("", 0.5, seconds, None))["link_bytes"]
-        is None
-    )
+    offloaded = peers.row_of("huggingface_offloaded", "tiny", "float32", WORKLOAD, Steps("", 0.5, seconds, None))
+    assert offloaded.link_bytes is None
 
 
 def test_the_command_measures(torch, preset, tmp_path, capsys):
@@ -91,32 +84,33 @@ def test_the_command_measures(torch, preset, tmp_path, capsys):
     assert document["commit"] == "abc" and document["versions"]["torch"] == torch.__version__
     (row,) = document["rows"]
     assert (row["model"], row["plan"]) == ("tiny", "huggingface")
-    assert len(row["step_ms"]) == WORK.new - 1 and 0 < row["median_ms"] <= row["p95_ms"] <= row["worst_ms"]
+    assert len(row["step_ms"]) == WORKLOAD.new - 1 and 0 < row["median_ms"] <= row["p95_ms"] <= row["worst_ms"]
 
 
-def test_refusals(preset, monkeypatch):
-    with pytest.raises(ValueError, match="--new is 1"):
-        command("--model=tiny", "--new=1")
-    for name in ("batch", "prompt"):
-        with pytest.raises(ValueError, match=f"--{name} has '0'; expected whole numbers from 1 on"):
-            command("--model=tiny", f"--{name}=3,0")
-    with pytest.raises(ValueError, match="unknown model 'small'"):
-        command("--model=small")
-    for wrong in ("--peer=somebody", "--dtype=x"):
-        with pytest.raises(flags.IllegalFlagValueError):
-            command(wrong)
-    with pytest.raises(ValueError, match="need 9999 positions; tiny has"):
-        command("--model=tiny", "--prompt=9990", "--new=9")
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--new=1"], "--new is 1"),
+        (["--batch=3,0"], "--batch has '0'; expected whole numbers from 1 on"),
+        (["--prompt=3,0"], "--prompt has '0'; expected whole numbers from 1 on"),
+        (["--model=small"], "unknown model 'small'"),
+        (["--peer=somebody"], "flag --peer=somebody: value should be one of"),
+        (["--dtype=x"], "flag --dtype=x: value should be one of"),
+        (["--prompt=9990", "--new=9"], "need 9999 positions; tiny has"),
+        ([], "huggingface: not today"),
+    ],
+)
+def test_refusals(preset, monkeypatch, arguments, message):
     away = Peer(lambda *_: pytest.fail("it was run"), lambda gpu: "not today", lambda *_: {})
     monkeypatch.setitem(PEERS, "huggingface", away)
-    with pytest.raises(ValueError, match="huggingface: not today"):
-        command(*SIZES)
+    with pytest.raises(SystemExit, match=f"^error: .*{re.escape(message)}"):
+        command(*SIZES, *arguments)
 
 
 def test_another_program_joins_by_a_function(preset, monkeypatch, capsys):
-    def run(config, dtype, works, seed):
-        assert (config.name, dtype, works, seed) == ("tiny", "float16", [WORK], 5)
-        yield Steps("Some GPU", 1.0, [0.25] * (WORK.new - 1), None)
+    def run(config, dtype, workloads, seed):
+        assert (config.name, dtype, workloads, seed) == ("tiny", "float16", [WORKLOAD], 5)
+        yield Steps("Some GPU", 1.0, [0.25] * (WORKLOAD.new - 1), None)
 
     monkeypatch.setitem(PEERS, "huggingface", Peer(run, lambda gpu: None, lambda *_: {}))
     command(*SIZES, "--dtype=float16", "--seed=5")
@@ -125,9 +119,9 @@ def test_another_program_joins_by_a_function(preset, monkeypatch, capsys):
 
 
 def test_what_was_measured_is_not_lost_with_what_comes_after(preset, monkeypatch, tmp_path):
-    def run(config, dtype, works, seed):
+    def run(config, dtype, workloads, seed):
         yield Steps("Some GPU", 1.0, [0.25] * 10, None)
-        raise RuntimeError(f"no memory for {works[1]}")
+        raise RuntimeError(f"no memory for {workloads[1]}")
 
     monkeypatch.setitem(PEERS, "huggingface", Peer(run, lambda gpu: None, lambda *_: {}))
     with pytest.raises(RuntimeError, match="no memory for"):
@@ -141,8 +135,8 @@ def test_what_was_measured_is_not_lost_with_what_comes_after(preset, monkeypatch
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_step_is_timed(torch, dtype):
-    works = [WORK, Workload(batch=2, prompt=5, new=3)]
-    made = list(huggingface.run(TINY["llama"], dtype, works, 0, offloaded=False))
+    workloads = [WORKLOAD, Workload(batch=2, prompt=5, new=3)]
+    made = list(huggingface.run(TINY["llama"], dtype, workloads, 0, offloaded=False))
     assert [len(steps.seconds) for steps in made] == [10, 2]
     assert all(min(steps.seconds) > 0 and steps.prefill_seconds > 0 for steps in made)
 
@@ -157,7 +151,7 @@ def test_texts_that_end_early_are_an_error(torch, monkeypatch):
 
     monkeypatch.setattr(huggingface, "make_model", ending)
     with pytest.raises(RuntimeError, match="generate gave 1 tokens where 11 were asked for"):
-        list(huggingface.run(TINY["opt"], "float32", [WORK], 0, offloaded=False))
+        list(huggingface.run(TINY["opt"], "float32", [WORKLOAD], 0, offloaded=False))
 
 
 @pytest.mark.parametrize("name", TINY)
@@ -177,9 +171,7 @@ def test_models_are_of_our_shape(torch, name):
     assert logits.shape == (2, 5, 61) and not model.training
 
 
-@pytest.mark.parametrize(
-    "name", sorted({case.model for case in workloads.CASES if case.peers} | {"opt-350m", "llama-3.1-8b"})
-)
+@pytest.mark.parametrize("name", sorted({case.model for case in CASES if case.peers} | {"opt-350m", "llama-3.1-8b"}))
 def test_configurations_are_ours(torch, name):
     """Through the way back, which reads config.json files."""
     config = models.preset(name)
@@ -206,9 +198,9 @@ def test_where_it_cannot_be_run(torch, monkeypatch):
 
 def test_memory_that_is_needed():
     """OPT-6.7B with 32 rows of 1024 and 32: K and V are 16.5 GiB, of a layer 0.52, and the rest is what we need."""
-    shape, work = models.preset("opt-6.7b").shape, Workload(32, 1024, 32)
-    ours = memory_needed(named_plan("device", shape, work))["device"]
+    shape, workload = models.preset("opt-6.7b").shape, Workload(32, 1024, 32)
+    ours = memory_needed(named_plan("device", shape, workload))["device"]
     rest = ours["weights"] + ours["prefill or step"]
-    here, away = (PEERS[name].memory_needed(shape, work) for name in ("huggingface", "huggingface_offloaded"))
+    here, away = (PEERS[name].memory_needed(shape, workload) for name in ("huggingface", "huggingface_offloaded"))
     assert here == {"device": rest + 16.5 * GIB * 33 / 32, "host": 0}
     assert away == {"device": rest + 16.5 * GIB * 3 / 32, "host": 2.4 * 64 * GIB / 2}

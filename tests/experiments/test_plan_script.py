@@ -1,34 +1,31 @@
 """The what-if tool: what it predicts against values worked out by hand, what it draws, and how it refuses."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import math
-import os
 import struct
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from absl import flags
+import scripts
 
 import models
-from experiments import plan as script
+from experiments import plan
 from experiments.support import what_if
-from experiments.support.plots import figure as plots
-from experiments.support.plots import split as split_plot
+from experiments.support.plots import png
+from experiments.support.plots.split import draw_split
 from experiments.support.results import tables
-from experiments.support.script import in_one_line
 from kvrecomp.measure import profiler
 from kvrecomp.plan import GIB, Budget, Workload
 from kvrecomp.plan.named import named_plan, with_weights
 from kvrecomp.predict.cost import plan_costs
 from kvrecomp.predict.hardware import HardwareProfile
 
-ROOT = Path(__file__).parent.parent.parent
+ROOT = Path(__file__).parents[2]
 SMALL = ["--model=opt-125m", "--batch=16", "--prompt=500", "--new=24", "--hardware=a100"]
-WORK = Workload(16, 500, 24)  # of SMALL
+WORKLOAD = Workload(16, 500, 24)  # of SMALL
 # OPT-6.7B, 32 x 1024, in bfloat16.
 LAYERS, HIDDEN, BATCH, PROMPT, NEW = 32, 4096, 32, 1024, 32
 LARGE = ["--model=opt-6.7b", f"--batch={BATCH}", f"--prompt={PROMPT}", f"--new={NEW}", "--hardware=a100"]
@@ -36,18 +33,12 @@ PAIR_BYTES = 2 * HIDDEN * 2 * BATCH * PROMPT * LAYERS  # all keys and values
 LINK, MATMUL = 32e9, 312e12  # of the A100
 
 
-def command(*arguments: str) -> None:
-    """The script in this process."""
-    values = flags.FlagValues()
-    script.define_flags(values)
-    with in_one_line():
-        values(["plan", *arguments])
-        script.main([], values)
+command = functools.partial(scripts.call, plan)
 
 
 def small(budget: Budget | None = None, machine: str = "a100", **changes) -> what_if.WhatIf:
     profile = dataclasses.replace(HardwareProfile.from_datasheet(machine), **changes)
-    return what_if.what_if(models.preset("opt-125m").shape, WORK, profile, budget)
+    return what_if.what_if(models.preset("opt-125m").shape, WORKLOAD, profile, budget)
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +77,9 @@ def test_bytes_and_rates_by_hand(capsys):
     document = json.loads(last)
     auto, pairs, activations, kvpr, device = document["alternatives"]
 
-    assert [each["plan"] for each in document["alternatives"]][1:3] == ["keys_values", "activations"]
-    assert [each["link_bytes"] for each in (pairs, activations, device)] == [PAIR_BYTES, PAIR_BYTES // 2, 0]
-    assert [each["host_bytes"] for each in (pairs, activations, device)] == [PAIR_BYTES, PAIR_BYTES // 2, 0]
+    assert [row["plan"] for row in document["alternatives"]][1:3] == ["keys_values", "activations"]
+    assert [row["link_bytes"] for row in (pairs, activations, device)] == [PAIR_BYTES, PAIR_BYTES // 2, 0]
+    assert [row["host_bytes"] for row in (pairs, activations, device)] == [PAIR_BYTES, PAIR_BYTES // 2, 0]
     assert device["device_bytes"] - pairs["device_bytes"] == PAIR_BYTES
     fraction = float(kvpr["plan"].removeprefix("kvpr:"))
     assert kvpr["schedule"] == "layerwise"
@@ -97,16 +88,16 @@ def test_bytes_and_rates_by_hand(capsys):
     assert fraction == document["fractions"][document["curves_ms"]["kvpr"].index(kvpr["predicted_ms"])]
 
     # The link is the bound: bytes over its rate, and the little that is computed before the first copy is there.
-    for each in (pairs, activations):
-        assert 1 <= each["predicted_ms"] / 1e3 * LINK / each["link_bytes"] < 1.02
-    for each in document["alternatives"]:
-        assert each["tokens_per_second"] == pytest.approx(BATCH / each["predicted_ms"] * 1e3)
-    assert auto["predicted_ms"] <= 1.002 * min(each["predicted_ms"] for each in (pairs, activations, kvpr))
+    for row in (pairs, activations):
+        assert 1 <= row["predicted_ms"] / 1e3 * LINK / row["link_bytes"] < 1.02
+    for row in document["alternatives"]:
+        assert row["tokens_per_second"] == pytest.approx(BATCH / row["predicted_ms"] * 1e3)
+    assert auto["predicted_ms"] <= 1.002 * min(row["predicted_ms"] for row in (pairs, activations, kvpr))
     assert auto["link_bytes"] < PAIR_BYTES / 2 and auto["fits"] and auto["device_bytes"] <= 20 * GIB
 
     missing = (device["device_bytes"] - 20 * GIB) / GIB
     assert not device["fits"] and device["misfit"] == f"device lacks {missing:.2f} GiB"
-    assert all(each["fits"] and not each["misfit"] for each in (pairs, activations, kvpr))
+    assert all(row["fits"] and not row["misfit"] for row in (pairs, activations, kvpr))
     shown = "\n".join(human)
     parts = ("NVIDIA A100-PCIE-40GB: 20.00 GiB of device memory and any amount of host memory", "Plan auto: opt-6.7b")
     for part in (*parts, "ms a step predicted, bound by the link", "auto (chosen)", f"no: {device['misfit']}"):
@@ -130,7 +121,7 @@ def test_curves_are_the_plans_by_name(found):
     profile = HardwareProfile.from_datasheet("a100")
 
     def predicted(name: str) -> float:
-        plan = named_plan(name, chosen.shape, WORK, tail=chosen.tail, window=chosen.window)
+        plan = named_plan(name, chosen.shape, WORKLOAD, tail=chosen.tail, window=chosen.window)
         return float(plan_costs(profile, [plan]).seconds[0])
 
     for curve, names in {
@@ -149,9 +140,10 @@ def test_curves_are_the_plans_by_name(found):
 
 def test_more_memory_and_a_faster_link_are_not_slower(found):
     by_memory = [small(Budget.of_gib(size)).chosen for size in (0.8, 0.82)] + [found.chosen, small().chosen]
-    seconds = [each.seconds for each in by_memory]
+    seconds = [choice.seconds for choice in by_memory]
     assert all(later <= 1.001 * earlier for earlier, later in itertools.pairwise(seconds)) and seconds[-1] < seconds[0]
-    assert [each.link_bytes for each in by_memory] == sorted((each.link_bytes for each in by_memory), reverse=True)
+    sent = [choice.link_bytes for choice in by_memory]
+    assert sent == sorted(sent, reverse=True)
     faster = small(Budget.of_gib(0.85), beside_compute=2 * LINK)
     for name in what_if.CURVES:
         assert all(new < old * 1.0001 for new, old in zip(faster.curves[name], found.curves[name]))
@@ -185,18 +177,18 @@ def test_window_is_that_of_the_plans_by_name(capsys):
     command(*SMALL, "--window_mib=64", "--json")
     document = json.loads(capsys.readouterr().out.splitlines()[-1])
     windowed = what_if.what_if(
-        models.preset("opt-125m").shape, WORK, HardwareProfile.from_datasheet("a100"), window=64 * 2**20
+        models.preset("opt-125m").shape, WORKLOAD, HardwareProfile.from_datasheet("a100"), window=64 * 2**20
     )
-    assert {each.plan.window for each in windowed.alternatives[1:]} == {64 * 2**20}
-    expected = [1e3 * each.seconds for each in windowed.alternatives]
-    assert [each["predicted_ms"] for each in document["alternatives"]] == expected
+    assert {alternative.plan.window for alternative in windowed.alternatives[1:]} == {64 * 2**20}
+    expected = [1e3 * alternative.seconds for alternative in windowed.alternatives]
+    assert [row["predicted_ms"] for row in document["alternatives"]] == expected
 
 
 def test_this_machine_is_measured_and_what_is_free_is_its_budget(monkeypatch, capsys):
     machine = dataclasses.replace(HardwareProfile.from_datasheet("t4"), device="This one", source="")
     monkeypatch.setattr(profiler, "profile", lambda: machine)
-    monkeypatch.setattr(script, "limits", lambda budget: {"device": budget.device, "host": 7.0 * GIB})
-    arguments = [each for each in SMALL if "hardware" not in each]
+    monkeypatch.setattr(plan, "limits", lambda budget: {"device": budget.device, "host": 7.0 * GIB})
+    arguments = [word for word in SMALL if "hardware" not in word]
     command(*arguments, "--device_memory_gib=2.2", "--json")
     out = capsys.readouterr().out
     assert json.loads(out.splitlines()[-1])["budget"] == {"device": 2.2 * GIB, "host": 7 * GIB}
@@ -210,10 +202,10 @@ def test_measured_rows_of_the_same_workload_are_shown(results, capsys):
     command(*SMALL, f"--measured={results}", "--json")
     *human, last = capsys.readouterr().out.splitlines()
     document = json.loads(last)
-    measured = {each["plan"]: each["measured_ms"] for each in document["alternatives"]}
+    measured = {row["plan"]: row["measured_ms"] for row in document["alternatives"]}
     assert measured["keys_values"] == 21.0 and measured["device"] == 3.0 and measured["auto"] is None
     assert document["measured_on"] == "Some GPU"
-    assert [each["plan"] for each in document["measured"]] == ["split:0.5", "keys_values", "keys_values", "device"]
+    assert [row["plan"] for row in document["measured"]] == ["split:0.5", "keys_values", "keys_values", "device"]
     assert any("keys_values" in line and "21.00" in line for line in human)
     assert human[-1] == f"{results}: 4 rows of this model, workload and placement of weights, measured on Some GPU"
 
@@ -252,17 +244,17 @@ def test_plot_is_a_png_of_the_size_of_a_readme(tmp_path, capsys):
     data = path.read_bytes()
     assert data[:8] == b"\x89PNG\r\n\x1a\n"
     width, height = struct.unpack(">II", data[16:24])
-    assert (width, height) == (round(plots.INCHES[0] * plots.DPI), round(plots.INCHES[1] * plots.DPI))
+    assert (width, height) == (round(png.INCHES[0] * png.DPI), round(png.INCHES[1] * png.DPI))
     assert 800 <= width <= 1600
-    assert [each.name for each in tmp_path.iterdir()] == ["split.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["split.png"]
 
 
 def test_plot_has_a_curve_for_each_schedule_and_the_measured_points(found, results, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []
-    monkeypatch.setattr(plots, "save", lambda figure, _: drawn.append(figure))
+    monkeypatch.setattr(png, "save", lambda figure, _: drawn.append(figure))
     measured = what_if.measured_as(found.chosen.plan, tables.read_file(results), str(results))
-    split_plot.draw(found, "unwritten.png", measured)
+    draw_split(found, "unwritten.png", measured)
     (axes,) = drawn[0].axes
     *curves, chosen, crosses = axes.get_lines()
     for name, line in zip(what_if.CURVES, curves, strict=True):
@@ -292,7 +284,7 @@ def test_plot_that_cannot_be_written_leaves_the_older_one(found, tmp_path, monke
 
     monkeypatch.setattr(matplotlib_figure.Figure, "savefig", fail)
     with pytest.raises(OSError, match="no space left"):
-        split_plot.draw(found, path)
+        draw_split(found, path)
     assert path.read_text() == "an older one" and len(list(tmp_path.iterdir())) == 1
 
 
@@ -336,7 +328,7 @@ def test_refusals_are_one_line(tmp_path, arguments, message):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "text").write_bytes(b"no\xffthing")
     (tmp_path / "list").write_text("[{}]")
-    row = {"model": "opt-125m", **dataclasses.asdict(WORK), "plan": "device", "median_ms": math.nan}
+    row = {"model": "opt-125m", **dataclasses.asdict(WORKLOAD), "plan": "device", "median_ms": math.nan}
     (tmp_path / "untimed").write_text(json.dumps({"rows": [row]}))
     with pytest.raises(SystemExit) as refusal:
         command(*SMALL, *(argument.format(tmp=tmp_path) for argument in arguments))
@@ -345,19 +337,6 @@ def test_refusals_are_one_line(tmp_path, arguments, message):
 
 
 def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(plots.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(png.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SystemExit, match=r"error: plots need matplotlib, the extra `plot`: pip install"):
         command(*SMALL, f"--plot={tmp_path}/a.png")
-
-
-def test_program_refuses_with_one_line_and_status_1():
-    done = subprocess.run(
-        [sys.executable, "experiments/plan.py", "--hardware=a100", "--batch=0"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stdout == ""
-    assert done.stderr == "error: flag --batch=0: 0 is not a positive integer; --help lists the flags\n"

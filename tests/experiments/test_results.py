@@ -1,4 +1,4 @@
-"""The results that README shows, against the code as it is: the scheduler chooses what was measured as its choice."""
+"""The results that the pages show, against the code as it is: the scheduler chooses what was measured as its choice."""
 
 import dataclasses
 import json
@@ -9,7 +9,7 @@ import pytest
 import models
 from experiments import sweep
 from experiments.support.results import tables
-from experiments.support.suite import one_step
+from experiments.support.suite import step_timing
 from kvrecomp.plan import Workload
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.predict.scheduler import make_plan
@@ -40,7 +40,7 @@ def test_what_was_chosen_is_chosen_now(file, count):
     compared = 0
     for row in tables.predicted(tables.read_file(RESULTS / f"{file}.json")):
         config = models.preset(row.model)
-        shape = one_step.with_positions(config, row.prompt + row.new).shape
+        shape = step_timing.with_positions(config, row.prompt + row.new).shape
         shape = dataclasses.replace(shape, dtype="bfloat16", layers=shape.layers[: row.layers])
         if not row.chosen or profile.times(shape.layers[0], shape.dtype, row.batch) is None:
             continue

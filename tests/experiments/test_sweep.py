@@ -1,31 +1,33 @@
 """The sweep: which plans are compared, how they are measured, and what is said of them. No time is asserted."""
 
 import dataclasses
+import functools
 import io
+import itertools
 import json
 import sys
 
 import pytest
+import scripts
 import toy
-from absl import flags
 from rich.console import Console
 
 import kvrecomp
 from experiments import sweep
-from experiments.support.suite import one_step
+from experiments.support.suite import step_timing
 from kvrecomp.plan import BlockSpec, Budget
 from kvrecomp.plan.named import named_plan
 from kvrecomp.predict.hardware import HardwareProfile
 
-WORK = kvrecomp.Workload(batch=3, prompt=16, new=one_step.NEW)
+WORKLOAD = kvrecomp.Workload(batch=3, prompt=16, new=step_timing.NEW)
 HOST = 2.0**30
 
 
 @pytest.fixture
 def model(monkeypatch):
     """A toy model with enough positions, measured briefly."""
-    monkeypatch.setattr(one_step, "STEPS", 4)
-    config = one_step.with_positions(toy.OPT, WORK.prompt + WORK.new)
+    monkeypatch.setattr(step_timing, "STEPS", 4)
+    config = step_timing.with_positions(toy.OPT, WORKLOAD.prompt + WORKLOAD.new)
     return toy.randomised(config.build(dtype="float32", rngs=None))
 
 
@@ -34,17 +36,18 @@ def quiet():
 
 
 def test_position_tables_grow_and_do_not_shrink():
-    assert one_step.with_positions(toy.OPT, 99).positions == 99
-    assert one_step.with_positions(toy.OPT, 5).positions == toy.OPT.positions
+    assert step_timing.with_positions(toy.OPT, 99).positions == 99
+    assert step_timing.with_positions(toy.OPT, 5).positions == toy.OPT.positions
 
 
 @pytest.mark.parametrize("name", ["split:0.5", "device:0.5"])
 def test_a_filled_cache_is_laid_out_as_the_plan_says(model, name):
-    plan = named_plan(name, model.shape, WORK)
-    cache = one_step.filled_cache(plan)
-    assert cache.layout == plan.blocks() and int(toy.get(cache.length)) == WORK.prompt
+    plan = named_plan(name, model.shape, WORKLOAD)
+    cache = step_timing.filled_cache(plan)
+    toy.assert_blocks(cache, plan, 0)
+    assert int(toy.get(cache.recent.length)) == WORKLOAD.prompt
     kinds = {"host": "pinned_host", "device": "device"}
-    for block in [block for own in cache.blocks for block in own]:
+    for block in itertools.chain(*cache.blocks):
         for array in block.arrays:
             assert array.sharding.memory_kind == kinds[block.memory]
             assert 0.5 < toy.get(array).std() < 2
@@ -55,14 +58,15 @@ def test_of_short_steps_the_least_of_three_medians_counts(model, known_machine, 
     measured: dict[str, list[float]] = {}
 
     def seconds(decoder):
-        own = measured.setdefault(decoder.plan.name, [])
-        assert len(own) <= min(len(each) for plan, each in measured.items() if plan != "recompute")
-        own.append(0.5 if decoder.plan.name == "recompute" else (0.015, 0.011, 0.013)[len(own)])
-        return own[-1]
+        times = measured.setdefault(decoder.plan.name, [])
+        assert len(times) <= min(len(others) for plan, others in measured.items() if plan != "recompute")
+        times.append(0.5 if decoder.plan.name == "recompute" else (0.015, 0.011, 0.013)[len(times)])
+        return times[-1]
 
+    monkeypatch.setattr(sweep, "side_by_side", lambda compile, decoders: None)
     monkeypatch.setattr(sweep, "step_seconds", seconds)
-    rows = sweep.measure_workload(model, WORK, known_machine, [], HOST, quiet())
-    assert measured.pop("recompute") == [0.5] and all(len(own) == 3 for own in measured.values())
+    rows = sweep.measure_workload(model, WORKLOAD, known_machine, [], HOST, quiet())
+    assert measured.pop("recompute") == [0.5] and all(len(times) == 3 for times in measured.values())
     assert [row.median_ms for row in rows] == [500 if row.plan == "recompute" else 11 for row in rows]
 
 
@@ -87,45 +91,54 @@ def test_plans_that_differ_in_a_window_that_holds_nothing_are_one_program(model)
         return dataclasses.replace(named, window=window)
 
     blocks = (BlockSpec("activations", "host", 2),) * 3
-    named = named_plan("activations", model.shape, dataclasses.replace(WORK, prompt=6), tail=one_step.NEW)
-    named = dataclasses.replace(named, layers=tuple(dataclasses.replace(own, prompt=blocks) for own in named.layers))
+    named = named_plan("activations", model.shape, dataclasses.replace(WORKLOAD, prompt=6), tail=step_timing.NEW)
+    named = dataclasses.replace(
+        named, layers=tuple(dataclasses.replace(layer, prompt=blocks) for layer in named.layers)
+    )
     size = named.bytes_of(model.shape.layers[0], blocks[0])
-    assert sweep._key(plan(100 * size)) == sweep._key(plan(200 * size)) != sweep._key(plan(size))
+    assert (
+        sweep._program_key(plan(100 * size)) == sweep._program_key(plan(200 * size)) != sweep._program_key(plan(size))
+    )
     texts = {kvrecomp.Decoder(model, plan(window * size)).text("step", 0) for window in (100, 200)}
     assert len(texts) == 1
 
 
 def test_predictions(model, known_machine):
-    rows = sweep.measure_workload(model, WORK, known_machine, [], HOST, quiet())
+    rows = sweep.measure_workload(model, WORKLOAD, known_machine, [], HOST, quiet())
     assert [row.plan for row in rows] == list(sweep.PLANS)
     for row in rows:
-        plan = named_plan(row.plan, model.shape, WORK)
+        plan = named_plan(row.plan, model.shape, WORKLOAD)
         assert row.link_bytes == plan.bytes_in("host") and row.room is None and not row.chosen
         assert row.median_ms > 0 and row.predicted_ms > 0
 
 
-def test_choices_keep_to_the_room(model, known_machine):
+def test_choices_keep_to_the_room(model, known_machine, monkeypatch):
     """Half of the keys and values: each plan holds at most that on the device, and one of them is chosen."""
-    budget = sweep.budget_with_room(model.shape, WORK, 50, HOST)
-    rivals = list(sweep.rivals_within(model, WORK, budget))
+    monkeypatch.setattr(sweep, "side_by_side", lambda compile, decoders: None)
+    monkeypatch.setattr(sweep, "step_seconds", lambda decoder: 0.5)
+    budget = sweep.budget_with_room(model.shape, WORKLOAD, 50, HOST)
+    rivals = sweep.rivals_within(model, WORKLOAD, budget)
     needed = [sum(kvrecomp.memory_needed(plan)["device"].values()) for plan in rivals]
     assert len(rivals) >= 10 and max(needed) <= budget.device < 1.01 * max(needed)
-    rows = sweep.measure_workload(model, WORK, known_machine, [50.0], HOST, quiet())
+    rows = sweep.measure_workload(model, WORKLOAD, known_machine, [50.0], HOST, quiet())
     assert [row.plan for row in rows if row.chosen] == ["auto"] and len(rows) == len(rivals) + 1
     assert {row.room for row in rows} == {50.0}
 
 
 def test_a_budget_with_room_is_what_a_plan_on_the_host_needs_and_the_room():
-    shape, work = toy.model().shape, kvrecomp.Workload(3, 11, 13)
-    needed = sum(kvrecomp.memory_needed(named_plan("keys_values", shape, work, tail=one_step.NEW))["device"].values())
+    shape, workload = toy.model().shape, kvrecomp.Workload(3, 11, 13)
+    hosted = named_plan("keys_values", shape, workload, tail=step_timing.NEW)
+    needed = sum(kvrecomp.memory_needed(hosted)["device"].values())
     pairs = sum(4 * 3 * 11 * layer.width("keys_values") for layer in shape.layers)
-    assert sweep.budget_with_room(shape, work, 25, HOST) == Budget(needed + pairs / 4, HOST)
+    assert sweep.budget_with_room(shape, workload, 25, HOST) == Budget(needed + pairs / 4, HOST)
 
 
-def test_what_does_not_fit_is_left_out_and_said(model, known_machine):
+def test_what_does_not_fit_is_left_out_and_said(model, known_machine, monkeypatch):
+    monkeypatch.setattr(sweep, "side_by_side", lambda compile, decoders: None)
+    monkeypatch.setattr(sweep, "step_seconds", lambda decoder: 0.5)
     console = quiet()
-    limit = named_plan("activations", model.shape, WORK).bytes_in("host") + 1
-    rows = sweep.measure_workload(model, WORK, known_machine, [], limit, console)
+    limit = named_plan("activations", model.shape, WORKLOAD).bytes_in("host") + 1
+    rows = sweep.measure_workload(model, WORKLOAD, known_machine, [], limit, console)
     names = [row.plan for row in rows]
     assert "activations" in names and "keys_values" not in names
     assert "left out: keys_values, toy" in console.file.getvalue()
@@ -144,12 +157,7 @@ def test_the_summary_has_a_line_for_each_prediction_or_choice():
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def command(*arguments: str) -> None:
-    """The script in this process."""
-    values = flags.FlagValues()
-    sweep.define_flags(values)
-    values(["sweep", *arguments])
-    sweep.main([], values)
+command = functools.partial(scripts.call, sweep)
 
 
 @pytest.fixture
@@ -194,12 +202,14 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch, known_machine):
     """What is in the file is not measured again, nor is a model made for nothing; another commit's is left alone."""
     made, asked = [], []
 
-    def measure(model, work, _, rooms, *__):
-        asked.append((model, work.batch, work.prompt, rooms))
+    def measure(model, workload, _, rooms, *__):
+        asked.append((model, workload.batch, workload.prompt, rooms))
         if len(asked) == 3:
             raise RuntimeError("killed")
-        own = sweep.Measured(model, work.batch, work.prompt, work.new, "activations", None, 9.0, 8.0, 0)
-        return [dataclasses.replace(own, room=room) for room in rooms or [None]]
+        return [
+            sweep.Measured(model, workload.batch, workload.prompt, workload.new, "activations", room, 9.0, 8.0, 0)
+            for room in rooms or [None]
+        ]
 
     monkeypatch.setattr(sweep.models, "preset", lambda name: dataclasses.replace(toy.OPT, name=name))
     monkeypatch.setattr(sweep.models, "create", lambda config: made.append(config.name) or config.name)
@@ -224,7 +234,7 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch, known_machine):
     rows = [(row["model"], row["prompt"], row["room"]) for row in document["rows"]]
     assert rows == [*((m, p, None) for m in "ab" for p in (7, 5)), *(("b", 5, room) for room in (0.0, 50.0, 25.0))]
     written = path.read_text()
-    with pytest.raises(ValueError, match="was measured with commit 1234567, and this is 7654321: give another"):
+    with pytest.raises(SystemExit, match="was measured with commit 1234567, and this is 7654321: give another"):
         command(*flags_given, "--commit=7654321")
     assert path.read_text() == written
 
@@ -237,5 +247,5 @@ def test_refusals(results, tmp_path):
         (["--models="], "--models is empty: give one name or more"),
         (["--models=opt-125m,opt-126m"], "unknown model 'opt-126m'"),
     ):
-        with pytest.raises((ValueError, OSError), match=message):
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             command(*arguments)

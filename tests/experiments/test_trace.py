@@ -1,14 +1,15 @@
 """Timelines of traced steps: what is read of a GPU's trace, on traces written by hand; what is said and drawn of it."""
 
 import dataclasses
+import functools
 import itertools
 import json
 import types
 from pathlib import Path
 
 import pytest
+import scripts
 import toy
-from absl import flags
 from hypothesis import given
 from hypothesis import strategies as st
 from jax.profiler import ProfileData
@@ -16,9 +17,9 @@ from jax.profiler import ProfileData
 import kvrecomp
 import models
 from experiments import trace
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.results import predictions, tables
-from experiments.support.suite import one_step
+from experiments.support.suite import step_timing
 from experiments.support.traces import timeline, xplane
 from experiments.support.traces.timeline import Timeline
 from experiments.support.traces.xplane import OUTSIDE, Span
@@ -49,10 +50,8 @@ METADATA={op_name="jit(program)/layer_1/mul"}
   ROOT %unembed.6 = f32[3]{0} custom-call(%scores.1, %copy-done.4), metadata={op_name="jit(program)/dot_general"}
 }
 """.replace(",\nMETADATA", ", metadata")  # a line each
-LAYERS = {"copy-start.4": 0, "copy-start.1.0": 1, "embed_fusion": OUTSIDE, "gemm.2": 0, "scores.1": 1} | {
-    "unembed.6": OUTSIDE,
-    "multiply.5": 1,
-}
+LAYERS = {"copy-start.4": 0, "copy-start.1.0": 1, "gemm.2": 0, "scores.1": 1, "multiply.5": 1}
+LAYERS |= {"embed_fusion": OUTSIDE, "unembed.6": OUTSIDE}
 
 
 # --- which layer ------------------------------------------------------------------------------------------------------
@@ -89,10 +88,10 @@ def xspace(planes: dict[str, dict[str, list[tuple]]]) -> ProfileData:
                 event = names.setdefault(name, len(names) + 1)
                 text.append(f"events {{ metadata_id: {event} offset_ps: {offset} duration_ps: {duration}")
                 for key, value in stats.items():
-                    own = names.setdefault(key, len(names) + 1)
-                    kept = f"ref_value: {names.setdefault(value, len(names) + 1)}"
+                    named = names.setdefault(key, len(names) + 1)
+                    referred = f"ref_value: {names.setdefault(value, len(names) + 1)}"
                     plain = f'str_value: "{value}"' if key == "name" else f"uint64_value: {value}"
-                    text.append(f"stats {{ metadata_id: {own} {kept if key in REFERRED else plain} }}")
+                    text.append(f"stats {{ metadata_id: {named} {referred if key in REFERRED else plain} }}")
                 text.append("}")
             text.append("}")
         for table in ("event_metadata", "stat_metadata"):
@@ -175,28 +174,27 @@ def spans(*rows: tuple) -> list[Span]:
     return [Span(kinds[kind], name, start, seconds, *layer or (None,)) for kind, name, start, seconds, *layer in rows]
 
 
-def test_a_step_begins_where_the_one_before_ends():
-    first = [("c", "a", 0, 1), ("d", "x", 1, 5), ("c", "b", 2, 1), ("c", "b", 4, 1), ("c", "end", 6, 2)]
-    second = [("c", "a", 11, 1), ("d", "x", 12, 6), ("c", "b", 13, 1), ("c", "b", 15, 1), ("c", "end", 18, 2)]
-    others = [("c", "between", 9, 0.5), ("h", "after", 25, 3)]  # not part of every step
-    own, seconds = xplane.last_step(spans(*first, *second, *others), steps=2)
-    assert seconds == 20 - 8
-    assert [(s.name, s.start, s.seconds) for s in own] == [(name, at - 8, long) for _, name, at, long in second]
+BEGINS_LATE = [("c", "a", 0, 1), ("d", "x", 1, 5), ("c", "b", 2, 1), ("c", "b", 4, 1), ("c", "end", 6, 2)]
+BEGINS_LATE += [("c", "a", 11, 1), ("d", "x", 12, 6), ("c", "b", 13, 1), ("c", "b", 15, 1), ("c", "end", 18, 2)]
+BEGINS_LATE += [("c", "between", 9, 0.5), ("h", "after", 25, 3)]  # not part of every step
+CUT = [("c", "a", 0, 4), ("d", "x", 4, 2), ("c", "a", 5, 4), ("c", "y", 5, 0.5), ("d", "x", 9, 3)]
+ANY_ORDER = [("c", "a", 0, 2), ("d", "x", 0, 3), ("c", "b", 2, 2), ("d", "x", 4, 1)]
+ANY_ORDER += [("c", "b", 5, 2), ("d", "x", 6, 3), ("c", "a", 7, 2), ("d", "x", 9, 1)]
 
 
-def test_what_began_under_the_step_before_is_cut():
-    both = spans(("c", "a", 0, 4), ("d", "x", 4, 2), ("c", "a", 5, 4), ("c", "y", 5, 0.5), ("d", "x", 9, 3))
-    own, seconds = xplane.last_step(both, steps=2)
-    assert seconds == 12 - 6
-    assert [(s.name, s.start, s.seconds) for s in own] == [("a", 0, 3), ("x", 3, 3)]
-
-
-def test_a_step_has_the_copies_that_it_begins_with_in_whatever_order():
-    first = [("c", "a", 0, 2), ("d", "x", 0, 3), ("c", "b", 2, 2), ("d", "x", 4, 1)]
-    second = [("c", "b", 5, 2), ("d", "x", 6, 3), ("c", "a", 7, 2), ("d", "x", 9, 1)]
-    own, seconds = xplane.last_step(spans(*first, *second), steps=2)
-    assert seconds == 10 - 5
-    assert [(s.name, s.start, s.seconds) for s in own] == [("b", 0, 2), ("x", 1, 3), ("a", 2, 2), ("x", 4, 1)]
+@pytest.mark.parametrize(
+    ("two_steps", "seconds", "last"),
+    [
+        (BEGINS_LATE, 12, [("a", 3, 1), ("x", 4, 6), ("b", 5, 1), ("b", 7, 1), ("end", 10, 2)]),
+        (CUT, 6, [("a", 0, 3), ("x", 3, 3)]),
+        (ANY_ORDER, 5, [("b", 0, 2), ("x", 1, 3), ("a", 2, 2), ("x", 4, 1)]),
+    ],
+)
+def test_the_last_step(two_steps, seconds, last):
+    """It begins where the one before ends: what began under that is cut. Copies that it begins with come in any
+    order."""
+    found, took = xplane.last_step(spans(*two_steps), steps=2)
+    assert took == seconds and [(span.name, span.start, span.seconds) for span in found] == last
 
 
 def test_steps_that_cannot_be_told_apart():
@@ -238,14 +236,12 @@ def test_merging_closes_short_gaps_and_nothing_else(found, gap):
     assert [span.start for span in merged] == sorted(span.start for span in merged)
     for kind in xplane.KINDS:
         for layer in (None, OUTSIDE):
-            own = [span for span in merged if (span.kind, span.layer) == (kind, layer)]
-            assert all(later.start - earlier.end > gap for earlier, later in itertools.pairwise(own))
-            before, after = instants(found, kind=kind, layer=layer), instants(own)
+            alike = [span for span in merged if (span.kind, span.layer) == (kind, layer)]
+            assert all(later.start - earlier.end > gap for earlier, later in itertools.pairwise(alike))
+            before, after = instants(found, kind=kind, layer=layer), instants(alike)
             edges = [at for span in found if (span.kind, span.layer) == (kind, layer) for at in (span.start, span.end)]
-            filled = [
-                set(range(end, start)) for end in edges for start in edges if 0 < start - end <= gap
-            ]  # between any two spans that near
-            assert before <= after <= before.union(*filled)
+            near = [(end, start) for end, start in itertools.product(edges, edges) if 0 < start - end <= gap]
+            assert before <= after <= before.union(*(range(*gap) for gap in near))
 
 
 def test_the_share_of_which_no_layer_is_known():
@@ -278,8 +274,8 @@ def test_what_is_kept_of_a_step():
 
 @pytest.fixture
 def decoder(monkeypatch):
-    monkeypatch.setattr(one_step, "STEPS", 4)
-    return toy.named_decoder("keys_values", batch=2, prompt=5, new=one_step.NEW, tail=one_step.NEW)
+    monkeypatch.setattr(step_timing, "STEPS", 4)
+    return toy.named_decoder("keys_values", batch=2, prompt=5, new=step_timing.NEW, tail=step_timing.NEW)
 
 
 def test_a_step_on_a_cpu_is_recorded_and_refused(decoder):
@@ -316,11 +312,12 @@ def test_every_plan_that_is_asked_for_is_traced(monkeypatch, known_machine):
     monkeypatch.setitem(models.PRESETS, "toy", toy.OPT)
     monkeypatch.setattr(kvrecomp, "profile", lambda model, batch: known_machine)
     monkeypatch.setattr(trace, "measure", lambda model, plan, budget: plan)
-    plans = trace.run(parsed("--model=toy", "--batch=2", "--prompt=5", "--plans=auto,split:0.5", "--dtype=float32"))
+    words = ("--model=toy", "--batch=2", "--prompt=5", "--plans=auto,split:0.5", "--dtype=float32")
+    plans = trace.run(scripts.read_flags(trace, *words))
     assert [plan.name for plan in plans] == ["auto", "split:0.5"]
-    assert {(plan.workload.batch, plan.workload.prompt, plan.tail) for plan in plans} == {(2, 5, one_step.NEW)}
+    assert {(plan.workload.batch, plan.workload.prompt, plan.tail) for plan in plans} == {(2, 5, step_timing.NEW)}
     with pytest.raises(kvrecomp.PlanError, match="there is no plan 'splits'"):
-        trace.run(parsed("--model=toy", "--plans=splits"))
+        trace.run(scripts.read_flags(trace, "--model=toy", "--plans=splits"))
 
 
 # --- the picture ------------------------------------------------------------------------------------------------------
@@ -349,7 +346,7 @@ def test_rows_are_kept_in_files(tmp_path):
 def test_every_span_is_drawn_on_one_time_axis(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     figures = []
-    monkeypatch.setattr(plots, "save", lambda figure, path, source: figures.append(figure))
+    monkeypatch.setattr(png, "save", lambda figure, path, source: figures.append(figure))
     timeline.draw([SLOWER, ROW], tmp_path / "a.png")
     panels = figures[0].axes
     assert [panel.get_xlim() for panel in panels] == [pytest.approx((0, 201))] * 2
@@ -367,17 +364,7 @@ def test_every_span_is_drawn_on_one_time_axis(tmp_path, monkeypatch):
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def parsed(*arguments: str) -> flags.FlagValues:
-    """The script's flags."""
-    values = flags.FlagValues()
-    trace.define_flags(values)
-    values(["trace", *arguments])
-    return values
-
-
-def command(*arguments: str) -> None:
-    """The script in this process."""
-    trace.main([], parsed(*arguments))
+command = functools.partial(scripts.call, trace)
 
 
 def test_a_picture_is_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):
@@ -392,9 +379,8 @@ def test_a_picture_is_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):
     again = capsys.readouterr().out
     assert again.replace(str(second), str(first)) == said[: len(again)] and "keys_values" in again
     assert f"drawn to {second}" in again
-    assert (
-        first.read_bytes() == second.read_bytes() and predictions.digest([ROW, SLOWER]).encode() in first.read_bytes()
-    )
+    assert first.read_bytes() == second.read_bytes()
+    assert predictions.digest([ROW, SLOWER]).encode() in first.read_bytes()
 
 
 def test_unknown_layers_are_said(tmp_path, capsys):
@@ -412,13 +398,13 @@ def test_refusals(tmp_path):
     other.write_text(json.dumps({"rows": [{"median_ms": 1.0}]}))
     out = f"--plot={tmp_path}/a.png"
     for arguments, message in (
-        ([out], "^a trace of copies and compute needs a GPU, and jax runs on cpu: .*--from=FILE.json$"),
+        ([out], "a trace of copies and compute needs a GPU, and jax runs on cpu: .*--from=FILE.json$"),
         ([f"--from={kept}", out, f"--out={kept}"], "nothing is: give one of them"),
         ([f"--from={kept}", f"--plot={tmp_path}/a.jpg"], "does not end in .png"),
         ([f"--from={empty}", out], "no step to draw"),
         ([f"--from={other}", out], "c.json has no model, so it is not of experiments/trace.py"),
         ([f"--from={tmp_path}/missing.json", out], "missing.json"),
     ):
-        with pytest.raises((ValueError, OSError), match=message):
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             command(*arguments)
     assert not (tmp_path / "a.png").exists()

@@ -3,9 +3,6 @@
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
@@ -13,13 +10,14 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+import scripts
+from flax import nnx
 
 import models
 from experiments import train_lm
 from experiments.support import corpus
 from experiments.train_lm import Config, train
 
-ROOT = Path(__file__).parent.parent.parent
 VERBS = "open close read write flush copy move remove create rename split join parse format".split()
 THINGS = "file socket stream directory module window buffer message header queue".split()
 DOCUMENTS = [
@@ -27,25 +25,20 @@ DOCUMENTS = [
     for verb in VERBS
     for thing in THINGS
 ]
-
-
-@pytest.fixture
-def tiny(tmp_path) -> Config:
-    return Config(
-        output=str(tmp_path / "out"),
-        steps=24,
-        batch=4,
-        context=32,
-        positions=48,
-        layers=2,
-        hidden=32,
-        heads=2,
-        learning_rate=1e-2,
-        dropout=0.1,
-        eval_every=8,
-        dtype="float32",
-        compute_dtype="float32",
-    )
+TINY = Config(
+    steps=24,
+    batch=4,
+    context=32,
+    positions=48,
+    layers=2,
+    hidden=32,
+    heads=2,
+    learning_rate=1e-2,
+    dropout=0.1,
+    eval_every=8,
+    dtype="float32",
+    compute_dtype="float32",
+)
 
 
 # --- corpus -----------------------------------------------------------------------------------------------------------
@@ -58,9 +51,9 @@ def installed() -> list[str]:
 
 def test_corpus_of_this_python_is_large_deterministic_and_clean(installed):
     assert sum(len(document.encode()) for document in installed) > 1_000_000
-    some = Path(sysconfig.get_paths()["stdlib"]) / "email"
-    assert corpus.fingerprint(corpus.documents(some)) == corpus.fingerprint(corpus.documents(some))
-    assert set(corpus.documents(some)) <= set(installed)
+    email = Path(sysconfig.get_paths()["stdlib"]) / "email"
+    assert corpus.fingerprint(corpus.documents(email)) == corpus.fingerprint(corpus.documents(email))
+    assert set(corpus.documents(email)) <= set(installed)
     assert len(set(installed)) == len(installed)
     assert min(map(len, installed)) >= corpus.SHORTEST
     assert any("Walk" in document or "Directory tree generator" in document for document in installed)
@@ -79,8 +72,8 @@ def test_split_is_deterministic_whole_and_shares_no_paragraph(installed):
 
 def test_documents_are_read_not_run(tmp_path):
     (tmp_path / "pydoc_data").mkdir()
-    quoted, own = "A paragraph that two topics have in common. " * 3, "What only the larger topic says of it. " * 3
-    topics = {"part": quoted, "whole": f"{quoted}\n\n{own}"}
+    shared, larger = "A paragraph that two topics have in common. " * 3, "What only the larger topic says of it. " * 3
+    topics = {"part": shared, "whole": f"{shared}\n\n{larger}"}
     (tmp_path / corpus.TOPICS).write_text(f"topics = {topics!r}\n")
     (tmp_path / "module.py").write_text(
         '"""The module, which must never be executed by anybody."""\n'
@@ -117,40 +110,45 @@ def test_encoding_agrees_with_the_tokenizer():
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def test_loss_falls_and_the_report_is_true(tiny, tmp_path):
-    config = replace(tiny, log=str(tmp_path / "log.json"))
-    result = train(config, DOCUMENTS)
-    losses = [record["train_loss_bits_per_byte"] for record in result.log]
-    assert [record["step"] for record in result.log] == [8, 16, 24]
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> tuple[train_lm.Result, Path]:
+    """A run that nothing interrupts, and where its checkpoint and its log are."""
+    folder = tmp_path_factory.mktemp("trained")
+    return train(TINY, folder / "out", log=folder / "log.json", documents=DOCUMENTS), folder
+
+
+def test_loss_falls_and_the_report_is_true(trained):
+    result, folder = trained
+    losses = [point["train_loss_bits_per_byte"] for point in result.curve]
+    assert [point["step"] for point in result.curve] == [8, 16, 24]
     assert losses[-1] < losses[0] - 1
-    assert result.log[-1]["heldout_bits_per_byte"] < 5
-    assert json.loads(Path(config.log).read_text()) == result.log
-    summary = json.loads((Path(config.output) / "training.json").read_text())
+    assert result.curve[-1]["heldout_bits_per_byte"] < 5
+    assert json.loads((folder / "log.json").read_text()) == result.curve
+    summary = json.loads((folder / "out" / "training.json").read_text())
     assert summary == result.summary
     assert summary["corpus"]["sha256"] == corpus.fingerprint(DOCUMENTS)
-    assert "--steps=24" in summary["command"] and "--seed=0" in summary["command"]
 
     # Held-out bits per byte once more: the loaded model's logits, window by window, scored in float64 by NumPy.
-    model = models.load(config.output)
+    model = models.load(folder / "out")
     heldout = corpus.split(DOCUMENTS).heldout
     stream = [256]
     for text in heldout:
         stream += [*text.encode(), 256]
     bits = 0.0
-    for start in range(0, len(stream) - 1, config.context):
-        window = stream[start : start + config.context + 1]
+    for start in range(0, len(stream) - 1, TINY.context):
+        window = stream[start : start + TINY.context + 1]
         ids = jax.device_put(np.array([window[:-1]], np.int32))
         logits = np.asarray(jax.device_get(model(ids)), np.float64)[0]
         normalizer = np.log(np.exp(logits - logits.max(-1, keepdims=True)).sum(-1)) + logits.max(-1)
         bits += (normalizer - logits[np.arange(len(window) - 1), window[1:]]).sum() / math.log(2)
     expected = bits / sum(len(text.encode()) for text in heldout)
     assert summary["heldout_bits_per_byte"] == pytest.approx(expected, rel=1e-5)
-    assert summary["parameters"] == sum(p.size for p in jax.tree.leaves(train_lm.nnx.state(model)))
+    assert summary["parameters"] == sum(p.size for p in jax.tree.leaves(nnx.state(model)))
 
 
-def test_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
-    whole = train(tiny, DOCUMENTS)
-    config = replace(tiny, output=str(tmp_path / "resumed"), work_dir=str(tmp_path / "work"))
+def test_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, monkeypatch):
+    whole, _ = trained
+    paths = tmp_path / "resumed", tmp_path / "work"
     train_steps, calls = train_lm.train_steps, []
 
     def killed(*arguments):
@@ -162,38 +160,37 @@ def test_resumed_run_equals_an_uninterrupted_one(tiny, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(train_lm, "train_steps", killed)
         with pytest.raises(KeyboardInterrupt):
-            train(config, DOCUMENTS)
-    resumed = train(config, DOCUMENTS)
+            train(TINY, *paths, documents=DOCUMENTS)
+    resumed = train(TINY, *paths, documents=DOCUMENTS)
     assert resumed.summary["resumed_at_step"] == 16
-    assert resumed.log == whole.log
+    assert resumed.curve == whole.curve
     assert resumed.summary["heldout_bits_per_byte"] == whole.summary["heldout_bits_per_byte"]
-    pairs = zip(*(jax.tree.leaves(train_lm.nnx.state(result.model)) for result in (whole, resumed)))
+    pairs = zip(*(jax.tree.leaves(nnx.state(result.model)) for result in (whole, resumed)))
     assert all(np.array_equal(*jax.device_get(pair)) for pair in pairs)
 
     with pytest.raises(ValueError, match=r"state of another run: its learning_rate is 0\.01"):
-        train(replace(config, learning_rate=1e-3), DOCUMENTS)
+        train(replace(TINY, learning_rate=1e-3), *paths, documents=DOCUMENTS)
     with pytest.raises(ValueError, match="state of another run: its corpus"):
-        train(config, DOCUMENTS[1:])
+        train(TINY, *paths, documents=DOCUMENTS[1:])
 
 
-def test_calls_of_any_length_are_one_program_and_change_nothing(tiny, tmp_path, monkeypatch):
-    whole = train(tiny, DOCUMENTS)
+def test_calls_of_any_length_are_one_program_and_change_nothing(trained, tmp_path, monkeypatch):
     compiled = train_lm.train_steps._cache_size()
     monkeypatch.setattr(train_lm, "STEPS_PER_CALL", 3)
-    cut = train(tiny, DOCUMENTS)
+    cut = train(TINY, tmp_path / "out", documents=DOCUMENTS)
     assert train_lm.train_steps._cache_size() == compiled
-    assert cut.log[-1]["heldout_bits_per_byte"] == whole.log[-1]["heldout_bits_per_byte"]
+    assert cut.curve[-1]["heldout_bits_per_byte"] == trained[0].curve[-1]["heldout_bits_per_byte"]
 
 
-def test_all_positions_are_trained(tiny):
-    before = models.create(tiny.model, dtype="float32", seed=tiny.seed).positions.embedding[...]
-    after = train(tiny, DOCUMENTS).model.positions.embedding[...]
+def test_all_positions_are_trained(trained):
+    before = models.create(TINY.model, dtype="float32", seed=TINY.seed).positions.embedding[...]
+    after = trained[0].model.positions.embedding[...]
     moved = np.abs(np.subtract(*jax.device_get((after, before)))).max(axis=1) > 0
-    assert moved.tolist() == [False, False] + [True] * tiny.positions  # OPT never uses the first two
+    assert moved.tolist() == [False, False] + [True] * TINY.positions  # OPT never uses the first two
 
 
-def test_layers_without_dropout_are_the_plain_forward_pass(tiny):
-    model = models.create(tiny.model, dtype="float32")
+def test_layers_without_dropout_are_the_plain_forward_pass():
+    model = models.create(TINY.model, dtype="float32")
     ids = jax.device_put(np.arange(24, dtype=np.int32).reshape(2, 12))
     ours = jax.jit(train_lm.forward)(model, ids, jax.device_put(np.zeros(2, np.int32)))
     np.testing.assert_allclose(*jax.device_get((ours.transpose(1, 0, 2), model(ids))), atol=1e-5)
@@ -203,48 +200,50 @@ def test_layers_without_dropout_are_the_plain_forward_pass(tiny):
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("flags", "message"),
     [
-        ({"dtype": "int8"}, "dtype is 'int8'; expected one of bfloat16"),
-        ({"compute_dtype": "float16"}, "compute_dtype is 'float16'; expected one of bfloat16, float32"),
-        ({"context": 64}, "context 64 is larger than the model's 48 positions"),
-        ({"heads": 3}, "hidden size 32 does not divide into 3 heads"),
-        ({"steps": 0}, "steps is 0; it must be greater than zero"),
-        ({"dropout": 1.0}, "dropout 1.0"),
-        ({"seed": -1}, "seed is -1"),
+        (["--dtype=int8"], "dtype is 'int8'; expected one of bfloat16"),
+        (["--compute_dtype=float16"], "compute_dtype is 'float16'; expected one of bfloat16, float32"),
+        (["--context=64", "--positions=48"], "context 64 is larger than the model's 48 positions"),
+        (["--heads=5"], "OPT: hidden size 192 does not divide into 5 heads"),
+        (["--layers=0"], "OPT: layers is 0; expected a positive integer"),
+        (["--steps=0"], "training: steps is 0; expected a positive integer"),
+        (["--dropout=1"], "dropout 1.0; expected a positive rate"),
+        (["--seed=-1"], "seed is -1"),
+        (["--output={theirs}"], "theirs' is not a checkpoint of ours; choose another directory or remove it"),
+        (["--work_dir={tmp}/out/state"], "out/state is inside output, which is replaced when saving"),
+        (["--work_dir={theirs}/thesis.txt"], "thesis.txt: File exists"),
+        (["--log={tmp}/out/log.json"], "out/log.json is inside output, which is replaced when saving"),
     ],
 )
-def test_settings_that_cannot_be(tiny, changes, message):
-    with pytest.raises(ValueError, match=message):
-        replace(tiny, **changes)
+def test_refusals_are_one_line_and_nothing_is_written(tmp_path, flags, message):
+    theirs = tmp_path / "theirs"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("do not replace")
+    with pytest.raises(SystemExit) as refusal:
+        scripts.call(
+            train_lm, f"--output={tmp_path}/out", *(flag.format(tmp=tmp_path, theirs=theirs) for flag in flags)
+        )
+    line = str(refusal.value.code)
+    assert line.startswith("error: ") and message in line and "\n" not in line
+    assert [path.name for path in tmp_path.rglob("*")] == ["theirs", "thesis.txt"]
 
 
-def test_paths_that_cannot_be(tiny, tmp_path):
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "thesis.txt").write_text("do not replace")
-    with pytest.raises(ValueError, match="not a checkpoint of ours"):
-        replace(tiny, output=str(tmp_path / "theirs"))
-    with pytest.raises(ValueError, match=r"work_dir .* is inside output"):
-        replace(tiny, work_dir=str(Path(tiny.output) / "state"))
-    with pytest.raises(ValueError, match=r"work_dir .* is a file; give the name of a directory"):
-        replace(tiny, work_dir=str(tmp_path / "theirs" / "thesis.txt"))
-    with pytest.raises(ValueError, match=r"log .* is a directory; give the name of a file in it"):
-        replace(tiny, log=str(tmp_path / "theirs"))
+def test_a_log_that_is_a_directory(tmp_path):
+    with pytest.raises(IsADirectoryError):
+        train(TINY, tmp_path / "out", log=tmp_path, documents=DOCUMENTS)
 
 
-def test_corpus_too_short(tiny):
+def test_corpus_too_short(tmp_path):
     with pytest.raises(ValueError, match=r"train documents are .* tokens; at least 33 are needed"):
-        train(tiny, ["A single document."])
+        train(TINY, tmp_path / "out", documents=["A single document."])
 
 
-def test_the_command_says_one_clear_line(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "experiments/train_lm.py", f"--output={tmp_path / 'out'}", "--heads=5"],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr.strip() == "error: hidden size 192 does not divide into 5 heads"
-    assert not (tmp_path / "out").exists()
+def test_every_setting_is_a_flag(tmp_path, monkeypatch):
+    """And they come to what they say."""
+    seen = []
+    monkeypatch.setattr(train_lm, "train", lambda *given: seen.append(given) or train_lm.Result(None, [], {}))
+    settings = [f"--{name}={value}" for name, value in vars(TINY).items()]
+    scripts.call(train_lm, *settings, "--output=a", "--work_dir=b", "--log=c")
+    scripts.call(train_lm, "--output=a")
+    assert seen == [(TINY, "a", "b", "c"), (Config(), "a", None, None)]

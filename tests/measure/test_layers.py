@@ -13,7 +13,7 @@ from kvrecomp.measure import layers as measure_layers
 from kvrecomp.measure.layers import block_sizes, choose_runs, curve_through, longest_block, measure_layer
 from kvrecomp.plan import GIB, MEMORIES
 from kvrecomp.predict.hardware import ATTENTION, WORKS, Curve, attention_work, project_work
-from kvrecomp.run import forward
+from kvrecomp.run import step
 
 
 def test_a_layer_is_timed(monkeypatch):
@@ -133,9 +133,9 @@ def test_what_programs_have_in_common_is_compiled_before_they_are(monkeypatch):
 def test_blocks_are_copied_in_the_step_where_they_are_said_to_be(monkeypatch, copied):
     spaces = []
 
-    def decode_step(model, plan, caches, token_ids):
-        spaces.extend(jax.typeof(block.arrays[0]).memory_space for own in caches[0].blocks for block in own)
-        return forward.decode_step(model, plan, caches, token_ids)
+    def decode_step(model, plan, blocks, recents, token_ids):
+        spaces.extend(jax.typeof(block.arrays[0]).memory_space for layer in blocks[0] for block in layer)
+        return step.decode_step(model, plan, blocks, recents, token_ids)
 
     monkeypatch.setattr(layer_bench, "decode_step", decode_step)
     bench = layer_bench.LayerBench(toy.model(), [0, 1], 3)

@@ -358,13 +358,20 @@ def test_layers_alike_share_a_line():
 
 
 def test_plans_are_plain_data_without_jax():
-    """Made, printed and compared where there is no jax."""
+    """Every module of the planner is imported, and a plan made, where there is no jax."""
     program = """if True:
-        import sys
+        import importlib, pkgutil, sys, types
         sys.modules["jax"] = None
-        sys.path.insert(0, sys.argv[1])
-        import plan
-        print(plan.Workload(2, 3, 5))
+        sys.modules["kvrecomp"] = types.ModuleType("kvrecomp")  # which imports all of the library
+        sys.modules["kvrecomp"].__path__ = [sys.argv[1]]
+        import kvrecomp.plan
+        modules = {info.name: importlib.import_module(info.name)
+                   for info in pkgutil.iter_modules(kvrecomp.plan.__path__, "kvrecomp.plan.")}
+        shape = kvrecomp.plan.ModelShape("one", (kvrecomp.plan.LayerShape(6, 2, 2, 3, 7),), 11, 6, 13)
+        plan = modules["kvrecomp.plan.named"].named_plan("activations", shape, kvrecomp.plan.Workload(2, 3, 5))
+        assert modules["kvrecomp.plan.step_order"].step_order(plan).high_water == 2 * 3 * 6 * 2
+        assert modules["kvrecomp.plan.footprint"].memory_needed(plan)["host"]["blocks"] == 2 * 3 * 6 * 2
+        print(plan.workload)
     """
     command = [sys.executable, "-c", program, Path(kvrecomp.__file__).parent]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

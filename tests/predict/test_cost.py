@@ -1,29 +1,25 @@
 """The cost function: against an event simulation of the same pipeline, in closed forms, and against the runtime."""
 
 import heapq
-import itertools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple, get_args
-from unittest import mock
 
-import jax
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_plans import GROUPED, PLAIN, SHAPE, WORKLOAD, acts, kv, plans
 
 from kvrecomp.plan import (
     GIB,
     BlockSpec,
     LayerPlan,
-    LayerShape,
-    ModelShape,
     Plan,
     PlanError,
     Workload,
 )
-from kvrecomp.plan.holds import COPIES_IN_FLIGHT, Copy, events_before
 from kvrecomp.plan.named import named_plan, with_host_weights
+from kvrecomp.plan.step_order import COPIES_IN_FLIGHT, START, TAIL, step_order
 from kvrecomp.predict import cost
 from kvrecomp.predict.cost import (
     WORKS,
@@ -47,19 +43,12 @@ from kvrecomp.predict.hardware import (
     attention_work,
     project_work,
 )
-from kvrecomp.run.window import Window
 
-# Two layers of different shapes; the second has grouped queries.
-PLAIN = LayerShape(hidden=35, heads=5, kv_heads=5, head_dim=7, intermediate=53)
-GROUPED = LayerShape(hidden=35, heads=6, kv_heads=2, head_dim=4, intermediate=59, gated=True, absorbs_keys=False)
-SHAPE = ModelShape("two", (PLAIN, GROUPED), vocab=97, embedding=17, positions=101, dtype="bfloat16")
-WORK = Workload(batch=3, prompt=11, new=8)
 LATENCY = 1e-7  # longer than some of the copies below, shorter than others
 MACHINE = HardwareProfile(
     "none", GIB, Line(LATENCY, 1e-10), Line(1e-5, 1e-10), beside_compute=9e9, matmul_rate=1e14, memory_rate=1e12
 )
 
-kv, acts = "keys_values", "activations"
 many = settings(max_examples=100)
 
 
@@ -190,7 +179,7 @@ def seconds_at(curve, size):
 @many
 @given(machines(), st.lists(task_lists(), min_size=1, max_size=3))
 def test_as_an_event_simulation(machine, tasks):
-    predicted = step_seconds(machine, ONE, WORK, stacked(tasks))
+    predicted = step_seconds(machine, ONE, WORKLOAD, stacked(tasks))
     own = machine.layers[0]
     curves = [*(own.work[work] for work in WORKS), Curve.line(own.outside)]
     # Three rows of another group, through Q, K and V, the last two of which can be absorbed, and through the output
@@ -266,7 +255,7 @@ def test_slower_machines_take_longer(what, factor, sizes):
         kernel_seconds=kernel,
         to_device=Line(latency, 0.0),
     )
-    plans = [named_plan(name, SHAPE, replace(WORK, batch=int(10 ** (batch - 7)))) for name in NAMES]
+    plans = [named_plan(name, SHAPE, replace(WORKLOAD, batch=int(10 ** (batch - 7)))) for name in NAMES]
     before, after = (plan_costs(own, plans).seconds for own in (machine, slower(machine, what, factor)))
     assert (after >= before).all()
 
@@ -275,7 +264,7 @@ def test_slower_machines_take_longer(what, factor, sizes):
 def test_every_rate_counts(what):
     """For some plan: the link and its latency for those that send, the others for all."""
     machine = replace(MACHINE, handoff_seconds=1e-5, kernel_seconds=1e-6, to_device=Line(1e-5, 0.0))
-    plans = [named_plan(name, SHAPE, replace(WORK, batch=1000)) for name in NAMES]
+    plans = [named_plan(name, SHAPE, replace(WORKLOAD, batch=1000)) for name in NAMES]
     before, after = (plan_costs(own, plans).seconds for own in (machine, slower(machine, what, 100)))
     assert (after > 1.1 * before).any()
     if what in ("link", "latency", "handoff_seconds"):
@@ -291,7 +280,7 @@ def test_more_work_takes_longer(machine, tasks, data):
     more[number] += data.draw(st.integers(1, 10**6))
     if what == "copy_bytes" and not tasks.copies[number]:
         return  # nothing is copied
-    both = step_seconds(machine, ONE, WORK, stacked([tasks, tasks._replace(**{what: more})]))
+    both = step_seconds(machine, ONE, WORKLOAD, stacked([tasks, tasks._replace(**{what: more})]))
     assert both.seconds[1] >= both.seconds[0]
 
 
@@ -301,8 +290,8 @@ def test_more_work_takes_longer(machine, tasks, data):
 @pytest.mark.parametrize("name", NAMES)
 def test_an_infinite_link_leaves_the_compute(name):
     machine = replace(MACHINE, beside_compute=1e30, to_device=Line(0.0, 0.0))
-    (plan,) = [named_plan(name, SHAPE, WORK, tail=3)]
-    tasks, table = each_task(plan, 1), work_table(machine, SHAPE, WORK)
+    (plan,) = [named_plan(name, SHAPE, WORKLOAD, tail=3)]
+    tasks, table = each_task(plan, 1), work_table(machine, SHAPE, WORKLOAD)
     slopes = table.added[:, 1] / table.sizes[:, 1]  # estimates are lines
     expected = (table.base[tasks.work] * tasks.blocks + slopes[tasks.work] * tasks.tokens).sum()
     assert plan_costs(machine, [plan], 1).seconds[0] == pytest.approx(expected, rel=1e-5)
@@ -312,7 +301,7 @@ def test_an_infinite_link_leaves_the_compute(name):
 def test_an_infinite_device_leaves_the_copies(name):
     """Also where copies are held: a hold by a task that takes no time holds nothing."""
     machine = replace(MACHINE, matmul_rate=1e30, memory_rate=1e30)
-    plan = named_plan(name, SHAPE, WORK, tail=3, window=5000)
+    plan = named_plan(name, SHAPE, WORKLOAD, tail=3, window=5000)
     sizes = [
         plan.bytes_of(layer, spec)
         for layer, own in zip(SHAPE.layers, plan.blocks(1))
@@ -331,17 +320,17 @@ def test_without_overlap_it_is_the_sum(machine, tasks):
     held = tasks._replace(hold=np.arange(-1, count - 1, dtype=np.int32))
     held = held._replace(tokens=tasks.tokens * computes, blocks=tasks.blocks * computes, work=tasks.work * computes)
     machine = replace(machine, handoff_seconds=0.0)
-    predicted = step_seconds(machine, ONE, WORK, stacked([held]))
+    predicted = step_seconds(machine, ONE, WORKLOAD, stacked([held]))
     assert predicted.seconds[0] == pytest.approx(predicted.copying[0] + predicted.computing[0], rel=1e-5)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_plain_sum(name):
     """The same plan's tasks, one after the other."""
-    plan = named_plan(name, SHAPE, WORK, tail=3, window=5000)
+    plan = named_plan(name, SHAPE, WORKLOAD, tail=3, window=5000)
     tasks = each_task(plan, 2)
     held = tasks._replace(hold=np.arange(-1, len(tasks.work) - 1, dtype=np.int32))
-    predicted = step_seconds(MACHINE, SHAPE, WORK, stacked([held]))
+    predicted = step_seconds(MACHINE, SHAPE, WORKLOAD, stacked([held]))
     found = plan_costs(MACHINE, [plan], 2)
     assert found.copying[0] + found.computing[0] == pytest.approx(predicted.seconds[0], rel=1e-5)
 
@@ -397,7 +386,7 @@ def test_layer_by_layer(g):
 BY_HAND = Plan(
     "by hand",
     SHAPE,
-    WORK,
+    WORKLOAD,
     (
         LayerPlan(
             (BlockSpec(acts, "host", 4), BlockSpec(kv, "device", 2), BlockSpec(kv, "host", 5)),
@@ -448,7 +437,7 @@ def test_tasks_by_hand():
 def test_uneven_blocks_by_hand():
     """257 and 259 activations, absorbed, and 263 keys and values; of a tail of 300 it is not known."""
     blocks = BlockSpec(acts, "device", 257), BlockSpec(acts, "host", 259), BlockSpec(kv, "host", 263)
-    shape, work = replace(SHAPE, layers=(GROUPED,), positions=2000), replace(WORK, prompt=779, new=300)
+    shape, work = replace(SHAPE, layers=(GROUPED,), positions=2000), replace(WORKLOAD, prompt=779, new=300)
     tasks = each_task(Plan("uneven", shape, work, (LayerPlan(blocks, acts),), 300, 10**6))
     sizes = [(WORKS[number], size) for number, size in zip(tasks.work[:-1], tasks.tokens) if size]
     expected = [("uneven_device_absorb", 257), ("device_absorb", 300), ("uneven_absorb", 259), (kv, 263)]
@@ -487,7 +476,7 @@ def test_tasks_after_write_outs_by_hand():
 def test_blocks_on_the_device_of_another_form_than_the_tail_have_a_partial_result_of_their_own(tail, other, size):
     """Keys and values of 6 tokens, and activations of 5: what no tokens from the host take, and what those here add."""
     own = LayerPlan((BlockSpec(kv, "device", 6), BlockSpec(acts, "device", 5)), tail_form=tail)
-    tasks = each_task(Plan("some", replace(SHAPE, layers=(PLAIN,)), WORK, (own,), tail=3))
+    tasks = each_task(Plan("some", replace(SHAPE, layers=(PLAIN,)), WORKLOAD, (own,), tail=3))
     found = list(zip(tasks.work, tasks.tokens, tasks.blocks))
     assert {(row(0, other), 0, 1), (row(0, f"device_{other}"), size, 0)} <= set(found)
     same = {kv: "absorb", "absorb": kv}[other]
@@ -501,15 +490,15 @@ def test_absorption_is_prepared_once_a_layer(where):
     form, memory, tail = (kv, "device", acts) if where == "tail" else (acts, where, kv)
     for method, times in [("absorb", 1), ("recompute", 0)]:
         own = LayerPlan((BlockSpec(form, memory, 6), BlockSpec(form, memory, 5)), tail_form=tail, method=method)
-        plan = Plan("some", replace(SHAPE, layers=(PLAIN,)), WORK, (own,), tail=3)
+        plan = Plan("some", replace(SHAPE, layers=(PLAIN,)), WORKLOAD, (own,), tail=3)
         assert list(each_task(plan).work).count(row(0, "prepare")) == times
-    assert row(0, "prepare") not in each_task(named_plan(kv, SHAPE, WORK)).work
+    assert row(0, "prepare") not in each_task(named_plan(kv, SHAPE, WORKLOAD)).work
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("write_outs", [0, 1, 2])
 def test_every_token_and_byte_is_there(name, write_outs):
-    plan = named_plan(name, SHAPE, WORK, tail=3, window=5000)
+    plan = named_plan(name, SHAPE, WORKLOAD, tail=3, window=5000)
     tasks = each_task(plan, write_outs)
     assert tasks.copy_bytes.sum() == plan.bytes_in("host", write_outs) == plan.link_bytes(write_outs)
     hosted = each_task(with_host_weights(plan, 0.5), write_outs)
@@ -525,137 +514,36 @@ def test_every_token_and_byte_is_there(name, write_outs):
 def test_what_is_out_of_sight_is_neither_sent_nor_attended_to(name):
     """Of 4 cached tokens of the prompt and three tails of 3, those in the last two, and the present one."""
     shape = replace(SHAPE, layers=(replace(PLAIN, sliding_window=5),))
-    plan = named_plan(name, shape, replace(WORK, new=11), tail=3)
+    plan = named_plan(name, shape, replace(WORKLOAD, new=11), tail=3)
     tasks = each_task(plan, 3)
     assert tasks.tokens.sum() == 3 + 3 + 3
     sent = plan.bytes_in("host", 3) * 6 / 13
     assert tasks.copy_bytes.sum() == plan.link_bytes(3) == sent
 
 
-@st.composite
-def plans(draw):
-    """Any plan of up to four layers of two shapes."""
-    layers = tuple(draw(st.lists(st.sampled_from([PLAIN, GROUPED]), min_size=1, max_size=4)))
-    prompt = draw(st.integers(1, 12))
-    own = []
-    for _ in layers:
-        left, blocks = prompt, []
-        while left:
-            tokens = draw(st.integers(1, left))
-            form, memory = draw(st.sampled_from([kv, acts])), draw(st.sampled_from(["host", "host", "device"]))
-            blocks.append(BlockSpec(form, memory, tokens))
-            left -= tokens
-        grown = tuple(draw(st.lists(st.sampled_from(["host", "device"]), min_size=1, max_size=2)))
-        weights = draw(st.sampled_from(["device", "device", "host"]))
-        own.append(LayerPlan(tuple(blocks), draw(st.sampled_from([kv, acts])), grown, weights=weights))
-    return Plan(
-        "any",
-        replace(SHAPE, layers=layers),
-        Workload(3, prompt, draw(st.integers(1, 9))),
-        tuple(own),
-        tail=draw(st.integers(1, 3)),
-        window=draw(st.integers(12 * 420, 30 * 420)),
-        schedule=draw(st.sampled_from(["pipelined", "layerwise"])),
-        groups=draw(st.sampled_from([1, 1, 2, 3])),
-        order=draw(st.sampled_from(["row", "column"])),
-    )
-
-
-@dataclass
-class Tied:
-    """An array, and the tasks that it cannot be there before."""
-
-    nbytes: int = 0
-    after: frozenset[int] = frozenset()
-
-
-def tie(operands):
-    """What an optimization barrier does: every output depends on all operands."""
-    after = frozenset().union(*(operand.after for operand in operands))
-    return tuple(replace(operand, after=after) for operand in operands)
-
-
 @many
 @given(plans(), st.integers(0, 3))
-def test_copies_are_held_as_the_runtime_holds_them(plan, write_outs):
-    """The runtime's own window, driven task by task: each copy depends on the task that it is held until, and on what
-    made room before that, but on nothing later. Compute depends on all tasks before it; a kept array on its copy."""
-    tasks = each_task(plan, write_outs)
-    host: list[list[tuple[Tied, Copy]]] = []
-    for number, (own, layer) in enumerate(zip(plan.blocks(write_outs), plan.shape.layers)):
-        blocks = [Copy(plan.bytes_of(layer, spec)) for spec in own if spec.memory == "host"]
-        matrices = layer.matrices if plan.layers[number].weights == "host" else ((), ())
-        early, late = ([Copy(2 * count, kept=True) for count in part] for part in matrices)
-        copies = [*early, *blocks * plan.groups_per_pass, *late]
-        host.append([(Tied(copy.nbytes), copy) for copy in copies])
-    started, taken, made_room = [], False, []
-
-    def device_put(array, space):
-        number = len(started)
-        started.append(array)
-        return replace(array, after=array.after | {arrivals[number]})
-
-    arrivals = [number for number, copies in enumerate(tasks.copies) if copies]
-    with (
-        mock.patch.object(jax.lax, "optimization_barrier", tie),
-        mock.patch.object(jax, "device_put", device_put),
-    ):
-        window = Window(host, plan.whole_window, plan.schedule)
-        left = [copy for own in host for _, copy in own]
-        for number, (work, copies, size) in enumerate(zip(tasks.work, tasks.copies, tasks.copy_bytes)):
-            done = Tied(after=frozenset(range(number + 1)))
-            if copies:
-                copy = left.pop(0)
-                assert copy.nbytes == size
-                if copy.kept:
-                    window.fetch()
-                else:
-                    assert window.take(Tied(after=frozenset(range(number))))[1].nbytes == size
-                    taken = True
-                continue
-            if taken:
-                window.used(done)
-                made_room.append(number)
-                taken = False
-            if work % len(WORKS) == WORKS.index("finish") and number < len(tasks.work) - 1:
-                window.layer_done(done)
-                made_room.append(number)
-    copied = tasks.copies > 0
-    assert [array.nbytes for array in started] == tasks.copy_bytes[copied].tolist()
-    for array, hold in zip(started, tasks.hold[copied].tolist(), strict=True):
-        assert max(array.after, default=-1) == hold
-        assert array.after >= {number for number in made_room if number <= hold}
-
-
-@many
-@given(st.lists(st.lists(st.tuples(st.integers(1, 20), st.booleans()), max_size=5), max_size=4), st.integers(1, 50))
-def test_copies_start_as_early_as_the_window_lets_them(layers, more):
-    """What is kept counts until its layer is done; a window holds a layer's and one copy more."""
-    layers = [[Copy(*each) for each in own] for own in layers]
-    kept = [sum(copy.nbytes for copy in own if copy.kept) for own in layers]
-    window = max(kept, default=0) + 20 * any(kept) + more
-    copies = [copy for own in layers for copy in own]
-    before = events_before(copies, [len(own) for own in layers], window, "pipelined")
-    assert len(before) == len(copies)
-    numbers = itertools.count()
-    events = []  # what has arrived, and what is free then
-    for own in layers:
-        kept_here = []
-        for copy, number in zip(own, numbers):
-            events += [(number, [])] + ([] if copy.kept else [(None, [number])])
-            kept_here += [number] if copy.kept else []
-        events.append((None, kept_here))
-
-    def allowed(number, happened):
-        """Whether that copy may start after so many events, the copies before it being under way."""
-        arrived = sum(arrival is not None for arrival, _ in events[:happened])
-        free = {freed for _, all_freed in events[:happened] for freed in all_freed}
-        in_use = sum(copy.nbytes for earlier, copy in enumerate(copies[:number]) if earlier not in free)
-        return number - arrived < COPIES_IN_FLIGHT and (not in_use or in_use + copies[number].nbytes <= window)
-
-    for number, happened in enumerate(before):
-        assert allowed(number, happened) and all(arrival != number for arrival, _ in events[:happened])
-        assert happened == (before[number - 1] if number else 0) or not allowed(number, happened - 1)
+def test_a_copy_is_held_until_the_last_task_of_what_it_waits_for(plan, write_outs):
+    """Operations have one task, but for those of attention and for absorbing, which some layers need not do."""
+    tasks, order = each_task(plan, write_outs), step_order(plan, write_outs)
+    counts = []
+    for number, (layer, shape) in enumerate(zip(plan.layers, plan.shape.layers)):
+        blocks = shape.in_sight(layer.blocks(write_outs, plan.tail))
+        forms = {block.form for block in blocks} | {layer.tail_form}
+        for _, op in order.of_layer(number):
+            apart = [
+                place != TAIL and blocks[place].memory == "device" and blocks[place].form != layer.tail_form
+                for place in op.blocks
+            ]
+            attended = len(apart) + sum(apart)
+            counts.append({"append": int(acts in forms), "attend": attended}.get(op.kind, 1))
+    last = np.cumsum(counts) - 1
+    assert last[-1] + 1 == len(tasks.work) - 1  # what is outside of layers comes last
+    copied = np.flatnonzero(tasks.copies)
+    assert copied.tolist() == last[order.copies].tolist()
+    expected = [START if waits_for == START else last[waits_for] for waits_for in order.waits_for]
+    assert tasks.hold[copied].tolist() == expected
+    assert set(np.delete(tasks.hold, copied).tolist()) == {START}
 
 
 # --- seconds of compute -----------------------------------------------------------------------------------------------
@@ -666,8 +554,8 @@ def test_measured_times_count_where_they_were_measured():
     curves = [Curve((0, 3, 8), (number, 5.0, 9.0)) for number in range(len(WORKS))]
     measured = times(GROUPED, dict(zip(WORKS, curves)), outside=7.0)
     machine = MACHINE.with_times(measured)
-    estimated = work_table(MACHINE, SHAPE, WORK)
-    table = work_table(machine, SHAPE, WORK)
+    estimated = work_table(MACHINE, SHAPE, WORKLOAD)
+    table = work_table(machine, SHAPE, WORKLOAD)
     first, second, outside = slice(0, len(WORKS)), slice(len(WORKS), -1), -1
     for column, before in zip(table, estimated):
         np.testing.assert_array_equal(column[first], before[first])
@@ -680,7 +568,7 @@ def test_measured_times_count_where_they_were_measured():
             np.testing.assert_array_equal(table.added[second][number] + number, [number, 5, 9, 13, 17, 21, 25])
     assert table.base[outside] == 7.0 and not table.added[outside].any()
     assert estimated.base[second].max() < 1e-3 and 0 < estimated.base[outside] < 1e-3
-    for shape, work in [(SHAPE, replace(WORK, batch=5)), (replace(SHAPE, dtype="float16"), WORK)]:
+    for shape, work in [(SHAPE, replace(WORKLOAD, batch=5)), (replace(SHAPE, dtype="float16"), WORKLOAD)]:
         for column, before in zip(work_table(machine, shape, work), work_table(MACHINE, shape, work)):
             np.testing.assert_array_equal(column, before)
 
@@ -720,7 +608,7 @@ def test_works_are_all_there_are():
 
 
 def test_half_way_through_the_new_tokens():
-    plan = named_plan("activations", SHAPE, replace(WORK, new=29), tail=3)
+    plan = named_plan("activations", SHAPE, replace(WORKLOAD, new=29), tail=3)
     middle = plan_costs(MACHINE, [plan]).seconds[0]
     assert middle == plan_costs(MACHINE, [plan], 4).seconds[0]  # 14 tokens: four tails of 3, and 2 in the tail
     assert plan_costs(MACHINE, [plan], 0).seconds[0] < middle < plan_costs(MACHINE, [plan], 9).seconds[0]
@@ -729,7 +617,7 @@ def test_half_way_through_the_new_tokens():
 @pytest.mark.parametrize("new", [1, 2, 4, 5, 13, 16, 17, 29])
 def test_the_mean_of_all_steps(new):
     """Of up to four lengths exactly; of more, four stand for all."""
-    plans = [named_plan(name, SHAPE, replace(WORK, new=new), tail=3) for name in ("activations", "keys_values")]
+    plans = [named_plan(name, SHAPE, replace(WORKLOAD, new=new), tail=3) for name in ("activations", "keys_values")]
     steps = [step // 3 for step in range(max(1, new - 1))]
     assert sum(cost.step_shares(plans[0]).values()) == pytest.approx(1)
     assert len(cost.step_shares(plans[0])) == min(4, len(set(steps)))
@@ -753,7 +641,7 @@ def test_no_mean_step_is_shorter_than_its_copies_or_its_compute(plan, groups, ma
 
 
 def test_plans_for_different_work_are_refused():
-    one, other = (named_plan("activations", SHAPE, replace(WORK, batch=batch)) for batch in (3, 5))
+    one, other = (named_plan("activations", SHAPE, replace(WORKLOAD, batch=batch)) for batch in (3, 5))
     with pytest.raises(PlanError, match="different models or workloads"):
         plan_costs(MACHINE, [one, other])
 
@@ -763,7 +651,7 @@ def test_one_compilation_whatever_the_candidates():
     cost._step_seconds.clear_cache()
     for machine in (MACHINE, HardwareProfile.from_datasheet("t4"), MACHINE.with_times(times(PLAIN))):
         for batch in (3, 500):
-            work = replace(WORK, batch=batch)
+            work = replace(WORKLOAD, batch=batch)
             plan_costs(machine, [named_plan(f"split:{part / 11}", SHAPE, work) for part in range(12)])
             plan_costs(machine, [named_plan(f"split:{part / 11}", SHAPE, work, window=9**9) for part in range(1, 4)])
     assert cost._step_seconds._cache_size() == 1

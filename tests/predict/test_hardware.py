@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import kvrecomp
 from kvrecomp.plan import LayerShape, PlanError
-from kvrecomp.predict.hardware import DATASHEETS, KNOTS, LARGEST_DEVICE, Curve, HardwareProfile, LayerTimes, Line
+from kvrecomp.predict.datasheets import DATASHEETS
+from kvrecomp.predict.hardware import KNOTS, LARGEST_DEVICE, Curve, HardwareProfile, LayerTimes, Line
 
 LAYER = LayerShape(hidden=35, heads=6, kv_heads=2, head_dim=4, intermediate=59, gated=True, absorbs_keys=False)
 WORK = {

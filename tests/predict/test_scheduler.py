@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 
 import models
 from kvrecomp.plan import GIB, MIB, BlockSpec, Budget, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
+from kvrecomp.plan.compiling import decode_seconds
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW
-from kvrecomp.plan.footprint import memory_needed
-from kvrecomp.plan.named import named_plan
-from kvrecomp.predict import cost, scheduler
+from kvrecomp.plan.footprint import memory_needed, prefill_bytes
+from kvrecomp.plan.named import named_plan, spread
+from kvrecomp.predict import cost, scheduler, search
 from kvrecomp.predict.cost import plan_costs
 from kvrecomp.predict.estimate import estimate
 from kvrecomp.predict.hardware import LEAST_DEVICE, WORKS, Curve, HardwareProfile, LayerTimes, Line, attention_work
@@ -601,9 +602,9 @@ def test_the_next_best_fits_too():
 def test_few_candidates_are_predicted(monkeypatch):
     """Of those that are surely worse it is not asked how much."""
     asked = []
-    monkeypatch.setattr(scheduler, "mean_costs", lambda *given: asked.extend(given[1]) or cost.mean_costs(*given))
+    monkeypatch.setattr(search, "mean_costs", lambda *given: asked.extend(given[1]) or cost.mean_costs(*given))
     bounded = []
-    monkeypatch.setattr(scheduler, "mean_bounds", lambda *given: bounded.extend(given[1]) or cost.mean_bounds(*given))
+    monkeypatch.setattr(search, "mean_bounds", lambda *given: bounded.extend(given[1]) or cost.mean_bounds(*given))
     shape = model(*[LEARNED] * 5)
     make_plan(shape, WORK, machine("h200"), Budget(least(shape, WORK) + 0.3 * cache_bytes(shape, WORK)))
     assert 0 < 2 * len(asked) < len(bounded)
@@ -650,7 +651,7 @@ def test_tails_hold_the_tokens_of_the_time_that_a_program_takes_to_compile(name,
     machine_plan = functools.partial(scheduler.make_plan, shape, work, machine("h200"), budget, groups=groups)
 
     def whole(plan):
-        return cost.decode_seconds(plan, *mean_seconds(machine("h200"), plan))
+        return decode_seconds(plan, *mean_seconds(machine("h200"), plan))
 
     tails = [tail for tail in (16, 32, 64, 128, 256, 512) if tail <= new]
     taken = {tail: whole(machine_plan(tail=tail)) for tail in tails}
@@ -666,7 +667,7 @@ def test_no_more_weights_leave_the_device_than_have_to(gib):
     plan = scheduler.make_plan(OPT, work, machine("h200"), budget)
     assert fits(plan, budget) and plan.tail >= 16
     tail = plan.tail * 32 * 2 * 4096 * 32  # as activations
-    needed = scheduler.prefill_bytes(OPT, work) + tail
+    needed = prefill_bytes(OPT, work) + tail
     fewest = max(0, math.ceil((RESIDENT + 2 * layer + needed - budget.device) / layer))
     assert hosted(plan) == (0 if RESIDENT + needed <= budget.device else min(fewest, 32))
     if gib == 4:
@@ -679,17 +680,17 @@ def test_no_weights_leave_where_they_just_fit():
     """A third of a layer is left over. One layer in host memory would not fit: two have room on their way to it."""
     work, layer = Workload(32, 512, 32), 2 * 12 * 4096**2
     tail = 16 * 32 * 2 * 4096 * 32  # of 16 tokens, as activations
-    budget = Budget(RESIDENT + scheduler.prefill_bytes(OPT, work) + tail + layer // 3, 1e12)
+    budget = Budget(RESIDENT + prefill_bytes(OPT, work) + tail + layer // 3, 1e12)
     assert hosted(scheduler.make_plan(OPT, work, machine("h200"), budget)) == 0
     with pytest.raises(PlanError, match="of device memory"):
-        scheduler.make_plan(OPT, work, machine("h200"), budget, weights=scheduler.spread(1, 32))
+        scheduler.make_plan(OPT, work, machine("h200"), budget, weights=spread(1, 32))
 
 
 def test_hosting_more_weights_is_no_faster():
     work, budget, profile = Workload(7, 300, 30), Budget.of_gib(9, 1000), machine("h200")
     plan = scheduler.make_plan(OPT, work, profile, budget, groups=3)
     others = [
-        scheduler.make_plan(OPT, work, profile, budget, groups=3, weights=scheduler.spread(count, 32))
+        scheduler.make_plan(OPT, work, profile, budget, groups=3, weights=spread(count, 32))
         for count in range(hosted(plan), 33, 4)
     ]
     (chosen, *times) = seconds(profile, plan, *others)
@@ -764,7 +765,7 @@ def test_weights_and_groups_keep_to_the_budget(data):
     layer = max(own.parameters for own in layers) * 2
     tail = 16 * work.batch * 8192 * 2 * len(layers)
     groups = data.draw(st.sampled_from([1, 2, 7, None]))
-    enough = scheduler.prefill_bytes(shape, work) + 5 * layer + (groups or 1) * tail
+    enough = prefill_bytes(shape, work) + 5 * layer + (groups or 1) * tail
     budget = Budget(enough + data.draw(st.floats(0, 1)) * shape.parameters * 2, 1e15)
     plan = scheduler.make_plan(shape, work, machine("a100"), budget, groups=groups)
     assert fits(plan, budget) and plan.rows == work.batch * (groups or 1)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from kvrecomp.plan import cutting
 from kvrecomp.run import attention
-from kvrecomp.run.attention import Cached, Projection, Projections, Query, attend, attend_causal, merge
+from kvrecomp.run.attention import Projection, Projections, Query, attend, attend_causal, merge
+from kvrecomp.run.cache import Block
 
 few = settings(max_examples=6, phases=(Phase.explicit, Phase.generate))
 
@@ -134,11 +135,11 @@ def blockwise(case, x, padding, slot, sizes, forms, groups, method):
         cached, start = {}, 0
         for size, form, group in zip(sizes, forms, groups, strict=True):
             whole = [x] if form == "activations" else [key, value]
-            block = Cached(form, [tensor[start : start + size] for tensor in whole], start)
-            cached.setdefault(group, []).append(block)
+            tensors = tuple(tensor[start : start + size] for tensor in whole)
+            cached.setdefault(group, []).append(Block(tensors, jnp.int32(start), form, "device"))
             start += size
-        partials = [partial for own in cached.values() for partial in attend(query, own, method)]
-        return merge(query, functools.reduce(attention.join, partials, []))
+        found = [attend(query, blocks, method) for blocks in cached.values()]
+        return merge(query, functools.reduce(attention.join, found, {}))
 
     arrays = jax.tree.map(toy.put, (x, case.weights, np.asarray(padding, np.int32), np.int32(slot)))
     return toy.get(run(*arrays))
@@ -203,7 +204,7 @@ def test_absorption_computes_no_keys_or_values():
             projections = case.projections(weights)
             slot, padding = jnp.int32(12), jnp.zeros(BATCH, jnp.int32)
             query = Query(projections, projections.queries(x[-1], slot - padding), slot, padding)
-            return merge(query, attend(query, [Cached("activations", [x], 0)], method))
+            return merge(query, attend(query, [Block((x,), jnp.int32(0), "activations", "device")], method))
 
         jaxpr = jax.make_jaxpr(run)(*jax.tree.map(toy.put, (activations(), case.weights)))
         products = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]

@@ -10,7 +10,6 @@ import toy
 import kvrecomp
 import models
 from kvrecomp.plan import PlanError
-from kvrecomp.plan.footprint import prefill_bytes
 from kvrecomp.predict.cost import plan_costs
 from kvrecomp.run.prompt import PromptError
 
@@ -87,18 +86,6 @@ def test_memory_is_counted_for_every_group():
     assert needed["host"]["blocks"] == 3 * of_one["host"]["blocks"] > 0
     assert needed["host"]["weights"] == of_one["host"]["weights"] == 2 * MATRICES
     assert "3 groups in column order" in str(plan)
-
-
-@pytest.mark.parametrize(("order", "together"), [("row", 1), ("column", 29)])
-def test_layer_by_layer_the_blocks_of_all_groups_that_go_together_are_in_flight(order, together):
-    """And the layer's weights: KVPR's schedule does not wait for what was copied to be used."""
-    shape, work = dataclasses.replace(OPT.shape, dtype="float32", positions=1200), kvrecomp.Workload(199, 1009, 6)
-    plan = kvrecomp.with_host_weights(kvrecomp.named_plan("kvpr:0.4", shape, work, tail=2, window=2**28), 1.0)
-    needed = kvrecomp.memory_needed(dataclasses.replace(plan, groups=29, order=order), write_outs=0)
-    sent = 4 * 199 * (404 * 28 + 605 * 56)  # bytes of a layer and group: activations, then keys and values
-    prefill = prefill_bytes(shape, work) + 2 * MATRICES
-    assert sent < prefill < 29 * sent
-    assert needed["device"]["prefill or step"] == max(prefill, together * sent + MATRICES)
 
 
 def test_in_row_order_a_step_takes_as_often_as_there_are_groups(known_machine):

@@ -56,9 +56,11 @@ import os, pathlib
 read = pathlib.Path.read_text
 mine = "MemTotal: 300000000 kB\\nMemAvailable: {available // 1024} kB"
 files = {{"/proc/meminfo": mine, "/proc/self/cgroup": ""}}
-pathlib.Path.read_text = lambda self, *given: files[str(self)] if str(self) in files else read(self, *given)
+def read_text(self, *given, **options):
+    return files[str(self)] if str(self) in files else read(self, *given, **options)
+pathlib.Path.read_text = read_text
 import kvrecomp
-from kvrecomp import memory
+from kvrecomp.run import memory
 for step in range(2):
     limit = os.environ.get(memory.LIMIT_VARIABLE)
     assert memory.pinned_limit() == int(limit or 64) * 2**30

@@ -10,7 +10,7 @@ import toy
 
 import kvrecomp
 from kvrecomp.plan import BlockSpec
-from kvrecomp.run.attention import Cached, Projection, Projections, Query, attend, join, merge, positions_of
+from kvrecomp.run.attention import Projection, Projections, Query, attend, join, merge, positions_of
 from kvrecomp.run.cache import cut
 from models.rotary import Rotary
 
@@ -55,11 +55,9 @@ def attention(x, weights, forms, scale, encode=None, method="absorb"):
         projections = Projections(*[Projection(*pair) for pair in weights], scale, encode, encode)
         key, value = projections.keys(x, positions_of(jnp.arange(TOKENS), padding)), projections.values(x)
         specs = [BlockSpec(form, "device", size) for form, size in zip(forms, (FIRST, TOKENS - FIRST))]
-        queries, starts = projections.queries(x[-1], slot - padding), (0, FIRST)
-        query = Query(projections, queries, slot, padding)
-        cached = [Cached(block.form, block.tensors, start) for block, start in zip(cut(specs, x, key, value), starts)]
-        partials = [partial for block in cached for partial in attend(query, [block], method)]
-        return merge(query, functools.reduce(join, partials, []))
+        query = Query(projections, projections.queries(x[-1], slot - padding), slot, padding)
+        found = [attend(query, [block], method) for block in cut(specs, x, key, value)]
+        return merge(query, functools.reduce(join, found, {}))
 
     return toy.get(run(*jax.tree.map(toy.put, (x, weights, slot, padding)))).astype(np.float64)
 

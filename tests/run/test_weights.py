@@ -80,13 +80,16 @@ def test_placement_is_of_matrices_of_the_chosen_layers():
 def test_matrices_are_copied_in_the_order_of_their_use(config):
     """K's and V's projections first; the sizes that plans count with are those of the parameters, in the same order."""
     model = models.create(config, dtype="float32")
-    own = model.shape.layers[0]
-    paths = weights.matrices_in_host(model.layers[0], own, WORK.batch)
-    names = [[path[-2] for path in part] for part in paths]
-    late = ["output", "up", "down"] if config is OPT else ["output", "gate", "up", "down"]
-    assert names == [["key", "value", "query"], late]
-    sizes = tuple(tuple(array.size for array in weights.get(model.layers[0], part)) for part in paths)
-    assert sizes == own.matrices
+    plan = with_host_weights(kvrecomp.named_plan("activations", model.shape, WORK), 1.0)
+    found = weights.host_weights(model, plan)[0]
+    layer = model.layers[0]
+    gate = [] if config is OPT else [layer.feed_forward.gate]
+    attention, feed_forward = layer.attention, layer.feed_forward
+    used = attention.key, attention.value, attention.query, attention.output, *gate, feed_forward.up, feed_forward.down
+    assert [id(array) for array in found.arrays] == [id(module.kernel.get_value()) for module in used]
+    assert found.before == 3
+    sizes = tuple(tuple(nbytes // 4 for nbytes in part) for part in found.matrices)
+    assert sizes == model.shape.layers[0].matrices
 
 
 def test_memory_is_counted_where_the_weights_are():

@@ -77,12 +77,12 @@ def batches(lengths: Sequence[int], plans: Sequence[Plan]) -> list[tuple[Plan, l
 
     `plans` ascend in prompt length. A batch is filled up with prompts that need less, so only the last is not full.
     """
-    order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    left = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     made = []
-    while order:
-        plan = next(plan for plan in plans if plan.workload.prompt >= lengths[order[0]])
-        made.append((plan, order[: plan.rows]))
-        order = order[plan.rows :]
+    while left:
+        plan = next(plan for plan in plans if plan.workload.prompt >= lengths[left[0]])
+        made.append((plan, left[: plan.rows]))
+        left = left[plan.rows :]
     return made
 
 
@@ -99,10 +99,10 @@ def plan_document(plan: Plan) -> dict[str, Any]:
 def plan_from(document: Mapping[str, Any], shape: ModelShape) -> Plan:
     """The plan that `plan_document` made it of."""
     layers: list[LayerPlan] = []
-    for count, own in document["layers"]:
-        prompt = tuple(BlockSpec(**block) for block in own["prompt"])
-        layers += [LayerPlan(**_with_tuples(own) | {"prompt": prompt})] * count
-    rest = {"workload": Workload(**document["workload"]), "layers": tuple(layers)}
+    for count, fields in document["layers"]:
+        blocks: Any = tuple(BlockSpec(**block) for block in fields["prompt"])
+        layers += [LayerPlan(**_with_tuples(fields) | {"prompt": blocks})] * count
+    rest: dict[str, Any] = {"workload": Workload(**document["workload"]), "layers": tuple(layers)}
     return Plan(shape=shape, **_with_tuples(document) | rest)
 
 

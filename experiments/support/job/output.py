@@ -11,12 +11,14 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from kvrecomp.files import write_json
 
-FORMAT = 3  # of the description and the plans in it; 1 had other names in plans, 2 other blocks of sliding windows
+FORMAT = 4  # of the description and the plans in it; 2 had other blocks of sliding windows, others other names in plans
 CHUNK = 2**20  # bytes read at once
 
 Record = dict[str, Any]
@@ -34,15 +36,18 @@ class Output:
     counts the records in the output, of which `last` is the last one; `waiting` has those that are done after these.
     """
 
+    _written_file: FileIO  # from `begin` on, or where there was an output
+    _waiting_file: FileIO
+
     def __init__(self, path: Path):
         self.path = path
         self.description_path = path.with_name(f"{path.name}.job.json")
         self.waiting_path = path.with_name(f"{path.name}.waiting.jsonl")
         self.description: dict[str, Any] | None = None
-        self.written, self.waiting = 0, {}
-        self.last: Record | None = None
-        self._file: BinaryIO | None = None
-        self._waiting_file: BinaryIO | None = None
+        self.written = 0
+        self.waiting: dict[int, Record] = {}
+        self.last: Record = {}
+        self._files = ExitStack()
 
     def __enter__(self) -> "Output":
         """Opens the files, and repairs what a kill has left.
@@ -58,29 +63,27 @@ class Output:
                 f"{self.path} is there and {self.description_path.name} is not, so it is not the output of a job: give "
                 "another --output"
             )
-        try:
-            self._waiting_file = self.waiting_path.open("a+b", buffering=0)
+        with self._files as files:
+            self._waiting_file = files.enter_context(self.waiting_path.open("a+b", buffering=0))
             try:
                 fcntl.flock(self._waiting_file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # a kill lets go of it
             except BlockingIOError:
                 raise ValueError(f"another process is writing {self.path}: let it end first") from None
             if os.path.lexists(self.path):
                 self._continue()
-        except BaseException:
-            self._close()
-            raise
+            self._files = files.pop_all()  # left open
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._waiting_file is not None and not self._waiting_file.seek(0, os.SEEK_END):
+        if not self._waiting_file.seek(0, os.SEEK_END):
             self.waiting_path.unlink(missing_ok=True)
-        self._close()
+        self._files.close()
 
     def begin(self, description: Mapping[str, Any]) -> None:
         """Starts a job anew, with nothing written. Raises OSError as files do."""
         write_json(self.description_path, {"format": FORMAT, **description})
         os.ftruncate(self._waiting_file.fileno(), 0)
-        self._file = self.path.open("xb", buffering=0)
+        self._written_file = self._files.enter_context(self.path.open("xb", buffering=0))
         self.description = dict(description)
 
     def add(self, records: Mapping[int, Record]) -> None:
@@ -90,7 +93,7 @@ class Output:
         """
         self.waiting |= records
         while (record := self.waiting.pop(self.written, None)) is not None:
-            self._append(self._file, self.path, record)
+            self._append(self._written_file, self.path, record)
             self.written += 1
         for index in sorted(records):
             if index in self.waiting:
@@ -102,7 +105,7 @@ class Output:
 
     def settle(self) -> None:
         """Forgets what has waited, once all of it is written."""
-        os.fsync(self._file.fileno())  # or a crash of the machine could lose both
+        os.fsync(self._written_file.fileno())  # or a crash of the machine could lose both
         os.ftruncate(self._waiting_file.fileno(), 0)
 
     def _continue(self) -> None:
@@ -114,17 +117,17 @@ class Output:
             raise ValueError(
                 f"{self.description_path} does not describe a job ({error}): give another --output, or remove both"
             ) from error
-        self._file = self.path.open("r+b", buffering=0)
-        for file in (self._file, self._waiting_file):
+        self._written_file = self._files.enter_context(self.path.open("r+b", buffering=0))
+        for file in (self._written_file, self._waiting_file):
             size = file.seek(0, os.SEEK_END)
             if (whole := _line_start(file, size)) < size:
                 file.truncate(whole)
-        self.written = sum(chunk.count(b"\n") for chunk in _chunks(self._file))
-        end = self._file.seek(0, os.SEEK_END)
+        self.written = sum(chunk.count(b"\n") for chunk in _chunks(self._written_file))
+        end = self._written_file.seek(0, os.SEEK_END)
         try:
             if self.written:
-                self._file.seek(_line_start(self._file, end - 1))
-                self.last = dict(json.loads(self._file.read()))
+                self._written_file.seek(_line_start(self._written_file, end - 1))
+                self.last = dict(json.loads(self._written_file.read()))
             self._waiting_file.seek(0)
             done = dict(json.loads(line) for line in self._waiting_file.read().splitlines())
         except (ValueError, TypeError) as error:
@@ -132,7 +135,7 @@ class Output:
         self.waiting = {index: record for index, record in done.items() if index >= self.written}
         self.description = description
 
-    def _append(self, file: BinaryIO, path: Path, document: Any) -> None:
+    def _append(self, file: FileIO, path: Path, document: Any) -> None:
         """Writes a line at the end; in pieces where the system takes no more at once."""
         line = memoryview(json.dumps(document).encode() + b"\n")
         try:
@@ -142,19 +145,14 @@ class Output:
             told = f"{error.strerror}; all lines before are kept, and the same command goes on from there"
             raise OSError(error.errno, told, str(path)) from error
 
-    def _close(self) -> None:
-        for file in (self._waiting_file, self._file):
-            if file is not None:
-                file.close()
 
-
-def _chunks(file: BinaryIO) -> Iterator[bytes]:
+def _chunks(file: FileIO) -> Iterator[bytes]:
     file.seek(0)
     while chunk := file.read(CHUNK):
         yield chunk
 
 
-def _line_start(file: BinaryIO, end: int) -> int:
+def _line_start(file: FileIO, end: int) -> int:
     """Where the line that ends before byte `end` begins."""
     while end > 0:
         start = max(0, end - CHUNK)

@@ -2,9 +2,9 @@
 
     run(Path("prompts.jsonl"), Path("out.jsonl"), Settings(max_new_tokens=100), "pydoc", Source())
 
-The input is read twice. The first time it is surveyed, and plans are made for a few shapes. The second time it is
-decoded in stretches: the prompts of a stretch are sorted by length and cut into batches; what is done early waits
-(`job_output`). A stretch bounds memory, and a kill loses the batch that is decoded.
+The input is read twice: surveyed, whereupon plans are made for a few shapes, and decoded in stretches. The prompts of a
+stretch are sorted by length and cut into batches; what is done early waits (`output`). A stretch bounds memory, and a
+kill loses the batch that is decoded.
 
 A record depends on its line, on that line's place among the lines, which keys the sampling, on model and settings, and,
 as far as numbers are rounded, on the batch and its plan. Plans are kept beside the output and batches follow from the
@@ -17,26 +17,23 @@ import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
-from tokenizers import Tokenizer
 
 import kvrecomp
-import models
-from experiments.support.job.runner.batches import batches, largest_plan, padded_lengths, plan_document, plan_from
-from experiments.support.job.runner.input import Line, Reader, file_hash, survey
-from experiments.support.job.runner.meter import Meter
-from experiments.support.job.runner.output import Output, Record
-from experiments.support.prompts import ENDS, PADS, pad_left, special_tokens
+from experiments.support.job.batches import batches, largest_plan, padded_lengths, plan_document, plan_from
+from experiments.support.job.decoding import Decoding, error_record, report
+from experiments.support.job.meter import Meter
+from experiments.support.job.output import Output
+from experiments.support.job.reader import Line, Reader, file_hash, survey
 from experiments.support.script import window_bytes
 from experiments.support.source import Source
-from kvrecomp.generate import TokenLoop
-from kvrecomp.plan import AUTO, Plan
+from kvrecomp.plan import AUTO, Memory, Plan
 from kvrecomp.plan.footprint import check_within
 from kvrecomp.run.limits import limits
 from kvrecomp.run.sampling import Sampling
@@ -128,8 +125,8 @@ def run(
     """
     kvrecomp.Workload(settings.batch, 1, settings.max_new_tokens)  # raises where these are none
     sampling, state = settings.sampling, _state(source)
-    kind = {"model": model_hash, "dtype": model_source.read_dtype}
-    given = {"input": file_hash(source), **kind, **dataclasses.asdict(settings)}
+    given = {"input": file_hash(source), "model": model_hash, "dtype": model_source.read_dtype}
+    given |= dataclasses.asdict(settings)
     with Output(target) as output:
         known = output.description
         if known is not None:
@@ -158,8 +155,8 @@ def run(
 
 def _state(source: Path) -> tuple[int, int]:
     """What changes when somebody writes into a file."""
-    known = source.stat()
-    return known.st_size, known.st_mtime_ns
+    stat = source.stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 # --- the description --------------------------------------------------------------------------------------------------
@@ -180,18 +177,18 @@ def describe(
     allowed = limits(budget or kvrecomp.Budget())  # no weights are there yet
     options = {"budget": kvrecomp.Budget(**allowed), "groups": None, "tail": settings.tail, "window": settings.window}
     plans: list[Plan] = []
+    weights: list[Memory] | None = None  # where the first plan has them, the others have them too
 
     def make(length: int, batch: int) -> Plan:
-        weights = [layer.weights for layer in plans[0].layers] if plans else None  # the same for all
-        plan = kvrecomp.plan_for(
-            settings.plan, shape, kvrecomp.Workload(batch, length, new), weights=weights, **options
-        )
+        workload = kvrecomp.Workload(batch, length, new)
+        plan = kvrecomp.plan_for(settings.plan, shape, workload, weights=weights, **options)
         check_within(plan, allowed)
         return plan
 
     shapes = max(1, min(SHAPES, prompts // (BATCHES_PER_SHAPE * max(1, most))))
     for length in reversed(padded_lengths(found.lengths, shapes)):  # the longest needs the most room
         plans.append(largest_plan(partial(make, length), most))
+        weights = [layer.weights for layer in plans[0].layers]
     return {
         "settings": given,
         "machine": machine(),
@@ -242,60 +239,7 @@ def _summary(output: Output, known: dict[str, Any]) -> Summary:
     return Summary(str(output.path), known["records"], known["errors"], output.written, shapes)
 
 
-# --- decoding ---------------------------------------------------------------------------------------------------------
-
-
-def error_record(line: Line, error: str) -> Record:
-    """What is written in place of a continuation."""
-    return {"id": line.id, "line": line.number, "error": error, "finish_reason": "error"}
-
-
-def report(line: Line, error: str = "") -> None:
-    """Says on standard error what is wrong with a line."""
-    print(f"line {line.number}: {error or line.error}", file=sys.stderr)
-
-
-@dataclass
-class Decoding:
-    """Decodes batches, with a decoder for each plan, made when it is first needed."""
-
-    model: models.CausalLM
-    tokenizer: Tokenizer | None
-    sampling: Sampling
-    meter: Meter
-    budget: kvrecomp.Budget | None = None
-    decoders: dict[Plan, kvrecomp.Decoder] = field(default_factory=dict)
-
-    def records(self, plan: Plan, lines: Sequence[Line]) -> list[Record]:
-        """The records of lines that are one batch, or less. Lines whose logits are NaN get errors."""
-        try:
-            return self._records(plan, lines)
-        except FloatingPointError:
-            if len(lines) > 1:
-                half = len(lines) // 2
-                return [*self.records(plan, lines[:half]), *self.records(plan, lines[half:])]
-            told = "its logits are NaN: check the weights, or use a dtype with a larger range"
-            report(lines[0], told)
-            return [error_record(lines[0], told)]
-
-    def _records(self, plan: Plan, lines: Sequence[Line]) -> list[Record]:
-        if plan not in self.decoders:
-            self.decoders[plan] = kvrecomp.Decoder(self.model, plan, budget=self.budget)
-        ends, pads = special_tokens(self.tokenizer, ENDS), special_tokens(self.tokenizer, PADS)
-        # Rows that are wanting are copies of the first: they end when it does.
-        rows = [*lines, *itertools.repeat(lines[0], plan.rows - len(lines))]
-        ids, mask = pad_left([line.ids for line in rows], plan.workload.prompt)
-        self.meter.begin(len(lines), ends)
-        loop = TokenLoop(self.decoders[plan], self.sampling, ends, (*pads, *ends, 0)[0], self.meter, progress=False)
-        result = loop.run(ids, mask, plan.workload.new, [line.index for line in rows])
-        records = []
-        for line, row, count in zip(lines, result.sequences, result.new_tokens):
-            new = row[plan.workload.prompt :][:count].tolist()
-            text = None if self.tokenizer is None else self.tokenizer.decode(new)
-            reason = "stop" if new[-1] in ends else "length"
-            records.append({"id": line.id, "prompt": line.prompt, "text": text, "tokens": new, "finish_reason": reason})
-        self.meter.prompts += len(lines)
-        return records
+# --- stretches --------------------------------------------------------------------------------------------------------
 
 
 def _stretches(reader: Reader, written: int, size: int) -> Iterator[list[Line]]:

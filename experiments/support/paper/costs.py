@@ -1,22 +1,25 @@
 """What the cost function predicts for the settings of the paper KVPR, and what was measured of them.
 
 paper = read()
-found = predict(paper, paper.table("Table 3"))
-found = measured(found, tables.read_file("experiments/results/h200_suite.json"))
-print(summary([found]))
+compared = predict(paper.table("Table 3"), "a100", paper.machine("a100"))    # takes a second a row; or, as it was kept,
+compared = kept(paper, "Table 3")
+compared = measured(compared, tables.read_file("experiments/results/h100_suite.json"))
+compared.gains("opt-6.7b", "measured", "activations")
 
 A prediction is of the step in the middle of the generation, when the prompt and half of the new tokens are cached: what
 the paper gives are averages over all steps.
 """
 
 import dataclasses
+import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from pathlib import Path
+from typing import Any, Literal
 
-from experiments.support.paper.numbers.numbers import Paper, PaperRow, PaperTable, Setting, read
-from experiments.support.results import predictions, tables
+from experiments.support.paper.numbers import Paper, PaperRow, PaperTable, Setting
+from experiments.support.results import tables
 from kvrecomp.plan import AUTO, GIB, Memory, Plan, PlanError, Workload
 from kvrecomp.plan.named import named_plan, with_host_weights
 from kvrecomp.predict import scheduler
@@ -24,223 +27,179 @@ from kvrecomp.predict.cost import mean_costs, plan_costs
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.predict.kvpr import kvpr_seconds, kvpr_split
 
+KEPT = Path(__file__).parent.parent.parent / "results" / "paper.json"  # predictions for the paper's own machines
+
 # The splits that KVPR's schedule is predicted at: evenly spaced, and at and below that of its formula, which leaves
 # attention out. With the other plans of a setting they are 16, one compilation.
 EVEN, NEAR = 8, (0.92, 0.94, 0.96, 0.98, 1.0)
 WHOLE = 64 * GIB  # a window in which each run of tokens is one block, as the paper copies them
-BASELINE = "keys_values"  # what gains that are predicted or measured are counted from
-SUMMED_UP = ("Table 3", "Table 4", "Table 5", "Figure 6 (sequences)")  # the paper's results, in the README
 
-Place = Literal["predicted", "measured"]
-PLACES: tuple[Place, ...] = get_args(Place)
+Source = Literal["paper", "predicted", "measured"]
 Times = dict[str, float]  # milliseconds a step by plan: those by name, `kvpr` at its best split, and AUTO for ours
-
-
-# --- predictions ------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Predicted:
-    """Milliseconds a step by plan; `sum` is that of BASELINE without any overlap.
-
-    `split` is the fraction of the cached tokens that KVPR's schedule recomputes at its best, `formula` the same by
-    KVPR's own formula. `ours` is the plan of AUTO, None where nothing fits in the machine's memory.
-    """
-
-    times: Times
-    split: float
-    formula: float
-    ours: Plan | None = None
+SETTING_FIELDS = [field.name for field in dataclasses.fields(Setting)]
+BASELINES: dict[Source, str] = {"paper": "baseline", "predicted": "keys_values", "measured": "keys_values"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of the paper with what was predicted for it, and what was measured, if it was."""
+    """A setting's times by source; predicted ones have `sum`, that of keys_values without any overlap.
 
-    paper: PaperRow
-    predicted: Predicted
-    measured: Times = dataclasses.field(default_factory=dict)
+    `split` is the fraction of the cached tokens that KVPR's schedule recomputes at its predicted best. `ours` says of
+    the plan of AUTO its `link_bytes` a step, and the fraction of layers with `weights_in_host`; it is None where
+    nothing fits in the machine's memory.
+    """
+
+    setting: Setting
+    times: dict[Source, Times]
+    split: float
+    ours: dict[str, Any] | None
 
 
 @dataclass(frozen=True)
-class Found:
-    """A table of the paper, recomputed for a machine, by its name and profile."""
+class Compared:
+    """A table of the paper, predicted for a machine, by its name and profile; and the `devices` that were measured."""
 
     table: PaperTable
     machine: str
     profile: HardwareProfile
     rows: tuple[Row, ...]
-    devices: tuple[str, ...] = ()  # that were measured
+    devices: tuple[str, ...] = ()
 
     @property
     def models(self) -> tuple[str, ...]:
         """Each once."""
-        return tuple(dict.fromkeys(row.paper.setting.model for row in self.rows))
+        return tuple(dict.fromkeys(row.setting.model for row in self.rows))
 
-    def of(self, model: str) -> list[Row]:
-        """The model's rows."""
-        return [row for row in self.rows if row.paper.setting.model == model]
+    def gain(self, row: Row, source: Source, plan: str) -> float | None:
+        """A plan's gain over the source's baseline in percent, None without both."""
+        times = row.times[source]
+        return self.table.gain(times.get(BASELINES[source]), times.get(plan))
 
-    def said(self, model: str) -> list[float]:
-        """The paper's gains in percent, of the rows that have both numbers."""
-        gains = [self.table.gain(row.paper.baseline, row.paper.kvpr) for row in self.of(model)]
-        return [gain for gain in gains if gain is not None]
-
-    def gains(self, model: str, place: Place, plan: str) -> list[float]:
-        """Gains of a plan over BASELINE in percent, of the rows that have both."""
-        times = [row.predicted.times if place == "predicted" else row.measured for row in self.of(model)]
-        gains = [self.table.gain(own.get(BASELINE), own.get(plan)) for own in times]
+    def gains(self, model: str, source: Source, plan: str) -> list[float]:
+        """Those of the model's rows that have both."""
+        gains = [self.gain(row, source, plan) for row in self.rows if row.setting.model == model]
         return [gain for gain in gains if gain is not None]
 
 
-def predict(
-    paper: Paper, table: PaperTable, machine: str | None = None, profile: HardwareProfile | None = None
-) -> Found:
-    """The table's rows, each predicted for the machine; default: the paper's own."""
-    profile = profile or paper.machine(table.machine)
-    rows = []
-    for row in table.rows:
-        predicted = by_name(row.setting, table.weights, profile)
-        plan, milliseconds = ours(row.setting, table.weights, profile)
-        times = predicted.times if milliseconds is None else predicted.times | {AUTO: milliseconds}
-        rows.append(Row(row, dataclasses.replace(predicted, times=times, ours=plan)))
-    return Found(table, machine or table.machine, profile, tuple(rows))
+# --- predictions ------------------------------------------------------------------------------------------------------
 
 
-def by_name(setting: Setting, weights: Memory, profile: HardwareProfile) -> Predicted:
-    """The plans by name, all of whose cache is in host memory, whether they fit or not."""
-    shape, work = setting.shape, setting.work
-    by_formula = kvpr_split(profile, shape, work) / work.prompt
+def predict(table: PaperTable, machine: str, profile: HardwareProfile) -> Compared:
+    """The table's rows, each predicted for the machine."""
+    return Compared(table, machine, profile, tuple(_predict(row, table.weights, profile) for row in table.rows))
+
+
+def _predict(row: PaperRow, weights: Memory, profile: HardwareProfile) -> Row:
+    times, split = by_name(row.setting, weights, profile)
+    plan, ours = best_plan(row.setting, weights, profile), None
+    if plan is not None:
+        times[AUTO] = 1e3 * float(mean_costs(profile, [plan]).seconds[0])
+        hosted = sum(layer.weights == "host" for layer in plan.layers) / len(plan.layers)
+        ours = {"plan": plan.name, "weights_in_host": hosted, "link_bytes": plan.link_bytes()}
+    return Row(row.setting, {"paper": row.times, "predicted": times, "measured": {}}, split, ours)
+
+
+def by_name(setting: Setting, weights: Memory, profile: HardwareProfile) -> tuple[Times, float]:
+    """Of the plans by name, all of whose cache is in host memory, whether they fit or not; and KVPR's best split."""
+    shape, workload = setting.shape, setting.middle
+    by_formula = kvpr_split(profile, shape, workload) / workload.prompt
     splits = sorted({*(step / EVEN for step in range(EVEN + 1)), *(part * by_formula for part in NEAR)})
-    named = [named_plan(name, shape, work) for name in (BASELINE, "activations")]
-    kvpr = [named_plan(f"kvpr:{split!r}", shape, work, window=WHOLE) for split in splits]
-    plans = [placed(plan, setting, 1.0 if weights == "host" else 0.0) for plan in (*named, *kvpr)]
-    costs = plan_costs(profile, plans, 0)
-    baseline, activations, *others = (1e3 * float(seconds) for seconds in costs.seconds)
-    times = {
-        "sum": 1e3 * float(costs.copying[0] + costs.computing[0]),
-        BASELINE: baseline,
-        "kvpr": min(others),
-        "activations": activations,
-    }
-    return Predicted(times, splits[others.index(times["kvpr"])], by_formula)
+    named = [named_plan(name, shape, workload) for name in ("keys_values", "activations")]
+    kvpr = [named_plan(f"kvpr:{split!r}", shape, workload, window=WHOLE) for split in splits]
+    costs = plan_costs(profile, [_in_groups(plan, setting, weights) for plan in (*named, *kvpr)], 0)
+    keys_values, activations, *at_splits = (1e3 * float(seconds) for seconds in costs.seconds)
+    best, unoverlapped = min(at_splits), 1e3 * float(costs.copying[0] + costs.computing[0])
+    times = {"sum": unoverlapped, "keys_values": keys_values, "kvpr": best, "activations": activations}
+    return times, splits[at_splits.index(best)]
 
 
-def ours(setting: Setting, weights: Memory, profile: HardwareProfile) -> tuple[Plan | None, float | None]:
-    """The scheduler's plan for the setting within the machine's memory, and its milliseconds a step; None where nothing
-    fits. Where the paper has the weights in host memory, the plan has as many there as it takes."""
-    work = Workload(setting.batch, setting.prompt, setting.new)
-    there = ["device"] * len(setting.shape.layers) if weights == "device" else None
-    try:
-        plan = scheduler.make_plan(setting.shape, work, profile, weights=there, groups=setting.groups)
-    except PlanError:
-        return None, None
-    return plan, 1e3 * float(mean_costs(profile, [plan]).seconds[0])
-
-
-def placed(plan: Plan, setting: Setting, fraction: float) -> Plan:
-    """The plan in the setting's groups, with the weights of that fraction of the layers in host memory."""
-    plan = with_host_weights(plan, fraction) if fraction else plan
+def _in_groups(plan: Plan, setting: Setting, weights: Memory) -> Plan:
+    """The plan in the setting's groups, with all of its weights in that memory."""
+    plan = with_host_weights(plan, 1.0) if weights == "host" else plan
     return dataclasses.replace(plan, groups=setting.groups, order="column" if setting.groups > 1 else "row")
+
+
+def best_plan(setting: Setting, weights: Memory, profile: HardwareProfile) -> Plan | None:
+    """The scheduler's plan for the setting within the machine's memory; None where nothing fits.
+
+    Where the paper has the weights in host memory, the plan has as many there as it takes.
+    """
+    workload = Workload(setting.batch, setting.prompt, setting.new)
+    on_device: list[Memory] = ["device"] * len(setting.shape.layers)
+    memories = on_device if weights == "device" else None
+    try:
+        return scheduler.make_plan(setting.shape, workload, profile, weights=memories, groups=setting.groups)
+    except PlanError:
+        return None
 
 
 def formula_gain(profile: HardwareProfile, table: PaperTable, setting: Setting) -> float:
     """What KVPR's formula gains over sending all keys and values at its own best split, in percent."""
-    tokens = kvpr_split(profile, setting.shape, setting.work)
-    whole, best = (kvpr_seconds(profile, setting.shape, setting.work, recomputed) for recomputed in (0, tokens))
-    gain = table.gain(whole, best)
+    best = kvpr_split(profile, setting.shape, setting.middle)
+    nothing, split = (kvpr_seconds(profile, setting.shape, setting.middle, tokens) for tokens in (0, best))
+    gain = table.gain(nothing, split)
     assert gain is not None
     return gain
+
+
+# --- predictions in a file --------------------------------------------------------------------------------------------
+
+
+def record(compared: Compared) -> dict[str, Any]:
+    """A table as JSON has it; times are milliseconds a step."""
+    rows = []
+    for row in compared.rows:
+        times = {f"{source}_ms": times for source, times in row.times.items()}
+        rows.append({**dataclasses.asdict(row.setting), **times, "split": row.split, "ours": row.ours})
+    table = {name: getattr(compared.table, name) for name in ("name", "source", "weights", "against")}
+    return {**table, "hardware": compared.profile.device, "measured_on": list(compared.devices), "rows": rows}
+
+
+def kept(paper: Paper, name: str) -> Compared:
+    """The table of that name with the predictions for the paper's own machine that are in KEPT."""
+    table, rows = paper.table(name), []
+    records = {table["name"]: table["rows"] for table in json.loads(KEPT.read_text(encoding="utf-8"))["tables"]}
+    found = {Setting(**{field: row[field] for field in SETTING_FIELDS}): row for row in records[name]}
+    for row in table.rows:
+        then = found[row.setting]
+        times: dict[Source, Times] = {"paper": row.times, "predicted": then["predicted_ms"], "measured": {}}
+        rows.append(Row(row.setting, times, then["split"], then["ours"]))
+    return Compared(table, table.machine, paper.machine(table.machine), tuple(rows))
 
 
 # --- what was measured ------------------------------------------------------------------------------------------------
 
 
-def measured(found: Found, rows: Iterable[tables.Row]) -> Found:
+def measured(compared: Compared, results: Iterable[tables.Row]) -> Compared:
     """The table with the times of these rows of results files (`tables.read_file`) that are of its settings.
 
     Of several rows of a plan the fastest counts, and the best split of KVPR's schedule.
     """
-    rows, devices, own = list(rows), [], []
-    for row in found.rows:
+    results, devices, rows = list(results), [], []
+    for row in compared.rows:
         times: Times = {}
-        for result in rows:
-            if is_of(result, row.paper.setting, found.table, found.profile.device_bytes):
+        for result in results:
+            if is_of(result, row.setting, compared):
                 plan = str(result.get("plan"))
                 plan = "kvpr" if plan.startswith("kvpr:") else plan
                 times[plan] = min(times.get(plan, math.inf), result["median_ms"])
                 devices.append(str(result.get("device")))
-        own.append(dataclasses.replace(row, measured=times))
-    return dataclasses.replace(found, rows=tuple(own), devices=tuple(dict.fromkeys(devices)))
+        rows.append(dataclasses.replace(row, times=row.times | {"measured": times}))
+    return dataclasses.replace(compared, rows=tuple(rows), devices=tuple(dict.fromkeys(devices)))
 
 
-def is_of(result: tables.Row, setting: Setting, table: PaperTable, device_bytes: float) -> bool:
-    """Whether a result is of that work. What chooses for itself, and peers, may have the weights anywhere; but what
-    chooses must have had as much device memory to choose with, within a tenth, as the machine of the table."""
-    sizes = all(result.get(name) == getattr(setting, name) for name in ("model", "batch", "prompt", "new"))
-    if result.get("plan") in (AUTO, table.peer):
-        given = result.get("device_budget") or 0.0
-        fair = result.get("plan") == table.peer or abs(given / device_bytes - 1) <= 0.1
-        return fair and sizes and (result.get("groups") or 1) == setting.groups
-    groups, order = result.get("groups") or 1, result.get("order") or "row"
-    same = groups == setting.groups and (groups == 1 or order == "column")
-    return sizes and same and (result.get("weights") or "device") == table.weights
+def is_of(result: tables.Row, setting: Setting, compared: Compared) -> bool:
+    """Whether a result is of that setting of the table.
 
-
-# --- in a few lines ---------------------------------------------------------------------------------------------------
-
-
-def summary(found: Sequence[Found]) -> list[dict[str, str]]:
-    """A line a table and model: the paper's gains, what its formula allows, and the gains predicted and measured."""
-    lines = []
-    for own in found:
-        for model in own.models:
-            most = own.table.most.get(model)
-            limits = [formula_gain(own.profile, own.table, row.paper.setting) for row in own.of(model)]
-            line = {
-                "paper": own.table.name,
-                "model": predictions.title(model),
-                "against": own.table.against,
-                "gain": own.table.gained,
-                "KVPR, paper": f"up to {most:.0f}" if most else _span(own.said(model)),
-                "its formula": _span(limits),
-            }
-            for place in PLACES:
-                for plan, name in (("kvpr", "KVPR"), ("activations", "`activations`"), (AUTO, "ours")):
-                    line[f"{name}, {place}"] = _span(own.gains(model, place, plan))
-            lines.append(line)
-    return lines
-
-
-def _span(gains: Sequence[float]) -> str:
-    """From the least to the greatest, in whole percents."""
-    if not gains:
-        return "-"
-    return predictions.between(*((str(round(end(gains))), "") for end in (min, max)))
-
-
-def markdown(rows: Sequence[tables.Row]) -> str:
-    """The summary as a table for the README, on the paper's machines, with what these results say of its settings."""
-    paper = read()
-    lines = summary([measured(predict(paper, paper.table(name)), rows) for name in SUMMED_UP])
-    shown = [key for key in lines[0] if any(line[key] != "-" for line in lines)]
-    return tables.table(lines, *((key, lambda line, key=key: line[key]) for key in shown))
-
-
-def rates(rows: Sequence[tables.Row]) -> str:
-    """The tokens a second that are predicted for the paper's machine in the setting of which these results are.
-
-    Raises ValueError where they are of none, or of several.
+    What chooses for itself, and peers, may have the weights anywhere; but what chooses must have had as much device
+    memory to choose with, within a tenth, as the machine of the table.
     """
-    paper, found = read(), []
-    for table in map(paper.table, SUMMED_UP):
-        device_bytes = paper.machine(table.machine).device_bytes
-        for row in table.rows:
-            if any(is_of(result, row.setting, table, device_bytes) for result in rows):
-                found.append(dataclasses.replace(table, rows=(row,)))
-    if len(found) != 1:
-        raise ValueError(f"the rows are of {len(found)} settings of {', '.join(SUMMED_UP)}; expected one")
-    (row,) = predict(paper, found[0]).rows
-    tokens = 1e3 * row.paper.setting.batch * row.paper.setting.groups
-    pairs, kvpr, own = (f"{tokens / row.predicted.times[plan]:.0f}" for plan in (BASELINE, "kvpr", AUTO))
-    return f"{pairs} tokens a second for keys and values, {kvpr} for KVPR's schedule and {own} for ours"
+    groups, sizes = result.get("groups") or 1, ("model", "batch", "prompt", "new")
+    if any(result.get(name) != getattr(setting, name) for name in sizes) or groups != setting.groups:
+        return False
+    if result.get("plan") == compared.table.peer:
+        return True
+    if result.get("plan") == AUTO:
+        return abs((result.get("device_budget") or 0.0) / compared.profile.device_bytes - 1) <= 0.1
+    in_order = groups == 1 or result.get("order") == "column"
+    return in_order and (result.get("weights") or "device") == compared.table.weights

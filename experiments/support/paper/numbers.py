@@ -1,14 +1,13 @@
-"""The paper KVPR: its numbers, with the place of each in the paper, from paper.json.
+"""The paper KVPR: its numbers, each with its place in the paper, from paper.json.
 
 paper = read()
-paper.table("Table 3").rows[0].kvpr  # milliseconds a step
+paper.table("Table 3").rows[0].times["kvpr"]  # milliseconds a step
 
 What the paper says of steps, seconds of decoding or tokens/s, is made milliseconds of a step of all groups together.
 """
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,7 +23,7 @@ Unit = Literal["s", "tokens/s"]
 
 @dataclass(frozen=True)
 class Setting:
-    """The work of one row of a table: `groups` batches that go through a layer together."""
+    """What a row of a table is measured on: `groups` batches that go through a layer together."""
 
     model: str
     batch: int
@@ -46,8 +45,8 @@ class Setting:
         return self.prompt + self.new // 2
 
     @property
-    def work(self) -> Workload:
-        """One group's step in the middle of the generation, as a workload of one token."""
+    def middle(self) -> Workload:
+        """One group's step in the middle of the generation, as a workload of one new token."""
         return Workload(self.batch, self.cached, 1)
 
     def milliseconds(self, value: float, unit: Unit) -> float:
@@ -57,19 +56,21 @@ class Setting:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A setting and the paper's milliseconds a step; None where it only draws them."""
+    """A setting and the paper's milliseconds a step of `baseline` and `kvpr`, none where it only draws them.
+
+    `data` is the row as it is in the file.
+    """
 
     setting: Setting
-    baseline: float | None
-    kvpr: float | None
-    data: dict[str, Any] = dataclasses.field(hash=False)
+    times: dict[str, float]
+    data: dict[str, Any]
 
 
 @dataclass(frozen=True)
 class PaperTable:
     """A table or figure, of steps.
 
-    `against` is the baseline, `peer` its name in results files. `most` has the largest gain by model in percent, where
+    `against` is the baseline, `peer` its name in results files. `most_percent` has the largest gain by model, where
     the paper says no more.
     """
 
@@ -82,13 +83,13 @@ class PaperTable:
     against: str
     rows: tuple[PaperRow, ...]
     peer: str = ""
-    most: dict[str, float] = dataclasses.field(default_factory=dict, hash=False)
+    most_percent: dict[str, float] = dataclasses.field(default_factory=dict)
 
-    def gain(self, base: float | None, other: float | None) -> float | None:
+    def gain(self, base: float | None, faster: float | None) -> float | None:
         """What is won, in percent, from milliseconds a step: time saved, or more tokens/s. None without both."""
-        if base is None or other is None:
+        if base is None or faster is None:
             return None
-        return 100 * (1 - other / base if self.unit == "s" else base / other - 1)
+        return 100 * (1 - faster / base if self.unit == "s" else base / faster - 1)
 
     @property
     def gained(self) -> str:
@@ -105,7 +106,7 @@ class Paper:
 
     def table(self, name: str) -> PaperTable:
         """The table of that name. Raises KeyError."""
-        return {own.name: own for own in self.tables}[name]
+        return {table.name: table for table in self.tables}[name]
 
     def machine(self, name: str) -> HardwareProfile:
         """The paper's machine: a data sheet, at the rates that the paper counts with where it says them."""
@@ -126,28 +127,18 @@ def records(data: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(zip(data["columns"], row, strict=True)) for row in data["rows"]]
 
 
-def read(path: str | os.PathLike = DATA) -> Paper:
-    """The paper's numbers.
-
-    Raises:
-        OSError: the file cannot be read.
-        ValueError: a table is not as expected; the message says what.
-    """
-    data = json.loads(Path(path).read_text(encoding="utf-8"))
-    try:
-        return Paper(tuple(_table(own) for own in data["tables"]), data)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path}: {type(error).__name__}: {error}; a table is to be as the others are") from error
+def read() -> Paper:
+    """The paper's numbers."""
+    data = json.loads(DATA.read_text(encoding="utf-8"))
+    return Paper(tuple(map(_table, data["tables"])), data)
 
 
-def _table(own: dict[str, Any]) -> PaperTable:
-    if own["unit"] not in ("s", "tokens/s"):
-        raise ValueError(f"{own['name']}: the unit is {own['unit']!r}; expected s or tokens/s")
+def _table(data: dict[str, Any]) -> PaperTable:
     rows = []
-    for record in records(own):
+    for record in records(data):
         setting = Setting(**{field.name: record[field.name] for field in dataclasses.fields(Setting)})
-        values = [record[name] for name in ("baseline", "kvpr")]
-        times = [None if value is None else setting.milliseconds(value, own["unit"]) for value in values]
-        rows.append(PaperRow(setting, *times, data=record))
-    given = {key: own[key] for key in ("name", "title", "source", "machine", "weights", "unit", "against")}
-    return PaperTable(**given, rows=tuple(rows), peer=own.get("peer", ""), most=own.get("most_percent", {}))
+        said = {name: record[name] for name in ("baseline", "kvpr") if record[name] is not None}
+        times = {name: setting.milliseconds(value, data["unit"]) for name, value in said.items()}
+        rows.append(PaperRow(setting, times, record))
+    fields = {key: value for key, value in data.items() if key not in ("columns", "rows")}
+    return PaperTable(**fields, rows=tuple(rows))

@@ -1,11 +1,12 @@
 """Hugging Face transformers as a peer: its `generate`, with the cache on the GPU, or offloaded to host memory.
 
 What is timed is what a caller of `generate` waits for: from one call of a stopping criterion, which `generate` asks
-once a token when the token is there, to the next, the GPU being synchronised in each. (It asks whether all rows have
-ended after each token anyway, so it never runs ahead.) Everything that `generate` does for a token is in it; loading
-kernels is not, since a short run goes before. Greedy, without padding, and with no token that ends a row.
+once a token when the token is there, to the next, the GPU being synchronised in each. (It asks after each token whether
+all rows have ended, so it never runs ahead.) Loading kernels is not in it, since a short run goes before. Greedy,
+without padding, and with no token that ends a row.
 """
 
+import functools
 import importlib.util
 import itertools
 import math
@@ -18,7 +19,7 @@ from experiments.support.peers.peer import Peer, Steps
 from kvrecomp.plan import Memory, ModelShape, Workload
 from kvrecomp.plan.footprint import prefill_bytes
 from models.config import Config
-from models.rotary import FIELDS, NEEDED, Rotary
+from models.rotary import FIELDS, NEEDED
 
 PACKAGES = ("torch", "transformers")
 # Times an offloaded cache's tensors: 96 GiB for the 40 of OPT-13B, 64 rows of 544 tokens (h100_suite.txt).
@@ -39,38 +40,37 @@ def unavailable(gpu: bool, offloaded: bool) -> str | None:
     return None
 
 
-def memory_needed(shape: ModelShape, work: Workload, offloaded: bool) -> dict[Memory, float]:
+def memory_needed(shape: ModelShape, workload: Workload, offloaded: bool) -> dict[Memory, float]:
     """An estimate: weights, cache, and a prompt's intermediate results. A layer's cache grows by being copied. Of an
     offloaded one, the next layer's is on the GPU as well, and in host memory a tensor takes a power of two, as PyTorch
     pins no other sizes, and what earlier ones had is kept."""
-    token_bytes = work.batch * (work.prompt + work.new) * shape.itemsize
+    token_bytes = workload.batch * (workload.prompt + workload.new) * shape.itemsize
     layers = [token_bytes * layer.width("keys_values") for layer in shape.layers]
-    cached, largest = sum(layers), max(layers)
-    own = shape.parameters * shape.itemsize + prefill_bytes(shape, work)
+    uncached = shape.parameters * shape.itemsize + prefill_bytes(shape, workload)
     if not offloaded:
-        return {"device": own + cached + largest, "host": 0}
+        return {"device": uncached + sum(layers) + max(layers), "host": 0}
     pinned = sum(2 * 2 ** math.ceil(math.log2(layer / 2)) for layer in layers)  # keys, and values
-    return {"device": own + 3 * largest, "host": PINNED * pinned}
+    return {"device": uncached + 3 * max(layers), "host": PINNED * pinned}
 
 
-def run(config: Config, dtype: str, works: Sequence[Workload], seed: int, offloaded: bool) -> Iterator[Steps]:
+def run(config: Config, dtype: str, workloads: Sequence[Workload], seed: int, offloaded: bool) -> Iterator[Steps]:
     """Continues random prompts by `new` tokens of each workload; see `peer.Peer`."""
     import torch
 
     model = make_model(config, dtype, seed)
-    for work in works:
+    for workload in workloads:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
-        yield _decode(model, work, offloaded)
+        yield _decode(model, workload, offloaded)
 
 
-def _decode(model: Any, work: Workload, offloaded: bool) -> Steps:
+def _decode(model: Any, workload: Workload, offloaded: bool) -> Steps:
     """One workload."""
     import torch
     import transformers
 
     gpu = torch.cuda.is_available()
-    ids = torch.randint(3, model.config.vocab_size, (work.batch, work.prompt), device=model.device)
+    ids = torch.randint(3, model.config.vocab_size, (workload.batch, workload.prompt), device=model.device)
     arrivals: list[float] = []
 
     class Clock(transformers.StoppingCriteria):
@@ -96,9 +96,9 @@ def _decode(model: Any, work: Workload, offloaded: bool) -> Steps:
         )
 
     decode(2)
-    decode(work.new)
-    if len(arrivals) != 1 + work.new:
-        raise RuntimeError(f"generate gave {len(arrivals) - 1} tokens where {work.new} were asked for")
+    decode(workload.new)
+    if len(arrivals) != 1 + workload.new:
+        raise RuntimeError(f"generate gave {len(arrivals) - 1} tokens where {workload.new} were asked for")
     prefill, *steps = [after - before for before, after in itertools.pairwise(arrivals)]
     return Steps(
         device=torch.cuda.get_device_name() if gpu else "cpu",
@@ -108,17 +108,16 @@ def _decode(model: Any, work: Workload, offloaded: bool) -> Steps:
     )
 
 
-HUGGINGFACE = Peer(
-    run=lambda *given: run(*given, offloaded=False),
-    unavailable=lambda gpu: unavailable(gpu, offloaded=False),
-    memory_needed=lambda *given: memory_needed(*given, offloaded=False),
-    link_bytes=0,
-)
-HUGGINGFACE_OFFLOADED = Peer(
-    run=lambda *given: run(*given, offloaded=True),
-    unavailable=lambda gpu: unavailable(gpu, offloaded=True),
-    memory_needed=lambda *given: memory_needed(*given, offloaded=True),
-)
+def _peer(offloaded: bool) -> Peer:
+    return Peer(
+        run=functools.partial(run, offloaded=offloaded),
+        unavailable=functools.partial(unavailable, offloaded=offloaded),
+        memory_needed=functools.partial(memory_needed, offloaded=offloaded),
+        link_bytes=None if offloaded else 0,
+    )
+
+
+HUGGINGFACE, HUGGINGFACE_OFFLOADED = _peer(offloaded=False), _peer(offloaded=True)
 
 
 # --- its models -------------------------------------------------------------------------------------------------------
@@ -141,8 +140,7 @@ def make_model(config: Config, dtype: str, seed: int) -> Any:
 def configuration(config: Config) -> Any:
     """The configuration of transformers for one of ours; `from_huggingface` is the way back.
 
-    Raises:
-        ValueError: of a family, or a variant of one, that is not written down here.
+    Raises ValueError for a family, or a variant of one, that is not written down here.
     """
     if isinstance(config, models.OPTConfig):
         return _opt(config)
@@ -174,10 +172,11 @@ def _opt(config: models.OPTConfig) -> Any:
 def _llama(config: models.LlamaConfig) -> Any:
     import transformers
 
-    # One field since transformers 5, two before.
-    new = int(transformers.__version__.partition(".")[0]) >= 5
-    theta, scaling = {"rope_theta": config.rotary.theta}, _scaling(config.rotary)
-    rotary: dict[str, Any] = {"rope_parameters": theta | scaling} if new else theta | {"rope_scaling": scaling}
+    rotary = config.rotary
+    scaling = {"rope_type": rotary.scaling, **{FIELDS[name]: getattr(rotary, name) for name in NEEDED[rotary.scaling]}}
+    rope: dict[str, Any] = {"rope_parameters": {"rope_theta": rotary.theta, **scaling}}
+    if int(transformers.__version__.partition(".")[0]) < 5:  # two fields then
+        rope = {"rope_theta": rotary.theta, "rope_scaling": scaling}
     return transformers.LlamaConfig(
         vocab_size=config.vocab,
         hidden_size=config.hidden,
@@ -189,10 +188,5 @@ def _llama(config: models.LlamaConfig) -> Any:
         max_position_embeddings=config.positions,
         rms_norm_eps=config.epsilon,
         tie_word_embeddings=config.tied,
-        **rotary,
+        **rope,
     )
-
-
-def _scaling(rotary: Rotary) -> dict[str, Any]:
-    named = {FIELDS[name]: getattr(rotary, name) for name in NEEDED[rotary.scaling]}
-    return {"rope_type": rotary.scaling, **named}

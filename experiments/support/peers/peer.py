@@ -21,10 +21,10 @@ class Steps(NamedTuple):
 class Peer:
     """Another program that decodes.
 
-    `run(config, dtype, works, seed)` makes a model of that configuration with random weights, decodes random prompts of
-    one workload after the other, and yields what each took. It raises ValueError for a configuration that the program
-    has no model for. `unavailable(gpu)` says why it cannot be run here, or is None; `gpu` is whether it has to run on
-    one. `memory_needed(shape, work)` is an estimate in bytes. `link_bytes` is what a step sends over the link, None
+    `run(config, dtype, workloads, seed)` makes a model of that configuration with random weights, decodes random
+    prompts of one workload after the other, and yields what each took; ValueError for a configuration that the program
+    has no model for. `unavailable(gpu)` says why it cannot be run here, on a GPU where `gpu`, or is None.
+    `memory_needed(shape, workload)` is an estimate in bytes. `link_bytes` is what a step sends over the link, None
     where that is not known.
     """
 

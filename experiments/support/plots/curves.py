@@ -4,12 +4,13 @@ rows = [row for row in tables.read_file("experiments/results/h200_suite.json") i
 draw_curves(points(rows), "curves.png")
 """
 
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.results import predictions, tables
 from experiments.support.results.tables import Row
 
@@ -45,31 +46,31 @@ class Point:
 def points(rows: Sequence[Row]) -> list[Point]:
     """Points of rows of experiments/suite.py or benchmark.py, by line and cached tokens.
 
-    Raises:
-        ValueError: there is no row, they are not all of one machine, model, batch and length, with weights in one
-            place and as many groups, or there are two of one line with the same cached tokens.
+    Raises ValueError where there is no row, they differ in one of OF_ALL, or two of a line have the same cached tokens.
     """
     if not rows:
         raise ValueError("there is no row to draw")
-    full = [USUAL | {name: value for name, value in row.items() if value is not None} for row in rows]
-    named = [{name: row[name] for name in (*OF_ALL, "plan", "median_ms")} for row in full]
-    found = [Point(**own, room=row.get("room"), cached=row["prompt"]) for own, row in zip(named, rows, strict=True)]
+    found = []
+    for row in rows:
+        full = USUAL | {name: value for name, value in row.items() if value is not None}
+        fields = {name: full[name] for name in (*OF_ALL, "plan", "median_ms")}
+        found.append(Point(**fields, room=row.get("room"), cached=row["prompt"]))
     for name in OF_ALL:
         if len(values := sorted({str(getattr(point, name)) for point in found})) > 1:
             raise ValueError(f"the rows have {name} {' and '.join(values)}; expected one of them: add {name}=...")
     found.sort(key=lambda point: (point.line, point.cached))
-    places = [(point.line, point.cached) for point in found]
-    if doubled := [place for place in places if places.count(place) > 1]:
-        raise ValueError(f"two rows are of {doubled[0][0]} with {doubled[0][1]} cached tokens: leave one out")
+    for one, two in itertools.pairwise(found):
+        if (one.line, one.cached) == (two.line, two.cached):
+            raise ValueError(f"two rows are of {one.line} with {one.cached} cached tokens: leave one out")
     return found
 
 
 def lines(found: Sequence[Point]) -> list[list[Point]]:
     """The points of each line, the slowest first, by what is furthest to the right."""
-    own: dict[str, list[Point]] = {}
+    by_line: dict[str, list[Point]] = {}
     for point in found:
-        own.setdefault(point.line, []).append(point)
-    return sorted(own.values(), key=lambda line: -line[-1].median_ms)
+        by_line.setdefault(point.line, []).append(point)
+    return sorted(by_line.values(), key=lambda line: -line[-1].median_ms)
 
 
 def said(found: Sequence[Point]) -> str:
@@ -84,16 +85,13 @@ def _title(point: Point) -> str:
 
 
 def draw_curves(found: Sequence[Point], path: str | os.PathLike) -> None:
-    """Writes a PNG: milliseconds of a step over cached tokens, on logarithmic scales.
-
-    Raises:
-        ModuleNotFoundError, ValueError, OSError: as `plots.check_path`.
-    """
-    plots.check_path(path)
+    """Writes a PNG: milliseconds of a step over cached tokens, on logarithmic scales. Raises as `png.check_path`."""
+    png.check_path(path)
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-    figure = plots.figure()
-    axes = figure.add_subplot()
+    figure = png.figure()
+    cached = f"cached tokens of a row, before {found[0].new} new ones"
+    axes = png.grid(figure, f"Decode steps: {_title(found[0])}", cached, "time of a step (ms)")
     axes.set_xscale("log")
     axes.set_yscale("log")
     for line in lines(found):
@@ -104,14 +102,8 @@ def draw_curves(found: Sequence[Point], path: str | os.PathLike) -> None:
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
         axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axes.set_xlabel(f"cached tokens of a row, before {found[0].new} new ones")
-    axes.set_ylabel("time of a step (ms)")
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.set_title(f"Decode steps: {_title(found[0])}", loc="left", fontsize="medium")
-    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize="small", handlelength=3.6, columnspacing=1)
-    plots.save(figure, path, predictions.digest(found))
+    figure.legend(ncols=2, handlelength=3.6, columnspacing=1, **png.LEGEND)
+    png.save(figure, path, predictions.digest(found))
 
 
 def _style(line: Sequence[Point]) -> dict[str, Any]:
@@ -120,11 +112,6 @@ def _style(line: Sequence[Point]) -> dict[str, Any]:
     kind = predictions.kind_of(plan)
     marker, colour = PEERS.get(plan) or predictions.KINDS[kind][1:]
     style = ":" if plan in PEERS else "--" if kind == "device" else "-"
-    return {
-        "color": colour,
-        "linestyle": style if len(line) > 1 else "none",
-        "marker": marker,
-        "markersize": 7.5,
-        "markeredgewidth": 1.5,
-        "markerfacecolor": colour if plan in PEERS else "white",
-    }
+    face = colour if plan in PEERS else "white"
+    marked = {"marker": marker, "markersize": 7.5, "markeredgewidth": 1.5, "markerfacecolor": face}
+    return {"color": colour, "linestyle": style if len(line) > 1 else "none", **marked}

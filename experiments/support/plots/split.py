@@ -2,19 +2,18 @@
 
 from pathlib import Path
 
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.what_if import CURVES, FRACTIONS, Measured, WhatIf, sent_fraction
 from kvrecomp.plan import format_bytes
-from kvrecomp.predict.hardware import DATASHEETS
+from kvrecomp.predict.datasheets import DATASHEETS
 
 
-def draw(found: WhatIf, path: str | Path, measured: Measured | None = None) -> None:
+def draw_split(found: WhatIf, path: str | Path, measured: Measured | None = None) -> None:
     """Writes a PNG: predicted milliseconds a step against the split, one curve per schedule, and what was measured.
 
-    Raises:
-        ModuleNotFoundError, ValueError, OSError: as `plots.check_path`.
+    Raises as `png.check_path`.
     """
-    plots.check_path(path)
+    png.check_path(path)
     plan = found.chosen.plan
     absorbed = "absorbed" if all(layer.absorbs_keys for layer in plan.shape.layers) else "V absorbed, K recomputed"
     # Colours of different lightness (Okabe and Ito's), lines and markers: any one of them tells the curves apart. What
@@ -25,26 +24,19 @@ def draw(found: WhatIf, path: str | Path, measured: Measured | None = None) -> N
         "kvpr": ("KVPR's schedule", "#8c2d04", (0, (5, 1.5)), 1.8, "^", 8),
         "kvpr_formula": ("KVPR's formula, attention alone", "#606060", "--", 1.2, "D", 6),
     }
-    figure = plots.figure()
-    axes = figure.add_subplot()
+    sheet = " by its data sheet" if found.profile.source in {sheet.source for sheet in DATASHEETS.values()} else ""
+    machine = f"{found.profile.device}{sheet}, {format_bytes(found.budget.device or 0)} of device memory"
+    title = f"Predicted step: {plan.shape.name}, {plan.workload}\n{machine}"
+    figure = png.figure()
+    axes = png.grid(figure, title, "split: fraction of the prompt's tokens sent as activations", "step time (ms)")
     for name in CURVES:
         label, colour, line, width, marker, size = styles[name]
         times = [1e3 * seconds for seconds in found.curves[name]]
         least = min(range(len(times)), key=times.__getitem__)
-        axes.plot(
-            FRACTIONS,
-            times,
-            color=colour,
-            linestyle=line,
-            linewidth=width,
-            marker=marker,
-            markevery=[least],
-            markersize=size,
-            markeredgecolor="white",
-            clip_on=False,
-            zorder=3,
-            label=f"{label}: {_short(times[least])} ms at {FRACTIONS[least]:.2f}",
-        )
+        label = f"{label}: {_short(times[least])} ms at {FRACTIONS[least]:.2f}"
+        marked = {"marker": marker, "markevery": [least], "markersize": size, "markeredgecolor": "white"}
+        style = {"color": colour, "linestyle": line, "linewidth": width, **marked}
+        axes.plot(FRACTIONS, times, label=label, clip_on=False, zorder=3, **style)
     chosen = 1e3 * found.chosen.seconds
     label = f"chosen plan: {_short(chosen)} ms"
     axes.axhline(chosen, color="black", linestyle=":", linewidth=2, zorder=2, label=label)
@@ -55,16 +47,8 @@ def draw(found: WhatIf, path: str | Path, measured: Measured | None = None) -> N
         axes.plot(*zip(*crosses), "x", color="black", ms=9, mew=2, clip_on=False, zorder=4, label=label)
     axes.set_xlim(-0.015, 1.015)
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("split: fraction of the prompt's tokens sent as activations")
-    axes.set_ylabel("step time (ms)")
-    axes.grid(color="0.9")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    sheet = " by its data sheet" if found.profile.source in {own.source for own in DATASHEETS.values()} else ""
-    machine = f"{found.profile.device}{sheet}, {format_bytes(found.budget.device or 0)} of device memory"
-    axes.set_title(f"Predicted step: {plan.shape.name}, {plan.workload}\n{machine}", loc="left", fontsize="medium")
-    figure.legend(loc="outside lower left", ncols=2, frameon=False, fontsize="small", handlelength=3.6, columnspacing=1)
-    plots.save(figure, path)
+    figure.legend(ncols=2, handlelength=3.6, columnspacing=1, **png.LEGEND)
+    png.save(figure, path)
 
 
 def _short(milliseconds: float) -> str:

@@ -1,6 +1,6 @@
 """Predicted, chosen and measured: what single steps say of the cost function and of the scheduler.
 
-rows = tables.predicted(tables.read_file("experiments/results/h200_sweep_batch32.json"))
+rows = tables.predicted(tables.read_file("experiments/results/h200_sweep.json"))
 print(accuracy(rows))
 draw_predictions(rows, "predictions.png")
 """
@@ -11,10 +11,10 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -89,30 +89,28 @@ def distinct(rows: Sequence[Measured]) -> list[Measured]:
 
 def choices(rows: Sequence[Measured]) -> list[Choice]:
     """The scheduler's plans that have a rival."""
+    by_hand: dict[Any, list[Measured]] = {}
+    for row in rows:
+        if not row.chosen:
+            by_hand.setdefault(row.workload, []).append(row)
     found = []
-    for own in rows:
-        rivals = [row for row in rows if own.chosen and not row.chosen and row.workload == own.workload]
-        if rivals:
-            found.append(Choice(own, min(rivals, key=lambda row: row.median_ms), len(rivals)))
+    for row in rows:
+        rivals = by_hand.get(row.workload, [])
+        if row.chosen and rivals:
+            found.append(Choice(row, min(rivals, key=lambda rival: rival.median_ms), len(rivals)))
     return found
 
 
 # --- what is said -----------------------------------------------------------------------------------------------------
 
 
-def within(rows: Sequence[Measured], fraction: float) -> int:
-    """How many predictions are at most so far off."""
-    return sum(abs(row.off) <= fraction for row in rows)
-
-
 def accuracy(rows: Sequence[Measured]) -> str:
     """How far predictions are off, in a sentence without its full stop."""
-    rows = distinct(rows)
-    if not rows:
+    off = [row.off for row in distinct(rows)]
+    if not off:
         raise ValueError("there is no prediction")
-    near, good = within(rows, 0.05), within(rows, 0.1)
-    ends = between(*(percent(extreme(row.off for row in rows)) for extreme in (min, max)))
-    return f"{near} of {len(rows)} predictions are within 5 %, {good} within 10 % ({ends})"
+    near, good = (sum(abs(fraction) <= margin for fraction in off) for margin in (0.05, 0.1))
+    return f"{near} of {len(off)} predictions are within 5 %, {good} within 10 % ({ends(off, percent)})"
 
 
 def percent(off: float) -> tuple[str, str]:
@@ -121,10 +119,15 @@ def percent(off: float) -> tuple[str, str]:
     return str(abs(rounded)), "% short" if rounded < 0 else "% over"
 
 
+def ends(values: Sequence[Any], amount: Callable[[Any], tuple[str, str]]) -> str:
+    """From the least to the greatest, as `between` has it; `amount` gives a value and its unit in text."""
+    return between(amount(min(values)), amount(max(values)))
+
+
 def between(low: tuple[str, str], high: tuple[str, str]) -> str:
     """From one amount to another: 4 to 15 % short, 15 % short to 6 % over, 9.7 ms."""
     if low[1] != high[1]:
-        return " to ".join(" ".join(each) for each in (low, high))
+        return " to ".join(" ".join(amount) for amount in (low, high))
     return f"{' to '.join(sorted({low[0], high[0]}, key=float))} {low[1]}".strip()
 
 
@@ -134,7 +137,7 @@ def regret(rows: Sequence[Measured]) -> str:
     if not found:
         raise ValueError("no plan was chosen: measure with --rooms")
     near, good = (sum(choice.ratio <= 1 + margin for choice in found) for margin in (0.03, 0.05))
-    rivals = between(*((str(extreme(choice.rivals for choice in found)), "") for extreme in (min, max)))
+    rivals = ends([choice.rivals for choice in found], lambda count: (str(count), ""))
     worst = max(found, key=lambda choice: choice.ratio)
     of_worst = f"{described(worst.chosen)}, room for {worst.chosen.room:g} %"
     return (
@@ -166,25 +169,24 @@ def title(model: str) -> str:
 def draw_predictions(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     """Writes a PNG: how far every prediction is off, over the measured time of the step.
 
-    Raises:
-        ValueError: there is no row; or as `plots.check_path`, as are ModuleNotFoundError and OSError.
+    Raises ValueError where there is no row, and what `png.check_path` does.
     """
-    plots.check_path(path)
+    png.check_path(path)
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     said, points = accuracy(rows), distinct(rows)
     models = ", ".join(dict.fromkeys(model_of(row) for row in points))
     batches = ", ".join(map(str, sorted({row.batch for row in points})))
-    figure = plots.figure()
+    figure = png.figure()
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     _bands(axes.axhspan, axes.axhline)
     for kind, (label, marker, colour) in KINDS.items():
-        own = [row for row in points if kind_of(row.plan) == kind]
-        if own:
-            names = {row.plan for row in own}
+        of_kind = [row for row in points if kind_of(row.plan) == kind]
+        if of_kind:
+            names = {row.plan for row in of_kind}
             label = names.pop() if len(names) == 1 else label
-            xs, ys = [row.median_ms for row in own], [100 * row.off for row in own]
+            xs, ys = [row.median_ms for row in of_kind], [100 * row.off for row in of_kind]
             _points(axes, xs, ys, marker, colour, label, size=8 if len(points) <= 100 else 6)
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -196,33 +198,32 @@ def draw_predictions(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     axes.set_ylabel("predicted over measured time, less 1 (%)")
     figure.suptitle(f"Predicted steps: {models}, batch {batches}\n{said}", **_TITLE)
     figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize="small", columnspacing=1.5)
-    plots.save(figure, path, digest(rows))
+    png.save(figure, path, digest(rows))
 
 
 def draw_choices(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     """Writes a PNG: for every workload and room, how much longer the chosen plan takes than the best one by hand.
 
-    Raises:
-        ValueError: no plan was chosen; or as `plots.check_path`, as are ModuleNotFoundError and OSError.
+    Raises ValueError where no plan was chosen, and what `png.check_path` does.
     """
-    plots.check_path(path)
+    png.check_path(path)
     from matplotlib.ticker import MaxNLocator
 
     said = textwrap.fill(regret(rows).partition(";")[0], WIDTH_OF_A_TITLE)
     found = choices(rows)
     names = list(dict.fromkeys(described(choice.chosen) for choice in found))
     rooms = sorted({choice.chosen.room or 0.0 for choice in found})
-    figure = plots.figure()
+    figure = png.figure()
     figure.set_figheight(1.8 + 0.3 * len(names))
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     _bands(axes.axvspan, axes.axvline)
     axes.hlines([index - 0.5 for index in range(1, len(names))], 0, 1, "white", transform=axes.get_yaxis_transform())
     for index, room in enumerate(rooms):
-        own = [choice for choice in found if choice.chosen.room == room]
+        in_room = [choice for choice in found if choice.chosen.room == room]
         aside = 0.6 * ((index + 0.5) / len(rooms) - 0.5)  # rooms of one workload lie one below the other
-        xs = [100 * (choice.ratio - 1) for choice in own]
-        ys = [names.index(described(choice.chosen)) + aside for choice in own]
+        xs = [100 * (choice.ratio - 1) for choice in in_room]
+        ys = [names.index(described(choice.chosen)) + aside for choice in in_room]
         _points(axes, xs, ys, *ROOMS[index % len(ROOMS)], f"room for {room:g} %", size=6)
     axes.set_yticks(range(len(names)), names, fontsize="small")
     axes.set_ylim(len(names) - 0.5, -0.5)
@@ -232,7 +233,7 @@ def draw_choices(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     axes.set_xlabel("time of the chosen plan over the best by hand, less 1 (%)")
     figure.suptitle(f"Chosen plans, by the keys and values that the device may hold\n{said}", **_TITLE)
     figure.legend(loc="outside lower left", ncols=len(rooms), frameon=False, fontsize="small")
-    plots.save(figure, path, digest(rows))
+    png.save(figure, path, digest(rows))
 
 
 def kind_of(plan: str) -> str:

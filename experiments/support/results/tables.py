@@ -7,6 +7,7 @@ print(span("median_ms", rows))    # 9.7 to 309.9 ms
 
 import dataclasses
 import fnmatch
+import functools
 import json
 import math
 import os
@@ -19,14 +20,23 @@ from typing import Any
 from experiments.support.results import predictions
 
 Row = dict[str, Any]  # a row of a results file, with what the file says of all its rows, and `file` and `off`
-Column = tuple[str, Callable[[Row], str]]  # a heading, and a row's cell
+Column = tuple[str, Callable[[Any], str]]  # a heading, and a row's cell
 
-HEADINGS = {"room": "room %"}
 NOTES = {  # what the name of a plan does not say
     "device": "all on the GPU",
     "kvpr:*": "KVPR's schedule",
     "huggingface": "its cache on the GPU",
     "huggingface_offloaded": "its cache in host memory",
+}
+
+OVERVIEW = {  # headings, by plan or peer
+    "huggingface_offloaded": "Hugging Face, offloaded",
+    "keys_values": "`keys_values`",
+    "kvpr:*": "KVPR's schedule",
+    "activations": "`activations`",
+    "auto": "`auto` (room)",
+    "huggingface": "Hugging Face, on the GPU",
+    "device": "all on the GPU",
 }
 
 
@@ -86,7 +96,7 @@ def span(field: str, rows: Sequence[Row]) -> str:
         raise ValueError(f"no row of {listed({row['file'] for row in rows})} says {field}")
     if any(isinstance(value, str) for value in values):
         return listed(dict.fromkeys(word(field, value) for value in values))
-    return predictions.between(amount(field, min(values)), amount(field, max(values)))
+    return predictions.ends(values, functools.partial(amount, field))
 
 
 def word(field: str, value: Any) -> str:
@@ -121,13 +131,13 @@ def machine(rows: Sequence[Row]) -> str:
     text = f"{span('device', rows)}, driver {span('driver', rows)}, jax {span('jax', rows)}."
     if any(row.get("copy_gbps") for row in rows):
         text += f" Copies of whole blocks alone ran at {span('copy_gbps', rows)}."
-    scripts: dict[str, dict[str, dict[str, None]]] = {}  # of each its files, of each its commits
+    commits: dict[str, dict[str, dict[str, None]]] = {}  # of each script its files, and of each file its commits
     for row in rows:
-        files = scripts.setdefault(script(row["command"]), {})
+        files = commits.setdefault(script(row["command"]), {})
         files.setdefault(word("file", row["file"]), {})[word("commit", row["commit"])] = None
     made = []
-    for name, files in scripts.items():
-        sources = [f"{file} at {listed(commits)}" for file, commits in files.items()]
+    for name, files in commits.items():
+        sources = [f"{file} at {listed(of_file)}" for file, of_file in files.items()]
         made.append(f"`{name}` ({'; '.join(sources)})")
     return f"{text} Measured by {listed(made)}."
 
@@ -135,24 +145,14 @@ def machine(rows: Sequence[Row]) -> str:
 def script(command: str) -> str:
     """The program that a command runs."""
     words = shlex.split(command)
-    return next((each for each in words if each.endswith(".py")), words[0])
-
-
-def accuracy(rows: Sequence[Row]) -> str:
-    """How many predictions are within 5 and 10 %."""
-    return predictions.accuracy(predicted(rows))
-
-
-def choices(rows: Sequence[Row]) -> str:
-    """How far the scheduler's choices are from the best plans by hand."""
-    return predictions.regret(predicted(rows))
+    return next((argument for argument in words if argument.endswith(".py")), words[0])
 
 
 def predicted(rows: Sequence[Row]) -> list[predictions.Measured]:
     """The rows that have a prediction; those of experiments/benchmark.py know of no room."""
     fields = [field.name for field in dataclasses.fields(predictions.Measured)]
-    own: list[Row] = [{"room": None} | row for row in rows if row["off"] is not None]
-    return [predictions.Measured(**{name: row[name] for name in fields if name in row}) for row in own]
+    full: list[Row] = [{"room": None} | row for row in rows if row["off"] is not None]
+    return [predictions.Measured(**{name: row[name] for name in fields if name in row}) for row in full]
 
 
 # --- tables -----------------------------------------------------------------------------------------------------------
@@ -168,10 +168,10 @@ def benchmark(rows: Sequence[Row]) -> str:
     for row in rows:
         workloads.setdefault(_workload(row), []).append(row)
     ordered, best = [], set()
-    for own in workloads.values():
-        own.sort(key=lambda row: -row["median_ms"])
-        ordered += own
-        sending = [row for row in own if row["link_bytes"] != 0]
+    for of_workload in workloads.values():
+        of_workload.sort(key=lambda row: -row["median_ms"])
+        ordered += of_workload
+        sending = [row for row in of_workload if row["link_bytes"] != 0]
         best |= {id(row) for row in sending[-1:] if len(sending) > 1}
     return table(
         ordered,
@@ -186,10 +186,26 @@ def benchmark(rows: Sequence[Row]) -> str:
     )
 
 
+def overview(rows: Sequence[Row]) -> str:
+    """A row for each workload of one group, its plans beside each other, in ms a step; of auto with its room."""
+    workloads: dict[Any, dict[str, str]] = {}
+    for row in rows:
+        workload = predictions.title(row["model"]), f"{row['batch']} x {row['prompt']}"
+        heading = next(heading for plan, heading in OVERVIEW.items() if fnmatch.fnmatchcase(row["plan"], plan))
+        room = "" if row.get("room") is None else f" ({row['room']:g} %)"
+        workloads.setdefault(workload, {})[heading] = f"{row['median_ms']:.1f}{room}"
+    return table(
+        list(workloads.items()),
+        ("model", lambda item: item[0][0]),
+        ("rows x prompt", lambda item: item[0][1]),
+        *((heading, lambda item, heading=heading: item[1].get(heading, "-")) for heading in OVERVIEW.values()),
+    )
+
+
 def _workload(row: Row) -> tuple[Any, ...]:
     """What must be the same in rows whose times are compared."""
     sizes = [row[field] for field in ("model", "batch", "prompt", "new")]
-    return (*sizes, row.get("weights") or "device", row.get("groups") or 1, row.get("room"))  # of other programs None
+    return (*sizes, row.get("weights") or "device", row.get("groups") or 1, row.get("room"))  # None: of other programs
 
 
 def sweep(rows: Sequence[Row]) -> str:
@@ -220,14 +236,15 @@ def _unusual(rows: Sequence[Row]) -> list[Column]:
     """Columns of what is not as usual in any row, or not the same in all."""
     usual = {"new": rows[0].get("new"), "weights": "device", "groups": 1, "order": "row", "room": None}
     shown = [field for field in usual if any(row.get(field) not in (None, usual[field]) for row in rows)]
-    return [(HEADINGS.get(field, field), lambda row, field=field: _plain(row.get(field))) for field in shown]
+    return [("room %" if field == "room" else field, functools.partial(_plain, field)) for field in shown]
 
 
-def _plain(value: Any) -> str:
+def _plain(field: str, row: Row) -> str:
+    value = row.get(field)
     return "-" if value is None else f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def table(rows: Sequence[Row], *columns: Column) -> str:
+def table(rows: Sequence[Any], *columns: Column) -> str:
     """In Markdown, as GitHub has it."""
     lines = [[heading for heading, _ in columns], *([cell(row) for _, cell in columns] for row in rows)]
     heading, *body = [f"| {' | '.join(line)} |" for line in lines]

@@ -6,7 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from experiments.support.peers.registry import PEERS
+from experiments.support.peers import PEERS
 from experiments.support.results.report import output, run_info, versions
 from kvrecomp.plan import MIB, Budget, Memory
 from kvrecomp.run.limits import MARGIN, limits
@@ -15,7 +15,7 @@ from kvrecomp.run.limits import MARGIN, limits
 @dataclass(frozen=True)
 class Machine:
     """`about` is what a results file says of it; `allowed` are the bytes that a plan may use, `peers_allowed` a peer,
-    which may have all of the device; `unavailable` says of peers that cannot be run here why."""
+    which may have all of the device; `unavailable` says why peers cannot be run here."""
 
     about: dict[str, Any]
     allowed: dict[Memory, float]

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.support.suite.workloads import Task
+from experiments.support.suite.tasks import Task
 from kvrecomp.files import write_json
 
 SAME = ("device", "driver", "jax", "versions")  # all rows of a file have these in common
@@ -19,9 +19,7 @@ Key = tuple[str, str, float | None]  # workload, plan and room
 class Results:
     """Rows by workload, plan and room; `about` is what the file says of this machine, its software and the commit.
 
-    Raises:
-        OSError: the file cannot be read or written.
-        ValueError: it is another file, or was measured elsewhere.
+    Raises ValueError where the file is another script's, or was measured elsewhere, and OSError.
     """
 
     def __init__(self, path: str | os.PathLike, about: Mapping[str, Any]):
@@ -57,13 +55,13 @@ class Results:
 
     def row(self, task: Task) -> dict[str, Any] | None:
         """The task's row, if it was measured by the same command at the same commit."""
-        row = self._rows.get(_key_of(task))
+        row = self._rows.get(task.key)
         same = row is not None and (row["command"], row["commit"]) == (task.command, self.about["commit"])
         return row if same else None
 
     def noted(self, kind: str, task: Task) -> str:
         """Why the task was `skipped`, or how it `failed`, when it was last tried; nothing where it was not."""
-        return self._notes[kind].get(_key_of(task), {}).get("reason", "")
+        return self._notes[kind].get(task.key, {}).get("reason", "")
 
     def take(self, tasks: Sequence[Task], document: Mapping[str, Any], seconds: float) -> dict[Task, dict[str, Any]]:
         """Keeps and returns the rows that a process has measured of these tasks, from the document that it wrote.
@@ -75,11 +73,10 @@ class Results:
         found = {task: row for task in tasks if (row := measured.get((task.asked, task.case.batch, task.case.prompt)))}
         new = {}
         for task, row in found.items():
-            named = {"workload": task.case.name, "room": task.room} | row | rate
             about = {"seconds": round(seconds / len(found), 1), "commit": self.about["commit"], "command": task.command}
-            new[task] = named | about
+            new[task] = {"workload": task.case.name, "room": task.room} | row | rate | about
             self._forget(task)
-            self._rows[_key_of(task)] = new[task]
+            self._rows[task.key] = new[task]
         if new:
             self.write()
         return new
@@ -88,12 +85,12 @@ class Results:
         """Keeps why a task was `skipped`, or how it `failed`."""
         self._forget(task)
         about = {"workload": task.case.name, "plan": task.plan, "room": task.room, "reason": reason}
-        self._notes[kind][_key_of(task)] = about
+        self._notes[kind][task.key] = about
         self.write()
 
     def _forget(self, task: Task) -> None:
         for notes in self._notes.values():
-            notes.pop(_key_of(task), None)
+            notes.pop(task.key, None)
 
     def document(self) -> dict[str, Any]:
         """What is in the file; the rate of copies is the median of the processes that measured it."""
@@ -112,7 +109,3 @@ class Results:
 
 def _key(row: Mapping[str, Any]) -> Key:
     return row["workload"], row["plan"], row["room"]
-
-
-def _key_of(task: Task) -> Key:
-    return task.case.name, task.plan, task.room

@@ -14,10 +14,10 @@ A row of experiments/trace.py has beside the usual fields
 
 import dataclasses
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from experiments.support.plots import figure as plots
+from experiments.support.plots import png
 from experiments.support.results import predictions
 
 if TYPE_CHECKING:
@@ -76,18 +76,14 @@ def _described(row: Timeline) -> str:
 
 
 def draw(rows: Sequence[Timeline], path: str | os.PathLike) -> None:
-    """Writes a PNG: a panel for every row, all on one time axis.
-
-    Raises:
-        ValueError: there is no row; or as `plots.check_path`, as are ModuleNotFoundError and OSError.
-    """
-    plots.check_path(path)
+    """Writes a PNG: a panel for every row, all on one time axis. Raises ValueError without rows, or as `check_path`."""
+    png.check_path(path)
     if not rows:
         raise ValueError("there is no step to draw")
     from matplotlib.patches import Patch
 
     lanes = [lane for lane in LANES if any(bar[0] == lane for row in rows for bar in row.spans)]
-    figure = plots.figure()
+    figure = png.figure()
     figure.set_figheight(1.05 + (0.55 + 0.33 * len(lanes)) * len(rows))
     panels = figure.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
     longest = max(row.traced_ms for row in rows)
@@ -103,8 +99,8 @@ def draw(rows: Sequence[Timeline], path: str | os.PathLike) -> None:
         for key, (label, face, hatch) in STYLES.items()
         if key in drawn
     ]
-    figure.legend(handles=patches, loc="outside lower left", ncols=4, frameon=False, fontsize="small")
-    plots.save(figure, path, predictions.digest(rows))
+    figure.legend(handles=patches, ncols=4, **png.LEGEND)
+    png.save(figure, path, predictions.digest(rows))
 
 
 def _style(layer: int | None) -> int | None:
@@ -122,18 +118,12 @@ def _panel(axes: "Axes", row: Timeline, lanes: Sequence[str], longest: float) ->
     axes.axvline(row.traced_ms, color="0.4", linewidth=1, linestyle="--", zorder=1)
     for number, lane in enumerate(lanes):
         for key, (_, face, hatch) in STYLES.items():
-            own = [bar for bar in row.spans if bar[0] == lane and _style(bar[1]) == key]
-            if own:
-                places = [(start, length) for _, _, start, length in own]
+            bars = [bar for bar in row.spans if bar[0] == lane and _style(bar[1]) == key]
+            if bars:
+                extents = [(start, length) for _, _, start, length in bars]
                 edge = "0.4" if hatch else face
-                axes.broken_barh(places, (number - 0.4, 0.8), color=face, edgecolor=edge, hatch=hatch, linewidth=0.5)
-            if key in (0, 1):
-                _numbers(axes, own, number, longest, "white" if key == 0 else "black")
-
-
-def _numbers(axes: "Axes", bars: Iterable[Bar], lane: int, longest: float, colour: str) -> None:
-    """Layers' numbers in the bars that are wide enough."""
-    for _, layer, start, length in bars:
-        if length > NUMBER_WIDTH * longest:
-            middle = start + length / 2
-            axes.text(middle, lane, str(layer), color=colour, ha="center", va="center_baseline", fontsize=6)
+                axes.broken_barh(extents, (number - 0.4, 0.8), color=face, edgecolor=edge, hatch=hatch, linewidth=0.5)
+            for _, layer, start, length in bars:
+                if key in (0, 1) and length > NUMBER_WIDTH * longest:
+                    placed: dict[str, Any] = {"ha": "center", "va": "center_baseline", "fontsize": 6}
+                    axes.text(start + length / 2, number, str(layer), color="white" if key == 0 else "black", **placed)

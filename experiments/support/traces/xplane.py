@@ -15,12 +15,10 @@ import dataclasses
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
-
-from jax.profiler import ProfileData
+from typing import Any, Literal, get_args
 
 Kind = Literal["to_device", "to_host", "compute"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+KINDS = get_args(Kind)
 
 GPU = "/device:GPU:0"
 COPIES: dict[str, Kind] = {"MemcpyH2D": "to_device", "MemcpyD2H": "to_host"}
@@ -28,7 +26,7 @@ NO_WORK = ("MemoryAlloc", "MemoryFree", "MemoryResidency")  # events of streams 
 OUTSIDE = -1  # the layer of what is in none: embedding, unembedding
 
 INSTRUCTION = re.compile(r"\s+(?:ROOT )?%(\S+) = .*? ([a-z][a-z\-]*)\((.*?)\)")  # name, kind, operands
-LAYER = re.compile(r'op_name="[^"]*\blayer_(\d+)/')  # kvrecomp.run.forward.decode_step names the scopes
+LAYER = re.compile(r'op_name="[^"]*\blayer_(\d+)/')  # kvrecomp.run.step.decode_step names the scopes
 
 
 @dataclass(frozen=True)
@@ -79,11 +77,10 @@ def layers_of(text: str) -> dict[str, int]:
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def read_spans(profile: ProfileData, layers: Mapping[str, int]) -> list[Span]:
-    """What the first GPU did, by its start; seconds from the first start.
+def read_spans(profile: Any, layers: Mapping[str, int]) -> list[Span]:
+    """What the first GPU did in a `jax.profiler.ProfileData`, by its start; seconds from the first start.
 
-    Raises:
-        ValueError: the trace has no GPU, or nothing ran on it.
+    Raises ValueError where the trace has no GPU, or nothing ran on it.
     """
     planes = {plane.name: plane for plane in profile.planes}
     if GPU not in planes:
@@ -112,30 +109,28 @@ def last_step(spans: Sequence[Span], steps: int) -> tuple[list[Span], float]:
 
     Of each kind and name it has the last ones, as many as a step has: the copies that a step begins with start in any
     order. What did not run as often in every step is left out; of what began under the step before, that part is cut.
-
-    Raises:
-        ValueError: nothing ran that often, or the last step does not end last.
+    Raises ValueError where nothing ran that often, or the last step does not end last.
     """
-    of_a_name: dict[tuple[Kind, str], list[Span]] = {}
+    by_name: dict[tuple[Kind, str], list[Span]] = {}
     for span in sorted(spans, key=lambda span: span.start):
-        of_a_name.setdefault((span.kind, span.name), []).append(span)
+        by_name.setdefault((span.kind, span.name), []).append(span)
     before: list[Span] = []
-    own: list[Span] = []
-    for named in of_a_name.values():
+    last: list[Span] = []
+    for named in by_name.values():
         if len(named) % steps == 0:
             first = len(named) - len(named) // steps
             before += named[:first]
-            own += named[first:]
-    own.sort(key=lambda span: (span.start, span.end))
+            last += named[first:]
     zero = max((span.end for span in before), default=0.0)
-    if not own or zero >= max(span.end for span in own):
+    end = max((span.end for span in last), default=0.0)
+    if end <= zero:
         raise ValueError(f"nothing in the trace ran {steps} times, so its {steps} steps cannot be told apart")
-    cut = [
-        dataclasses.replace(span, start=max(span.start, zero) - zero, seconds=span.end - max(span.start, zero))
-        for span in own
-        if span.end > zero
-    ]
-    return cut, max(span.end for span in own) - zero
+    cut = []
+    for span in sorted(last, key=lambda span: (span.start, span.end)):
+        if span.end > zero:
+            start = max(span.start, zero)
+            cut.append(dataclasses.replace(span, start=start - zero, seconds=span.end - start))
+    return cut, end - zero
 
 
 # --- what is said of spans --------------------------------------------------------------------------------------------
@@ -152,9 +147,9 @@ def busy_seconds(spans: Iterable[Span], *kinds: Kind) -> float:
 
 def unknown_share(spans: Iterable[Span]) -> float:
     """The part of the seconds of compute of which no layer is known."""
-    computed = [span for span in spans if span.kind == "compute"]
-    total = sum(span.seconds for span in computed)
-    return sum(span.seconds for span in computed if span.layer is None) / total if total else 0.0
+    computed = [(span.layer, span.seconds) for span in spans if span.kind == "compute"]
+    total = sum(seconds for _, seconds in computed)
+    return sum(seconds for layer, seconds in computed if layer is None) / total if total else 0.0
 
 
 def merged(spans: Iterable[Span], gap: float) -> list[Span]:

@@ -5,12 +5,12 @@ import fcntl
 
 import pytest
 
-from experiments.support.suite import turns
+from experiments.support.suite import machine_lock
 
 
 def would_wait(kind: int) -> bool:
     """Whether another process would, which has opened the file for itself as this does."""
-    with turns.lock_path().open("w") as file:
+    with machine_lock.lock_path().open("w") as file:
         try:
             fcntl.flock(file, kind | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -20,7 +20,7 @@ def would_wait(kind: int) -> bool:
 
 @pytest.mark.parametrize(
     ("turn", "preparing_waits", "measuring_waits"),
-    [(turns.measuring, True, True), (turns.preparing, False, True), (contextlib.nullcontext, False, False)],
+    [(machine_lock.exclusive, True, True), (machine_lock.shared, False, True), (contextlib.nullcontext, False, False)],
 )
 def test_who_waits(turn, preparing_waits, measuring_waits):
     with turn():
@@ -29,6 +29,6 @@ def test_who_waits(turn, preparing_waits, measuring_waits):
 
 
 def test_a_turn_ends_with_an_error():
-    with pytest.raises(RuntimeError), turns.measuring():
+    with pytest.raises(RuntimeError), machine_lock.exclusive():
         raise RuntimeError("out of memory")
     assert not would_wait(fcntl.LOCK_EX)

@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 import toy
-from experiments.support.job.runner.batches import batches, largest_plan, padded_lengths, plan_document, plan_from
 
 import kvrecomp
+from experiments.support.job.batches import batches, largest_plan, padded_lengths, plan_document, plan_from
 from kvrecomp.plan import PlanError, Workload
 
 SHAPE = toy.model().shape
@@ -30,8 +30,8 @@ def test_lengths_are_those_with_the_least_padding(most, seed):
     there = sorted(set(lengths))
     assert levels == sorted(set(levels)) and len(levels) == min(most, len(there)) and levels[-1] == max(lengths)
     if most < 5:
-        sets = itertools.combinations(there[:-1], min(most, len(there)) - 1)
-        assert padding(lengths, levels) == min(padding(lengths, [*own, there[-1]]) for own in sets)
+        subsets = itertools.combinations(there[:-1], min(most, len(there)) - 1)
+        assert padding(lengths, levels) == min(padding(lengths, [*subset, there[-1]]) for subset in subsets)
     else:
         assert padding(lengths, levels) == 0 or len(there) > most
 

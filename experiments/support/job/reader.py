@@ -157,13 +157,10 @@ class Survey:
 
 
 def survey(reader: Reader, report: Callable[[Line], None]) -> Survey:
-    """Reads all lines, and reports those with errors.
-
-    Raises:
-        ValueError: two lines have the same id.
-        OSError: the file cannot be read.
-    """
-    names, records, errors, lengths = _Names(), 0, 0, Counter()
+    """Reads all lines, and reports those with errors. Raises ValueError where two have the same id, and OSError."""
+    records, errors, lengths = 0, 0, Counter[int]()
+    numbers: dict[bytes, int] = {}  # of the line that an id, kept as its hash, was last seen in
+    doubled = ""
     for line in reader.lines():
         records += 1
         if line.error:
@@ -172,38 +169,13 @@ def survey(reader: Reader, report: Callable[[Line], None]) -> Survey:
         else:
             lengths[len(line.ids)] += 1
         if line.id is not None:
-            names.add(line.id, line.number)
-    if doubled := names.first_doubled():
-        one, other = doubled
-        name = next(_short(line.id) for line in reader.lines() if line.number == other)
-        raise ValueError(
-            f"{reader.path}: lines {one} and {other} have the same id, {name} (a line without an id has its number): "
-            "give every line its own"
-        )
+            name = hashlib.blake2b(json.dumps(line.id).encode(), digest_size=16).digest()  # 1 is not "1"
+            if name in numbers and not doubled:
+                doubled = f"lines {numbers[name]} and {line.number} have the same id, {_short(line.id)}"
+            numbers[name] = line.number
+    if doubled:
+        raise ValueError(f"{reader.path}: {doubled} (a line without an id has its number): give every line its own")
     return Survey(records, errors, lengths)
-
-
-class _Names:
-    """The ids so far, each as 16 bytes of a hash and 8 of its line's number."""
-
-    def __init__(self):
-        self._hashes, self._numbers = bytearray(), bytearray()
-
-    def add(self, name: str | int, number: int) -> None:
-        self._hashes += hashlib.blake2b(json.dumps(name).encode(), digest_size=16).digest()  # 1 is not "1"
-        self._numbers += number.to_bytes(8, "little")
-
-    def first_doubled(self) -> tuple[int, int] | None:
-        """The numbers of the first line whose id was there before, that one's last."""
-        hashes = np.frombuffer(self._hashes, "<u8").reshape(-1, 2)
-        numbers = np.frombuffer(self._numbers, "<u8")
-        order = np.lexsort((hashes[:, 0], hashes[:, 1]))  # stable: lines of one id stay in order
-        same = (hashes[order[1:]] == hashes[order[:-1]]).all(axis=1)
-        if not same.any():
-            return None
-        at = np.flatnonzero(same)
-        at = at[numbers[order[at + 1]].argmin()]
-        return int(numbers[order[at]]), int(numbers[order[at + 1]])
 
 
 # --- what a job depends on --------------------------------------------------------------------------------------------
@@ -223,7 +195,7 @@ def checkpoint_hash(path: Path) -> str:
     Reading all of the weights once more would take as long as loading them.
     """
     whole = hashlib.sha256()
-    for file in sorted(own for own in path.rglob("*") if own.is_file()):
+    for file in sorted(file for file in path.rglob("*") if file.is_file()):
         size = file.stat().st_size
         whole.update(json.dumps([file.relative_to(path).as_posix(), size]).encode())
         distance = max(MIB, (size - MIB) // (PIECES - 1))

@@ -1,18 +1,20 @@
-"""Pictures for the README: one size, and written in one piece. Needs matplotlib, the extra `plot`."""
+"""Pictures for the pages: one size, and written in one piece. Needs matplotlib, the extra `plot`."""
 
 import importlib.util
 import os
 import pathlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from kvrecomp.files import replacing
 
 if TYPE_CHECKING:
+    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 # At 800 pixels, the width of a README, the default font of 10 points is 15 pixels high; drawn finer for sharp screens.
 INCHES = (7.2, 5.0)
 DPI = 150
+LEGEND: dict[str, Any] = {"loc": "outside lower left", "frameon": False, "fontsize": "small"}
 
 
 def check_path(path: str | os.PathLike) -> None:
@@ -39,6 +41,18 @@ def figure() -> "Figure":
     from matplotlib.figure import Figure
 
     return Figure(figsize=INCHES, dpi=DPI, layout="constrained")
+
+
+def grid(figure: "Figure", title: str, x: str, y: str) -> "Axes":
+    """Axes with a grid below what is drawn, and these labels."""
+    axes = figure.add_subplot()
+    axes.set_title(title, loc="left", fontsize="medium")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.grid(color="0.9")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    return axes
 
 
 def save(figure: "Figure", path: str | os.PathLike, source: str | None = None) -> None:

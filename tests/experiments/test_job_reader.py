@@ -5,10 +5,10 @@ import os
 
 import numpy as np
 import pytest
-from experiments.support.job.runner.input import Reader, checkpoint_hash, file_hash, survey
 
 import models
-from experiments.support.job import input as job_input
+from experiments.support.job import reader
+from experiments.support.job.reader import Reader, checkpoint_hash, file_hash, survey
 from kvrecomp.plan import MIB
 
 BYTES = models.byte_tokenizer()
@@ -16,7 +16,7 @@ SHAPE = models.OPTConfig("tiny", layers=1, hidden=8, heads=2, intermediate=8, vo
 
 
 @pytest.fixture
-def reader(tmp_path):
+def reader_of(tmp_path):
     """Makes a reader of a file with these lines, or this content."""
 
     def make(*lines, tokenizer=BYTES, **options):
@@ -27,14 +27,14 @@ def reader(tmp_path):
     return make
 
 
-def test_prompts_are_text_or_ids(reader):
-    own = reader(
+def test_prompts_are_text_or_ids(reader_of):
+    made = reader_of(
         '{"id": "a", "prompt": "hé"}',
         '{"id": -3, "prompt": [257, 0, 5], "more": [1]}',
         '{"prompt": "<|endoftext|>b"}',
         '{"id": "1", "prompt": "5 7"}',
     )
-    lines = list(own.lines())
+    lines = list(made.lines())
     assert [line.id for line in lines] == ["a", -3, 3, "1"]
     assert [line.prompt for line in lines] == ["hé", [257, 0, 5], "<|endoftext|>b", "5 7"]
     # Text begins with what ends texts; ids are taken as they are.
@@ -47,17 +47,17 @@ def test_prompts_are_text_or_ids(reader):
     assert all(line.ids.dtype == np.int32 and not line.error for line in lines)
 
 
-def test_lines_end_with_newlines_only_and_blank_ones_are_skipped(reader):
+def test_lines_end_with_newlines_only_and_blank_ones_are_skipped(reader_of):
     """The mark that Windows puts first and its returns are no part of a line; other separators of Unicode are."""
     given = b'\xef\xbb\xbf{"prompt": "a"}\r\n\n  \r\n{"prompt": "b\xe2\x80\xa8\xc2\x85c"}\n\n{"prompt": "d"}'
-    lines = list(reader(given).lines())
+    lines = list(reader_of(given).lines())
     assert [(line.index, line.number, line.id, line.prompt) for line in lines] == [
         (0, 1, 1, "a"),
         (1, 4, 4, "b\u2028\x85c"),
         (2, 6, 6, "d"),
     ]
-    assert [line.number for line in reader(given).lines(skip=1)] == [4, 6]
-    assert list(reader(b"\n \n").lines()) == list(reader(b"").lines()) == []
+    assert [line.number for line in reader_of(given).lines(skip=1)] == [4, 6]
+    assert list(reader_of(b"\n \n").lines()) == list(reader_of(b"").lines()) == []
 
 
 @pytest.mark.parametrize(
@@ -88,39 +88,41 @@ def test_lines_end_with_newlines_only_and_blank_ones_are_skipped(reader):
         (b'{"prompt": "' + b"a" * 31 + b'"}', "a prompt of 32 and 9 new tokens need 41 positions; tiny has 40"),
     ],
 )
-def test_what_is_wrong_with_a_line(reader, given, error):
-    before, line, after = reader('{"prompt": "a"}', given + b"\n", '{"prompt": "b"}').lines()
+def test_what_is_wrong_with_a_line(reader_of, given, error):
+    before, line, after = reader_of('{"prompt": "a"}', given + b"\n", '{"prompt": "b"}').lines()
     assert line.error.startswith(error) and len(line.error) < 200 and "\n" not in line.error
     assert (line.index, line.number, line.id, line.prompt, line.ids.tolist()) == (1, 2, None, None, [])
     assert [before.prompt, after.prompt] == ["a", "b"] and not before.error and not after.error
 
 
-def test_a_line_with_an_error_keeps_its_id_and_the_longest_prompt_fits(reader):
-    wrong, right = reader('{"id": "a", "prompt": ""}', json.dumps({"prompt": "a" * 30})).lines()
+def test_a_line_with_an_error_keeps_its_id_and_the_longest_prompt_fits(reader_of):
+    wrong, right = reader_of('{"id": "a", "prompt": ""}', json.dumps({"prompt": "a" * 30})).lines()
     assert wrong.id == "a" and wrong.error
     assert not right.error and len(right.ids) == 31
 
 
-def test_without_a_tokenizer_prompts_are_ids(reader):
+def test_without_a_tokenizer_prompts_are_ids(reader_of):
     given = ['{"prompt": "5 17 2"}', '{"prompt": [5, 17]}', '{"prompt": "ab"}', '{"prompt": "5 999"}']
-    lines = list(reader(*given, tokenizer=None).lines())
+    lines = list(reader_of(*given, tokenizer=None).lines())
     assert [line.ids.tolist() for line in lines] == [[5, 17, 2], [5, 17], [], []]
     assert "no tokenizer.json" in lines[2].error and "999 is outside" in lines[3].error
-    lines = list(reader(*given, tokenizer=None, any_text=True).lines())
+    lines = list(reader_of(*given, tokenizer=None, any_text=True).lines())
     assert lines[2].ids.tolist() == [97, 98] and not lines[2].error
-    (line,) = reader('{"prompt": "' + "1" * 5000 + '"}', tokenizer=None).lines()
+    (line,) = reader_of('{"prompt": "' + "1" * 5000 + '"}', tokenizer=None).lines()
     assert line.error.startswith("its prompt cannot be read")
 
 
 # --- the survey -------------------------------------------------------------------------------------------------------
 
 
-def test_a_survey_counts_lines_errors_and_lengths(reader):
+def test_a_survey_counts_lines_errors_and_lengths(reader_of):
     seen = []
-    found = survey(reader('{"prompt": "ab"}', "", "x", '{"prompt": [1, 2, 3]}', '{"prompt": [7]}', "{}"), seen.append)
+    found = survey(
+        reader_of('{"prompt": "ab"}', "", "x", '{"prompt": [1, 2, 3]}', '{"prompt": [7]}', "{}"), seen.append
+    )
     assert (found.records, found.errors, dict(found.lengths)) == (5, 2, {3: 2, 1: 1})
     assert [line.number for line in seen] == [3, 6]
-    assert survey(reader(b""), seen.append).records == 0
+    assert survey(reader_of(b""), seen.append).records == 0
 
 
 @pytest.mark.parametrize(
@@ -133,22 +135,22 @@ def test_a_survey_counts_lines_errors_and_lengths(reader):
         (['"' + "x" * 999 + '"'] * 2, "x...,"),
     ],
 )
-def test_doubled_ids_are_refused(reader, ids, message):
-    own = reader(*(f'{{"id": {name}, "prompt": "a"}}' for name in ids))
+def test_doubled_ids_are_refused(reader_of, ids, message):
+    made = reader_of(*(f'{{"id": {name}, "prompt": "a"}}' for name in ids))
     with pytest.raises(ValueError) as refusal:
-        survey(own, lambda line: None)
+        survey(made, lambda line: None)
     assert message.replace("x...,", "xxx...") in str(refusal.value) and len(str(refusal.value)) < 300
 
 
-def test_ids_that_are_not_doubled(reader):
+def test_ids_that_are_not_doubled(reader_of):
     """Numbers are not strings, and a line without an id that has an error has no name."""
-    own = reader('{"id": 1, "prompt": "a"}', '{"id": "1", "prompt": "a"}', '{"id": 4, "prompt": "a"}', "x", "x")
-    assert survey(own, lambda line: None).errors == 2
+    made = reader_of('{"id": 1, "prompt": "a"}', '{"id": "1", "prompt": "a"}', '{"id": 4, "prompt": "a"}', "x", "x")
+    assert survey(made, lambda line: None).errors == 2
 
 
-def test_a_doubled_id_of_a_line_with_an_error_is_one_too(reader):
+def test_a_doubled_id_of_a_line_with_an_error_is_one_too(reader_of):
     with pytest.raises(ValueError, match="lines 1 and 2"):
-        survey(reader('{"id": 1, "prompt": "a"}', '{"id": 1, "prompt": ""}'), lambda line: None)
+        survey(reader_of('{"id": 1, "prompt": "a"}', '{"id": 1, "prompt": ""}'), lambda line: None)
 
 
 # --- what tells files apart -------------------------------------------------------------------------------------------
@@ -164,7 +166,7 @@ def test_files_that_cannot_be_read_twice(tmp_path):
 
 
 def test_a_checkpoint_is_told_apart_by_contents_names_and_sizes(tmp_path, monkeypatch):
-    monkeypatch.setattr(job_input, "PIECES", 3)
+    monkeypatch.setattr(reader, "PIECES", 3)
 
     def made(name, **files):
         (tmp_path / name / "deep").mkdir(parents=True)

@@ -1,0 +1,164 @@
+"""Searches a space for the best candidate: from the best of a coarse grid to the best of its neighbours, move by move.
+
+First all layer shapes have the same settings; then those of each are varied on finer grids, one shape after the other.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import replace
+from functools import partial
+from typing import NamedTuple
+
+from kvrecomp.plan import ALIGNED, FORMS, MEMORIES, BlockSpec, Method, Plan, PlanError
+from kvrecomp.plan.footprint import check_within
+from kvrecomp.predict.candidates import Candidate, Settings, candidate_plan, least_candidate
+from kvrecomp.predict.cost import MOST_LENGTHS, PLANS, mean_bounds, mean_costs
+from kvrecomp.predict.hardware import HardwareProfile
+from kvrecomp.predict.problem import Space, excess_bytes
+
+GRID = 8  # steps of the coarse grid of fractions; a finer one has as many within one of them
+FRACTIONS = tuple(step / GRID for step in range(GRID + 1))
+ON_DEVICE = (None, *(step / GRID for step in (0, 1, 2, 3, 4, 6, 8)))  # not all: each makes the search longer
+SURE = 1.01  # times the shortest step: predictions that differ by less do not tell which is shorter
+PLANS_AT_ONCE = PLANS // MOST_LENGTHS  # predicted in one call of the cost function
+
+Move = Callable[[Settings], list[Settings]]
+"""From the best settings so far of a layer shape to their neighbours."""
+
+
+class Prediction(NamedTuple):
+    """A candidate, its plan, and the predicted seconds of the plan's mean step."""
+
+    candidate: Candidate
+    plan: Plan
+    seconds: float
+
+
+def search(space: Space) -> Prediction:
+    """The best candidate that fits the budget. Raises `PlanError` where none does; the message says what would."""
+    best = choose(space, _first_candidates(space))
+    for layer, move in itertools.product(space.layer_shapes, _moves(space)):
+        settings = best.candidate.settings
+        neighbours = [{**settings, layer: neighbour} for neighbour in move(settings[layer])]
+        best = choose(space, [replace(best.candidate, settings=neighbour) for neighbour in neighbours], best)
+    return choose(space, [replace(best.candidate, window=window) for window in space.windows[1:]], best)
+
+
+def _first_candidates(space: Space) -> list[Candidate]:
+    """A coarse grid in which all layer shapes have the same settings, and the candidates of the least memory."""
+    least = least_candidate(space).settings
+    even = {layer: replace(settings, unit=space.unit) for layer, settings in least.items()}
+    coarse = [dict.fromkeys(space.layer_shapes, settings) for settings in _absorbing(space)]
+    candidates = [Candidate(space.windows[0], settings) for settings in coarse]
+    return candidates + [Candidate(window, settings) for window in space.windows for settings in (least, even)]
+
+
+def _moves(space: Space) -> list[Move]:
+    """The moves for each layer shape, in order."""
+    return [
+        *([lambda _: _absorbing(space)] if len(space.layer_shapes) > 1 else []),
+        partial(_near, "activations", 1 / GRID**2),
+        partial(_near, "on_device", 4 / GRID**2),
+        *([partial(_near, "growth", 4 / GRID**2)] if space.write_outs else []),
+        lambda best: _settings_grid("recompute", (best.growth,), space.unit),
+        partial(_near, "activations", 1 / GRID**2),
+        lambda best: [replace(best, unit=unit) for unit in (1, ALIGNED)],
+    ]
+
+
+def _absorbing(space: Space) -> list[Settings]:
+    return _settings_grid("absorb", (0.0, 0.5, 1.0) if space.write_outs else (0.0,), space.unit)
+
+
+def _settings_grid(method: Method, growths: Sequence[float], unit: int) -> list[Settings]:
+    """The coarse grid of settings."""
+    choices = itertools.product(ON_DEVICE, FRACTIONS, (method,), FORMS, growths, (unit,))
+    return [Settings(*choice) for choice in choices]
+
+
+def _near(name: str, step: float, best: Settings) -> list[Settings]:
+    """The settings with one of their fractions on a finer grid around what it is."""
+    centre = getattr(best, name)
+    if centre is None:
+        return []
+    fractions = [centre + number * step for number in range(-GRID, GRID + 1)]
+    return [replace(best, **{name: fraction}) for fraction in fractions if 0 <= fraction <= 1]
+
+
+def choose(space: Space, candidates: Sequence[Candidate], best: Prediction | None = None) -> Prediction:
+    """The best of the candidates that fit and of the `best` so far, by `_surest_of_fastest`.
+
+    Raises `PlanError` where no candidate fits and there is no `best`.
+    """
+    budget = space.problem.budget
+    plans: dict[Hashable, tuple[Candidate, Plan]] = {}
+    misfits: list[PlanError] = []
+    for candidate in candidates:
+        try:
+            plan = candidate_plan(space, candidate)
+        except PlanError as misfit:  # a tail that was asked for is larger than the window in one of the forms
+            misfits.append(misfit)
+        else:
+            plans.setdefault(_key(plan), (candidate, plan))
+    if best is None and not plans:
+        raise misfits[0]
+    if best is not None:
+        plans.pop(_key(best.plan), None)
+
+    fitting = [(candidate, plan) for candidate, plan in plans.values() if excess_bytes(plan, budget) == 0]
+    if best is None and not fitting:
+        closest = min((plan for _, plan in plans.values()), key=lambda plan: excess_bytes(plan, budget))
+        check_within(closest, {memory: getattr(budget, memory) for memory in MEMORIES})  # raises
+    predictions = [] if best is None else [best]
+    seconds = fast_ones(space.problem.profile, [plan for _, plan in fitting], best.seconds if best else math.inf)
+    predictions += [Prediction(*fitting[number], taken) for number, taken in seconds.items()]
+    return _surest_of_fastest(predictions)
+
+
+def _key(plan: Plan) -> Hashable:
+    """What tells the plans of a space apart; hashing a plan itself takes a hash of every layer."""
+    return plan.window, frozenset(plan.distinct_layers)
+
+
+def fast_ones(profile: HardwareProfile, plans: Sequence[Plan], shortest: float) -> dict[int, float]:
+    """The predicted seconds of the plans' mean steps, by the plans' numbers, in order.
+
+    Plans that surely take longer than SURE times the shortest, of these or the one given, are left out, mostly without
+    being predicted.
+    """
+    bounds = mean_bounds(profile, plans) if plans else []
+    waiting = sorted(range(len(plans)), key=lambda number: float(bounds[number]))
+    seconds: dict[int, float] = {}
+    while waiting and bounds[waiting[0]] <= SURE * shortest:
+        batch, waiting = waiting[:PLANS_AT_ONCE], waiting[PLANS_AT_ONCE:]
+        costs = mean_costs(profile, [plans[number] for number in batch])
+        seconds |= zip(batch, map(float, costs.seconds))
+        shortest = min(shortest, *seconds.values())
+    return dict(sorted(seconds.items()))
+
+
+def _surest_of_fastest(predictions: Sequence[Prediction]) -> Prediction:
+    """The one with the shortest mean step; of those alike within a thousandth, the one that sends least; of those
+    within SURE that send no more, the one with one form on the device, and with the fewest activations.
+
+    Two forms have more kernels, and attention over activations does `hidden / head_dim` times the arithmetic of that
+    over keys and values, in kernels that XLA chooses by timing them: both are predicted less surely.
+    """
+    shortest = min(prediction.seconds for prediction in predictions)
+    near = [prediction for prediction in predictions if prediction.seconds <= SURE * shortest]
+    sent = [prediction.plan.bytes_in("host") for prediction in near]
+    least = min(size for prediction, size in zip(near, sent) if prediction.seconds <= 1.001 * shortest)
+    sending_least = [prediction for prediction, size in zip(near, sent) if size <= least]
+    return min(sending_least, key=lambda prediction: _unsure(prediction.plan))
+
+
+def _unsure(plan: Plan) -> tuple[int, int]:
+    """Layers that have two forms on the device, and tokens that are held as activations when the tail is full, over all
+    layers."""
+    mixed = activations = 0
+    for (layer, _), count in plan.distinct_layers.items():
+        blocks = *layer.prompt, BlockSpec(layer.tail_form, "device", plan.tail)
+        mixed += count * (len({block.form for block in blocks if block.memory == "device"}) > 1)
+        activations += count * sum(block.tokens for block in blocks if block.form == "activations")
+    return mixed, activations

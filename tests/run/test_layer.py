@@ -1,0 +1,164 @@
+"""Layers that wrap themselves, or their attention, in transformations of jax's decode as they would without."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+from flax import nnx
+
+import kvrecomp
+from kvrecomp.plan import PlanError
+from kvrecomp.run.attention import Projection, Projections
+from kvrecomp.run.layer import call_layer
+
+WORKLOAD = kvrecomp.Workload(batch=3, prompt=11, new=9)
+
+
+class Wrapped(nnx.Module):
+    """One of OPT's layers, called inside a transformation."""
+
+    def __init__(self, layer, wrap):
+        self.layer = layer
+        self.wrap = wrap
+
+    def __call__(self, hidden, attend):
+        return self.wrap(lambda hidden: self.layer(hidden, attend))(hidden)
+
+
+class LiftedRemat(Wrapped):
+    """The same with Flax's own, which takes the layer's parameters out of it and puts them back."""
+
+    def __call__(self, hidden, attend):
+        return nnx.remat(lambda layer, hidden: layer(hidden, attend))(self.layer, hidden)
+
+
+class WrappedAttention(Wrapped):
+    """Only the attention of it is wrapped."""
+
+    def __call__(self, hidden, attend):
+        def wrapped(x, projections):
+            return self.wrap(lambda x: attend(x, projections))(x)
+
+        return self.layer(hidden, wrapped)
+
+
+WRAPPERS = {
+    "checkpoint": functools.partial(Wrapped, wrap=jax.checkpoint),
+    "jit": functools.partial(Wrapped, wrap=jax.jit),
+    "checkpoint in jit": functools.partial(Wrapped, wrap=lambda function: jax.jit(jax.checkpoint(function))),
+    "nnx.remat": functools.partial(LiftedRemat, wrap=None),
+    "checkpoint of attention": functools.partial(WrappedAttention, wrap=jax.checkpoint),
+    "jit of attention": functools.partial(WrappedAttention, wrap=jax.jit),
+}
+
+
+def wrapped(name):
+    """A toy model with every layer wrapped."""
+    model = toy.randomised(toy.OPT.build(dtype="float32", rngs=None), seed=1)
+    model.layers = nnx.List([WRAPPERS[name](layer) for layer in model.layers])
+    return model
+
+
+def placed(model, plan):
+    """The model with its weights where the plan has them."""
+    graph, state = nnx.split(model)
+    where, moved = kvrecomp.placement(plan), []
+    for path, variable in nnx.to_flat_state(state):
+        name = ".".join(map(str, path))
+        moved.append((path, variable.replace(jax.device_put(variable.get_value(), where(name, variable.shape)))))
+    return nnx.merge(graph, nnx.from_flat_state(moved))
+
+
+@pytest.mark.parametrize("hosted", [0.0, 1.0])
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_prefill_and_steps_are_exact(name, hosted):
+    """Over a cache in both forms and memories that grows by two tails, also with weights in host memory."""
+    plan = kvrecomp.with_host_weights(kvrecomp.named_plan("device:0.4", toy.OPT.shape, WORKLOAD, tail=4), hosted)
+    plan = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, dtype="float32"))
+    model = placed(wrapped(name), plan)
+    given = toy.texts(3, 11 + 9, 4)
+    np.testing.assert_allclose(
+        toy.decoded_logits(kvrecomp.Decoder(model, plan), given),
+        toy.decoded_logits(toy.named_decoder("keys_values", new=9), given),
+        atol=1e-4,
+    )
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_gradients_of_the_training_pass_are_those_of_layers_that_are_not_wrapped(name):
+    given = toy.put(toy.texts(3, 7).ids)
+
+    def gradients(model):
+        def loss(model):
+            return optax.softmax_cross_entropy_with_integer_labels(model(given[:, :-1]), given[:, 1:]).mean()
+
+        graph, state = nnx.split(model)
+        return jax.tree.leaves(jax.jit(jax.grad(lambda state: loss(nnx.merge(graph, state))))(state))
+
+    found, expected = gradients(wrapped(name)), gradients(toy.model())
+    assert max(np.abs(toy.get(gradient)).max() for gradient in expected) > 1e-2
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(toy.get(one), toy.get(other), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["none", *WRAPPERS])
+def test_no_tracer_leaks(name):
+    """Neither of the prefill nor of a step, with weights in host memory."""
+    plan = kvrecomp.with_host_weights(kvrecomp.named_plan("split:0.4", toy.OPT.shape, WORKLOAD, tail=4), 1.0)
+    plan = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, dtype="float32"))
+    model = placed(toy.model() if name == "none" else wrapped(name), plan)
+    with jax.checking_leaks():
+        decoder = kvrecomp.Decoder(model, plan)
+        given = toy.texts(3, 11, 4)
+        cache, logits = decoder.prefill(given.ids, given.mask)
+        decoder.step(cache, jnp.argmax(logits, axis=-1).astype(jnp.int32))
+
+
+PROJECTIONS = Projections(*[Projection(np.ones((5, 2, 3), np.float32))] * 3, scale=1.0)
+
+
+def attention(x, projections):
+    return 2 * x, {"made": projections.key(x)}
+
+
+def test_what_attention_makes_comes_back():
+    def layer(hidden, attend, scale):
+        return scale * attend(hidden, PROJECTIONS)
+
+    hidden, scale = toy.put(np.arange(5, dtype=np.float32)), toy.put(np.float32(3))
+    events = []
+
+    @jax.jit
+    def run(hidden, scale):
+        def needed():
+            events.append("scale is needed")
+            return scale
+
+        def attended(result):
+            events.append("attention is done")
+            return {"made": result["made"] + 1}
+
+        return call_layer(layer, attention, hidden, [needed], [scale], attended)
+
+    found, result = run(hidden, scale)
+    np.testing.assert_array_equal(toy.get(found), 6 * np.arange(5))
+    np.testing.assert_array_equal(toy.get(result["made"]), np.full((2, 3), 11))
+    assert events == ["attention is done", "scale is needed"]
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (lambda x, attend: x, "a layer called attend 0 times"),
+        (lambda x, attend: attend(x, PROJECTIONS) + attend(x, PROJECTIONS), "a layer called attend 2 times"),
+        (lambda x, attend: jax.lax.map(lambda x: attend(x, PROJECTIONS), x[None]), "attend inside scan"),
+    ],
+)
+def test_a_layer_that_does_not_attend_once_is_refused(layer, message):
+    with pytest.raises(PlanError, match=message):
+        call_layer(layer, attention, toy.put(np.arange(5, dtype=np.float32)))
