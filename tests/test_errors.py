@@ -16,7 +16,7 @@ from flax import nnx
 import kvrecomp
 import models
 from kvrecomp.generate import TokenLoop
-from kvrecomp.plan import GIB, BlockSpec, LayerPlan, Plan, PlanError, Workload
+from kvrecomp.plan import GIB, BlockSpec, PlanError, Workload
 from kvrecomp.run import memory
 from kvrecomp.run.limits import check_memory
 from kvrecomp.run.prompt import PromptError, check_prompt
@@ -160,14 +160,6 @@ def test_plan_for_another_model():
     other = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, dtype="bfloat16"))
     with one_line(PlanError, "plan is for toy in bfloat16", "model is toy in float32"):
         kvrecomp.Decoder(toy.model(), other)
-
-
-def test_blocks_that_do_not_make_up_the_prompt():
-    layer = LayerPlan((BlockSpec("activations", "host", 3), BlockSpec("keys_values", "host", 1)))
-    with one_line(PlanError, "layer 0", "4 tokens", "the prompt 5"):
-        Plan("short", toy.model().shape, Workload(2, 5, 3), (layer, layer), tail=2)
-    with one_line(PlanError, "1 layer plans", "model of 2 layers"):
-        Plan("thin", toy.model().shape, Workload(2, 4, 3), (layer,), tail=2)
 
 
 @pytest.mark.parametrize(("batch", "prompt", "new"), [(0, 5, 3), (2, -1, 3), (2, 5, 0)])

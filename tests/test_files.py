@@ -10,17 +10,17 @@ from kvrecomp.files import replacing, write_json
 
 def test_writers_at_once_leave_one_whole_file(tmp_path):
     """Of processes with one number too, as two containers' may be that share a folder: here of one process."""
-    path, together = tmp_path / "a" / "b.json", threading.Barrier(7, timeout=60)
+    path, barrier = tmp_path / "a" / "b.json", threading.Barrier(7, timeout=60)
 
     def write(number: int) -> None:
-        together.wait()
+        barrier.wait()
         for _ in range(13):
             write_json(path, [number] * 10_007)
 
     threads = [threading.Thread(target=write, args=(number,)) for number in range(6)]
     for thread in threads:
         thread.start()
-    together.wait()
+    barrier.wait()
     while any(thread.is_alive() for thread in threads):
         if path.exists():
             assert len(set(json.loads(path.read_text()))) == 1

@@ -4,7 +4,7 @@ import functools
 import itertools
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +22,7 @@ HANDOFF_BYTES = 2 * MIB  # so long to copy that the host, which starts copies an
 COPY_PASSES = (2, 8)  # how often each block is copied when the rate of copies is measured
 
 Timer = Callable[..., float]
-"""Measures the seconds of what was compiled for it, given how many repeats of it to time."""
+"""Gives the seconds of what was compiled for it, measured so many times."""
 
 
 def this_machine() -> dict[str, Any]:
@@ -44,33 +44,34 @@ def measure_machine() -> HardwareProfile:
     dtype = _rate_dtype()
     sizes = [2**16, 2**19, 2**22, 2**25, 2**29] if gpu else [2**16, 2**19, 2**22, 2**24]
     beside_bytes, memory_bytes = min(sizes[-1], 256 * MIB), min(2 * sizes[-1], GIB)
-    makers: list[Callable[[], Timer]] = [
-        *(functools.partial(_to_device_timer, size) for size in sizes),
-        *(functools.partial(_to_host_timer, size) for size in sizes),
-        *(functools.partial(_product_timer, size, dtype) for size in _product_sizes()),
-        functools.partial(_copy_timer, beside_bytes, 4, True, 4),
-        functools.partial(_copy_timer, HANDOFF_BYTES, 4, False, 1),
-        functools.partial(_kernel_timer, dtype),
-        functools.partial(_memory_timer, memory_bytes),
-    ]
-    *timers, copy, handoff, kernel, moving = side_by_side(lambda make: make(), makers)
-    to_device, to_host, products = timers[: len(sizes)], timers[len(sizes) : 2 * len(sizes)], timers[2 * len(sizes) :]
-    stats = device.memory_stats() or {}
+    makers: dict[Hashable, Callable[[], Timer]] = {
+        **{("to device", size): functools.partial(_to_device_timer, size) for size in sizes},
+        **{("to host", size): functools.partial(_to_host_timer, size) for size in sizes},
+        **{("product", size): functools.partial(_product_timer, size, dtype) for size in _product_sizes()},
+        "copy": functools.partial(_copy_timer, beside_bytes, 4, True, 4),
+        "handoff": functools.partial(_copy_timer, HANDOFF_BYTES, 4, False, 1),
+        "kernel": functools.partial(_kernel_timer, dtype),
+        "memory": functools.partial(_memory_timer, memory_bytes),
+    }
+    timers = dict(zip(makers, side_by_side(lambda name: makers[name](), list(makers))))
     timed = device_timer()
-    line = measured_line("copies to the device", sizes, [functools.partial(timer, timed=timed) for timer in to_device])
-    del timed  # a large array
-    kernel_seconds = kernel(9)
-    beside = beside_bytes / copy(1)  # a quarter of a second each time
+    to_device = [functools.partial(timers["to device", size], timed=timed) for size in sizes]
+    line = measured_line("copies to the device", sizes, to_device)
+    del timed, to_device  # a large array
+    kernel_seconds = timers["kernel"](9)
+    beside = beside_bytes / timers["copy"](1)  # a quarter of a second each time
+    handoff_seconds = _handoff_seconds(timers["handoff"](9), line.base + HANDOFF_BYTES / beside, kernel_seconds)
+    stats = device.memory_stats() or {}
     return HardwareProfile(
         **this_machine(),
         device_bytes=float(stats.get("bytes_limit", memory.total_host_bytes())),
         host_bytes=float(memory.total_host_bytes()),
         to_device=line,
-        to_host=measured_line("copies to the host", sizes, to_host),
+        to_host=measured_line("copies to the host", sizes, [timers["to host", size] for size in sizes]),
         beside_compute=beside,
-        handoff_seconds=_handoff_seconds(handoff(9), line.base + HANDOFF_BYTES / beside, kernel_seconds),
-        matmul_rate=_matmul_rate(products),
-        memory_rate=1 / moving(9),
+        handoff_seconds=handoff_seconds,
+        matmul_rate=_matmul_rate([timers["product", size] for size in _product_sizes()]),
+        memory_rate=1 / timers["memory"](9),
         kernel_seconds=kernel_seconds,
         source=f"measured, {jnp.dtype(dtype).name}",
     )
@@ -113,8 +114,8 @@ def _traced(program: Callable[[list[jax.Array]], Any], block_bytes: int, blocks:
 
 
 def _copy_timer(block_bytes: int, blocks: int, computing: bool, room: int) -> Timer:
-    """Of a copy of one block, through the window of a step with room for so many: the slope between programs of few and
-    of many."""
+    """Times a copy of one block through the window of a step with room for so many: the slope between programs of few
+    copies and of many."""
     few, many = (_held_copies(block_bytes, blocks, passes, computing, room) for passes in COPY_PASSES)
 
     def seconds(repeats: int) -> float:
@@ -152,7 +153,7 @@ def _held_copies(
 
 
 def _to_device_timer(size: int) -> Timer:
-    """Of one copy among many in a program, none of which waits for anything but the link.
+    """Times one copy among many in a program, none of which waits for anything but the link.
 
     The program is timed by `timed`, which has the host ahead: launching a small copy takes it longer than the link.
     """
@@ -175,13 +176,13 @@ def _to_device_timer(size: int) -> Timer:
 
 
 def _handoff_seconds(waiting_seconds: float, copy_seconds: float, kernel_seconds: float) -> float:
-    """To compute and to the link. With room for one copy in the window, each waits until the one before was used: in
-    the `waiting_seconds` of each there are the copy, of HANDOFF_BYTES, a kernel and both handoffs."""
+    """A handoff to compute or to the link. With room for one copy in the window, each waits until the one before was
+    used: its `waiting_seconds` are those of the copy, of HANDOFF_BYTES, of a kernel and of both handoffs."""
     return max(0.0, (waiting_seconds - copy_seconds - kernel_seconds) / 2)
 
 
 def _to_host_timer(size: int) -> Timer:
-    """Of one copy among several in a program."""
+    """Times one copy among several in a program."""
     count = max(1, min(16, 2**28 // size))
 
     def copy_out(array):
@@ -215,7 +216,7 @@ def _matmul_rate(timers: Sequence[Timer]) -> float:
 
 
 def _product_timer(size: int, dtype: Any) -> Timer:
-    """Of one product of square matrices among several in a program."""
+    """Times one product of square matrices among several in a program."""
     like, count = memory.describe((size, size), dtype, "device"), 4
     program = jax.jit(_chain_of_products, static_argnums=2).lower(like, like, count).compile()
     make = random_maker(like.shape, dtype)
@@ -233,7 +234,7 @@ def _chain_of_products(x: jax.Array, kernel: jax.Array, count: int) -> jax.Array
 
 
 def _memory_timer(size: int) -> Timer:
-    """Of a byte read or written in the device's own memory: the slope from a quarter of the size to all of it."""
+    """Times a byte read or written in the device's own memory: the slope from a quarter of the size to all of it."""
     shapes = [memory.describe((size // part // 4,), jnp.float32, "device") for part in (4, 1)]
     programs = [jax.jit(lambda array: array + 1).lower(like).compile() for like in shapes]
 
@@ -247,7 +248,7 @@ def _memory_timer(size: int) -> Timer:
 
 
 def _kernel_timer(dtype: Any) -> Timer:
-    """Of what one more kernel adds to a program: the slope of chains of products too small to take time."""
+    """Times what one more kernel adds to a program: the slope of chains of products too small to take time."""
     like, counts = memory.describe((64, 64), dtype, "device"), (32, 160)
     chain = jax.jit(_chain_of_products, static_argnums=2)
     programs = [chain.lower(like, like, count).compile() for count in counts]

@@ -105,7 +105,7 @@ def test_a_layer_is_found_again(monkeypatch, number, slower, found_slower):
 def test_what_programs_have_in_common_is_compiled_before_they_are(monkeypatch):
     """One, then one of each kind of attention: the others have the kernels that were chosen for these."""
     begun, ended = [], []
-    model, together = toy.model(), threading.Barrier(3, timeout=60)
+    model, barrier = toy.model(), threading.Barrier(3, timeout=60)
     runs = choose_runs(model.shape, model.shape.layers[0], 3)
     of_kinds = [runs.one_block[kind, "host"][0] for kind in ATTENTION]
 
@@ -116,7 +116,7 @@ def test_what_programs_have_in_common_is_compiled_before_they_are(monkeypatch):
         def timer(self, what):
             begun.append((len(ended), what))
             if what in of_kinds:
-                together.wait()  # for the others of them
+                barrier.wait()  # for the others of them
             ended.append(what)
             return lambda: 1.0
 
@@ -149,8 +149,8 @@ def test_sizes_are_powers_of_two_as_far_as_they_fit(monkeypatch):
     shape = models.preset("opt-6.7b").shape
     monkeypatch.setattr(measure_layers, "free_device_bytes", lambda: 60 * GIB)
     found = {
-        (kind, batch, place): block_sizes(kind, shape, shape.layers[0], batch, longest_block(kind, place), place)
-        for place in MEMORIES
+        (kind, batch, memory): block_sizes(kind, shape, shape.layers[0], batch, longest_block(kind, memory), memory)
+        for memory in MEMORIES
         for kind in ATTENTION
         for batch in (1, 32, 64, 10**7)
     }

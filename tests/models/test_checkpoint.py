@@ -19,13 +19,7 @@ from models.rotary import Rotary
 
 NARROW = models.OPTConfig("narrow", 3, 35, 5, 53, 97, 41, embedding=17, pre_norm=False, final_norm=False)
 LLAMA = models.LlamaConfig(
-    "tiny-llama",
-    layers=3,
-    hidden=32,
-    heads=4,
-    intermediate=53,
-    vocab=97,
-    positions=41,
+    *("tiny-llama", 3, 32, 4, 53, 97, 41),
     kv_heads=2,
     head_dim=6,
     rotary=Rotary(1e5, "llama3", factor=8.0),
@@ -176,10 +170,16 @@ def test_a_rotation_of_ours_that_is_damaged(tmp_path):
 # --- random weights ---------------------------------------------------------------------------------------------------
 
 
-def test_create():
-    values = parameters_of(
-        models.create(dataclasses.replace(CONFIG, hidden=350, embedding=350, intermediate=530, vocab=997))
-    )
+@pytest.mark.parametrize(
+    "config",
+    [
+        dataclasses.replace(CONFIG, hidden=350, embedding=350, intermediate=530, vocab=997),
+        dataclasses.replace(LLAMA, layers=2, hidden=320, head_dim=80, intermediate=530, vocab=997, sliding_layers=(0,)),
+    ],
+    ids=lambda config: config.name,
+)
+def test_create(config):
+    values = parameters_of(models.create(config))
     assert all(value.dtype == jnp.bfloat16 for value in values.values())
     for name, value in values.items():
         kind = name.rpartition(".")[2]

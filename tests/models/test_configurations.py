@@ -1,160 +1,36 @@
-"""Llama and its relatives: rotation by hand, and configurations of Hugging Face, old and new.
-
-That their logits are those of transformers is in `test_reference.py`.
-"""
+"""Configurations of Hugging Face, old and new, are read as presets or refused, and so are sizes that cannot be."""
 
 import dataclasses
 import json
-import math
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 import pytest
-import toy
 
 import models
-from models.llama import PRESETS, LlamaConfig
-from models.rotary import Rotary
-
-TINY = LlamaConfig("tiny", layers=2, hidden=30, heads=3, intermediate=53, vocab=97, positions=41)
-
-# --- rotation ---------------------------------------------------------------------------------------------------------
+from models.tables import MODEL_TYPES
 
 
-def rotate(rotary, heads, positions):
-    """As numpy, heads [..., n, d] at positions int [...]."""
-    return toy.get(jax.jit(rotary.rotate)(toy.put(heads), toy.put(np.asarray(positions, np.int32))))
-
-
-def test_rotation_by_hand():
-    """One position turns the first plane (numbers 0 and 2) by one radian and the second by 1/sqrt(theta)."""
-    heads = np.array([[1, 2, 0, 0]], np.float32)
-    at = {p: rotate(Rotary(theta=100.0), heads, p)[0] for p in (0, 1, 3)}
-    np.testing.assert_allclose(at[0], [1, 2, 0, 0])
-    np.testing.assert_allclose(at[1], [math.cos(1), 2 * math.cos(0.1), math.sin(1), 2 * math.sin(0.1)], rtol=1e-6)
-    np.testing.assert_allclose(at[3], [math.cos(3), 2 * math.cos(0.3), math.sin(3), 2 * math.sin(0.3)], rtol=1e-6)
-
-
-def test_products_depend_on_the_distance_only():
-    rng = np.random.default_rng(0)
-    query, key = rng.normal(size=(2, 1, 1, 10)).astype(np.float32)
-    pairs = [(5, 2), (103, 100), (3, 0)]
-    products = [np.sum(rotate(Rotary(), query, [p]) * rotate(Rotary(), key, [r])) for p, r in pairs]
-    np.testing.assert_allclose(products, products[0], rtol=1e-4)
-    assert abs(np.sum(rotate(Rotary(), query, [6]) * rotate(Rotary(), key, [2])) - products[0]) > 0.01
-
-
-def test_linear_scaling_is_a_slower_clock():
-    heads = np.random.default_rng(0).normal(size=(7, 3, 10)).astype(np.float32)
-    positions = np.arange(7)
-    slow = rotate(Rotary(theta=50.0, scaling="linear", factor=4.0), heads, 4 * positions)
-    np.testing.assert_allclose(slow, rotate(Rotary(theta=50.0), heads, positions), atol=1e-5)
-
-
-def test_llama3_scaling_by_hand():
-    """Planes that turn 16, 2 and 1/4 times within the original positions: left, between, slowed down."""
-    original = 16 * 2 * math.pi  # the first plane turns by one radian a position, the others by 1/8 and 1/64
-    rotary = Rotary(512.0, "llama3", factor=8.0, low_turns=1.0, high_turns=4.0, original_positions=original)
-    kept = (2 - 1) / (4 - 1)
-    np.testing.assert_allclose(Rotary(512.0).frequencies(6), [1, 1 / 8, 1 / 64], rtol=1e-6)
-    np.testing.assert_allclose(rotary.frequencies(6), [1, (kept + (1 - kept) / 8) / 8, 1 / 64 / 8], rtol=1e-6)
-
-
-@pytest.mark.parametrize("name", ["llama-2-7b", "llama-3.1-8b", "qwen3-8b", "phi-3-mini"])
-def test_frequencies_equal_transformers(name):
-    """To the last place or two: at the last position more would be a hundredth of a radian."""
-    pytest.importorskip("torch", reason="the reference needs torch")
-    transformers = pytest.importorskip("transformers", reason="the reference is transformers")
-    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-    config, rotary = PRESETS[name], PRESETS[name].rotary
-    theirs = {"rope_theta": rotary.theta, "rope_type": rotary.scaling}
-    if rotary.scaling == "llama3":
-        theirs |= {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-        theirs |= {"original_max_position_embeddings": 8192}
-    expected = LlamaRotaryEmbedding(
-        transformers.LlamaConfig(
-            head_dim=config.head_dim, max_position_embeddings=config.positions, rope_parameters=theirs
-        )
-    )
-    frequencies = rotary.frequencies(config.head_dim)
-    assert frequencies.dtype == np.float32
-    np.testing.assert_allclose(frequencies, expected.inv_freq.numpy(), rtol=3e-7, atol=0)
-
-
-def test_angles_are_float32_whatever_the_heads_are():
-    """In bfloat16 position 30,001 would be 30,080; the result is rounded once."""
-    heads = np.random.default_rng(0).normal(size=(1, 3, 8)).astype(jnp.bfloat16)
-    narrow = rotate(Rotary(), heads, [30_001])
-    wide = rotate(Rotary(), heads.astype(np.float32), [30_001])
-    assert narrow.dtype == jnp.bfloat16
-    np.testing.assert_allclose(narrow.astype(np.float32), wide, rtol=2**-8)
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"scaling": "yarn"}, "rope scaling is 'yarn'; supported are default, linear, llama3"),
-        ({"theta": 0}, "theta is 0; expected a positive number"),
-        ({"factor": "8"}, "factor is '8'"),
-        ({"low_turns": 4.0}, "low_turns is 4.0 and high_turns 4.0"),
-    ],
-)
-def test_rotations_that_are_none(fields, message):
-    with pytest.raises(ValueError, match=message):
-        Rotary(**fields)
-
-
-# --- sizes ------------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"hidden": 31}, "31 does not divide into 3 heads"),
-        ({"hidden": 31, "head_dim": 7}, "head_dim is 7; expected an even number"),
-        ({"kv_heads": 2}, "3 heads do not divide into 2 key-value heads"),
-        ({"kv_heads": -1}, "kv_heads is -1"),
-        ({"layers": 2.0}, "layers is 2.0; expected a positive integer"),
-        ({"sliding_window": 0}, "sliding_window is 0"),
-    ],
-)
-def test_sizes_that_do_not_fit(change, message):
-    with pytest.raises(ValueError, match=f"Llama: .*{message}"):
-        dataclasses.replace(TINY, **{"kv_heads": 0, "head_dim": 0} | change)
-
-
-def test_create():
-    config = dataclasses.replace(TINY, head_norms=True, qkv_bias=True)
-    model = models.create(config, dtype="float32", seed=3)
-    logits = model(toy.put(toy.texts(2, 5).ids))
-    assert logits.shape == (2, 5, 97) and np.isfinite(toy.get(logits)).all()
-    state = models.checkpoint.parameters_of(model)
-    assert (toy.get(state["layers.1.attention.key_norm.scale"]) == 1).all()
-    assert (toy.get(state["layers.1.attention.key.bias"]) == 0).all()
-    assert 0.01 < toy.get(state["head.embedding"]).std() < 0.03
-
-
-# --- configurations of Hugging Face -----------------------------------------------------------------------------------
-
-# What published files say, as written before transformers 5, without what says nothing about sizes.
+def without_missing(config):
+    """Without the fields that are `...`."""
+    return {field: value for field, value in config.items() if value is not ...}
 
 
 def file(model_type, vocab, hidden, layers, heads, kv_heads, intermediate, positions, epsilon, **fields):
-    return {
-        "model_type": model_type,
-        "hidden_act": "silu",
-        "vocab_size": vocab,
-        "hidden_size": hidden,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "intermediate_size": intermediate,
-        "max_position_embeddings": positions,
-        "rms_norm_eps": epsilon,
-        "tie_word_embeddings": False,
-    } | fields
+    return without_missing(
+        {
+            "model_type": model_type,
+            "hidden_act": "silu",
+            "vocab_size": vocab,
+            "hidden_size": hidden,
+            "num_hidden_layers": layers,
+            "num_attention_heads": heads,
+            "num_key_value_heads": kv_heads,
+            "intermediate_size": intermediate,
+            "max_position_embeddings": positions,
+            "rms_norm_eps": epsilon,
+            "tie_word_embeddings": False,
+        }
+        | fields
+    )
 
 
 SCALING = {
@@ -203,12 +79,28 @@ FILES = {
         rope_scaling=None,
         sliding_window=2047,
     ),
+    "gemma-7b": file(
+        *("gemma", 256000, 3072, 28, 16, 16, 24576, 8192, 1e-6),
+        head_dim=256,
+        attention_bias=False,
+        hidden_act="gelu",
+        hidden_activation=None,
+        rope_theta=10000.0,
+        rope_scaling=None,
+        tie_word_embeddings=...,
+    ),
 }
+
+
+def read(file, name="read"):
+    """The configuration of the file's family."""
+    family, _ = MODEL_TYPES[file["model_type"]]
+    return family.from_huggingface(file, name)
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_published_files_read_as_presets(name):
-    assert LlamaConfig.from_huggingface(FILES[name], name) == PRESETS[name]
+    assert read(FILES[name], name) == models.PRESETS[name]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -221,7 +113,7 @@ def test_files_of_transformers_5_read_alike(name, tmp_path):
     transformers.AutoConfig.for_model(**given).save_pretrained(tmp_path)
     written = json.loads((tmp_path / "config.json").read_text())
     assert "rope_parameters" in written and "rope_scaling" not in written
-    assert LlamaConfig.from_huggingface(written, name) == PRESETS[name]
+    assert read(written, name) == models.PRESETS[name]
 
 
 QWEN = FILES["qwen2.5-0.5b"] | {"num_hidden_layers": 3, "use_sliding_window": True, "sliding_window": 7}
@@ -239,7 +131,7 @@ QWEN = FILES["qwen2.5-0.5b"] | {"num_hidden_layers": 3, "use_sliding_window": Tr
 )
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_layers_that_slide(model_type, change, windows):
-    config = LlamaConfig.from_huggingface(QWEN | {"model_type": model_type} | change)
+    config = read(QWEN | {"model_type": model_type} | change)
     assert [config.window(layer) for layer in range(3)] == windows
 
 
@@ -248,17 +140,37 @@ def test_layers_that_slide(model_type, change, windows):
 )
 def test_mistral_slides_in_all_layers_or_none(given, window):
     file = {field: value for field, value in FILES["mistral-7b"].items() if field != "sliding_window"}
-    config = LlamaConfig.from_huggingface(file | given)
+    config = read(file | given)
     assert [config.window(layer) for layer in (0, 31)] == [window, window]
 
 
-LLAMA_3 = FILES["llama-3.1-8b"]
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+OPT = {
+    "model_type": "opt",
+    "vocab_size": 97,
+    "hidden_size": 35,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 5,
+    "ffn_dim": 53,
+    "max_position_embeddings": 41,
+    "word_embed_proj_dim": 35,
+}
+LLAMA_3, PHI, GEMMA = FILES["llama-3.1-8b"], FILES["phi-3-mini"], FILES["gemma-7b"]
 LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 48}
 
 
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
+        (OPT, {"hidden_size": ...}, "hidden_size missing"),
+        (OPT, {"ffn_dim": "53"}, "intermediate is '53'"),
+        (OPT, {"num_attention_heads": 4}, "35 does not divide into 4 heads"),
+        (OPT, {"activation_function": "silu"}, "activation is 'silu'; expected relu or gelu"),
+        (OPT, {"layer_norm_elementwise_affine": False}, "layer_norm_elementwise_affine is False"),
+        (OPT, {"enable_bias": False}, "enable_bias is False"),
+        (OPT, {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        (OPT, {"quantization_config": {"bits": 4}}, "quantization_config is present"),
         (LLAMA_3, {"hidden_size": ...}, "llama: hidden_size missing"),
         (LLAMA_3, {"rms_norm_eps": ...}, "rms_norm_eps missing"),
         (LLAMA_3, {"hidden_size": "4096"}, "hidden is '4096'"),
@@ -269,20 +181,45 @@ LONG = {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0] * 4
         (
             LLAMA_3,
             {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
-            "'dynamic'; supported are default, linear",
+            "'dynamic'; supported are default, lin",
         ),
         (LLAMA_3, {"rope_scaling": {"type": "yarn", "factor": 2.0}}, "rope scaling is 'yarn'"),
         (LLAMA_3, {"rope_scaling": {"type": "linear"}}, "rope scaling 'linear' has no factor"),
         (LLAMA_3, {"rope_scaling": {"rope_type": "llama3", "factor": 2.0}}, "has no low_freq_factor, high_freq_factor"),
         (LLAMA_3, {"rope_scaling": None, "rope_parameters": {"full_attention": {}}}, "rope scaling has full_attention"),
         (LLAMA_3, {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
-        (FILES["phi-3-mini"], {"rope_scaling": LONG}, "phi3: rope scaling is 'longrope'; supported are default"),
-        (FILES["phi-3-mini"], {"rope_scaling": None, "rope_parameters": LONG}, "rope scaling is 'longrope'"),
+        (PHI, {"rope_scaling": LONG}, "phi3: rope scaling is 'longrope'; supported are default"),
+        (PHI, {"rope_scaling": None, "rope_parameters": LONG}, "rope scaling is 'longrope'"),
         (QWEN, {"layer_types": ["chunked_attention"] * 3}, "qwen2: layer_types has chunked_attention; expected full"),
+        (GEMMA, {"head_dim": ...}, "gemma: head_dim missing"),
+        (GEMMA, {"hidden_act": "silu"}, "hidden_act is 'silu'; only gelu_pytorch_tanh or gelu is supported"),
+        (GEMMA, {"hidden_activation": "gelu"}, "hidden_activation is 'gelu'"),
+        (GEMMA, {"attention_bias": True}, "attention_bias is True"),
+        (GEMMA, {"tie_word_embeddings": False}, "tie_word_embeddings is False"),
+        (GEMMA, {"use_bidirectional_attention": True}, "use_bidirectional_attention is True"),
+        (GEMMA, {"rope_scaling": {"type": "yarn"}}, "gemma: rope scaling is 'yarn'; supported are default, linear"),
+        (GEMMA, {"head_dim": 7}, "head_dim is 7; expected an even number"),
+        (GEMMA, {"num_key_value_heads": 5}, "16 heads do not divide into 5"),
     ],
 )
 def test_unsupported_configurations_are_named(file, change, message):
-    config = {field: value for field, value in (file | change).items() if value is not ...}
     with pytest.raises(ValueError, match=message) as raised:
-        LlamaConfig.from_huggingface(config)
+        read(without_missing(file | change))
     assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden": 31}, "31 does not divide into 3 heads"),
+        ({"hidden": 31, "head_dim": 7}, "head_dim is 7; expected an even number"),
+        ({"kv_heads": 2}, "3 heads do not divide into 2 key-value heads"),
+        ({"kv_heads": -1}, "kv_heads is -1"),
+        ({"layers": 2.0}, "layers is 2.0; expected a positive integer"),
+        ({"sliding_window": 0}, "sliding_window is 0"),
+    ],
+)
+def test_sizes_that_do_not_fit(change, message):
+    tiny = models.LlamaConfig("tiny", layers=2, hidden=30, heads=3, intermediate=53, vocab=97, positions=41)
+    with pytest.raises(ValueError, match=f"Llama: .*{message}"):
+        dataclasses.replace(tiny, **{"kv_heads": 0, "head_dim": 0} | change)

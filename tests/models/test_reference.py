@@ -3,6 +3,8 @@
 import functools
 import itertools
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
@@ -152,3 +154,30 @@ def test_stops_where_transformers_does(reference):
     ours = kvrecomp.generate(both.ours, both.prompts.ids, both.prompts.mask, do_sample=False, **options)
     np.testing.assert_array_equal(ours.sequences, expected)
     assert ours.new_tokens[0] <= 3 and ours.new_tokens.max() == NEW
+
+
+def test_gemmas_embeddings_and_norms_round_alike():
+    """In bfloat16, exactly: the embeddings' factor is rounded to it, a norm's 1 + weight is not."""
+    sizes = {"vocab_size": 97, "hidden_size": 26, "num_hidden_layers": 1, "intermediate_size": 53, "head_dim": 14}
+    config = transformers.GemmaConfig(**sizes, num_attention_heads=3, num_key_value_heads=1)
+    theirs = transformers.GemmaForCausalLM(config).to(torch.bfloat16).model
+    ours = models.create(models.GemmaConfig("tiny", 1, 26, 3, 1, 53, head_dim=14, vocab=97, positions=41))
+    assert (toy.get(ours.final_norm.offset[...]) == 0).all()
+
+    def numbers(tensor):
+        return tensor.detach().float().numpy().astype(jnp.bfloat16)
+
+    with torch.no_grad():
+        torch.nn.init.normal_(theirs.norm.weight, std=0.2)
+    ours.tokens.embedding.set_value(toy.put(numbers(theirs.embed_tokens.weight)))
+    ours.final_norm.offset.set_value(toy.put(numbers(theirs.norm.weight)))
+    ids = np.arange(97, dtype=np.int32)
+    with jax.transfer_guard("allow"):  # operation by operation: within a program XLA may leave out a rounding
+        hidden = ours.embed(toy.put(ids), toy.put(ids))
+        normed = ours.final_norm(hidden)
+    expected = theirs.embed_tokens(torch.tensor(ids))
+    np.testing.assert_array_equal(toy.get(hidden), numbers(expected))
+    normed, expected = toy.get(normed).astype(np.float32), numbers(theirs.norm(expected)).astype(np.float32)
+    # A mean is summed in another order, which may round a number to its neighbour now and then.
+    assert (normed == expected).mean() > 0.99
+    np.testing.assert_allclose(normed, expected, rtol=2**-7)

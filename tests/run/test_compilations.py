@@ -119,7 +119,7 @@ def steps(decoder, given):
 def test_a_program_that_sends_much_and_is_first_run_while_decoding_has_no_graphs(monkeypatch, least, expected):
     made = {}
     monkeypatch.setattr(runtime, "NO_GRAPHS_FROM", least)
-    monkeypatch.setattr(Decoder, "_program", lambda *_: lambda *_: ([(None, None)], [None], [None]))
+    monkeypatch.setattr(Decoder, "_program", lambda *_: lambda weights, blocks, recents, ids: (recents, ids))
     monkeypatch.setattr(Programs, "start", lambda _, name, trace, options: made.setdefault(name, options))
     decoder = toy.named_decoder("activations", batch=BATCH, prompt=PROMPT, new=7, tail=TAIL)
     decoder.step(filled_cache(decoder.plan), toy.put(np.zeros(BATCH, np.int32)))
