@@ -8,7 +8,7 @@ from kvrecomp.plan import AUTO, FORMS, LEAST_ALIGNED, BlockSpec, Form, LayerPlan
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
 from kvrecomp.plan.footprint import memory_needed, recomputed_bytes
 from kvrecomp.plan.step_order import in_flight_bytes
-from kvrecomp.predict.problem import Space
+from kvrecomp.predict.problem import Problem, default_order
 
 
 @dataclass(frozen=True)
@@ -47,71 +47,73 @@ def smaller_form(layer: LayerShape) -> Form:
     return "activations" if layer.width("activations") < layer.width("keys_values") else "keys_values"
 
 
-def least_candidate(space: Space) -> Candidate:
+def least_candidate(problem: Problem) -> Candidate:
     """The candidate that needs the least memory: each layer shape in its smaller form. It fits if any does."""
     settings = {}
-    for layer in space.layer_shapes:
+    for layer in problem.layer_shapes:
         form = smaller_form(layer)
         settings[layer] = Settings(None, float(form == "activations"), "absorb", form, 0.0)
-    return Candidate(space.windows[-1], settings)
+    return Candidate(problem.windows[-1], settings)
 
 
-def candidate_plan(space: Space, candidate: Candidate) -> Plan:
+def candidate_plan(problem: Problem, candidate: Candidate) -> Plan:
     """The candidate's plan, which may be over the budget.
 
     Raises `PlanError` if a block or a tail is larger than the window.
     """
-    free = space.beside_weights
-    plan = _fill(space, candidate, free)
+    free = problem.beside_weights
+    plan = _fill(problem, candidate, free)
     if recomputed_bytes(plan, plan.write_outs):  # which no room was left for
-        excess = sum(memory_needed(plan)["device"].values()) - (space.problem.budget.device or 0.0)
+        excess = sum(memory_needed(plan)["device"].values()) - (problem.budget.device or 0.0)
         if excess > 0:
-            plan = _fill(space, candidate, free - excess)
+            plan = _fill(problem, candidate, free - excess)
     return plan
 
 
-def _fill(space: Space, candidate: Candidate, free: float) -> Plan:
+def _fill(problem: Problem, candidate: Candidate, free: float) -> Plan:
     """The candidate's plan in `free` bytes beside the weights, which layers share so that each can hold as many tokens
     as the others."""
-    problem, window = space.problem, candidate.window
-    for_cache = (free - space.prefill) / problem.groups
-    largest_copy = max(window // BLOCKS_PER_WINDOW, space.hosted_matrix)
-    in_flight = in_flight_bytes(window + 2 * space.hosted_layer, largest_copy, space.hosted_layer)
-    beside_window = for_cache - max(0, in_flight - space.prefill) / problem.groups
+    window = candidate.window
+    hosted_layer, hosted_matrix = problem.largest_hosted
+    for_cache = (free - problem.prefill) / problem.groups
+    largest_copy = max(window // BLOCKS_PER_WINDOW, hosted_matrix)
+    in_flight = in_flight_bytes(window + 2 * hosted_layer, largest_copy, hosted_layer)
+    beside_window = for_cache - max(0, in_flight - problem.prefill) / problem.groups
 
-    widths = [layer.width(smaller_form(layer)) for layer in space.layer_shapes]
-    total_width = sum(widths[number] for number in space.layer_numbers)
+    widths = [layer.width(smaller_form(layer)) for layer in problem.layer_shapes]
+    total_width = sum(widths[number] for number in problem.layer_numbers)
+    any_hosted = "host" in problem.weight_memories
     plans: list[dict[Memory, LayerPlan]] = []  # of each layer shape, with its weights in either memory
-    for layer, width in zip(space.layer_shapes, widths):
+    for layer, width in zip(problem.layer_shapes, widths):
         share = width / total_width
         settings = candidate.settings[layer]
-        plan = _layer_plan(space, layer, settings, window, for_cache * share, beside_window * share)
-        plans.append({"device": plan, "host": dataclasses.replace(plan, weights="host")})
+        plan = _layer_plan(problem, layer, settings, window, for_cache * share, beside_window * share)
+        plans.append({"device": plan, "host": dataclasses.replace(plan, weights="host") if any_hosted else plan})
     return Plan(
         AUTO,
         problem.shape,
         problem.workload,
-        tuple(plans[number][memory] for number, memory in zip(space.layer_numbers, space.weights)),
-        space.tail,
+        tuple(plans[number][memory] for number, memory in zip(problem.layer_numbers, problem.weight_memories)),
+        problem.tail_tokens,
         window,
         groups=problem.groups,
-        order=space.order,
+        order=problem.order or default_order(hosted_layer > 0, problem.groups),
     )
 
 
 def _layer_plan(
-    space: Space, layer: LayerShape, settings: Settings, window: int, room: float, beside_window: float
+    problem: Problem, layer: LayerShape, settings: Settings, window: int, room: float, beside_window: float
 ) -> LayerPlan:
     """The plan of one layer with these settings, what is over its room in host memory.
 
     It has `room` bytes for its tail and blocks, and those `beside_window` where it needs a window too.
     """
-    workload = space.problem.workload
+    workload = problem.workload
     prompt = layer.cached(workload.prompt)
-    write_outs = space.write_outs
-    row_bytes = workload.batch * space.problem.shape.itemsize
+    write_outs = problem.write_outs
+    row_bytes = workload.batch * problem.shape.itemsize
     token_bytes: dict[Form, int] = {form: row_bytes * layer.width(form) for form in FORMS}
-    tail_bytes = space.tail * token_bytes[settings.tail_form]  # written out or not
+    tail_bytes = problem.tail_tokens * token_bytes[settings.tail_form]  # written out or not
 
     all_fits = prompt * token_bytes[smaller_form(layer)] + (1 + write_outs) * tail_bytes <= room
     free = max(0.0, (room if all_fits else beside_window) - tail_bytes)
@@ -124,7 +126,7 @@ def _layer_plan(
     some_leave = stay < write_outs or any(split[form, "host"] for form in FORMS)
     memories: list[Memory] = ["device"] * stay
     memories.append("host" if some_leave else "device")
-    blocks = _cut(space, layer, settings.unit, window, split)
+    blocks = _cut(problem, layer, settings.unit, window, split)
     return LayerPlan(blocks, settings.tail_form, tuple(memories), settings.method)
 
 
@@ -161,14 +163,14 @@ def _split_prompt(
     return split
 
 
-def _cut(space: Space, layer: LayerShape, unit: int, window: int, split: Split) -> tuple[BlockSpec, ...]:
+def _cut(problem: Problem, layer: LayerShape, unit: int, window: int, split: Split) -> tuple[BlockSpec, ...]:
     """A split prompt as blocks. Where activations are no multiple of the unit, the rest is a block of its own."""
 
     def cut(form: Form, memory: Memory) -> tuple[BlockSpec, ...]:
         tokens = split[form, memory]
         rest = tokens % unit if form == "activations" and tokens >= LEAST_ALIGNED else 0
         runs: list[tuple[Form, Memory, int]] = [(form, memory, tokens - rest), (form, memory, rest)]
-        return cut_runs(runs, layer, space.problem.shape, space.problem.workload, window // BLOCKS_PER_WINDOW)
+        return cut_runs(runs, layer, problem.shape, problem.workload, window // BLOCKS_PER_WINDOW)
 
     from_host = _interleave(cut("activations", "host"), cut("keys_values", "host"))
     return (*cut("keys_values", "device"), *cut("activations", "device"), *from_host)

@@ -1,11 +1,9 @@
-"""The problem that a plan solves, and the space of candidates for it: what is asked for, and what is decided before the
-blocks are."""
+"""The problem that a plan solves: what is asked for, what is left open, and the room that there is."""
 
-import functools
 from dataclasses import dataclass
+from functools import cached_property
 
 from kvrecomp.plan import (
-    ALIGNED,
     DEFAULT_WINDOW,
     FORMS,
     GIB,
@@ -22,7 +20,6 @@ from kvrecomp.plan import (
 )
 from kvrecomp.plan.cutting import default_tail
 from kvrecomp.plan.footprint import MARGIN, memory_needed, prefill_bytes, weights_in
-from kvrecomp.predict.estimate import layer_times, slow_if_uneven
 from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 
 WINDOWS = tuple(DEFAULT_WINDOW >> shift for shift in (0, 2, 4, 6))
@@ -33,7 +30,7 @@ MOST_TAIL_BYTES = 4 * GIB
 
 @dataclass(frozen=True)
 class Problem:
-    """What a plan is to be found for; what is None is left open, to be chosen.
+    """What a plan is to be found for; what is None is open, to be chosen.
 
     `workload` is that of one of the `groups`. `weights` has the memory of each layer's. `tail` is in tokens, `window`
     and the budget, which leaves nothing open (`resolve_budget`), in bytes.
@@ -49,80 +46,62 @@ class Problem:
     tail: int | None = None
     window: int | None = None
 
+    @cached_property
+    def weight_memories(self) -> tuple[Memory, ...]:
+        """The memory of each layer's weights: the device, where they are open."""
+        return ("device",) * len(self.shape.layers) if self.weights is None else self.weights
 
-@dataclass(frozen=True)
-class Space:
-    """What all candidates for a problem's plan share, and the device memory that they have, in bytes.
+    @cached_property
+    def beside_weights(self) -> float:
+        """Bytes of device memory that the weights there leave. Raises `PlanError` for other than one memory a layer."""
+        return max(0.0, (self.budget.device or 0.0) - weights_in(self.shape, self.weight_memories)["device"])
 
-    A candidate has one of the `windows`, the first of which is the largest. `beside_weights` is what the weights on the
-    device leave, and `prefill` what a prompt takes of it for a while. Of the weights that cross the link `hosted_layer`
-    is the largest layer and `hosted_matrix` the largest matrix; 0 where none do.
-    """
+    @cached_property
+    def largest_hosted(self) -> tuple[int, int]:
+        """Bytes of the largest layer and matrix of those whose weights are in host memory; 0 where none are."""
+        hosted = {layer for layer, memory in zip(self.shape.layers, self.weight_memories) if memory == "host"}
+        layer = max((layer.parameters for layer in hosted), default=0)
+        matrix = max((max(map(max, layer.matrices)) for layer in hosted), default=0)
+        return layer * self.shape.itemsize, matrix * self.shape.itemsize
 
-    problem: Problem
-    weights: tuple[Memory, ...]
-    order: Order
-    windows: tuple[int, ...]
-    tail: int
-    beside_weights: float
-    prefill: int
-    hosted_layer: int
-    hosted_matrix: int
+    @cached_property
+    def prefill(self) -> int:
+        """Bytes of device memory that a prompt takes for a while; it is over when a step needs its window."""
+        return prefill_bytes(self.shape, self.workload) + 2 * self.largest_hosted[0]
 
-    @property
+    @cached_property
+    def windows(self) -> tuple[int, ...]:
+        """The windows to choose from: where it is open, the two largest of WINDOWS that there is room for, of at least
+        a token's bytes. A smaller window leaves more room for blocks, and cuts what is sent into more copies."""
+        if self.window is not None:
+            return (self.window,)
+        fitting = [size for size in WINDOWS if size <= max(self.beside_weights * WINDOW_SHARE, self.prefill)]
+        widest = max(layer.width(form) for layer in self.layer_shapes for form in FORMS)
+        token_bytes = widest * self.workload.batch * self.shape.itemsize
+        return tuple(max(size, token_bytes) for size in fitting[:2] or WINDOWS[-1:])
+
+    @cached_property
+    def tail_tokens(self) -> int:
+        """Tokens of the tail: as many as take a small share of the memory, where it is open."""
+        if self.tail is not None:
+            return min(self.tail, self.workload.new)
+        most_bytes = min(MOST_TAIL_BYTES, self.beside_weights * TAIL_SHARE) / self.groups
+        return default_tail(self.shape, self.workload, self.windows[-1], most_bytes)
+
+    @cached_property
     def write_outs(self) -> int:
         """How often the tail is written out."""
-        return max(0, (self.problem.workload.new - 1) // self.tail)
+        return max(0, (self.workload.new - 1) // self.tail_tokens)
 
-    @functools.cached_property
-    def unit(self) -> int:
-        """What parts of a prompt are multiples of at first: ALIGNED if one of the layers is slow for other numbers."""
-        shape, batch = self.problem.shape, self.problem.workload.batch
-        times = (layer_times(self.problem.profile, layer, shape, batch) for layer in self.layer_shapes)
-        return ALIGNED if any(map(slow_if_uneven, times)) else 1
-
-    @functools.cached_property
+    @cached_property
     def layer_shapes(self) -> tuple[LayerShape, ...]:
         """The distinct shapes of layers, in the order in which they occur."""
-        return tuple(self.problem.shape.distinct_layers)
+        return tuple(self.shape.distinct_layers)
 
-    @functools.cached_property
+    @cached_property
     def layer_numbers(self) -> tuple[int, ...]:
         """For each layer, which of `layer_shapes` it has; cached, as comparing those of many layers takes long."""
-        return tuple(map(self.layer_shapes.index, self.problem.shape.layers))
-
-
-def make_space(problem: Problem) -> Space:
-    """The space of a problem: on the device are weights that it leaves open, and a tail that it leaves open takes a
-    small share of the memory.
-
-    Raises `PlanError` if there are not as many `weights` as layers.
-    """
-    shape, workload = problem.shape, problem.workload
-    weights = ("device",) * len(shape.layers) if problem.weights is None else problem.weights
-    beside_weights = max(0.0, (problem.budget.device or 0.0) - weights_in(shape, weights)["device"])
-    hosted = {layer for layer, memory in zip(shape.layers, weights) if memory == "host"}
-    hosted_layer = max((layer.parameters * shape.itemsize for layer in hosted), default=0)
-    hosted_matrix = max((max(map(max, layer.matrices)) * shape.itemsize for layer in hosted), default=0)
-    prefill = prefill_bytes(shape, workload) + 2 * hosted_layer
-
-    windows = (problem.window,) if problem.window else _windows(problem, beside_weights, prefill)
-    if problem.tail is None:
-        tail_bytes = min(MOST_TAIL_BYTES, beside_weights * TAIL_SHARE) / problem.groups
-        tail = default_tail(shape, workload, windows[-1], tail_bytes)
-    else:
-        tail = min(problem.tail, workload.new)
-    order = problem.order or default_order(bool(hosted), problem.groups)
-    return Space(problem, weights, order, windows, tail, beside_weights, prefill, hosted_layer, hosted_matrix)
-
-
-def _windows(problem: Problem, beside_weights: float, prefill: int) -> tuple[int, ...]:
-    """The two largest of WINDOWS that there is room for, of at least a token's bytes: a smaller window leaves more room
-    for blocks, and cuts what is sent into more copies. A prefill is over when a step needs its window."""
-    fitting = [size for size in WINDOWS if size <= max(beside_weights * WINDOW_SHARE, prefill)]
-    widest = max(layer.width(form) for layer in problem.shape.distinct_layers for form in FORMS)
-    token_bytes = widest * problem.workload.batch * problem.shape.itemsize
-    return tuple(max(size, token_bytes) for size in fitting[:2] or WINDOWS[-1:])
+        return tuple(map(self.layer_shapes.index, self.shape.layers))
 
 
 def default_order(hosted: bool, groups: int) -> Order:

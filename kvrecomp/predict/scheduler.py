@@ -21,7 +21,7 @@ from kvrecomp.plan.named import named_plan, spread, with_weights
 from kvrecomp.predict.candidates import candidate_plan, least_candidate
 from kvrecomp.predict.cost import mean_costs, plan_costs
 from kvrecomp.predict.hardware import LARGEST_DEVICE, HardwareProfile
-from kvrecomp.predict.problem import Problem, Space, excess_bytes, make_space, resolve_budget
+from kvrecomp.predict.problem import Problem, excess_bytes, resolve_budget
 from kvrecomp.predict.search import SURE, fast_ones, search
 
 SPLITS = (1, 2, 4, 8, 16)  # groups that rows are split into: a program of column order has the attention of each
@@ -92,8 +92,7 @@ class _Solution(NamedTuple):
 def _solve(problem: Problem, clock: HardwareProfile) -> _Solution:
     """The best plan, timed by the rates of `clock`. Raises `PlanError` where nothing fits."""
     weights = _fewest_hosted(problem) if problem.weights is None else problem.weights
-    space = _with_tail_that_fits(make_space(dataclasses.replace(problem, weights=weights)))
-    _, plan, seconds = search(space)
+    _, plan, seconds = search(_with_tail_that_fits(dataclasses.replace(problem, weights=weights)))
     plan, seconds = _rival_if_faster(plan, seconds, problem)
     if problem.order is None:
         plan, seconds = _in_faster_order(plan, seconds, problem)
@@ -124,8 +123,8 @@ def _fewest_hosted(problem: Problem) -> tuple[Memory, ...]:
     layers = len(problem.shape.layers)
 
     def fits(hosted: int) -> bool:
-        space = make_space(dataclasses.replace(problem, weights=spread(hosted, layers)))
-        needed = memory_needed(candidate_plan(space, least_candidate(space)))["device"]
+        hosting = dataclasses.replace(problem, weights=spread(hosted, layers))
+        needed = memory_needed(candidate_plan(hosting, least_candidate(hosting)))["device"]
         return sum(needed.values()) <= (problem.budget.device or 0.0)
 
     # The first to leave needs room for two that are on their way, so all may fit where all but one do not.
@@ -133,16 +132,19 @@ def _fewest_hosted(problem: Problem) -> tuple[Memory, ...]:
     return spread(hosted, layers)
 
 
-def _with_tail_that_fits(space: Space) -> Space:
-    """The space with its tail halved, unless it was asked for, until the candidate that needs the least memory fits.
+def _with_tail_that_fits(problem: Problem) -> Problem:
+    """The problem with a tail, halved, unless it was asked for, until the candidate that needs the least memory fits.
 
     Raises `PlanError` where a tail that was asked for is larger than the window even in the smaller form.
     """
-    while excess_bytes(candidate_plan(space, least_candidate(space)), space.problem.budget) > 0:
-        if space.problem.tail or space.tail == 1:
-            break
-        space = dataclasses.replace(space, tail=space.tail // 2)
-    return space
+    least = candidate_plan(problem, least_candidate(problem))
+    if problem.tail is not None:
+        return problem
+    fitting = dataclasses.replace(problem, tail=problem.tail_tokens)
+    while least.tail > 1 and excess_bytes(least, problem.budget) > 0:
+        fitting = dataclasses.replace(problem, tail=least.tail // 2)
+        least = candidate_plan(fitting, least_candidate(fitting))
+    return fitting
 
 
 def _with_longer_tail(solution: _Solution, clock: HardwareProfile) -> _Solution:

@@ -1,4 +1,4 @@
-"""Searches a space for the best candidate: from the best of a coarse grid to the best of its neighbours, move by move.
+"""Searches for the best candidate: from the best of a coarse grid to the best of its neighbours, move by move.
 
 First all layer shapes have the same settings; then those of each are varied on finer grids, one shape after the other.
 """
@@ -14,8 +14,9 @@ from kvrecomp.plan import ALIGNED, FORMS, MEMORIES, BlockSpec, Method, Plan, Pla
 from kvrecomp.plan.footprint import check_within
 from kvrecomp.predict.candidates import Candidate, Settings, candidate_plan, least_candidate
 from kvrecomp.predict.cost import MOST_LENGTHS, PLANS, mean_bounds, mean_costs
+from kvrecomp.predict.estimate import layer_times, slow_if_uneven
 from kvrecomp.predict.hardware import HardwareProfile
-from kvrecomp.predict.problem import Space, excess_bytes
+from kvrecomp.predict.problem import Problem, excess_bytes
 
 GRID = 8  # steps of the coarse grid of fractions; a finer one has as many within one of them
 FRACTIONS = tuple(step / GRID for step in range(GRID + 1))
@@ -35,40 +36,47 @@ class Prediction(NamedTuple):
     seconds: float
 
 
-def search(space: Space) -> Prediction:
+def search(problem: Problem) -> Prediction:
     """The best candidate that fits the budget. Raises `PlanError` where none does; the message says what would."""
-    best = choose(space, _first_candidates(space))
-    for layer, move in itertools.product(space.layer_shapes, _moves(space)):
+    best = choose(problem, _first_candidates(problem))
+    for layer, move in itertools.product(problem.layer_shapes, _moves(problem)):
         settings = best.candidate.settings
         neighbours = [{**settings, layer: neighbour} for neighbour in move(settings[layer])]
-        best = choose(space, [replace(best.candidate, settings=neighbour) for neighbour in neighbours], best)
-    return choose(space, [replace(best.candidate, window=window) for window in space.windows[1:]], best)
+        best = choose(problem, [replace(best.candidate, settings=neighbour) for neighbour in neighbours], best)
+    return choose(problem, [replace(best.candidate, window=window) for window in problem.windows[1:]], best)
 
 
-def _first_candidates(space: Space) -> list[Candidate]:
+def _first_candidates(problem: Problem) -> list[Candidate]:
     """A coarse grid in which all layer shapes have the same settings, and the candidates of the least memory."""
-    least = least_candidate(space).settings
-    even = {layer: replace(settings, unit=space.unit) for layer, settings in least.items()}
-    coarse = [dict.fromkeys(space.layer_shapes, settings) for settings in _absorbing(space)]
-    candidates = [Candidate(space.windows[0], settings) for settings in coarse]
-    return candidates + [Candidate(window, settings) for window in space.windows for settings in (least, even)]
+    least = least_candidate(problem).settings
+    even = {layer: replace(settings, unit=_unit(problem)) for layer, settings in least.items()}
+    coarse = [dict.fromkeys(problem.layer_shapes, settings) for settings in _absorbing(problem)]
+    candidates = [Candidate(problem.windows[0], settings) for settings in coarse]
+    return candidates + [Candidate(window, settings) for window in problem.windows for settings in (least, even)]
 
 
-def _moves(space: Space) -> list[Move]:
+def _moves(problem: Problem) -> list[Move]:
     """The moves for each layer shape, in order."""
     return [
-        *([lambda _: _absorbing(space)] if len(space.layer_shapes) > 1 else []),
+        *([lambda _: _absorbing(problem)] if len(problem.layer_shapes) > 1 else []),
         partial(_near, "activations", 1 / GRID**2),
         partial(_near, "on_device", 4 / GRID**2),
-        *([partial(_near, "growth", 4 / GRID**2)] if space.write_outs else []),
-        lambda best: _settings_grid("recompute", (best.growth,), space.unit),
+        *([partial(_near, "growth", 4 / GRID**2)] if problem.write_outs else []),
+        lambda best: _settings_grid("recompute", (best.growth,), _unit(problem)),
         partial(_near, "activations", 1 / GRID**2),
         lambda best: [replace(best, unit=unit) for unit in (1, ALIGNED)],
     ]
 
 
-def _absorbing(space: Space) -> list[Settings]:
-    return _settings_grid("absorb", (0.0, 0.5, 1.0) if space.write_outs else (0.0,), space.unit)
+def _absorbing(problem: Problem) -> list[Settings]:
+    return _settings_grid("absorb", (0.0, 0.5, 1.0) if problem.write_outs else (0.0,), _unit(problem))
+
+
+def _unit(problem: Problem) -> int:
+    """What parts of a prompt are multiples of at first: ALIGNED if one of the layers is slow for other numbers."""
+    shape, batch = problem.shape, problem.workload.batch
+    times = (layer_times(problem.profile, layer, shape, batch) for layer in problem.layer_shapes)
+    return ALIGNED if any(map(slow_if_uneven, times)) else 1
 
 
 def _settings_grid(method: Method, growths: Sequence[float], unit: int) -> list[Settings]:
@@ -86,17 +94,17 @@ def _near(name: str, step: float, best: Settings) -> list[Settings]:
     return [replace(best, **{name: fraction}) for fraction in fractions if 0 <= fraction <= 1]
 
 
-def choose(space: Space, candidates: Sequence[Candidate], best: Prediction | None = None) -> Prediction:
+def choose(problem: Problem, candidates: Sequence[Candidate], best: Prediction | None = None) -> Prediction:
     """The best of the candidates that fit and of the `best` so far, by `_surest_of_fastest`.
 
     Raises `PlanError` where no candidate fits and there is no `best`.
     """
-    budget = space.problem.budget
+    budget = problem.budget
     plans: dict[Hashable, tuple[Candidate, Plan]] = {}
     misfits: list[PlanError] = []
     for candidate in candidates:
         try:
-            plan = candidate_plan(space, candidate)
+            plan = candidate_plan(problem, candidate)
         except PlanError as misfit:  # a tail that was asked for is larger than the window in one of the forms
             misfits.append(misfit)
         else:
@@ -111,13 +119,13 @@ def choose(space: Space, candidates: Sequence[Candidate], best: Prediction | Non
         closest = min((plan for _, plan in plans.values()), key=lambda plan: excess_bytes(plan, budget))
         check_within(closest, {memory: getattr(budget, memory) for memory in MEMORIES})  # raises
     predictions = [] if best is None else [best]
-    seconds = fast_ones(space.problem.profile, [plan for _, plan in fitting], best.seconds if best else math.inf)
+    seconds = fast_ones(problem.profile, [plan for _, plan in fitting], best.seconds if best else math.inf)
     predictions += [Prediction(*fitting[number], taken) for number, taken in seconds.items()]
     return _surest_of_fastest(predictions)
 
 
 def _key(plan: Plan) -> Hashable:
-    """What tells the plans of a space apart; hashing a plan itself takes a hash of every layer."""
+    """What tells a problem's plans apart; hashing a plan itself takes a hash of every layer."""
     return plan.window, frozenset(plan.distinct_layers)
 
 

@@ -1,0 +1,286 @@
+"""Chosen plans against brute force and against every budget: as fast as any other, and never too large."""
+
+import math
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from planning import (
+    LAYERS,
+    LEARNED,
+    acts,
+    cache_bytes,
+    device_bytes,
+    fits,
+    kv,
+    least,
+    machine,
+    make_plan,
+    mean_seconds,
+    model,
+    seconds,
+)
+
+import models
+from kvrecomp.plan import GIB, MIB, BlockSpec, Budget, LayerPlan, LayerShape, Plan, PlanError, Workload
+from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW
+from kvrecomp.plan.footprint import prefill_bytes
+from kvrecomp.plan.named import named_plan
+from kvrecomp.predict import cost, scheduler, search
+from kvrecomp.predict.hardware import LEAST_DEVICE, Line
+
+# --- brute force ------------------------------------------------------------------------------------------------------
+
+
+def compositions(total, parts):
+    """All ways to write a number as that many numbers from zero on."""
+    if parts == 1:
+        yield (total,)
+        return
+    for first in range(total + 1):
+        for rest in compositions(total - first, parts - 1):
+            yield first, *rest
+
+
+def pieces(form, count, layer, workload, window):
+    """Blocks on the host, as few and as equal as a quarter of the window lets them be; bfloat16."""
+    most = max(1, window // BLOCKS_PER_WINDOW // (workload.batch * layer.width(form) * 2))
+    blocks = -(-count // most)
+    return [BlockSpec(form, "host", count // blocks + (number < count % blocks)) for number in range(blocks)]
+
+
+def every_plan(shape, workload, tail, window, parts):
+    """Layers alike: each eighth or so of the prompt in either form and memory, tails in either form, the first of them
+    written to the device or none, activations absorbed or recomputed."""
+    (layer,) = set(shape.layers)
+    times = max(0, (workload.new - 1) // tail)
+    share = workload.prompt // parts
+    assert share * parts == workload.prompt
+    for counts in compositions(parts, 4):
+        pairs_here, acts_here, acts_sent, pairs_sent = (share * count for count in counts)
+        blocks = [BlockSpec(form, "device", count) for form, count in ((kv, pairs_here), (acts, acts_here)) if count]
+        blocks += pieces(acts, acts_sent, layer, workload, window) + pieces(kv, pairs_sent, layer, workload, window)
+        for form in (kv, acts):
+            for method in ("absorb", "recompute") if acts_here or acts_sent or form == acts else ("absorb",):
+                for stay in sorted({round(times * part / 4) for part in range(5)}):
+                    memories = ("device",) * stay + (() if stay == times and times else ("host",))
+                    layer_plan = LayerPlan(tuple(blocks), form, memories, method)
+                    yield Plan("any", shape, workload, (layer_plan,) * len(shape.layers), tail, window)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize(
+    ("name", "kernel_seconds", "layers", "workload", "rooms", "parts"),
+    [
+        ("t4", 0.0, 3, Workload(8, 1024, 13), (0, 0.2, 0.6, 1.05), 8),  # one tail holds all new tokens
+        ("h200", 0.0, 3, Workload(8, 1024, 13), (0, 0.2, 0.6, 1.05), 8),
+        ("t4", 0.0, 2, Workload(16, 512, 1201), (0.05, 0.4, 1.05), 4),  # more new tokens than the prompt has
+        ("a100", 0.0, 2, Workload(16, 512, 1201), (0.05, 0.4, 1.05), 4),
+        ("a100", 0.0, 1, Workload(67, 6, 1), (0, 0.5, 1.5), 6),
+        ("a100", 3e-6, 1, Workload(67, 6, 1), (0, 0.5, 1.5), 6),
+    ],
+)
+def test_as_good_as_brute_force(name, kernel_seconds, layers, workload, rooms, parts, kind):
+    """With room for these parts of the cache, by the mean of all steps."""
+    shape, profile = model(*[LAYERS[kind]] * layers), machine(name, kernel_seconds=kernel_seconds)
+    for room in rooms:
+        budget = Budget(least(shape, workload) + room * cache_bytes(shape, workload))
+        chosen = make_plan(shape, workload, profile, budget)
+        assert fits(chosen, budget)
+        others = [plan for plan in every_plan(shape, workload, chosen.tail, chosen.window, parts) if fits(plan, budget)]
+        assert len(others) > 6
+        taken, *found = mean_seconds(profile, chosen, *others)
+        best, plan = min(zip(found, others), key=lambda pair: pair[0])
+        assert taken <= 1.01 * best, f"{taken / best:.3f} times as long as\n{plan}\nchosen\n{chosen}"
+
+
+def test_few_candidates_are_predicted(monkeypatch):
+    """Of those that are surely worse it is not asked how much."""
+    asked, bounded = [], []
+    monkeypatch.setattr(search, "mean_costs", lambda *given: asked.extend(given[1]) or cost.mean_costs(*given))
+    monkeypatch.setattr(search, "mean_bounds", lambda *given: bounded.extend(given[1]) or cost.mean_bounds(*given))
+    shape, workload = model(*[LEARNED] * 5), Workload(32, 1024, 16)
+    make_plan(shape, workload, machine(), Budget(least(shape, workload) + 0.3 * cache_bytes(shape, workload)))
+    assert 0 < 2 * len(asked) < len(bounded)
+
+
+def test_few_compilations():
+    """A few sizes of candidates' lists; a second budget of the same model compiles nothing more."""
+    cost._step_seconds.clear_cache()
+    shape, workload = model(*[LEARNED] * 5), Workload(32, 1024, 16)
+    counts = []
+    for part in (0.3, 0.31):
+        make_plan(shape, workload, machine(), Budget(least(shape, workload) + part * cache_bytes(shape, workload)))
+        counts.append(cost._step_seconds._cache_size())
+    assert counts[0] == counts[1] <= 5
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------------
+
+NAMES = ["activations", "recompute", "keys_values", "device"]
+NAMES += [f"{kind}:{part}" for kind in ("split", "kvpr", "device") for part in (0.25, 0.5, 0.75)]
+OPT = models.PRESETS["opt-6.7b"].shape
+
+
+@st.composite
+def problems(draw):
+    """Shapes, workloads, machines and budgets, some of them barely enough or not enough."""
+
+    def layer():
+        head_dim, kv_heads = draw(st.sampled_from([7, 64, 128])), draw(st.sampled_from([1, 2, 8]))
+        heads = kv_heads * draw(st.sampled_from([1, 4]))
+        hidden = draw(st.sampled_from([35, 1024, 4096]))
+        return LayerShape(hidden, heads, kv_heads, head_dim, 2 * hidden, absorbs_keys=draw(st.booleans()))
+
+    shapes = [layer() for _ in range(draw(st.integers(1, 2)))]
+    layers = draw(st.lists(st.sampled_from(shapes), min_size=1, max_size=4))
+    shape = model(*layers, dtype=draw(st.sampled_from(["bfloat16", "float32"])))
+    sizes = st.sampled_from([1, 3, 32, 1000]), st.sampled_from([1, 11, 500]), st.sampled_from([1, 2, 17, 300])
+    workload = Workload(*map(draw, sizes))
+    name = draw(st.sampled_from(["t4", "a100", "h200", "gh200"]))
+    profile = machine(name, kernel_seconds=draw(st.sampled_from([0.0, 5e-6])), to_device=Line(1e-5, 0.0))
+    room = draw(st.sampled_from([-1.0, 0.0, 1.0, 1e6]) | st.floats(0, 1.5).map(lambda part: part * 1e10))
+    room = min(room, 1.5 * cache_bytes(shape, workload))
+    host = draw(st.sampled_from([None, None, None, 0.0, 1e6, 1e9]))
+    return shape, workload, profile, Budget(max(LEAST_DEVICE, least(shape, workload) + room), host)
+
+
+@settings(max_examples=30, phases=(Phase.explicit, Phase.generate))
+@given(problems())
+def test_no_plan_is_over_its_budget_or_slower_than_one_by_name(problem):
+    shape, workload, profile, budget = problem
+    try:
+        plan = make_plan(shape, workload, profile, budget)
+    except PlanError as error:
+        assert "may be used" in str(error)
+        for name in NAMES:
+            assert not any(fits(named_plan(name, shape, workload, tail=tail), budget) for tail in (16, None))
+        return
+    assert fits(plan, budget) and plan.shape == shape and plan.workload == workload
+    for write_outs in range(plan.write_outs):
+        assert device_bytes(plan, write_outs) <= budget.device
+    named = [named_plan(name, shape, workload, tail=plan.tail) for name in NAMES]  # shorter tails compile more
+    if others := [other for other in named if fits(other, budget)]:
+        taken, *found = seconds(profile, plan, *others)
+        best, other = min(zip(found, others), key=lambda pair: pair[0])
+        assert taken <= 1.01 * best, f"{other.name} takes {best}, and {taken}\n{plan}"
+
+
+@settings(max_examples=12, phases=(Phase.explicit, Phase.generate))
+@given(st.data())
+def test_weights_and_groups_keep_to_the_budget(data):
+    layers = data.draw(st.lists(st.sampled_from(list(LAYERS.values())), min_size=1, max_size=5))
+    shape, workload = model(*layers), Workload(data.draw(st.integers(1, 64)), data.draw(st.integers(1, 900)), 33)
+    layer = max(layer.parameters for layer in layers) * 2
+    tail = 16 * workload.batch * 8192 * 2 * len(layers)
+    groups = data.draw(st.sampled_from([1, 2, 7, None]))
+    enough = prefill_bytes(shape, workload) + 5 * layer + (groups or 1) * tail
+    budget = Budget(enough + data.draw(st.floats(0, 1)) * shape.parameters * 2, 1e15)
+    plan = scheduler.make_plan(shape, workload, machine("a100"), budget, groups=groups)
+    assert fits(plan, budget) and plan.rows == workload.batch * (groups or 1)
+
+
+def test_one_byte_less_is_not_enough():
+    """There is nothing smaller than everything in host memory, with the shortest tail that there is."""
+    shape, workload = model(*[LEARNED] * 2), Workload(batch=8, prompt=512, new=16)
+    enough = device_bytes(named_plan("activations", shape, workload, tail=1, window=16 * MIB))
+    assert device_bytes(make_plan(shape, workload, machine(), Budget(enough))) == enough
+    with pytest.raises(PlanError, match="of device memory"):
+        make_plan(shape, workload, machine(), Budget(enough - 1))
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "prompt", "gib"),
+    [("opt-6.7b", 128, 1024, 16), ("llama-2-7b", 128, 512, 15), ("llama-3-8b", 64, 1024, 18)],
+)
+def test_what_is_said_to_fit_fits(name, batch, prompt, gib):
+    shape, workload, budget = models.PRESETS[name].shape, Workload(batch, prompt, 64), Budget.of_gib(gib)
+    with pytest.raises(PlanError) as raised:
+        make_plan(shape, workload, machine(), budget)
+    said = re.search(r": a batch of (\d+) fits where (\d+) were asked for", str(raised.value))
+    assert said and int(said[2]) == batch and 1 <= int(said[1]) < batch
+    assert fits(make_plan(shape, replace(workload, batch=int(said[1])), machine(), budget), budget)
+
+
+@pytest.mark.parametrize(
+    ("weights", "workload", "budget", "message"),
+    [
+        ("device", (8, 512, 32), (5,), r"device memory \(weights 12\.\d* GiB.*not even a batch of 1 fits"),
+        ("device", (8, 512, 32), (14, 1e6 / GIB), r"needs [\d.]+ MiB of host memory .*; 976\.6 KiB may be used"),
+        (None, (32, 512, 32), (1,), r"needs [\d.]+ GiB of device memory .*; 1\.00 GiB may be used"),
+        (None, (8, 64, 32), (4, 2), r"needs 9[\d.]+ GiB of host memory \(weights .*; 2\.00 GiB may be used"),
+    ],
+)
+def test_what_cannot_fit_is_said(weights, workload, budget, message):
+    memories = None if weights is None else [weights] * 32
+    with pytest.raises(PlanError) as raised:
+        scheduler.make_plan(OPT, Workload(*workload), machine(), Budget.of_gib(*budget), weights=memories)
+    assert re.search(message, str(raised.value)) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("size", [80, 65_535, 1e18, 80 * 2**40])
+def test_budgets_in_the_wrong_unit(size):
+    """80 for 80 GiB, and bytes for GiB."""
+    with pytest.raises(PlanError, match=r"than any device has: a Budget is in bytes, Budget\.of_gib takes GiB"):
+        make_plan(model(LEARNED), Workload(1, 11, 3), machine(), Budget(size))
+
+
+def test_an_open_budget_is_the_profiles():
+    """Less a margin."""
+    shape, workload = model(*[LEARNED] * 2), Workload(32, 512, 32)
+    profile = machine(device_bytes=3.2e9, host_bytes=1e9)
+    plan = make_plan(shape, workload, profile)
+    assert 0.9 * 3.2e9 < device_bytes(plan) <= 0.95 * 3.2e9 and plan.bytes_in("host") > 0
+    with pytest.raises(PlanError, match="of host memory"):
+        make_plan(shape, workload, replace(profile, host_bytes=1e6))
+
+
+@pytest.mark.parametrize("device", [0, -1, -1e9, math.nan])
+def test_budgets_that_are_none(device):
+    with pytest.raises(PlanError, match="must be greater than zero"):
+        Budget(device)
+    with pytest.raises(PlanError, match="must not be negative"):
+        Budget(host=-1)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"tail": 0}, "tail is 0; it must be greater than zero, or None to be chosen"),
+        ({"window": -1}, "window is -1; it must be greater than zero, or None to be chosen"),
+        ({"groups": 0}, "groups is 0; it must be greater than zero, or None to split the rows"),
+        ({"weights": ["device"] * 3}, r"weights are said to be in 3 memories; opt-6\.7b has 32 layers"),
+    ],
+)
+def test_what_is_asked_for_has_to_make_sense(given, message):
+    with pytest.raises(PlanError, match=message):
+        scheduler.make_plan(OPT, Workload(8, 64, 32), machine(), **given)
+
+
+@pytest.mark.parametrize("batch", [10_000, 20_000])
+def test_a_token_larger_than_a_window(batch):
+    """Of 20000 rows: 312 MiB of keys and values, where 1.3 GiB are left beside the weights for all there is."""
+    shape, workload = model(LEARNED), Workload(batch, 2, 3)
+    budget = Budget(least(shape, workload, tail=1))
+    assert fits(named_plan("activations", shape, workload, tail=1), budget)
+    assert fits(make_plan(shape, workload, machine(), budget), budget)
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+@pytest.mark.parametrize("workload", [Workload(1, 1, 1), Workload(1, 1, 2), Workload(1, 2, 1), Workload(3, 1, 37)])
+def test_the_smallest_workloads(workload, kind):
+    shape = model(LAYERS[kind])
+    for room in (0, 1, 10**6):
+        budget = Budget(least(shape, workload) + room)
+        assert fits(make_plan(shape, workload, machine(), budget), budget)
+
+
+def test_a_tail_that_only_one_form_has_a_window_for():
+    """256 tokens of 32 rows of OPT-6.7B are 64 MiB as activations and 128 as keys and values."""
+    given = OPT, Workload(32, 1024, 512), machine("h100"), Budget.of_gib(22, 400)
+    plan = make_plan(*given, tail=256, window=64 * MIB)
+    assert {layer.tail_form for layer in plan.layers} == {acts} and fits(plan, given[-1])
+    with pytest.raises(PlanError, match=r"the window of 63\.0 MiB is smaller than a block of"):
+        make_plan(*given, tail=256, window=63 * MIB)
