@@ -64,9 +64,6 @@ def define_flags(into: flags.FlagValues) -> None:
     define.boolean("json", False, "Print a JSON document as the last line of standard output.")
 
 
-# --- what is asked for ------------------------------------------------------------------------------------------------
-
-
 def read_hardware(name: str) -> HardwareProfile:
     """The profile of a machine by its name. Raises `PlanError`, with the names, if there is none."""
     if name == THIS:
@@ -90,9 +87,6 @@ def read_budget(device_gib: float | None, host_gib: float | None) -> Budget:
         than = "more" if device_gib > 1 else "less"
         raise PlanError(f"--device_memory_gib is {device_gib:g}, {than} than any device has: it is in GiB")
     return Budget.of_gib(device_gib, host_gib)
-
-
-# --- what is printed --------------------------------------------------------------------------------------------------
 
 
 def show(found: WhatIf, measured: Measured | None = None, console: Console | None = None) -> None:
@@ -184,9 +178,6 @@ def _record(alternative: Alternative, measured: Measured | None) -> dict[str, An
         "misfit": alternative.misfit,
         "measured_ms": measured.of(alternative.plan.name) if measured else None,
     }
-
-
-# --- the command ------------------------------------------------------------------------------------------------------
 
 
 def main(given: flags.FlagValues) -> None:

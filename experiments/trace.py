@@ -66,9 +66,6 @@ def define_flags(into: flags.FlagValues) -> None:
     define.string("commit", "", "Recorded as the commit, where git cannot be asked.")
 
 
-# --- tracing ----------------------------------------------------------------------------------------------------------
-
-
 def traced(decoder: kvrecomp.Decoder) -> tuple[list[xplane.Span], float]:
     """What ran in one step, and its seconds; the program is compiled and warm."""
     cache = step_timing.filled_cache(decoder.plan)
@@ -151,9 +148,6 @@ def run(given: flags.FlagValues) -> list[Timeline]:
         rows.append(measure(model, plan, budget))
         gc.collect()  # a decoder's cache is gone before the next one's is made
     return rows
-
-
-# --- what is printed --------------------------------------------------------------------------------------------------
 
 
 def summary(rows: Sequence[Timeline]) -> Table:

@@ -78,9 +78,6 @@ class Define:
         self.enum = functools.partial(flags.DEFINE_enum, flag_values=into)
 
 
-# --- values of flags --------------------------------------------------------------------------------------------------
-
-
 def whole_numbers(flag: str, words: Sequence[str]) -> list[int]:
     """The values of a flag that takes several numbers. Raises ValueError unless all are whole, from 1 on, and any."""
     wrong = [word for word in words or [""] if not word.strip().isdecimal() or int(word) < 1]

@@ -174,9 +174,6 @@ def test_a_full_disk_is_one_error_and_the_job_goes_on_later(tmp_path, limit):
     assert (tmp_path / "out").read_bytes() == EXPECTED
 
 
-# --- whose output it is -----------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("content", [b"", b"mine\n"])
 def test_an_output_that_no_job_wrote_is_left_alone(tmp_path, content):
     (tmp_path / "out").write_bytes(content)

@@ -112,9 +112,6 @@ def test_without_a_tokenizer_prompts_are_ids(reader_of):
     assert line.error.startswith("its prompt cannot be read")
 
 
-# --- the survey -------------------------------------------------------------------------------------------------------
-
-
 def test_a_survey_counts_lines_errors_and_lengths(reader_of):
     seen = []
     found = survey(
@@ -151,9 +148,6 @@ def test_ids_that_are_not_doubled(reader_of):
 def test_a_doubled_id_of_a_line_with_an_error_is_one_too(reader_of):
     with pytest.raises(ValueError, match="lines 1 and 2"):
         survey(reader_of('{"id": 1, "prompt": "a"}', '{"id": 1, "prompt": ""}'), lambda line: None)
-
-
-# --- what tells files apart -------------------------------------------------------------------------------------------
 
 
 def test_files_that_cannot_be_read_twice(tmp_path):

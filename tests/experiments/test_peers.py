@@ -49,8 +49,6 @@ command = functools.partial(scripts.call, peers)
 
 SIZES = ("--model=tiny", "--batch=3", "--prompt=7", "--new=11")
 
-# --- rows -------------------------------------------------------------------------------------------------------------
-
 
 def test_a_row_has_null_where_a_field_of_ours_has_no_meaning():
     seconds = [9.0, 8.0, 7.0, 0.1, 0.3, 0.2, 0.4]  # the first three warm up
@@ -128,9 +126,6 @@ def test_what_was_measured_is_not_lost_with_what_comes_after(preset, monkeypatch
         command("--model=tiny", "--batch=3", "--prompt=7,5", f"--out={tmp_path}/a.json")
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
     assert (row["batch"], row["prompt"]) == (3, 7)
-
-
-# --- Hugging Face -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -121,9 +121,6 @@ def test_a_process_that_is_interrupted():
     assert process.returncode == 130
 
 
-# --- values of flags --------------------------------------------------------------------------------------------------
-
-
 def test_values():
     assert script.whole_numbers("sizes", ["1", " 23"]) == [1, 23]
     assert script.percentages("rooms", ["0", "12.5"]) == [0.0, 12.5] and script.percentages("rooms", []) == []

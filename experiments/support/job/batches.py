@@ -86,9 +86,6 @@ def batches(lengths: Sequence[int], plans: Sequence[Plan]) -> list[tuple[Plan, l
     return made
 
 
-# --- plans as plain data ----------------------------------------------------------------------------------------------
-
-
 def plan_document(plan: Plan) -> dict[str, Any]:
     """A plan as JSON has it, but for its model's shape; layers alike that follow each other are in one entry."""
     document = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in ("shape", "layers")}

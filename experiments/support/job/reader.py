@@ -144,9 +144,6 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-# --- what is in a file, before anything is decoded --------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Survey:
     """How many lines there are that are not blank, how many of them are errors, and how many prompts of each length."""
@@ -176,9 +173,6 @@ def survey(reader: Reader, report: Callable[[Line], None]) -> Survey:
     if doubled:
         raise ValueError(f"{reader.path}: {doubled} (a line without an id has its number): give every line its own")
     return Survey(records, errors, lengths)
-
-
-# --- what a job depends on --------------------------------------------------------------------------------------------
 
 
 def file_hash(path: Path) -> str:

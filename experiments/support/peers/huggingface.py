@@ -120,9 +120,6 @@ def _peer(offloaded: bool) -> Peer:
 HUGGINGFACE, HUGGINGFACE_OFFLOADED = _peer(offloaded=False), _peer(offloaded=True)
 
 
-# --- its models -------------------------------------------------------------------------------------------------------
-
-
 def make_model(config: Config, dtype: str, seed: int) -> Any:
     """A model with random weights, made where it is used; it continues texts for as long as it is told."""
     import torch

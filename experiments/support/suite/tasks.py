@@ -89,9 +89,6 @@ def _tasks_of(case: Case, peers: Sequence[str], dtype: str, host_gib: float | No
             yield Task(case, peer, peer, (PEER, *common))
 
 
-# --- processes --------------------------------------------------------------------------------------------------------
-
-
 def arguments(tasks: Sequence[Task]) -> list[str]:
     """Script and flags of a process that measures tasks which `processes` puts together."""
 
@@ -128,9 +125,6 @@ def _one_command(workloads: Sequence[Sequence[Task]]) -> bool:
     alike = {(tasks[0].settings, tuple(task.asked for task in tasks)) for tasks in workloads}
     batches, prompts = {case.batch for case in cases}, {case.prompt for case in cases}
     return len(alike) == 1 and len(batches) * len(prompts) == len(cases)
-
-
-# --- what fits --------------------------------------------------------------------------------------------------------
 
 
 def shape_of(case: Case, dtype: str) -> ModelShape:

@@ -47,9 +47,6 @@ class Span:
         return self.start + self.seconds
 
 
-# --- which layer ------------------------------------------------------------------------------------------------------
-
-
 def layers_of(text: str) -> dict[str, int]:
     """The layer of every instruction in the text of a compiled step (`Decoder.text`).
 
@@ -72,9 +69,6 @@ def layers_of(text: str) -> dict[str, int]:
             if scope:
                 layers[copied] = layers[copies.pop(copied)] = layers[name]
     return layers
-
-
-# --- reading ----------------------------------------------------------------------------------------------------------
 
 
 def read_spans(profile: Any, layers: Mapping[str, int]) -> list[Span]:
@@ -131,9 +125,6 @@ def last_step(spans: Sequence[Span], steps: int) -> tuple[list[Span], float]:
             start = max(span.start, zero)
             cut.append(dataclasses.replace(span, start=start - zero, seconds=span.end - start))
     return cut, end - zero
-
-
-# --- what is said of spans --------------------------------------------------------------------------------------------
 
 
 def busy_seconds(spans: Iterable[Span], *kinds: Kind) -> float:
