@@ -282,7 +282,7 @@ def _seconds_of_kinds(
     sizes, added = table.sizes[work], table.added[work]
     after = np.clip(np.sum(sizes < tokens[..., None], axis=-1, keepdims=True), 1, sizes.shape[-1] - 1)
     (x0, y0), (x1, y1) = (
-        [np.take_along_axis(own, end, -1)[..., 0] for own in (sizes, added)] for end in (after - 1, after)
+        [np.take_along_axis(knots, end, -1)[..., 0] for knots in (sizes, added)] for end in (after - 1, after)
     )
     computing = table.base[work] * blocks + y0 + (tokens - x0) * (y1 - y0) / (x1 - x0)
     copying = profile.to_device.base * copies + copy_bytes / profile.beside_compute
@@ -332,7 +332,7 @@ def mean_bounds(profile: HardwareProfile, plans: Sequence[Plan]) -> np.ndarray:
 def _means(plans: Sequence[Plan], seconds: np.ndarray) -> np.ndarray:
     """The mean of each plan's steps, whose seconds are those of its `step_shares`, plan by plan."""
     shares = [step_shares(plan) for plan in plans]
-    weights = np.array([share for own in shares for share in own.values()], seconds.dtype)
+    weights = np.array([share for plan in shares for share in plan.values()], seconds.dtype)
     return np.add.reduceat(weights * seconds, list(itertools.accumulate(map(len, shares[:-1]), initial=0)))
 
 

@@ -121,7 +121,7 @@ def each_task(plan, write_outs=0):
 
 def stacked(tasks):
     """For the cost function, every task being of a kind of its own."""
-    return stack_tasks([Tasks(*own[:5], np.arange(len(own.hold), dtype=np.int32), own.hold) for own in tasks])
+    return stack_tasks([Tasks(*plan[:5], np.arange(len(plan.hold), dtype=np.int32), plan.hold) for plan in tasks])
 
 
 seconds_of = st.sampled_from([0.0, 1e-5, 3e-4, 7e-3]) | st.floats(1e-6, 1e-2)
@@ -164,10 +164,10 @@ def curves(draw, rising=False):
 @st.composite
 def machines(draw, rising=False):
     """A machine on which `PLAIN` was timed."""
-    own = times(PLAIN, {work: draw(curves(rising)) for work in WORKS}, outside=draw(seconds_of))
+    layer_times = times(PLAIN, {work: draw(curves(rising)) for work in WORKS}, outside=draw(seconds_of))
     rate, latency = draw(st.floats(1e8, 1e12)), draw(seconds_of)
     link = {"to_device": Line(latency, 1 / rate), "beside_compute": rate, "handoff_seconds": draw(seconds_of)}
-    return replace(MACHINE, **link).with_times(own)
+    return replace(MACHINE, **link).with_times(layer_times)
 
 
 def seconds_at(curve, size):
@@ -180,8 +180,8 @@ def seconds_at(curve, size):
 @given(machines(), st.lists(task_lists(), min_size=1, max_size=3))
 def test_as_an_event_simulation(machine, tasks):
     predicted = step_seconds(machine, ONE, WORKLOAD, stacked(tasks))
-    own = machine.layers[0]
-    curves = [*(own.work[work] for work in WORKS), Curve.line(own.outside)]
+    layer_times = machine.layers[0]
+    curves = [*(layer_times.work[work] for work in WORKS), Curve.line(layer_times.outside)]
     # Three rows of another group, through Q, K and V, the last two of which can be absorbed, and through the output
     # projection and the feed-forward.
     one, others = 35 * 35, 35 * 35 + 2 * 35 * 53
@@ -256,7 +256,7 @@ def test_slower_machines_take_longer(what, factor, sizes):
         to_device=Line(latency, 0.0),
     )
     plans = [named_plan(name, SHAPE, replace(WORKLOAD, batch=int(10 ** (batch - 7)))) for name in NAMES]
-    before, after = (plan_costs(own, plans).seconds for own in (machine, slower(machine, what, factor)))
+    before, after = (plan_costs(profile, plans).seconds for profile in (machine, slower(machine, what, factor)))
     assert (after >= before).all()
 
 
@@ -265,7 +265,7 @@ def test_every_rate_counts(what):
     """For some plan: the link and its latency for those that send, the others for all."""
     machine = replace(MACHINE, handoff_seconds=1e-5, kernel_seconds=1e-6, to_device=Line(1e-5, 0.0))
     plans = [named_plan(name, SHAPE, replace(WORKLOAD, batch=1000)) for name in NAMES]
-    before, after = (plan_costs(own, plans).seconds for own in (machine, slower(machine, what, 100)))
+    before, after = (plan_costs(profile, plans).seconds for profile in (machine, slower(machine, what, 100)))
     assert (after > 1.1 * before).any()
     if what in ("link", "latency", "handoff_seconds"):
         assert after[NAMES.index("device")] == before[NAMES.index("device")]
@@ -304,8 +304,8 @@ def test_an_infinite_device_leaves_the_copies(name):
     plan = named_plan(name, SHAPE, WORKLOAD, tail=3, window=5000)
     sizes = [
         plan.bytes_of(layer, spec)
-        for layer, own in zip(SHAPE.layers, plan.blocks(1))
-        for spec in own
+        for layer, specs in zip(SHAPE.layers, plan.blocks(1))
+        for spec in specs
         if spec.memory == "host"
     ]
     expected = sum(LATENCY + size / 9e9 for size in sizes)
@@ -338,9 +338,9 @@ def test_the_plain_sum(name):
 def uniform(layers, blocks, ahead, schedule="pipelined"):
     """Blocks of one token each, `ahead` of which fit in the window, in layers that do nothing but attend to them."""
     shape = replace(SHAPE, layers=(PLAIN,) * layers)
-    own = LayerPlan((BlockSpec(kv, "host", 1),) * blocks, kv)
+    layer = LayerPlan((BlockSpec(kv, "host", 1),) * blocks, kv)
     work = Workload(batch=3, prompt=blocks, new=1)
-    return Plan("uniform", shape, work, (own,) * layers, tail=1, window=ahead * 3 * 70 * 2, schedule=schedule)
+    return Plan("uniform", shape, work, (layer,) * layers, tail=1, window=ahead * 3 * 70 * 2, schedule=schedule)
 
 
 C, G = LATENCY + 3 * 70 * 2 / 9e9, 5e-5  # seconds of such a copy and of attention to such a block
@@ -375,7 +375,7 @@ def test_layer_by_layer(g):
     """A layer's copies start when the layer before is done; within the layer each is held until the one before it has
     arrived, which is no later than it would start anyway."""
     taken = {kv: g, "project": 0.1 * C, "finish": 0.2 * C}
-    machine = MACHINE.with_times(times(PLAIN, {work: Curve.line(own) for work, own in taken.items()}))
+    machine = MACHINE.with_times(times(PLAIN, {work: Curve.line(seconds) for work, seconds in taken.items()}))
     layer = C + 4 * max(C, g) + g + 0.2 * C  # the projection is done while the first copy is on its way
     plan = uniform(3, 5, 1, "layerwise")
     assert plan_costs(machine, [plan]).seconds[0] == pytest.approx(3 * layer, rel=1e-5)
@@ -475,8 +475,8 @@ def test_tasks_after_write_outs_by_hand():
 @pytest.mark.parametrize(("tail", "other", "size"), [(acts, kv, 6), (kv, "absorb", 5)])
 def test_blocks_on_the_device_of_another_form_than_the_tail_have_a_partial_result_of_their_own(tail, other, size):
     """Keys and values of 6 tokens, and activations of 5: what no tokens from the host take, and what those here add."""
-    own = LayerPlan((BlockSpec(kv, "device", 6), BlockSpec(acts, "device", 5)), tail_form=tail)
-    tasks = each_task(Plan("some", replace(SHAPE, layers=(PLAIN,)), WORKLOAD, (own,), tail=3))
+    layer = LayerPlan((BlockSpec(kv, "device", 6), BlockSpec(acts, "device", 5)), tail_form=tail)
+    tasks = each_task(Plan("some", replace(SHAPE, layers=(PLAIN,)), WORKLOAD, (layer,), tail=3))
     found = list(zip(tasks.work, tasks.tokens, tasks.blocks))
     assert {(row(0, other), 0, 1), (row(0, f"device_{other}"), size, 0)} <= set(found)
     same = {kv: "absorb", "absorb": kv}[other]
@@ -489,8 +489,8 @@ def test_absorption_is_prepared_once_a_layer(where):
     """Wherever the activations are; not for keys and values, nor where K and V are recomputed."""
     form, memory, tail = (kv, "device", acts) if where == "tail" else (acts, where, kv)
     for method, times in [("absorb", 1), ("recompute", 0)]:
-        own = LayerPlan((BlockSpec(form, memory, 6), BlockSpec(form, memory, 5)), tail_form=tail, method=method)
-        plan = Plan("some", replace(SHAPE, layers=(PLAIN,)), WORKLOAD, (own,), tail=3)
+        layer = LayerPlan((BlockSpec(form, memory, 6), BlockSpec(form, memory, 5)), tail_form=tail, method=method)
+        plan = Plan("some", replace(SHAPE, layers=(PLAIN,)), WORKLOAD, (layer,), tail=3)
         assert list(each_task(plan).work).count(row(0, "prepare")) == times
     assert row(0, "prepare") not in each_task(named_plan(kv, SHAPE, WORKLOAD)).work
 
@@ -504,10 +504,10 @@ def test_every_token_and_byte_is_there(name, write_outs):
     hosted = each_task(with_host_weights(plan, 0.5), write_outs)
     assert hosted.copy_bytes.sum() == tasks.copy_bytes.sum() + 2 * GROUPED.parameters
     assert tasks.tokens.sum() == 2 * (11 + 3 * write_outs + 3)
-    kinds = [kv if own.tail_form == kv else own.method for own in plan.layers]
-    own = [row(layer, work) for layer, kind in enumerate(kinds) for work in (project_work(kind), "finish")]
+    kinds = [kv if layer.tail_form == kv else layer.method for layer in plan.layers]
+    expected = [row(layer, work) for layer, kind in enumerate(kinds) for work in (project_work(kind), "finish")]
     done = list(tasks.work[tasks.blocks > 0])  # not what awaits a copy
-    assert [done.count(number) for number in (*own, 2 * len(WORKS))] == [1] * 5
+    assert [done.count(number) for number in (*expected, 2 * len(WORKS))] == [1] * 5
 
 
 @pytest.mark.parametrize("name", [kv, "activations", "device"])
@@ -623,7 +623,7 @@ def test_the_mean_of_all_steps(new):
     assert len(cost.step_shares(plans[0])) == min(4, len(set(steps)))
     means = mean_costs(MACHINE, plans)
     for field, mean in zip(("seconds", "copying", "computing"), means):
-        every = np.array([getattr(plan_costs(MACHINE, plans, own), field) for own in steps])
+        every = np.array([getattr(plan_costs(MACHINE, plans, write_outs), field) for write_outs in steps])
         assert mean == pytest.approx(every.mean(axis=0), rel=1e-5 if len(set(steps)) <= 4 else 0.02)
 
 
@@ -635,9 +635,11 @@ def test_no_mean_step_is_shorter_than_its_copies_or_its_compute(plan, groups, ma
     bounds = mean_bounds(machine, some)
     assert (bounds <= mean_costs(machine, some).seconds * (1 + 1e-5)).all()
     for plan, bound in zip(some, bounds, strict=True):
-        steps = {own: plan_costs(machine, [plan], own) for own in cost.step_shares(plan)}
-        longer = [max(own.copying[0], own.computing[0]) * cost.step_shares(plan)[at] for at, own in steps.items()]
-        assert bound == pytest.approx(sum(longer), rel=1e-5)
+        longer = 0.0
+        for write_outs, share in cost.step_shares(plan).items():
+            step = plan_costs(machine, [plan], write_outs)
+            longer += share * max(step.copying[0], step.computing[0])
+        assert bound == pytest.approx(longer, rel=1e-5)
 
 
 def test_plans_for_different_work_are_refused():

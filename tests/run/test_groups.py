@@ -64,7 +64,7 @@ def test_weights_are_multiplied_with_once_in_column_order(order, rows):
     decoder = kvrecomp.Decoder(models.create(OPT, dtype="float32"), plan)
     jaxpr = decoder._trace_step(0).jaxpr
     products = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]
-    made = [own.outvars[0].aval.shape for own in products if own.invars[1].aval.shape == (28, 44)]
+    made = [product.outvars[0].aval.shape for product in products if product.invars[1].aval.shape == (28, 44)]
     assert made == [(rows, 44)] * OPT.layers
 
 
@@ -90,7 +90,7 @@ def test_memory_is_counted_for_every_group():
 
 def test_in_row_order_a_step_takes_as_often_as_there_are_groups(known_machine):
     plan = planned("activations", "row")
-    (three,), (one,) = (plan_costs(known_machine, [own]).seconds for own in (plan, dataclasses.replace(plan, groups=1)))
+    three, one = plan_costs(known_machine, [plan, dataclasses.replace(plan, groups=1)]).seconds
     assert three == pytest.approx(3 * one)
 
 
