@@ -61,43 +61,47 @@ def candidate_plan(problem: Problem, candidate: Candidate) -> Plan:
 
     Raises `PlanError` if a block or a tail is larger than the window.
     """
-    free = problem.beside_weights
-    plan = _fill(problem, candidate, free)
+    plan = _whole_plan(problem, candidate.window, layer_plans(problem, candidate))
     if recomputed_bytes(plan, plan.write_outs):  # which no room was left for
         excess = sum(memory_needed(plan)["device"].values()) - (problem.budget.device or 0.0)
         if excess > 0:
-            plan = _fill(problem, candidate, free - excess)
+            plan = _whole_plan(problem, candidate.window, layer_plans(problem, candidate, excess))
     return plan
 
 
-def _fill(problem: Problem, candidate: Candidate, free: float) -> Plan:
-    """The candidate's plan in `free` bytes beside the weights, which layers share so that each can hold as many tokens
-    as the others."""
+def layer_plans(problem: Problem, candidate: Candidate, reserved: float = 0.0) -> tuple[LayerPlan, ...]:
+    """The plans of layers of each of the problem's shapes, which share the room so that each can hold as many tokens as
+    the others; `reserved` bytes of device memory are left free."""
     window = candidate.window
     hosted_layer, hosted_matrix = problem.largest_hosted
-    for_cache = (free - problem.prefill) / problem.groups
+    for_cache = (problem.beside_weights - reserved - problem.prefill) / problem.groups
     largest_copy = max(window // BLOCKS_PER_WINDOW, hosted_matrix)
     in_flight = in_flight_bytes(window + 2 * hosted_layer, largest_copy, hosted_layer)
     beside_window = for_cache - max(0, in_flight - problem.prefill) / problem.groups
 
     widths = [layer.width(smaller_form(layer)) for layer in problem.layer_shapes]
     total_width = sum(widths[number] for number in problem.layer_numbers)
-    any_hosted = "host" in problem.weight_memories
-    plans: list[dict[Memory, LayerPlan]] = []  # of each layer shape, with its weights in either memory
+    plans: list[LayerPlan] = []
     for layer, width in zip(problem.layer_shapes, widths):
-        share = width / total_width
-        settings = candidate.settings[layer]
-        plan = _layer_plan(problem, layer, settings, window, for_cache * share, beside_window * share)
-        plans.append({"device": plan, "host": dataclasses.replace(plan, weights="host") if any_hosted else plan})
+        settings, share = candidate.settings[layer], width / total_width
+        plans.append(_layer_plan(problem, layer, settings, window, for_cache * share, beside_window * share))
+    return tuple(plans)
+
+
+def _whole_plan(problem: Problem, window: int, plans: Sequence[LayerPlan]) -> Plan:
+    """The plan of all layers from those of each layer shape."""
+    in_memory: dict[Memory, Sequence[LayerPlan]] = {"device": plans}
+    if "host" in problem.weight_memories:
+        in_memory["host"] = [dataclasses.replace(plan, weights="host") for plan in plans]
     return Plan(
         AUTO,
         problem.shape,
         problem.workload,
-        tuple(plans[number][memory] for number, memory in zip(problem.layer_numbers, problem.weight_memories)),
+        tuple(in_memory[memory][number] for number, memory in zip(problem.layer_numbers, problem.weight_memories)),
         problem.tail_tokens,
         window,
         groups=problem.groups,
-        order=problem.order or default_order(hosted_layer > 0, problem.groups),
+        order=problem.order or default_order("host" in problem.weight_memories, problem.groups),
     )
 
 

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from kvrecomp.plan import ALIGNED, FORMS, MEMORIES, BlockSpec, Method, Plan, PlanError
 from kvrecomp.plan.footprint import check_within
-from kvrecomp.predict.candidates import Candidate, Settings, candidate_plan, least_candidate
+from kvrecomp.predict.candidates import Candidate, Settings, candidate_plan, layer_plans, least_candidate
 from kvrecomp.predict.cost import MOST_LENGTHS, PLANS, mean_bounds, mean_costs
 from kvrecomp.predict.estimate import layer_times, slow_if_uneven
 from kvrecomp.predict.hardware import HardwareProfile
@@ -99,24 +99,26 @@ def choose(problem: Problem, candidates: Sequence[Candidate], best: Prediction |
 
     Raises `PlanError` where no candidate fits and there is no `best`.
     """
-    budget = problem.budget
-    plans: dict[Hashable, tuple[Candidate, Plan]] = {}
-    misfits: list[PlanError] = []
+    # Many candidates make the same plan; it is made once.
+    distinct: dict[Hashable, Candidate] = {}
     for candidate in candidates:
+        distinct.setdefault((candidate.window, layer_plans(problem, candidate)), candidate)
+    if best is not None:
+        distinct.pop((best.candidate.window, layer_plans(problem, best.candidate)), None)
+    plans: list[tuple[Candidate, Plan]] = []
+    misfits: list[PlanError] = []
+    for candidate in distinct.values():
         try:
-            plan = candidate_plan(problem, candidate)
+            plans.append((candidate, candidate_plan(problem, candidate)))
         except PlanError as misfit:  # a tail that was asked for is larger than the window in one of the forms
             misfits.append(misfit)
-        else:
-            plans.setdefault(_key(plan), (candidate, plan))
     if best is None and not plans:
         raise misfits[0]
-    if best is not None:
-        plans.pop(_key(best.plan), None)
 
-    fitting = [(candidate, plan) for candidate, plan in plans.values() if excess_bytes(plan, budget) == 0]
+    budget = problem.budget
+    fitting = [(candidate, plan) for candidate, plan in plans if excess_bytes(plan, budget) == 0]
     if best is None and not fitting:
-        closest = min((plan for _, plan in plans.values()), key=lambda plan: excess_bytes(plan, budget))
+        closest = min((plan for _, plan in plans), key=lambda plan: excess_bytes(plan, budget))
         check_within(closest, {memory: getattr(budget, memory) for memory in MEMORIES})  # raises
     predictions = [] if best is None else [best]
     seconds = fast_ones(problem.profile, [plan for _, plan in fitting], best.seconds if best else math.inf)
@@ -124,14 +126,9 @@ def choose(problem: Problem, candidates: Sequence[Candidate], best: Prediction |
     return _surest_of_fastest(predictions)
 
 
-def _key(plan: Plan) -> Hashable:
-    """What tells a problem's plans apart; hashing a plan itself takes a hash of every layer."""
-    return plan.window, frozenset(plan.distinct_layers)
-
-
 def fast_ones(profile: HardwareProfile, plans: Sequence[Plan], shortest: float) -> dict[int, float]:
-    """The predicted seconds of plans' mean steps, by the plans' numbers, in order; without plans whose copies or
-    compute alone take longer than SURE times the shortest step of these, or than the one given."""
+    """The predicted seconds of plans' mean steps, by the plans' numbers, in order; without those of which copies or
+    compute alone take longer than SURE times the shortest step, of these or the one given."""
     bounds = mean_bounds(profile, plans) if plans else []
     waiting = sorted(range(len(plans)), key=lambda number: float(bounds[number]))
     seconds: dict[int, float] = {}

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import kvrecomp
+import models
 from kvrecomp.plan import (
     GIB,
     MIB,
@@ -160,12 +161,8 @@ def test_memory_needed_by_hand():
 
 def test_what_is_recomputed_by_hand():
     """Of activations on the device, the tail's too, where K or both are not absorbed: they as one, and twice K."""
-    rotary = replace(PLAN.shape.layers[0], absorbs_keys=False)
-    for layer, method, expected in [
-        (PLAN.shape.layers[0], "absorb", 0),
-        (PLAN.shape.layers[0], "recompute", 1),
-        (rotary, "absorb", 1),
-    ]:
+    rotary = replace(PLAIN, absorbs_keys=False)
+    for layer, method, expected in [(PLAIN, "absorb", 0), (PLAIN, "recompute", 1), (rotary, "absorb", 1)]:
         blocks = block("a", "device", 5), block("kv", "device", 2), block("a", "host", 4)
         layer_plan = LayerPlan(blocks, "activations", ("device", "host"), method)
         plan = Plan("some", replace(SHAPE, layers=(layer,)), WORKLOAD, (layer_plan,), tail=3)
@@ -180,7 +177,6 @@ def test_what_is_recomputed_by_hand():
 @pytest.mark.parametrize("gib", [14, 15])
 def test_the_batch_that_is_said_to_fit_fits(name, gib):
     """And one more does not."""
-    import models
 
     def refused(batch):
         plan = named_plan(name, models.PRESETS["opt-6.7b"].shape, Workload(batch, 1024, 32), tail=32)
@@ -233,17 +229,21 @@ def test_named_plans(name, runs, tail_form, memory, method, schedule):
         assert (layer.tail_form, layer.write_out_memories, layer.method) == (tail_form, (memory,), method)
 
 
-def test_the_tail_is_not_longer_than_the_new_tokens():
-    assert named_plan("activations", SHAPE, WORKLOAD).tail == WORKLOAD.new
-    assert named_plan("activations", SHAPE, WORKLOAD, tail=5).tail == 5
-    assert named_plan("activations", SHAPE, WORKLOAD, tail=500).tail == WORKLOAD.new
-
-
-@pytest.mark.parametrize(("batch", "new", "tail"), [(1, 3, 3), (1, 5000, 1024), (10_000, 5000, 512), (10**6, 5000, 16)])
-def test_a_tail_is_about_as_many_bytes_whatever_the_batch(batch, new, tail):
+@pytest.mark.parametrize(
+    ("batch", "new", "asked", "tail"),
+    [
+        (1, 3, None, 3),
+        (1, 5000, None, 1024),
+        (10_000, 5000, None, 512),
+        (10**6, 5000, None, 16),
+        (3, 8, 5, 5),
+        (3, 8, 9, 8),
+    ],
+)
+def test_a_tail_is_about_as_many_bytes_whatever_the_batch_and_not_longer_than_the_new_tokens(batch, new, asked, tail):
     """A token of a row is at most 2 * (70 + 35) bytes here; 10000 rows of 512 tokens are 1 GiB."""
-    shape = replace(SHAPE, positions=10_000)
-    assert named_plan("activations", shape, Workload(batch, 3, new), window=10 * GIB).tail == tail
+    shape, workload = replace(SHAPE, positions=10_000), Workload(batch, 3, new)
+    assert named_plan("activations", shape, workload, tail=asked, window=10 * GIB).tail == tail
 
 
 @given(

@@ -74,7 +74,7 @@ def test_older_profiles_say_what_measuring_took():
     assert HardwareProfile.from_json(older) == PROFILE
 
 
-def kept(profile):
+def through_json(profile):
     return json.loads(json.dumps(profile.to_json()))
 
 
@@ -84,13 +84,13 @@ def kept(profile):
 @example(replace(PROFILE, layers=(), host_bytes=None))
 def test_a_profile_survives_json(profile):
     """Bit by bit: numbers are written so that they are read back as they were."""
-    read = HardwareProfile.from_json(kept(profile))
+    read = HardwareProfile.from_json(through_json(profile))
     assert read == profile and read.to_json() == profile.to_json()
 
 
 def changed(*path, to=None):
     """The profile's JSON with one value replaced; removed where `to` is KeyError."""
-    data = kept(PROFILE)
+    data = through_json(PROFILE)
     *parents, last = path
     inner = data
     for key in parents:
@@ -191,7 +191,7 @@ def test_data_sheets_are_plausible(name):
     assert 5 * profile.beside_compute < profile.memory_rate < 100 * profile.beside_compute
     assert 200e9 <= profile.memory_rate <= 10e12
     assert 50 < profile.matmul_rate / profile.memory_rate < 400  # operations a byte
-    assert HardwareProfile.from_json(kept(profile)) == profile
+    assert HardwareProfile.from_json(through_json(profile)) == profile
 
 
 def test_data_sheets_by_hand():

@@ -60,23 +60,16 @@ def by_hand(plan, *blocks, tail_form=acts, memory="host", **changes):
 # --- which form, and where --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["a100", "h200", "rtx5000"])
-def test_learned_positions_make_activations(name):
-    """Half the bytes, and absorbed, so that the link is the cost."""
-    shape = model(*[LEARNED] * 3)
+@pytest.mark.parametrize("name", ["a100", "h200", "rtx5000", "t4"])
+@pytest.mark.parametrize(("kind", "form", "width"), [("learned", acts, 4096), ("grouped", kv, 2 * 1024)])
+def test_the_smaller_form_is_sent(kind, form, width, name):
+    """With learned positions activations, half the bytes, absorbed; with grouped queries keys and values."""
+    shape = model(*[LAYERS[kind]] * 3)
     plan = make_plan(shape, WORKLOAD, machine(name), no_room(shape))
     for layer in plan.layers:
-        assert tokens(layer) == {(acts, "host"): 1024} and layer.tail_form == acts and layer.method == "absorb"
-    assert plan.bytes_in("host") == 3 * 1024 * 32 * 4096 * 2
+        assert tokens(layer) == {(form, "host"): 1024} and layer.tail_form == form and layer.method == "absorb"
+    assert plan.bytes_in("host") == 3 * 1024 * 32 * width * 2
     assert "bound by the link" in plan.reason
-
-
-@pytest.mark.parametrize("name", ["t4", "h200"])
-def test_grouped_queries_make_keys_and_values(name):
-    """2 * 1024 numbers a token against 4096."""
-    shape = model(*[GROUPED] * 3)
-    for layer in make_plan(shape, WORKLOAD, machine(name), no_room(shape)).layers:
-        assert tokens(layer) == {(kv, "host"): 1024} and layer.tail_form == kv
 
 
 def test_rotary_positions_on_a_slow_device_make_a_split():

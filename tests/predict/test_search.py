@@ -196,27 +196,35 @@ def test_what_is_said_to_fit_fits(name, batch, prompt, gib):
     assert fits(make_plan(shape, replace(workload, batch=int(said[1])), machine(), budget), budget)
 
 
+WRONG_UNIT = r"than any device has: a Budget is in bytes, Budget\.of_gib takes GiB"
+
+
 @pytest.mark.parametrize(
-    ("weights", "workload", "budget", "message"),
+    ("workload", "given", "message"),
     [
-        ("device", (8, 512, 32), (5,), r"device memory \(weights 12\.\d* GiB.*not even a batch of 1 fits"),
-        ("device", (8, 512, 32), (14, 1e6 / GIB), r"needs [\d.]+ MiB of host memory .*; 976\.6 KiB may be used"),
-        (None, (32, 512, 32), (1,), r"needs [\d.]+ GiB of device memory .*; 1\.00 GiB may be used"),
-        (None, (8, 64, 32), (4, 2), r"needs 9[\d.]+ GiB of host memory \(weights .*; 2\.00 GiB may be used"),
+        (
+            (8, 512, 32),
+            {"budget": (5,), "weights": 32},
+            r"device memory \(weights 12.* GiB.*not even a batch of 1 fits",
+        ),
+        ((8, 512, 32), {"budget": (14, 1e6 / GIB), "weights": 32}, r"MiB of host memory .*; 976\.6 KiB may be used"),
+        ((32, 512, 32), {"budget": (1,)}, r"needs [\d.]+ GiB of device memory .*; 1\.00 GiB may be used"),
+        ((8, 64, 32), {"budget": (4, 2)}, r"needs 9[\d.]+ GiB of host memory \(weights .*; 2\.00 GiB may be used"),
+        *(((1, 11, 3), {"budget": (size / GIB,)}, WRONG_UNIT) for size in (80, 65_535, 1e18, 80 * 2**40)),
+        ((8, 64, 32), {"tail": 0}, "tail is 0; it must be greater than zero, or None to be chosen"),
+        ((8, 64, 32), {"window": -1}, "window is -1; it must be greater than zero, or None to be chosen"),
+        ((8, 64, 32), {"groups": 0}, "groups is 0; it must be greater than zero, or None to split the rows"),
+        ((8, 64, 32), {"weights": 3}, r"weights are said to be in 3 memories; opt-6\.7b has 32 layers"),
     ],
 )
-def test_what_cannot_fit_is_said(weights, workload, budget, message):
-    memories = None if weights is None else [weights] * 32
+def test_what_cannot_be_is_said_in_one_line(workload, given, message):
+    """Budgets are in GiB, and weights of so many layers are on the device."""
+    given = {**given, "budget": Budget.of_gib(*given.get("budget", ()))}
+    if "weights" in given:
+        given["weights"] = ["device"] * given["weights"]
     with pytest.raises(PlanError) as raised:
-        scheduler.make_plan(OPT, Workload(*workload), machine(), Budget.of_gib(*budget), weights=memories)
+        scheduler.make_plan(OPT, Workload(*workload), machine(), **given)
     assert re.search(message, str(raised.value)) and "\n" not in str(raised.value)
-
-
-@pytest.mark.parametrize("size", [80, 65_535, 1e18, 80 * 2**40])
-def test_budgets_in_the_wrong_unit(size):
-    """80 for 80 GiB, and bytes for GiB."""
-    with pytest.raises(PlanError, match=r"than any device has: a Budget is in bytes, Budget\.of_gib takes GiB"):
-        make_plan(model(LEARNED), Workload(1, 11, 3), machine(), Budget(size))
 
 
 def test_an_open_budget_is_the_profiles():
@@ -229,35 +237,14 @@ def test_an_open_budget_is_the_profiles():
         make_plan(shape, workload, replace(profile, host_bytes=1e6))
 
 
-@pytest.mark.parametrize(
-    ("given", "message"),
-    [
-        ({"tail": 0}, "tail is 0; it must be greater than zero, or None to be chosen"),
-        ({"window": -1}, "window is -1; it must be greater than zero, or None to be chosen"),
-        ({"groups": 0}, "groups is 0; it must be greater than zero, or None to split the rows"),
-        ({"weights": ["device"] * 3}, r"weights are said to be in 3 memories; opt-6\.7b has 32 layers"),
-    ],
-)
-def test_what_is_asked_for_has_to_make_sense(given, message):
-    with pytest.raises(PlanError, match=message):
-        scheduler.make_plan(OPT, Workload(8, 64, 32), machine(), **given)
-
-
-@pytest.mark.parametrize("batch", [10_000, 20_000])
-def test_a_token_larger_than_a_window(batch):
-    """Of 20000 rows: 312 MiB of keys and values, where 1.3 GiB are left beside the weights for all there is."""
-    shape, workload = model(LEARNED), Workload(batch, 2, 3)
-    budget = Budget(least(shape, workload, tail=1))
-    assert fits(named_plan("activations", shape, workload, tail=1), budget)
-    assert fits(make_plan(shape, workload, machine(), budget), budget)
-
-
 @pytest.mark.parametrize("kind", LAYERS)
-@pytest.mark.parametrize("workload", [Workload(1, 1, 1), Workload(1, 1, 2), Workload(1, 2, 1), Workload(3, 1, 37)])
-def test_the_smallest_workloads(workload, kind):
-    shape = model(LAYERS[kind])
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (1, 1, 2), (1, 2, 1), (3, 1, 37), (10_000, 2, 3), (20_000, 2, 3)])
+def test_the_smallest_prompts_and_tokens_larger_than_a_window(sizes, kind):
+    """Of 20000 rows: 312 MiB of keys and values, where 1.3 GiB are left beside the weights for all there is."""
+    shape, workload = model(LAYERS[kind]), Workload(*sizes)
     for room in (0, 1, 10**6):
-        budget = Budget(least(shape, workload) + room)
+        budget = Budget(least(shape, workload, tail=1) + room)
+        assert fits(named_plan("activations", shape, workload, tail=1), budget)
         assert fits(make_plan(shape, workload, machine(), budget), budget)
 
 
