@@ -159,19 +159,12 @@ class LayerTimes:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> "LayerTimes":
         """From plain data; raises as `HardwareProfile.from_json` does."""
-        work = {}
+        work: dict[Work, Curve] = {}
         for name in WORKS:
             curve = data["work"][name]
             work[name] = Curve(tuple(curve["sizes"]), tuple(curve["seconds"]))
-        return cls(
-            LayerShape(**data["layer"]),
-            data["dtype"],
-            data["batch"],
-            work,
-            data["outside"],
-            data["vocab"],
-            data["positions"],
-        )
+        required: dict[str, Any] = {name: data[name] for name in ("dtype", "batch", "outside", "vocab", "positions")}
+        return cls(LayerShape(**data["layer"]), work=work, **required)
 
 
 @dataclass(frozen=True)

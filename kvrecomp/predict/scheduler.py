@@ -63,17 +63,15 @@ def make_plan(
     memories = None if weights is None else tuple(weights)
     problem = Problem(shape, workload, profile, budget, 1 if groups is None else groups, order, memories, tail, window)
     problems = _splits(problem) if groups is None else [problem]
+    # Times are measured for one batch: those of another, estimated from the machine's rates, do not compare.
+    clock = profile if len(problems) == 1 else dataclasses.replace(profile, layers=())
     solutions: list[_Solution] = []
     misfits: list[PlanError] = []
     for problem in problems:
-        # Times are measured for one batch: those of another, estimated from the machine's rates, do not compare.
-        clock = profile if len(problems) == 1 else dataclasses.replace(profile, layers=())
         try:
-            solution = _solve(problem, clock)
+            solutions.append(_solve(problem, clock))
         except PlanError as misfit:
             misfits.append(misfit)
-        else:
-            solutions.append(solution if problem.tail else _with_longer_tail(solution, clock))
     if not solutions:
         raise misfits[0]
     most = ALIKE * min(solution.seconds for solution in solutions)
@@ -82,15 +80,36 @@ def make_plan(
 
 
 class _Solution(NamedTuple):
-    """A problem, the best plan for it, and the predicted seconds of the plan's whole workload."""
+    """The best plan for a problem, and the predicted seconds of the whole workload."""
 
-    problem: Problem
     plan: Plan
     seconds: float
 
 
 def _solve(problem: Problem, clock: HardwareProfile) -> _Solution:
-    """The best plan, timed by the rates of `clock`. Raises `PlanError` where nothing fits."""
+    """The best plan, timed by the rates of `clock`. A tail that is open is doubled while the whole workload takes less.
+
+    A tail has to hold the tokens of the time that the next program takes to compile, and takes room from blocks. Where
+    a longer one does not fit, the shorter one is kept. Raises `PlanError` where nothing fits.
+    """
+    best = _solve_with_tail(problem, clock)
+    if problem.tail is not None:
+        return best
+    longest = default_tail(problem.shape, problem.workload, best.plan.window, LARGEST_DEVICE)
+    while best.plan.write_outs and best.plan.tail < longest:
+        tail = min(longest, 2 * best.plan.tail)
+        try:
+            longer = _solve_with_tail(dataclasses.replace(problem, tail=tail), clock)
+        except PlanError:
+            break
+        if longer.seconds >= best.seconds:
+            break
+        best = longer
+    return best
+
+
+def _solve_with_tail(problem: Problem, clock: HardwareProfile) -> _Solution:
+    """The best plan with the tail that is asked for, or the longest that is a small share of the memory and fits."""
     weights = _fewest_hosted(problem) if problem.weights is None else problem.weights
     _, plan, seconds = search(_with_tail_that_fits(dataclasses.replace(problem, weights=weights)))
     plan, seconds = _rival_if_faster(plan, seconds, problem)
@@ -98,7 +117,7 @@ def _solve(problem: Problem, clock: HardwareProfile) -> _Solution:
         plan, seconds = _in_faster_order(plan, seconds, problem)
     if clock is not problem.profile:
         seconds = _mean_seconds(clock, plan)
-    return _Solution(problem, plan, decode_seconds(plan, seconds))
+    return _Solution(plan, decode_seconds(plan, seconds))
 
 
 def _splits(problem: Problem) -> list[Problem]:
@@ -145,26 +164,6 @@ def _with_tail_that_fits(problem: Problem) -> Problem:
         fitting = dataclasses.replace(problem, tail=least.tail // 2)
         least = candidate_plan(fitting, least_candidate(fitting))
     return fitting
-
-
-def _with_longer_tail(solution: _Solution, clock: HardwareProfile) -> _Solution:
-    """What a tail twice as long gives, again and again while the whole workload takes less with it.
-
-    A tail has to hold the tokens of the time that the next program takes to compile, and takes room from blocks. Where
-    one does not fit, the shorter one is kept.
-    """
-    plan = solution.plan
-    longest = default_tail(plan.shape, plan.workload, plan.window, LARGEST_DEVICE)
-    while solution.plan.write_outs and solution.plan.tail < longest:
-        tail = min(longest, 2 * solution.plan.tail)
-        try:
-            longer = _solve(dataclasses.replace(solution.problem, tail=tail), clock)
-        except PlanError:
-            break
-        if longer.seconds >= solution.seconds:
-            break
-        solution = longer
-    return solution
 
 
 def _in_faster_order(plan: Plan, seconds: float, problem: Problem) -> tuple[Plan, float]:

@@ -130,11 +130,8 @@ def _key(plan: Plan) -> Hashable:
 
 
 def fast_ones(profile: HardwareProfile, plans: Sequence[Plan], shortest: float) -> dict[int, float]:
-    """The predicted seconds of the plans' mean steps, by the plans' numbers, in order.
-
-    Plans that surely take longer than SURE times the shortest, of these or the one given, are left out, mostly without
-    being predicted.
-    """
+    """The predicted seconds of plans' mean steps, by the plans' numbers, in order; without plans whose copies or
+    compute alone take longer than SURE times the shortest step of these, or than the one given."""
     bounds = mean_bounds(profile, plans) if plans else []
     waiting = sorted(range(len(plans)), key=lambda number: float(bounds[number]))
     seconds: dict[int, float] = {}

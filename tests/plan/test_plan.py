@@ -1,6 +1,7 @@
 """Plans as data: bytes, write-outs, how runs are cut into blocks, what a plan says of itself."""
 
 import itertools
+import math
 import subprocess
 import sys
 from dataclasses import replace
@@ -34,7 +35,7 @@ from kvrecomp.run.limits import check_memory
 PLAIN = LayerShape(hidden=35, heads=5, kv_heads=5, head_dim=7, intermediate=53)
 GROUPED = LayerShape(hidden=35, heads=6, kv_heads=2, head_dim=4, intermediate=59, gated=True, absorbs_keys=False)
 SHAPE = ModelShape("two", (PLAIN, GROUPED), vocab=97, embedding=17, positions=101, dtype="bfloat16")
-WORK = Workload(batch=3, prompt=11, new=8)
+WORKLOAD = Workload(batch=3, prompt=11, new=8)
 
 
 def block(form, memory, tokens):
@@ -44,7 +45,7 @@ def block(form, memory, tokens):
 PLAN = Plan(
     "hand-made",
     SHAPE,
-    WORK,
+    WORKLOAD,
     (
         LayerPlan((block("a", "host", 4), block("kv", "device", 7)), "keys_values", ("device", "host")),
         LayerPlan((block("kv", "host", 11),), method="recompute"),
@@ -89,12 +90,12 @@ def test_a_layer_with_a_sliding_window_caches_what_the_next_token_sees():
     # Long windows have a multiple of 32 tokens, if the prompt has as many.
     long = replace(GROUPED, sliding_window=270)
     assert [long.cached(prompt) for prompt in (263, 287, 288, 999)] == [263, 287, 288, 288]
-    assert [replace(GROUPED, sliding_window=own).cached(999) for own in (256, 257, 258)] == [255, 256, 288]
+    assert [replace(GROUPED, sliding_window=size).cached(999) for size in (256, 257, 258)] == [255, 256, 288]
     shape = replace(SHAPE, layers=(PLAIN, sliding))
     for name, tokens in (("keys_values", [11, 4]), ("split:0.5", [11, 4]), ("device:0.5", [11, 4])):
-        plan = kvrecomp.named_plan(name, shape, WORK)
-        assert [sum(own.tokens for own in layer.prompt) for layer in plan.layers] == tokens
-    sent = kvrecomp.named_plan("keys_values", shape, WORK).bytes_in("host")
+        plan = kvrecomp.named_plan(name, shape, WORKLOAD)
+        assert [sum(block.tokens for block in layer.prompt) for layer in plan.layers] == tokens
+    sent = kvrecomp.named_plan("keys_values", shape, WORKLOAD).bytes_in("host")
     assert sent == 3 * 2 * (11 * PLAIN.width("keys_values") + 4 * sliding.width("keys_values"))
     with pytest.raises(PlanError, match="layer 1: its blocks hold 11 tokens; of the prompt 4 are cached"):
         replace(PLAN, shape=shape)
@@ -108,8 +109,8 @@ def test_blocks_in_sight_hold_a_token_that_the_next_one_sees(sizes, window):
     blocks = [BlockSpec("keys_values", "host", tokens) for tokens in sizes]
     next_slot, slots, seen = sum(sizes), itertools.count(), []
     for block in blocks:
-        own = list(itertools.islice(slots, block.tokens))
-        if any(slot > next_slot - window for slot in own):
+        block_slots = list(itertools.islice(slots, block.tokens))
+        if any(slot > next_slot - window for slot in block_slots):
             seen.append(block)
     found = replace(GROUPED, sliding_window=window).in_sight(blocks)
     assert list(map(id, found)) == list(map(id, seen))
@@ -119,7 +120,7 @@ def test_blocks_in_sight_hold_a_token_that_the_next_one_sees(sizes, window):
 def test_blocks_out_of_sight_are_not_sent():
     """They stay in host memory: of a prompt of 11 tokens 4 are cached, and the tail has 3."""
     shape = replace(SHAPE, layers=(PLAIN, replace(GROUPED, sliding_window=5)))
-    plan = kvrecomp.named_plan("keys_values", shape, WORK, tail=3)
+    plan = kvrecomp.named_plan("keys_values", shape, WORKLOAD, tail=3)
     token = 3 * 2 * GROUPED.width("keys_values")
     plain = [3 * 2 * PLAIN.width("keys_values") * tokens for tokens in (11, 14, 17)]
     assert [plan.link_bytes(n) - sent for n, sent in enumerate(plain)] == [4 * token, 7 * token, 6 * token]
@@ -128,17 +129,17 @@ def test_blocks_out_of_sight_are_not_sent():
 
 def test_blocks_by_hand():
     assert PLAN.blocks() == (PLAN.layers[0].prompt, PLAN.layers[1].prompt)
-    grown = block("kv", "device", 3), block("kv", "host", 3), block("kv", "host", 3)
-    assert PLAN.blocks(3)[0] == PLAN.layers[0].prompt + grown
+    written_out = block("kv", "device", 3), block("kv", "host", 3), block("kv", "host", 3)
+    assert PLAN.blocks(3)[0] == PLAN.layers[0].prompt + written_out
     assert PLAN.blocks(1)[1] == (block("kv", "host", 11), block("a", "host", 3))
     assert [PLAN.written_to(time) for time in range(3)] == [("device", "host"), ("host", "host"), ("host", "host")]
 
 
 @pytest.mark.parametrize(("new", "tail", "times"), [(1, 3, 0), (3, 3, 0), (4, 3, 1), (6, 3, 1), (7, 3, 2), (8, 1, 7)])
 def test_the_tail_is_written_out_when_another_token_follows(new, tail, times):
-    plan = replace(PLAN, workload=replace(WORK, new=new), tail=tail)
+    plan = replace(PLAN, workload=replace(WORKLOAD, new=new), tail=tail)
     assert plan.write_outs == times
-    assert sum(spec.tokens for spec in plan.blocks(times)[0]) + tail >= WORK.prompt + new
+    assert sum(spec.tokens for spec in plan.blocks(times)[0]) + tail >= WORKLOAD.prompt + new
 
 
 def test_memory_needed_by_hand():
@@ -166,11 +167,11 @@ def test_what_is_recomputed_by_hand():
         (rotary, "absorb", 1),
     ]:
         blocks = block("a", "device", 5), block("kv", "device", 2), block("a", "host", 4)
-        own = LayerPlan(blocks, "activations", ("device", "host"), method)
-        plan = Plan("some", replace(SHAPE, layers=(layer,)), replace(WORK, prompt=11, new=8), (own,), tail=3)
+        layer_plan = LayerPlan(blocks, "activations", ("device", "host"), method)
+        plan = Plan("some", replace(SHAPE, layers=(layer,)), WORKLOAD, (layer_plan,), tail=3)
         row = layer.width("activations") + layer.width("keys_values")
         for write_outs, tokens in ((0, 5 + 3), (1, 5 + 3 + 3), (2, 5 + 3 + 3)):
-            assert recomputed_bytes(plan, write_outs) == expected * tokens * WORK.batch * row * 2
+            assert recomputed_bytes(plan, write_outs) == expected * tokens * WORKLOAD.batch * row * 2
         sent = kvrecomp.memory_needed(replace(plan, window=10**6), 0)["device"]["prefill or step"]
         assert sent >= recomputed_bytes(plan, 0)
 
@@ -209,65 +210,33 @@ def test_format_bytes(size, text):
 # --- plans by name ----------------------------------------------------------------------------------------------------
 
 
-def summary(plan, layer=0):
-    """Tokens by (form, memory) in order, runs of blocks alike put together."""
-    runs = []
-    for spec in plan.blocks()[layer]:
-        if runs and runs[-1][:2] == (spec.form, spec.memory):
-            runs[-1] = (*runs[-1][:2], runs[-1][2] + spec.tokens)
-        else:
-            runs.append((spec.form, spec.memory, spec.tokens))
-    return runs
-
-
 @pytest.mark.parametrize(
-    ("name", "runs", "tail", "grown", "method", "schedule"),
+    ("name", "runs", "tail_form", "memory", "method", "schedule"),
     [
-        ("activations", [("activations", "host", 11)], "activations", "host", "absorb", "pipelined"),
-        ("recompute", [("activations", "host", 11)], "activations", "host", "recompute", "pipelined"),
-        ("keys_values", [("keys_values", "host", 11)], "keys_values", "host", "absorb", "pipelined"),
-        (
-            "split:0.3",
-            [("activations", "host", 3), ("keys_values", "host", 8)],
-            "keys_values",
-            "host",
-            "absorb",
-            "pipelined",
-        ),
-        ("split:0", [("keys_values", "host", 11)], "keys_values", "host", "absorb", "pipelined"),
-        ("split:1", [("activations", "host", 11)], "activations", "host", "absorb", "pipelined"),
-        (
-            "kvpr:0.75",
-            [("activations", "host", 8), ("keys_values", "host", 3)],
-            "keys_values",
-            "host",
-            "recompute",
-            "layerwise",
-        ),
-        ("device", [("keys_values", "device", 11)], "keys_values", "device", "absorb", "pipelined"),
-        (
-            "device:0.25",
-            [("keys_values", "device", 3), ("activations", "host", 8)],
-            "activations",
-            "host",
-            "absorb",
-            "pipelined",
-        ),
-        ("device:0", [("activations", "host", 11)], "activations", "host", "absorb", "pipelined"),
+        ("activations", [("a", "host", 11)], "activations", "host", "absorb", "pipelined"),
+        ("recompute", [("a", "host", 11)], "activations", "host", "recompute", "pipelined"),
+        ("keys_values", [("kv", "host", 11)], "keys_values", "host", "absorb", "pipelined"),
+        ("split:0.3", [("a", "host", 3), ("kv", "host", 8)], "keys_values", "host", "absorb", "pipelined"),
+        ("split:0", [("kv", "host", 11)], "keys_values", "host", "absorb", "pipelined"),
+        ("split:1", [("a", "host", 11)], "activations", "host", "absorb", "pipelined"),
+        ("kvpr:0.75", [("a", "host", 8), ("kv", "host", 3)], "keys_values", "host", "recompute", "layerwise"),
+        ("device", [("kv", "device", 11)], "keys_values", "device", "absorb", "pipelined"),
+        ("device:0.25", [("kv", "device", 3), ("a", "host", 8)], "activations", "host", "absorb", "pipelined"),
+        ("device:0", [("a", "host", 11)], "activations", "host", "absorb", "pipelined"),
     ],
 )
-def test_named_plans(name, runs, tail, grown, method, schedule):
-    plan = named_plan(name, SHAPE, WORK)
+def test_named_plans(name, runs, tail_form, memory, method, schedule):
+    plan = named_plan(name, SHAPE, WORKLOAD)
     assert plan.name == name and plan.schedule == schedule
-    for layer, own in enumerate(plan.layers):
-        assert summary(plan, layer) == runs
-        assert (own.tail_form, own.write_out_memories, own.method) == (tail, (grown,), method)
+    for layer in plan.layers:
+        assert layer.prompt == tuple(block(*run) for run in runs)  # the window is large enough for one block a run
+        assert (layer.tail_form, layer.write_out_memories, layer.method) == (tail_form, (memory,), method)
 
 
 def test_the_tail_is_not_longer_than_the_new_tokens():
-    assert named_plan("activations", SHAPE, WORK).tail == WORK.new
-    assert named_plan("activations", SHAPE, WORK, tail=5).tail == 5
-    assert named_plan("activations", SHAPE, WORK, tail=500).tail == WORK.new
+    assert named_plan("activations", SHAPE, WORKLOAD).tail == WORKLOAD.new
+    assert named_plan("activations", SHAPE, WORKLOAD, tail=5).tail == 5
+    assert named_plan("activations", SHAPE, WORKLOAD, tail=500).tail == WORKLOAD.new
 
 
 @pytest.mark.parametrize(("batch", "new", "tail"), [(1, 3, 3), (1, 5000, 1024), (10_000, 5000, 512), (10**6, 5000, 16)])
@@ -285,47 +254,42 @@ def test_a_tail_is_about_as_many_bytes_whatever_the_batch(batch, new, tail):
 )
 def test_runs_are_cut_evenly_into_as_few_blocks_as_the_largest_allows(tokens, form, layer, largest):
     runs = [(form, "host", count) for count in tokens]
-    blocks = cut_runs(runs, layer, SHAPE, WORK, largest)
-    token_bytes = WORK.batch * layer.width(form) * 2
-    rest = list(blocks)
+    blocks = cut_runs(runs, layer, SHAPE, WORKLOAD, largest)
+    token_bytes = WORKLOAD.batch * layer.width(form) * 2
+    rest = [block.tokens for block in blocks]
     for count in tokens:
-        own = []
-        while sum(own) < count:
-            own.append(rest.pop(0).tokens)
+        sizes = []
+        while sum(sizes) < count:
+            sizes.append(rest.pop(0))
         unit = 32 if 256 * token_bytes <= largest < count * token_bytes else 1
-        whole = [*own[:-1], own[-1] + -own[-1] % unit]  # but for what the last one lacks
-        assert sum(own) == count and max(whole) - min(whole) <= unit
-        assert not any(tokens % unit for tokens in whole)
-        assert max(own) == 1 or max(own) * token_bytes <= largest
+        whole = [*sizes[:-1], sizes[-1] + -sizes[-1] % unit]  # but for what the last one lacks
+        assert sum(sizes) == count and max(whole) - min(whole) <= unit
+        assert not any(size % unit for size in whole)
+        assert max(sizes) == 1 or max(sizes) * token_bytes <= largest
         # No more blocks than it takes: with one less, the largest would be too large.
-        fewer = len(own) - 1
+        fewer = len(sizes) - 1
         assert not fewer or -(-sum(whole) // unit // fewer) * unit * token_bytes > largest
-    assert not rest and {(spec.form, spec.memory) for spec in blocks} == {(form, "host")}
+    assert not rest and {(block.form, block.memory) for block in blocks} == {(form, "host")}
 
 
-@pytest.mark.parametrize("tokens", [1, 31, 33, 255, 481, 1000, 1024])
-def test_a_run_on_the_device_or_that_fits_whole_is_one_block(tokens):
-    """One token of three rows is 420 bytes."""
-    for memory, largest in (("device", 1), ("host", 420 * tokens)):
-        blocks = cut_runs([("keys_values", memory, tokens)], PLAIN, SHAPE, WORK, largest)
-        assert blocks == (block("kv", memory, tokens),)
-
-
-def test_blocks_of_many_tokens_by_hand():
-    """At most 500 tokens, which is 480 in multiples of 32: 32 of these in three blocks, but for 24 tokens."""
-    blocks = cut_runs([("keys_values", "host", 1000)], PLAIN, SHAPE, WORK, 500 * 420)
-    assert [spec.tokens for spec in blocks] == [352, 352, 296]
+@pytest.mark.parametrize(
+    ("tokens", "most", "sizes"),
+    [
+        (11, 4, [4, 4, 3]),
+        (1000, 500, [352, 352, 296]),  # 480 in multiples of 32: 32 of these in three blocks, but for 24 tokens
+        *((whole, whole, [whole]) for whole in (1, 31, 33, 255, 481, 1000, 1024)),
+    ],
+)
+def test_cutting_by_hand(tokens, most, sizes):
+    """One token of three rows is 420 bytes. On the device a run is one block."""
+    blocks = cut_runs([("keys_values", "host", tokens)], PLAIN, SHAPE, WORKLOAD, most * 420)
+    assert blocks == tuple(block("kv", "host", size) for size in sizes)
+    assert cut_runs([("keys_values", "device", tokens)], PLAIN, SHAPE, WORKLOAD, 1) == (block("kv", "device", tokens),)
 
 
 @pytest.mark.parametrize(("tokens", "expected"), [(255, False), (256, False), (257, True), (287, True), (288, False)])
 def test_blocks_that_kernels_may_be_slow_for(tokens, expected):
     assert uneven(tokens) is expected
-
-
-def test_cutting_by_hand():
-    """One token is 420 bytes; the largest block holds 4 of 11: blocks of 4, 4 and 3."""
-    blocks = cut_runs([("keys_values", "host", 11)], PLAIN, SHAPE, WORK, 4 * 420)
-    assert [spec.tokens for spec in blocks] == [4, 4, 3]
 
 
 # --- what a plan says -------------------------------------------------------------------------------------------------
@@ -346,14 +310,14 @@ def test_a_plan_in_words():
 
 def test_layers_alike_share_a_line():
     shape = replace(SHAPE, layers=(PLAIN,) * 31)
-    lines = str(named_plan("split:0.5", shape, WORK)).splitlines()
+    lines = str(named_plan("split:0.5", shape, WORKLOAD)).splitlines()
     assert sum(line.lstrip().startswith("0-30 ") for line in lines) == 1
-    layers = named_plan("split:0.5", shape, WORK).layers
-    other = named_plan("activations", shape, WORK).layers[0]
-    mixed = Plan("mixed", shape, WORK, (*layers[:5], other, *layers[6:]), tail=8)
+    layers = named_plan("split:0.5", shape, WORKLOAD).layers
+    other = named_plan("activations", shape, WORKLOAD).layers[0]
+    mixed = Plan("mixed", shape, WORKLOAD, (*layers[:5], other, *layers[6:]), tail=8)
     lines = [line.strip() for line in str(mixed).splitlines()]
     assert [line.partition("  ")[0] for line in lines if line[:1].isdigit()][:2] == ["0-4, 6-30", "5"]
-    alternating = Plan("mixed", shape, WORK, tuple(other if i % 2 else layers[0] for i in range(31)), tail=8)
+    alternating = Plan("mixed", shape, WORKLOAD, tuple(other if i % 2 else layers[0] for i in range(31)), tail=8)
     assert "16 of 0-30" in str(alternating) and "15 of 1-29" in str(alternating)
 
 
@@ -394,14 +358,22 @@ def test_plans_are_plain_data_without_jax():
         (lambda: BlockSpec("activations", "host", 0), "tokens is 0; it must be greater than zero"),
         (lambda: replace(PLAN, tail=0), "tail is 0"),
         (lambda: replace(PLAN, tail=2.0), "tail is 2.0; it must be a whole number"),
-        (lambda: replace(WORK, batch="2"), "batch is '2'; it must be a whole number"),
+        (lambda: replace(WORKLOAD, batch="2"), "batch is '2'; it must be a whole number"),
         (lambda: replace(PLAN, window=-1), "window is -1"),
         (lambda: replace(PLAN, layers=PLAN.layers[:1]), "1 layer plans for a model of 2 layers"),
         (
-            lambda: replace(PLAN, workload=replace(WORK, prompt=12)),
+            lambda: replace(PLAN, workload=replace(WORKLOAD, prompt=12)),
             "layer 0: its blocks hold 11 tokens; of the prompt 12 are cached",
         ),
-        (lambda: replace(PLAN, workload=replace(WORK, new=91)), "need 102 positions; two has 101: shorten"),
+        (lambda: replace(PLAN, workload=replace(WORKLOAD, new=91)), "need 102 positions; two has 101: shorten"),
+        (lambda: Budget(0), "device is 0 bytes; it must be greater than zero"),
+        (lambda: Budget(math.nan), "device is nan bytes; it must be greater than zero"),
+        (lambda: Budget(host=-1), "host is -1 bytes; it must not be negative"),
+        (lambda: named_plan("split", SHAPE, WORKLOAD), "there is no plan 'split'; the plans are auto, activations, re"),
+        (lambda: named_plan("device:", SHAPE, WORKLOAD), "there is no plan 'device:'"),
+        (lambda: named_plan("activations:0.5", SHAPE, WORKLOAD), "there is no plan 'activations:0.5'"),
+        (lambda: named_plan("split:nan", SHAPE, WORKLOAD), "plan 'split:nan': 'nan' is not a fraction from 0 to 1"),
+        (lambda: named_plan("auto", SHAPE, WORKLOAD), "auto is goes by the machine: use plan_for or make_plan"),
         (lambda: replace(PLAN, window=839), "layer 0: the window of 839 B is smaller than a block of 4 tokens, 840 B"),
     ],
 )

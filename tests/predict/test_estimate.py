@@ -17,7 +17,7 @@ def base(times, work):
     return times.work[work](0)
 
 
-def each(times, work):
+def slope(times, work):
     return times.work[work](1) - times.work[work](0)
 
 
@@ -27,39 +27,37 @@ def test_an_estimate_by_hand():
     Weights, read once, take longer than their operations: 2 bytes at 1e12 a second against 2 * 2 operations at 1e14.
     """
     layer = LayerShape(4096, 32, 32, 128, 11008, gated=True, absorbs_keys=False)
-    own = estimate(replace(MACHINE, kernel_seconds=1e-6), layer, 2, 2)
+    times = estimate(replace(MACHINE, kernel_seconds=1e-6), layer, 2, 2)
     for work, kernels, matrices in (("project", 3, 3), ("project_recompute", 3, 3), ("project_absorb", 2, 2)):
         expected = 2 * matrices * 4096**2 / 1e12 + kernels * 1e-6  # Q, K, V; absorbed: Q, and K, as it is rotated
-        assert each(own, work) == 0 and base(own, work) == pytest.approx(expected, rel=1e-6, abs=0)
+        assert slope(times, work) == 0 and base(times, work) == pytest.approx(expected, rel=1e-6, abs=0)
     others = 2 * (4096**2 + 3 * 4096 * 11008) / 1e12 + 5e-6
-    assert each(own, "finish") == 0 and base(own, "finish") == pytest.approx(others, rel=1e-6, abs=0)
+    assert slope(times, "finish") == 0 and base(times, "finish") == pytest.approx(others, rel=1e-6, abs=0)
     # Keys and values: both are read, 2 * 4096 numbers of each of 2 rows, and scores of 32 heads three times, float32.
     scores = 2 * 32 * 4 * 3 / 1e12
     pairs = 2 * 2 * 4096 * 2 / 1e12 + scores
-    assert each(own, kv) == pytest.approx(pairs, rel=1e-6, abs=0)
-    assert base(own, kv) == pytest.approx(4e-6, rel=1e-6, abs=0)
+    assert slope(times, kv) == pytest.approx(pairs, rel=1e-6, abs=0)
+    assert base(times, kv) == pytest.approx(4e-6, rel=1e-6, abs=0)
     # Recomputed: two projections of 2 * 4096^2 operations for each of 2 rows, and then attention as over pairs.
     project = 2 * 2 * 4096**2 / 1e14
     assert project > 2 * (4096 + 4096) * 2 / 1e12
-    assert each(own, "recompute") == pytest.approx(2 * project + pairs, rel=1e-6, abs=0)
+    assert slope(times, "recompute") == pytest.approx(2 * project + pairs, rel=1e-6, abs=0)
     # Absorbed, but for the rotated keys: one projection, the keys, and a mix of activations.
-    assert each(own, "absorb") == pytest.approx(project + pairs, rel=1e-6, abs=0)
-    assert base(own, "prepare") == pytest.approx(2 * 4096**2 / 1e12 + 1e-6, rel=1e-6, abs=0)  # V's projection, once
+    assert slope(times, "absorb") == pytest.approx(project + pairs, rel=1e-6, abs=0)
+    assert base(times, "prepare") == pytest.approx(2 * 4096**2 / 1e12 + 1e-6, rel=1e-6, abs=0)  # V's projection, once
     for kind in ATTENTION:
-        assert own.work[attention_work(kind, "device")] == own.work[kind]
+        assert times.work[attention_work(kind, "device")] == times.work[kind]
 
 
 def test_absorbing_keys_spares_their_projection():
     layer = LayerShape(4096, 32, 32, 128, 16384)
-    free, rotated = (estimate(MACHINE, replace(layer, absorbs_keys=own), 2, 2) for own in (True, False))
-    assert each(free, "absorb") < 0.2 * each(rotated, "absorb") < 0.2 * each(rotated, "recompute")
-    assert [free.work[work] for work in (kv, "recompute", "project", "finish")] == [
-        rotated.work[work] for work in (kv, "recompute", "project", "finish")
-    ]
+    free, rotated = (estimate(MACHINE, replace(layer, absorbs_keys=absorbs), 2, 2) for absorbs in (True, False))
+    assert slope(free, "absorb") < 0.2 * slope(rotated, "absorb") < 0.2 * slope(rotated, "recompute")
+    assert all(free.work[work] == rotated.work[work] for work in (kv, "recompute", "project", "finish"))
 
 
 def test_scores_are_float32_whatever_the_dtype():
     """Between two dtypes only the bytes of weights and of cached numbers differ, not those of scores."""
     heads = LayerShape(64, 64, 1, 1, 64)  # many scores, few numbers
-    half, full = (each(estimate(MACHINE, heads, itemsize, 1), kv) for itemsize in (2, 4))
+    half, full = (slope(estimate(MACHINE, heads, itemsize, 1), kv) for itemsize in (2, 4))
     assert full - half == pytest.approx(2 * 2 / 1e12, rel=1e-6, abs=0)  # one number of K, one of V

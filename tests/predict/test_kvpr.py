@@ -17,7 +17,7 @@ from kvrecomp.predict.kvpr import kvpr_seconds, kvpr_split
 # and h 4096, 5120 and 7168 (OPT-6.7B, 13B, 30B; arXiv 2205.01068, table 1).
 PAPER = [("opt-6.7b", 4096, 0.70), ("opt-13b", 5120, 0.66), ("opt-30b", 7168, 0.58)]
 A100 = HardwareProfile.from_datasheet("a100")
-KVPR_WORK = Workload(batch=32, prompt=1024, new=32)
+WORKLOAD = Workload(batch=32, prompt=1024, new=32)
 
 
 @pytest.mark.parametrize(("name", "hidden", "split"), PAPER)
@@ -26,16 +26,16 @@ def test_the_papers_split(name, hidden, split):
     closed = 1 / (1 + 2 * hidden * 32e9 / (2 * 312e12))
     assert closed == pytest.approx(split, abs=0.005)
     assert shape.layers[0].hidden == hidden
-    assert kvpr_split(A100, shape, KVPR_WORK) / 1024 == pytest.approx(closed, abs=0.001)
+    assert kvpr_split(A100, shape, WORKLOAD) / 1024 == pytest.approx(closed, abs=0.001)
     # Where both take as long, the formula is the activations' copies and the others'.
     recomputed = closed * 1024
     sent = 32 * 2 * hidden * (recomputed + 2 * (1024 - recomputed)) / 32e9
-    assert kvpr_seconds(A100, shape, KVPR_WORK, recomputed) == pytest.approx(len(shape.layers) * sent)
+    assert kvpr_seconds(A100, shape, WORKLOAD, recomputed) == pytest.approx(len(shape.layers) * sent)
     # At the ends: all keys and values, 2 b s h p bytes; and everything recomputed, nothing beside it.
     pairs = len(shape.layers) * 2 * 32 * 1024 * hidden * 2 / 32e9
-    assert kvpr_seconds(A100, shape, KVPR_WORK, 0) == pytest.approx(pairs)
+    assert kvpr_seconds(A100, shape, WORKLOAD, 0) == pytest.approx(pairs)
     alone = len(shape.layers) * (32 * 1024 * hidden * 2 / 32e9 + 4 * 32 * 1024 * hidden**2 / 312e12)
-    assert kvpr_seconds(A100, shape, KVPR_WORK, 1024) == pytest.approx(alone)
+    assert kvpr_seconds(A100, shape, WORKLOAD, 1024) == pytest.approx(alone)
 
 
 @pytest.mark.parametrize(("name", "hidden", "split"), PAPER)
@@ -46,8 +46,8 @@ def test_the_papers_schedule_has_its_optimum_there(name, hidden, split):
     """
     shape = models.PRESETS[name].shape
     fractions = np.arange(0, 129) / 128
-    plans = [named_plan(f"kvpr:{f}", shape, KVPR_WORK, window=64 * GIB) for f in fractions]
-    assert max(len(own.prompt) for plan in plans for own in plan.layers) == 2
+    plans = [named_plan(f"kvpr:{f}", shape, WORKLOAD, window=64 * GIB) for f in fractions]
+    assert max(len(layer.prompt) for plan in plans for layer in plan.layers) == 2
     predicted = plan_costs(A100, plans, 0).seconds
     best = int(predicted.argmin())
     assert fractions[best] == pytest.approx(1 / (1 + 2 * hidden * 32e9 / (2 * 312e12)), abs=0.03)

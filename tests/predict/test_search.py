@@ -1,6 +1,6 @@
 """Chosen plans against brute force and against every budget: as fast as any other, and never too large."""
 
-import math
+import itertools
 import re
 from dataclasses import replace
 
@@ -34,16 +34,6 @@ from kvrecomp.predict.hardware import LEAST_DEVICE, Line
 # --- brute force ------------------------------------------------------------------------------------------------------
 
 
-def compositions(total, parts):
-    """All ways to write a number as that many numbers from zero on."""
-    if parts == 1:
-        yield (total,)
-        return
-    for first in range(total + 1):
-        for rest in compositions(total - first, parts - 1):
-            yield first, *rest
-
-
 def pieces(form, count, layer, workload, window):
     """Blocks on the host, as few and as equal as a quarter of the window lets them be; bfloat16."""
     most = max(1, window // BLOCKS_PER_WINDOW // (workload.batch * layer.width(form) * 2))
@@ -58,7 +48,9 @@ def every_plan(shape, workload, tail, window, parts):
     times = max(0, (workload.new - 1) // tail)
     share = workload.prompt // parts
     assert share * parts == workload.prompt
-    for counts in compositions(parts, 4):
+    for counts in itertools.product(range(parts + 1), repeat=4):
+        if sum(counts) != parts:
+            continue
         pairs_here, acts_here, acts_sent, pairs_sent = (share * count for count in counts)
         blocks = [BlockSpec(form, "device", count) for form, count in ((kv, pairs_here), (acts, acts_here)) if count]
         blocks += pieces(acts, acts_sent, layer, workload, window) + pieces(kv, pairs_sent, layer, workload, window)
@@ -235,14 +227,6 @@ def test_an_open_budget_is_the_profiles():
     assert 0.9 * 3.2e9 < device_bytes(plan) <= 0.95 * 3.2e9 and plan.bytes_in("host") > 0
     with pytest.raises(PlanError, match="of host memory"):
         make_plan(shape, workload, replace(profile, host_bytes=1e6))
-
-
-@pytest.mark.parametrize("device", [0, -1, -1e9, math.nan])
-def test_budgets_that_are_none(device):
-    with pytest.raises(PlanError, match="must be greater than zero"):
-        Budget(device)
-    with pytest.raises(PlanError, match="must not be negative"):
-        Budget(host=-1)
 
 
 @pytest.mark.parametrize(
