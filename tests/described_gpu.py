@@ -4,7 +4,9 @@ Needs jax's CUDA plugin (extra `schedule`). The only place that uses private par
 to compile for a device that is not there.
 """
 
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -31,6 +33,14 @@ device_description_str: "NVIDIA H200"
 A100 = H200.replace("major: 9 } regi", "major: 8 } regi").replace("H200", "A100")  # as far as XLA's scheduler knows it
 
 
+# Kernels that were compiled once in this process are there for later programs, which takes half of the time.
+FOLDER = tempfile.TemporaryDirectory(prefix="kernels-")
+KERNELS = {
+    "xla_gpu_kernel_cache_file": str(Path(FOLDER.name) / "kernels"),
+    "xla_gpu_enable_llvm_module_compilation_parallelism": True,  # or there is no cache
+}
+
+
 def abstract_model(config: Any, where: Callable[[str, tuple[int, ...]], jax.sharding.Sharding]) -> Any:
     """A model in bfloat16 of no numbers, whose parameters are said to be where `kvrecomp.placement` has them."""
     skeleton = Skeleton(config, "bfloat16")
@@ -48,7 +58,7 @@ def compile_traced(traced: Any, options: Mapping[str, Any], target: str = H200) 
     Returns the program's text, its entry in the order of execution, and its temporary device memory in bytes.
     """
     device = topologies.get_topology_desc("gpu", platform="cuda", target_config=target, topology="1x1x1").devices[0]
-    given = {"device_assignment": np.zeros((1, 1), int), "env_options_overrides": dict(options)}
+    given = {"device_assignment": np.zeros((1, 1), int), "env_options_overrides": {**KERNELS, **options}}
     module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
     program = device.client.compile(module, _jax.DeviceList((device,)), compiler.get_compile_options(1, 1, **given))
     return program.hlo_modules()[0].to_string(), program.get_compiled_memory_stats().temp_size_in_bytes
