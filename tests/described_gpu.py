@@ -35,10 +35,10 @@ A100 = H200.replace("major: 9 } regi", "major: 8 } regi").replace("H200", "A100"
 
 # Kernels that were compiled once in this process are there for later programs, which takes half of the time.
 FOLDER = tempfile.TemporaryDirectory(prefix="kernels-")
-KERNELS = {
-    "xla_gpu_kernel_cache_file": str(Path(FOLDER.name) / "kernels"),
-    "xla_gpu_enable_llvm_module_compilation_parallelism": True,  # or there is no cache
-}
+KERNELS: dict[str, Any] = {}
+if jax.__version_info__ < (0, 11):  # later XLAs do not know the second option, and stop at it
+    KERNELS["xla_gpu_kernel_cache_file"] = str(Path(FOLDER.name) / "kernels")
+    KERNELS["xla_gpu_enable_llvm_module_compilation_parallelism"] = True  # or there is no cache
 
 
 def abstract_model(config: Any, where: Callable[[str, tuple[int, ...]], jax.sharding.Sharding]) -> Any:
