@@ -188,7 +188,7 @@ def test_one_byte_less_is_not_enough():
     [("opt-6.7b", 128, 1024, 16), ("llama-2-7b", 128, 512, 15), ("llama-3-8b", 64, 1024, 18)],
 )
 def test_what_is_said_to_fit_fits(name, batch, prompt, gib):
-    shape, workload, budget = models.PRESETS[name].shape, Workload(batch, prompt, 64), Budget.of_gib(gib)
+    shape, workload, budget = models.PRESETS[name].shape, Workload(batch, prompt, 256), Budget.of_gib(gib)
     with pytest.raises(PlanError) as raised:
         make_plan(shape, workload, machine(), budget)
     said = re.search(r": a batch of (\d+) fits where (\d+) were asked for", str(raised.value))
