@@ -41,6 +41,9 @@ class Layer:
     graph: Any
     structure: Any
 
+    def __hash__(self) -> int:
+        return hash(self.structure)  # of the graph, anyone's lists and dictionaries are part
+
     @classmethod
     def split(cls, module: nnx.Module) -> tuple["Layer", list[Array]]:
         """A module's layer and parameters."""

@@ -119,6 +119,19 @@ def test_no_tracer_leaks(name):
         decoder.step(cache, jnp.argmax(logits, axis=-1).astype(jnp.int32))
 
 
+@pytest.mark.parametrize("hosted", [0.0, 1.0])
+def test_layers_may_have_attributes_that_cannot_be_hashed(hosted):
+    """Such layers are alike where these are equal."""
+    plan = kvrecomp.with_host_weights(kvrecomp.named_plan("activations", toy.OPT.shape, WORKLOAD, tail=4), hosted)
+    plan = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, dtype="float32"))
+    model = toy.randomised(toy.OPT.build(dtype="float32", rngs=None), seed=1)
+    for layer in model.layers:
+        layer.options = {"names": ["a", "b"]}
+    layers = [Layer.split(layer)[0] for layer in model.layers]
+    assert layers[0] == layers[1] and hash(layers[0]) == hash(layers[1])
+    toy.assert_exact(kvrecomp.Decoder(placed(model, plan), plan), toy.model(), toy.texts(3, 11 + 9, 4))
+
+
 PROJECTIONS = Projections(*[Projection(np.ones((5, 2, 3), np.float32))] * 3, scale=1.0)
 
 
