@@ -20,8 +20,8 @@ from kvrecomp.plan import BlockSpec, Form, LayerPlan, Memory, Method, Plan, Work
 from kvrecomp.predict.hardware import Attention
 from kvrecomp.run import memory
 from kvrecomp.run.cache import Block, allocate_recent, describe_blocks, describe_ints, describe_recent, shardings
-from kvrecomp.run.copies import OVERLAPPING
 from kvrecomp.run.model import Model
+from kvrecomp.run.schedule import OVERLAPPING, compile_overlapping
 from kvrecomp.run.step import decode_step
 
 TAIL = 32  # tokens: XLA fuses the scores of very few with others', and computes them many times
@@ -79,7 +79,7 @@ class LayerBench:
         inputs = (self._weights, described, describe_recent(plan), describe_ints(self._batch))
         placed = (None, shardings(described) if run.copied else None, None, None)
         lowered = jax.jit(step, in_shardings=placed, donate_argnames=("recent",)).lower(*inputs)
-        program = lowered.compile(compiler_options=dict(OVERLAPPING))
+        program = compile_overlapping(lowered, OVERLAPPING)
         for block in itertools.chain.from_iterable(described):
             for like in block.arrays:
                 random_maker(like.shape, like.dtype)  # compiled here, too

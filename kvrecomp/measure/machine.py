@@ -15,8 +15,9 @@ from kvrecomp.plan import GIB, MIB
 from kvrecomp.plan.step_order import Op, order_layers
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.run import memory
-from kvrecomp.run.copies import OVERLAPPING, Copies
+from kvrecomp.run.copies import Copies
 from kvrecomp.run.programs import side_by_side
+from kvrecomp.run.schedule import OVERLAPPING
 
 HANDOFF_BYTES = 2 * MIB  # so long to copy that the host, which starts copies and kernels, is ahead
 COPY_PASSES = (2, 8)  # how often each block is copied when the rate of copies is measured

@@ -32,12 +32,12 @@ from kvrecomp.run.cache import (
     make_block,
     shardings,
 )
-from kvrecomp.run.copies import OVERLAPPING
 from kvrecomp.run.limits import check_memory
 from kvrecomp.run.model import Model
 from kvrecomp.run.prefill import prefill
 from kvrecomp.run.programs import Compiled, Programs, side_by_side
 from kvrecomp.run.prompt import PromptError, check_prompt, check_step
+from kvrecomp.run.schedule import OVERLAPPING
 from kvrecomp.run.step import decode_step
 from kvrecomp.run.weights import check_placement
 

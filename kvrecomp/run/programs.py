@@ -16,6 +16,8 @@ from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
 
+from kvrecomp.run.schedule import compile_overlapping
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -107,7 +109,7 @@ class Programs:
 
     def _compile(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, Any]) -> Any:
         start = time.perf_counter()
-        program = trace().lower().compile(compiler_options=dict(options))
+        program = compile_overlapping(trace().lower(), options)
         analysis = program.memory_analysis()
         self.compiled[name] = Compiled(time.perf_counter() - start, getattr(analysis, "temp_size_in_bytes", 0))
         return program

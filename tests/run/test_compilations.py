@@ -16,10 +16,10 @@ from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import LayerPlan, Plan, Workload
 from kvrecomp.run import decoder as runtime
 from kvrecomp.run import programs as programs_module
-from kvrecomp.run.copies import OVERLAPPING
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.programs import Programs, side_by_side
 from kvrecomp.run.sampling import Sampling
+from kvrecomp.run.schedule import OVERLAPPING
 
 COMPILED = []  # the seconds that XLA took for each program of this process
 BATCH, PROMPT, TAIL = 2, 5, 3
