@@ -1,4 +1,4 @@
-"""Any plan, of layers of two small shapes."""
+"""Plans of layers of two small shapes: one by hand, and any."""
 
 from dataclasses import replace
 
@@ -13,6 +13,23 @@ SHAPE = ModelShape("two", (PLAIN, GROUPED), vocab=97, embedding=17, positions=10
 WORKLOAD = Workload(batch=3, prompt=11, new=8)
 
 kv, acts = "keys_values", "activations"
+
+# Both forms, memories and methods; the first layer's tail is written to the device once.
+MIXED = Plan(
+    "mixed",
+    SHAPE,
+    WORKLOAD,
+    (
+        LayerPlan(
+            (BlockSpec(acts, "host", 4), BlockSpec(kv, "device", 2), BlockSpec(kv, "host", 5)),
+            tail_form=kv,
+            write_out_memories=("device", "host"),
+        ),
+        LayerPlan((BlockSpec(acts, "device", 5), BlockSpec(acts, "host", 6)), tail_form=acts, method="recompute"),
+    ),
+    tail=3,
+    window=10_000,
+)
 
 
 @st.composite
