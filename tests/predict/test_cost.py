@@ -17,9 +17,7 @@ from kvrecomp.predict.cost import Tasks, make_tasks, mean_costs, plan_costs, sta
 from kvrecomp.predict.hardware import KNOTS, WORKS, Curve, HardwareProfile, LayerTimes, Line, project_work
 
 LATENCY = 1e-7  # longer than some of the copies below, shorter than others
-MACHINE = HardwareProfile(
-    "none", GIB, Line(LATENCY, 1e-10), Line(1e-5, 1e-10), beside_compute=9e9, matmul_rate=1e14, memory_rate=1e12
-)
+MACHINE = HardwareProfile("none", GIB, Line(LATENCY, 1e-10), beside_compute=9e9, matmul_rate=1e14, memory_rate=1e12)
 
 many = settings(max_examples=100)
 
