@@ -295,55 +295,39 @@ def test_tasks_by_hand():
     np.testing.assert_array_equal(written_out(each_task(replace(MIXED, schedule="layerwise"), 2)), expected)
 
 
+HERE = [(kv, "device", 6), (acts, "device", 5)]
+SENT = [(acts, "host", 6), (acts, "host", 5)]
+UNEVEN = [(acts, "device", 257), (acts, "host", 259), (kv, "host", 263)]
+
+
 @pytest.mark.parametrize(
     ("blocks", "tail", "method", "expected"),
     [
         # Of another form than the tail, what is on the device has a partial result of its own: what no tokens from the
         # host take, and what those here add.
-        (
-            [(kv, "device", 6), (acts, "device", 5)],
-            (acts, 3),
-            "absorb",
-            [("prepare", 0), (kv, 0), ("device_keys_values", 6), ("device_absorb", 5), ("device_absorb", 3)],
-        ),
-        (
-            [(kv, "device", 6), (acts, "device", 5)],
-            (kv, 3),
-            "absorb",
-            [("prepare", 0), ("device_keys_values", 6), ("absorb", 0), ("device_absorb", 5), ("device_keys_values", 3)],
-        ),
+        (HERE, (acts, 3), "absorb", "prepare/0 keys_values/0 +device_keys_values/6 device_absorb/5 +device_absorb/3"),
+        (HERE, (kv, 3), "absorb", "prepare/0 device_keys_values/6 absorb/0 +device_absorb/5 +device_keys_values/3"),
         # Absorption is prepared once a layer, wherever the activations are, and not where K and V are recomputed.
-        (
-            [(acts, "host", 6), (acts, "host", 5)],
-            (kv, 3),
-            "absorb",
-            [("prepare", 0), ("device_keys_values", 3), ("absorb", 6), ("absorb", 5)],
-        ),
-        ([(kv, "device", 11)], (acts, 3), "recompute", [(kv, 0), ("device_keys_values", 11), ("device_recompute", 3)]),
-        ([(kv, "host", 11)], (kv, 3), "absorb", [("device_keys_values", 3), (kv, 11)]),
+        (SENT, (kv, 3), "absorb", "prepare/0 +device_keys_values/3 absorb/6 absorb/5"),
+        (HERE[:1], (acts, 3), "recompute", "keys_values/0 +device_keys_values/6 +device_recompute/3"),
+        ([(kv, "host", 11)], (kv, 3), "absorb", "+device_keys_values/3 keys_values/11"),
         # Of a tail with an odd number of tokens it is not known how long they take, and it matters to absorbing only.
         (
-            [(acts, "device", 257), (acts, "host", 259), (kv, "host", 263)],
-            (acts, 300),
-            "absorb",
-            [("prepare", 0), ("uneven_device_absorb", 257), ("device_absorb", 300), ("uneven_absorb", 259), (kv, 263)],
+            *(UNEVEN, (acts, 300), "absorb"),
+            "prepare/0 uneven_device_absorb/257 +device_absorb/300 uneven_absorb/259 keys_values/263",
         ),
-        (
-            [(acts, "device", 257), (acts, "host", 259)],
-            (acts, 300),
-            "recompute",
-            [("device_recompute", 257), ("device_recompute", 300), ("recompute", 259)],
-        ),
+        (UNEVEN[:2], (acts, 300), "recompute", "device_recompute/257 +device_recompute/300 recompute/259"),
     ],
 )
 def test_attention_of_a_layer_by_hand(blocks, tail, method, expected):
-    """Work and tokens, in order."""
+    """Work and tokens, in order; with a plus, where they are added to a partial result."""
     shape = replace(SHAPE, layers=(PLAIN,), positions=2000)
     work = replace(WORKLOAD, prompt=sum(tokens for *_, tokens in blocks), new=300)
     layer = LayerPlan(tuple(BlockSpec(*block) for block in blocks), tail[0], method=method)
     tasks = each_task(Plan("some", shape, work, (layer,), tail[1], 10**6))
-    found = [(WORKS[number], tokens) for number, tokens in zip(tasks.work[1:-2], tasks.tokens[1:])]
-    assert [task for task in found if task[0] != "await"] == expected
+    rows = list(zip(tasks.work, tasks.tokens, tasks.blocks))[1:-2]  # between the projections and the feed-forward
+    found = [f"{'+' if blocks == 0 else ''}{WORKS[number]}/{tokens:.0f}" for number, tokens, blocks in rows]
+    assert " ".join(task for task in found if task != "await/0") == expected
 
 
 @pytest.mark.parametrize("name", NAMES)
