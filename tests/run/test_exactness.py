@@ -15,32 +15,30 @@ import models
 from kvrecomp.plan import BlockSpec, LayerPlan, Plan, Workload, cutting
 from kvrecomp.run import attention
 
-WRITE_OUTS = 3
+WRITE_OUTS = 2
 
 # Shrinking would compile for hours; examples are small as they are.
 few = settings(max_examples=3, phases=(Phase.explicit, Phase.generate))
 
 
 @pytest.mark.parametrize(
-    "name", ["activations", "recompute", "keys_values", "split:0.4", "kvpr:0.6", "device", "device:0.3"]
+    ("name", "kind"),
+    [
+        *(("keys_values", "opt"), ("kvpr:0.6", "opt"), ("device:0.3", "opt")),
+        *(("recompute", "350m"), ("split:0.4", "350m")),
+        *(("activations", "grouped"), ("split:0.4", "grouped"), ("device", "grouped")),
+    ],
 )
-def test_named_plans(name):
-    kind = "350m" if name in ("recompute", "split:0.4") else "opt"
+def test_named_plans(name, kind):
+    """Of the first grouped layer, which sees seven tokens, in the end two tails are seen, and the prompt is not."""
     prompt, tail = 11, 3
-    texts = toy.texts(3, prompt + WRITE_OUTS * tail + 2, longest_padding=prompt - 1)
-    decoder = toy.named_decoder(name, kind, prompt=prompt, new=WRITE_OUTS * tail + 2, tail=tail, window=8000)
+    new = WRITE_OUTS * tail + 2
+    decoder = toy.named_decoder(name, kind, prompt=prompt, new=new, tail=tail, window=8000)
     assert decoder.plan.write_outs == WRITE_OUTS
-    toy.assert_exact(decoder, toy.model(kind), texts)
-
-
-@pytest.mark.parametrize("name", ["activations", "keys_values", "split:0.4", "device"])
-def test_blocks_that_leave_a_sliding_window(name):
-    """Of 6 tokens that are cached and four tails of 2, the last three tails are seen at the end."""
-    decoder = toy.named_decoder(name, "grouped", prompt=11, new=10, tail=2, window=8000)
-    sliding = decoder.plan.shape.layers[0]
-    in_sight = [len(sliding.in_sight(decoder.plan.blocks(write_outs)[0])) for write_outs in range(5)]
-    assert in_sight[-1] == in_sight[-2] == 3 and decoder.plan.write_outs == 4
-    toy.assert_exact(decoder, toy.model("grouped"), toy.texts(3, 21, longest_padding=10))
+    if kind == "grouped":
+        blocks = decoder.plan.blocks(WRITE_OUTS)[0]
+        assert decoder.plan.shape.layers[0].in_sight(blocks) == blocks[-WRITE_OUTS:]
+    toy.assert_exact(decoder, toy.model(kind), toy.texts(3, prompt + new, longest_padding=prompt - 1))
 
 
 @pytest.mark.parametrize("name", ["device", "keys_values"])
@@ -82,11 +80,15 @@ def plans(draw, shape):
     new = WRITE_OUTS * tail + draw(st.integers(1, tail))
     layers = tuple(draw(layer_plans(layer.cached(prompt))) for layer in shape.layers)
     work = Workload(draw(st.sampled_from([3, 2])), prompt, new)
-    wide = Plan("drawn", shape, work, layers, tail=tail)
-    blocks = [wide.bytes_of(own, block) for own, blocks in zip(shape.layers, wide.blocks(3)) for block in blocks]
-    window = round(max(blocks) * draw(st.sampled_from([1, 1.5, 3, 100])))
-    schedule = draw(st.sampled_from(["pipelined", "layerwise"]))
-    return Plan("drawn", shape, work, layers, tail=tail, window=window, schedule=schedule)
+    window = draw(st.sampled_from([1, 1.5, 3, 100]))
+    return of_window(window, shape, work, layers, tail, draw(st.sampled_from(["pipelined", "layerwise"])))
+
+
+def of_window(factor, shape, workload, layers, tail, schedule):
+    """A plan whose window is so many times as large as its largest block."""
+    wide = Plan("drawn", shape, workload, layers, tail)
+    blocks = [wide.bytes_of(own, block) for own, some in zip(shape.layers, wide.blocks(WRITE_OUTS)) for block in some]
+    return dataclasses.replace(wide, window=round(max(blocks) * factor), schedule=schedule)
 
 
 @pytest.mark.parametrize("kind", ["opt", "grouped"])
@@ -132,11 +134,8 @@ def test_a_plan_of_everything(kind, schedule):
     if kind == "grouped":  # whose first layer sees seven tokens
         seen = [dataclasses.replace(block, tokens=tokens) for block, tokens in zip(MIXED[0].prompt, (1, 2, 2, 1))]
         mixed = (dataclasses.replace(MIXED[0], prompt=tuple(seen)), MIXED[1])
-    wide = Plan("mixed", model.shape, work, mixed, tail=2)
-    blocks = zip(model.shape.layers, wide.blocks(WRITE_OUTS))
-    largest = max(wide.bytes_of(layer, block) for layer, own in blocks for block in own)
-    plan = Plan("mixed", model.shape, work, mixed, tail=2, window=largest, schedule=schedule)
-    toy.assert_exact(kvrecomp.Decoder(model, plan), model, toy.texts(3, 18, longest_padding=10))
+    plan = of_window(1, model.shape, work, mixed, 2, schedule)
+    toy.assert_exact(kvrecomp.Decoder(model, plan), model, toy.texts(3, 11 + work.new, longest_padding=10))
 
 
 @pytest.mark.parametrize("kind", ["opt", "grouped"])
@@ -165,14 +164,14 @@ def test_long_enough_prompts_are_chunked(monkeypatch):
 
 def test_two_caches_of_one_decoder():
     """A cache is data: stepped in turns, two do not disturb one another."""
-    decoder, model = toy.named_decoder("split:0.5", new=7, tail=2), toy.model()
-    both = [toy.texts(3, 18, longest_padding=padding, seed=padding) for padding in (10, 3)]
+    decoder, model = toy.named_decoder("split:0.5", new=4, tail=2), toy.model()
+    both = [toy.texts(3, 15, longest_padding=padding, seed=padding) for padding in (10, 3)]
     caches, results = [], []
     for texts in both:
         cache, logits = decoder.prefill(texts.ids[:, :11], texts.mask[:, :11])
         caches.append(cache)
         results.append([logits])
-    for slot in range(11, 18):
+    for slot in range(11, 15):
         for index, texts in enumerate(both):
             caches[index], logits = decoder.step(caches[index], toy.put(texts.ids[:, slot]))
             results[index].append(logits)
@@ -181,11 +180,10 @@ def test_two_caches_of_one_decoder():
         np.testing.assert_allclose(np.stack([toy.get(each) for each in logits], axis=1), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["keys_values", "activations", "split:0.3"])
-def test_a_long_sliding_window(name):
+def test_a_long_sliding_window():
     """Of 301 tokens 288 are cached, of which the next token sees 269."""
     config = dataclasses.replace(toy.LLAMA, sliding_window=270, positions=331)
     model = toy.randomised(models.create(config, dtype="float32"))
-    plan = kvrecomp.named_plan(name, model.shape, kvrecomp.Workload(2, 301, 13), tail=5)
+    plan = kvrecomp.named_plan("split:0.3", model.shape, Workload(2, 301, 7), tail=5)
     assert sum(block.tokens for block in plan.layers[0].prompt) == 288
-    toy.assert_exact(kvrecomp.Decoder(model, plan), model, toy.texts(2, 301 + 13, longest_padding=7))
+    toy.assert_exact(kvrecomp.Decoder(model, plan), model, toy.texts(2, 301 + 7, longest_padding=7))
