@@ -42,38 +42,28 @@ def test_logits_are_those_of_the_forward_pass(config, name, fraction):
     ids = np.random.default_rng(5).integers(3, 97, (WORK.batch, WORK.prompt))
     mask = np.arange(WORK.prompt) >= np.array([[0], [4], [11]])
     result = kvrecomp.generate(model, ids, mask, max_new_tokens=WORK.new, plan=plan, output_logits=True)
-    whole_mask = np.concatenate([mask, np.ones((WORK.batch, WORK.new), bool)], axis=1)
-    whole = models.create(config, dtype="float32")(toy.put(result.sequences), toy.put(whole_mask))
-    expected = np.moveaxis(toy.get(whole)[:, WORK.prompt - 1 : -1], 1, 0)
-    np.testing.assert_allclose(result.logits, expected, atol=1e-4)
-    hosted = sum(
-        array.nbytes
-        for array in models.checkpoint.parameters_of(model).values()
-        if array.sharding.memory_kind == "pinned_host"
-    )
+    toy.assert_generated(result, models.create(config, dtype="float32"), mask)
+    hosted = sum(array.nbytes for array in hosted_parameters(model).values())
     assert hosted > 0
     write_outs = (np.arange(WORK.new - 1) + 1 - 1) // 5
     assert result.link_bytes == [hosted + plan.bytes_in("host", int(count)) for count in write_outs]
 
 
+def hosted_parameters(model):
+    """Those in host memory, by name."""
+    parameters = models.checkpoint.parameters_of(model).items()
+    return {name: array for name, array in parameters if array.sharding.memory_kind == "pinned_host"}
+
+
 def test_placement_is_of_matrices_of_the_chosen_layers():
     plan = planned(OPT, "activations", 0.67)
     model = models.create(OPT, dtype="float32", sharding=weights.placement(plan))
-    hosted = {
-        name for name, array in models.checkpoint.parameters_of(model).items()
-        if array.sharding.memory_kind == "pinned_host"
-    }  # fmt: skip
-    kernels = (
-        "attention.key",
-        "attention.value",
-        "attention.query",
-        "attention.output",
-        "feed_forward.up",
-        "feed_forward.down",
-    )
+    attention = [f"attention.{name}" for name in ("key", "value", "query", "output")]
+    kernels = [*attention, "feed_forward.up", "feed_forward.down"]
     numbers = [number for number, layer in enumerate(plan.layers) if layer.weights == "host"]
     assert len(numbers) == 2
-    assert hosted == {f"layers.{number}.{kernel}.kernel" for number in numbers for kernel in kernels}
+    expected = {f"layers.{number}.{kernel}.kernel" for number in numbers for kernel in kernels}
+    assert set(hosted_parameters(model)) == expected
 
 
 @pytest.mark.parametrize("config", [OPT, LLAMA], ids=["opt", "llama"])
