@@ -45,14 +45,7 @@ def test_measured_once(cache, counted):
 
 @pytest.mark.parametrize(
     "content",
-    [
-        "{",
-        "[]",
-        "{}",
-        json.dumps({"format": 0}),
-        json.dumps({"format": profiler.FORMAT, "device": "cpu"}),
-        "\0" * 50,
-    ],
+    ["{", "[]", "{}", json.dumps({"format": 0}), json.dumps({"format": profiler.FORMAT, "device": "cpu"}), "\0" * 50],
 )
 def test_a_corrupt_file_is_measured_anew_and_said(cache, counted, caplog, content):
     path = profiler.profile_path()

@@ -76,16 +76,6 @@ def test_blocks_in_sight_hold_a_token_that_the_next_one_sees(sizes, window):
     assert GROUPED.in_sight(blocks) == tuple(blocks)
 
 
-def test_blocks_out_of_sight_are_not_sent():
-    """They stay in host memory: of a prompt of 11 tokens 4 are cached, and the tail has 3."""
-    shape = replace(SHAPE, layers=(PLAIN, replace(GROUPED, sliding_window=5)))
-    plan = kvrecomp.named_plan("keys_values", shape, WORKLOAD, tail=3)
-    token = 3 * 2 * GROUPED.width("keys_values")
-    plain = [3 * 2 * PLAIN.width("keys_values") * tokens for tokens in (11, 14, 17)]
-    assert [plan.link_bytes(n) - sent for n, sent in enumerate(plain)] == [4 * token, 7 * token, 6 * token]
-    assert [plan.bytes_in("host", n) - sent for n, sent in enumerate(plain)] == [4 * token, 7 * token, 10 * token]
-
-
 def test_blocks_by_hand():
     assert MIXED.blocks() == (MIXED.layers[0].prompt, MIXED.layers[1].prompt)
     written_out = BlockSpec(kv, "device", 3), BlockSpec(kv, "host", 3), BlockSpec(kv, "host", 3)

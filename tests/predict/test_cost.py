@@ -371,7 +371,9 @@ def test_a_copy_is_held_until_the_last_task_of_what_it_waits_for(plan, write_out
                 for place in op.blocks
             ]
             attended = len(apart) + sum(apart)
-            counts.append({"append": int(acts in forms), "attend": attended}.get(op.kind, 1))
+            counts.append(
+                {"append": int(acts in forms and layer.method == "absorb"), "attend": attended}.get(op.kind, 1)
+            )
     last = np.cumsum(counts) - 1
     assert last[-1] + 1 == len(tasks.work) - 1  # what is outside of layers comes last
     copied = np.flatnonzero(tasks.copies)

@@ -113,7 +113,7 @@ def test_corrupt_data_are_refused(data):
         (lambda: replace(TIMES, work={"project": Curve.line(0.0)}), "project; expected project, project_absorb"),
         *(
             (functools.partial(Curve, tuple(sizes), (1.0,) * count), "expected as many of both, 2 to 7, and sizes that")
-            for sizes, count in [([0], 1), ([1, 2], 2), ([0, 2, 2], 3), ([0, 2], 3), (range(8), 8)]
+            for sizes, count in [([0], 1), ([1, 2], 2), ([0, 2, 2], 3), ([0, 2], 3), ([0, 2, 3], 2), (range(8), 8)]
         ),
     ],
 )

@@ -1,18 +1,18 @@
 """Every plan gives the logits of the plain forward pass: for the prompt, and for each step across write-outs."""
 
 import dataclasses
-import itertools
 
 import jax
 import numpy as np
 import pytest
 import toy
+import toy_plans
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import kvrecomp
 import models
-from kvrecomp.plan import BlockSpec, LayerPlan, Plan, Workload, cutting
+from kvrecomp.plan import Plan, Workload, cutting
 from kvrecomp.run import attention
 
 WRITE_OUTS = 2
@@ -55,48 +55,12 @@ def test_keys_of_another_dtype_than_the_models(name):
     toy.assert_exact(kvrecomp.Decoder(model, plan), model, toy.texts(3, 18, longest_padding=10))
 
 
-def cuts(tokens, blocks):
-    """How to cut so many tokens into so many blocks."""
-    ends = st.lists(st.integers(1, tokens - 1), min_size=blocks - 1, max_size=blocks - 1, unique=True)
-    return ends.map(lambda ends: [b - a for a, b in itertools.pairwise([0, *sorted(ends), tokens])])
-
-
-@st.composite
-def layer_plans(draw, tokens):
-    forms, memories = st.sampled_from(["activations", "keys_values"]), st.sampled_from(["host", "device"])
-    sizes = draw(st.integers(1, 3).flatmap(lambda blocks: cuts(tokens, blocks)))
-    return LayerPlan(
-        prompt=tuple(BlockSpec(draw(forms), draw(memories), size) for size in sizes),
-        tail_form=draw(forms),
-        write_out_memories=tuple(draw(st.lists(memories, min_size=1, max_size=WRITE_OUTS))),
-        method=draw(st.sampled_from(["recompute", "absorb"])),
-    )
-
-
-@st.composite
-def plans(draw, shape):
-    """Plans whose layers differ, with a window that holds one block or many."""
-    prompt, tail = draw(st.integers(5, 11)), draw(st.integers(1, 3))
-    new = WRITE_OUTS * tail + draw(st.integers(1, tail))
-    layers = tuple(draw(layer_plans(layer.cached(prompt))) for layer in shape.layers)
-    work = Workload(draw(st.sampled_from([3, 2])), prompt, new)
-    window = draw(st.sampled_from([1, 1.5, 3, 100]))
-    return of_window(window, shape, work, layers, tail, draw(st.sampled_from(["pipelined", "layerwise"])))
-
-
-def of_window(factor, shape, workload, layers, tail, schedule):
-    """A plan whose window is so many times as large as its largest block."""
-    wide = Plan("drawn", shape, workload, layers, tail)
-    blocks = [wide.bytes_of(own, block) for own, some in zip(shape.layers, wide.blocks(WRITE_OUTS)) for block in some]
-    return dataclasses.replace(wide, window=round(max(blocks) * factor), schedule=schedule)
-
-
 @pytest.mark.parametrize("kind", ["opt", "grouped"])
 @few
 @given(data=st.data())
 def test_any_plan(kind, data):
     model = toy.model(kind)
-    plan = data.draw(plans(model.shape))
+    plan = data.draw(toy_plans.plans(model.shape, WRITE_OUTS))
     work = plan.workload
     padding = data.draw(st.lists(st.integers(0, work.prompt - 1), min_size=work.batch, max_size=work.batch))
     texts = toy.texts(work.batch, work.prompt + work.new, seed=data.draw(st.integers(0, 9)))
@@ -105,37 +69,16 @@ def test_any_plan(kind, data):
     toy.assert_exact(kvrecomp.Decoder(model, plan), model, texts)
 
 
-MIXED = (
-    LayerPlan(
-        prompt=(
-            BlockSpec("keys_values", "host", 2),
-            BlockSpec("activations", "device", 3),
-            BlockSpec("activations", "host", 5),
-            BlockSpec("keys_values", "device", 1),
-        ),
-        tail_form="keys_values",
-        write_out_memories=("device", "host", "device"),
-    ),
-    LayerPlan(
-        prompt=(BlockSpec("activations", "host", 4), BlockSpec("keys_values", "host", 7)),
-        tail_form="activations",
-        write_out_memories=("host", "device"),
-        method="recompute",
-    ),
-)
-
-
 @pytest.mark.parametrize(("kind", "schedule"), [("opt", "pipelined"), ("grouped", "layerwise")])
 def test_a_plan_of_everything(kind, schedule):
-    """All forms and memories within a layer, a window as large as the largest block."""
-    model = toy.model(kind)
-    work = Workload(3, 11, WRITE_OUTS * 2 + 1)
-    mixed = MIXED
+    """Both forms and memories within a layer, and a window as large as the largest block."""
+    model, mixed = toy.model(kind), toy_plans.MIXED.layers
     if kind == "grouped":  # whose first layer sees seven tokens
-        seen = [dataclasses.replace(block, tokens=tokens) for block, tokens in zip(MIXED[0].prompt, (1, 2, 2, 1))]
-        mixed = (dataclasses.replace(MIXED[0], prompt=tuple(seen)), MIXED[1])
-    plan = of_window(1, model.shape, work, mixed, 2, schedule)
-    toy.assert_exact(kvrecomp.Decoder(model, plan), model, toy.texts(3, 11 + work.new, longest_padding=10))
+        seen = [dataclasses.replace(block, tokens=tokens) for block, tokens in zip(mixed[0].prompt, (1, 2, 3))]
+        mixed = (dataclasses.replace(mixed[0], prompt=tuple(seen)), mixed[1])
+    plan = Plan("mixed", model.shape, Workload(3, 11, WRITE_OUTS * 2 + 1), mixed, tail=2, schedule=schedule)
+    plan = dataclasses.replace(plan, window=toy_plans.largest_block(plan))
+    toy.assert_exact(kvrecomp.Decoder(model, plan), model, toy.texts(3, 16, longest_padding=10))
 
 
 @pytest.mark.parametrize("kind", ["opt", "grouped"])
