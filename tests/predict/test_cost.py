@@ -164,21 +164,6 @@ def test_as_an_event_simulation(machine, tasks):
         assert predicted.copying[number] == pytest.approx(sum(each for each in copying if each), rel=1e-5)
 
 
-def test_the_event_simulation_by_hand():
-    """Two copies, each with a task that uses it; the second is held by that of the first, or by its arrival."""
-    computing, copying = [0, 2.0, 0, 3.0], [5.0, None, 7.0, None]
-    assert simulate(computing, copying, [-1, -1, 1, -1]) == 5 + 2 + 7 + 3
-    assert simulate(computing, copying, [-1, -1, 0, -1]) == simulate(computing, copying, [-1] * 4) == 5 + 7 + 3
-    assert simulate([9.0, *computing[2:]], [None, *copying[2:]], [-1] * 3) == 9 + 3
-    # With a handoff of a half: before either task, and before the second copy, unless it waited for nothing.
-    assert simulate(computing, copying, [-1, -1, 1, -1], 0.5) == 5 + 0.5 + 2 + 0.5 + 7 + 0.5 + 3
-    assert simulate(computing, copying, [-1, -1, 0, -1], 0.5) == 5 + 0.5 + 7 + 0.5 + 3
-    assert simulate(computing, copying, [-1, -1, -1, -1], 0.5) == 5 + 7 + 0.5 + 3
-    # Awaiting what is there takes a quarter; what is not there is waited for longer.
-    assert simulate([9.0, 0.25, 3.0], [None, 7.0, None], [-1] * 3, 0.5) == 9 + 0.25 + 3
-    assert simulate([7.0, 0.25, 3.0], [None, 7.0, None], [-1] * 3, 0.5) == 7 + 0.5 + 3
-
-
 # --- closed forms -----------------------------------------------------------------------------------------------------
 
 NAMES = ["activations", "recompute", "keys_values", "split:0.5", "kvpr:0.7", "device:0.3", "device"]

@@ -67,8 +67,6 @@ def test_the_smaller_form_is_sent(kind, form, width, name):
 def test_rotary_positions_on_a_slow_device_make_a_split():
     """Where K is recomputed from all activations, a T4 takes longer than its link."""
     shape = model(*[ROTARY] * 3)
-    for layer in make_plan(shape, WORKLOAD, machine("t4"), no_room(shape, kv)).layers:
-        assert 0 < tokens(layer)[acts, "host"] < 1024
     profile = machine("t4", matmul_rate=30e12)  # a T4 sustains about half of its peak
     plan = make_plan(shape, WORKLOAD, profile, no_room(shape, kv))
     for layer in plan.layers:
@@ -211,16 +209,11 @@ def test_a_wider_layer_gets_settings_of_its_own(order):
 
 
 def test_a_layer_twice_as_wide_keeps_as_many_tokens():
-    """The same kind of layer in two widths: of room for half, the wider takes two thirds."""
+    """The same kind of layer in two widths, with room for half of the tokens."""
     shape = model(LEARNED, WIDE)
     plan = make_plan(shape, WORKLOAD, machine(), with_room(shape, 0.25))  # half of it as activations
     narrow, wide = (tokens(layer)[acts, "device"] for layer in plan.layers)
     assert narrow == pytest.approx(wide, abs=2) and narrow > 0.45 * 1024
-    narrow, wide = (
-        sum(plan.bytes_of(layer_shape, block) for block in layer.prompt)
-        for layer_shape, layer in zip(shape.layers, plan.layers)
-    )
-    assert wide == pytest.approx(2 * narrow, rel=0.01)  # two tokens of 512 more or less
 
 
 # --- what is generated ------------------------------------------------------------------------------------------------

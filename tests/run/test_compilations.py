@@ -56,11 +56,32 @@ def used():
     return decoder
 
 
-def test_one_program_each(used):
-    host = ("write-out", ("host", "host"))
-    assert used.plan.write_outs == 2
-    assert set(used.compiled) == {("prefill",), ("step", 0), ("step", 1), ("step", 2), host}
-    assert all(compiled.seconds > 0 and compiled.temp_bytes >= 0 for compiled in used.compiled.values())
+def mixed_plan():
+    """Tails of one token, one layer's of which are written to the device first."""
+    shape, work = toy.model().shape, Workload(BATCH, PROMPT, 5)
+    prompt = kvrecomp.named_plan("activations", shape, work).layers[0].prompt
+    layers = LayerPlan(prompt, "activations", ("device", "host")), LayerPlan(prompt, "keys_values", ("host",))
+    return Plan("two", shape, work, layers, tail=1)
+
+
+@pytest.mark.parametrize(
+    ("make", "steps", "write_outs"),
+    [
+        (lambda: kvrecomp.named_plan("keys_values", toy.model().shape, Workload(BATCH, PROMPT, 3), tail=3), 1, set()),
+        (mixed_plan, 5, {("device", "host"), ("host", "host")}),
+    ],
+    ids=["a tail that lasts to the end", "a write-out for each set of memories"],
+)
+def test_one_program_each(make, steps, write_outs):
+    """And none beyond the plan."""
+    decoder, given = kvrecomp.Decoder(toy.model(), make()), toy.texts(BATCH, PROMPT + 5)
+    cache, _ = decoder.prefill(given.ids[:, :PROMPT])
+    for slot in range(decoder.plan.workload.new):
+        cache, _ = decoder.step(cache, toy.put(given.ids[:, PROMPT + slot]))
+    time.sleep(0.3)  # for a program that should not be there to appear
+    expected = {("prefill",), *(("step", number) for number in range(steps))}
+    assert set(decoder.compiled) == expected | {("write-out", memories) for memories in write_outs}
+    assert all(compiled.seconds > 0 and compiled.temp_bytes >= 0 for compiled in decoder.compiled.values())
 
 
 def test_that_compiling_takes_minutes_is_said(caplog):
@@ -96,14 +117,6 @@ def test_changed_data_compiles_nothing(used):
     assert len(COMPILED) == before and one != other
     run(used, new=4, sampling=Sampling(True, 0.7, top_k=5, top_p=0.9))
     assert used.compiled == programs
-
-
-def steps(decoder, given):
-    """Prefill and steps with given tokens, without the choice of tokens."""
-    cache, _ = decoder.prefill(given.ids[:, :PROMPT], given.mask[:, :PROMPT])
-    for slot in range(PROMPT, given.ids.shape[1]):
-        cache, logits = decoder.step(cache, toy.put(given.ids[:, slot]))
-    return toy.get(logits)
 
 
 @pytest.mark.parametrize(("least", "expected"), [(1, GRAPHLESS), (10**9, OVERLAPPING)])
@@ -146,25 +159,6 @@ def test_the_next_program_is_there_before_it_is_needed():
     jax.block_until_ready(logits)
     assert len(COMPILED) == before
     assert set(decoder.compiled) == {("prefill",), ("step", 0), ("step", 1), ("step", 2), write_out}
-
-
-def test_no_program_beyond_the_plan():
-    """A tail that lasts to the end is never written out, so nothing is compiled for it."""
-    decoder = toy.named_decoder("keys_values", batch=BATCH, prompt=PROMPT, new=3, tail=3)
-    steps(decoder, toy.texts(BATCH, PROMPT + 3))
-    time.sleep(0.3)  # for a program that should not be there to appear
-    assert set(decoder.compiled) == {("prefill",), ("step", 0)}
-
-
-def test_a_write_out_program_for_each_set_of_memories():
-    shape = toy.model().shape
-    prompt = kvrecomp.named_plan("activations", shape, Workload(BATCH, PROMPT, 5)).layers[0].prompt
-    layers = LayerPlan(prompt, "activations", ("device", "host")), LayerPlan(prompt, "keys_values", ("host",))
-    decoder = kvrecomp.Decoder(toy.model(), Plan("two", shape, Workload(BATCH, PROMPT, 5), layers, tail=1))
-    steps(decoder, toy.texts(BATCH, PROMPT + 5))
-    names = [name for name in decoder.compiled if name[0] == "write-out"]
-    assert sorted(names) == [("write-out", ("device", "host")), ("write-out", ("host", "host"))]
-    assert len(decoder.compiled) == 1 + 5 + 2
 
 
 # --- the table of programs --------------------------------------------------------------------------------------------
