@@ -1,4 +1,4 @@
-"""Several groups of rows, in both orders: the same logits, and weights copied once for all groups in column order."""
+"""Weights in host memory and several groups of rows, in both orders: the same logits, and what is copied how often."""
 
 import dataclasses
 
@@ -19,39 +19,44 @@ GROUPS = 3
 MATRICES = 4 * (4 * 28 * 28 + 2 * 28 * 44)  # bytes of a layer's
 
 
-def planned(name, order, fraction=1.0):
-    shape = dataclasses.replace(OPT.shape, dtype="float32")
+def planned(name, order, fraction=1.0, config=OPT, groups=GROUPS):
+    shape = dataclasses.replace(config.shape, dtype="float32")
     plan = kvrecomp.named_plan(name, shape, WORK, tail=2, window=2**20)
-    return dataclasses.replace(kvrecomp.with_host_weights(plan, fraction), groups=GROUPS, order=order)
+    return dataclasses.replace(kvrecomp.with_host_weights(plan, fraction), groups=groups, order=order)
 
 
-def prompts():
-    """Of six rows, left-padded by as many tokens as the row's number."""
-    ids = np.random.default_rng(7).integers(3, 97, (6, WORK.prompt))
-    return ids, np.arange(WORK.prompt) >= np.arange(6)[:, None]
+def prompts(rows=6):
+    """Of so many rows, left-padded by as many tokens as the row's number."""
+    ids = np.random.default_rng(7).integers(3, toy.VOCAB, (rows, WORK.prompt))
+    return ids, np.arange(WORK.prompt) >= np.arange(rows)[:, None]
 
 
 @pytest.mark.parametrize(
-    ("name", "order", "fraction"),
+    ("config", "name", "groups", "order", "fraction"),
     [
-        ("activations", "column", 1.0),
-        ("split:0.4", "column", 0.5),
-        ("kvpr:0.4", "column", 1.0),
-        ("keys_values", "column", 0.0),
-        ("activations", "row", 1.0),
+        (OPT, "activations", GROUPS, "column", 1.0),
+        (OPT, "split:0.4", GROUPS, "column", 0.5),
+        (OPT, "kvpr:0.4", GROUPS, "column", 1.0),
+        (toy.LLAMA, "keys_values", GROUPS, "column", 0.0),
+        (OPT, "activations", GROUPS, "row", 1.0),
+        (dataclasses.replace(OPT, layers=3), "device:0.6", 1, "row", 0.67),
+        (toy.LLAMA, "recompute", 1, "row", 1.0),
+        (toy.LLAMA, "keys_values", 1, "row", 0.5),
     ],
 )
-def test_logits_are_those_of_the_forward_pass(name, order, fraction):
-    """At every step of a run that writes the tails out twice."""
-    plan = planned(name, order, fraction)
-    model = models.create(OPT, dtype="float32", sharding=kvrecomp.placement(plan))
-    ids, mask = prompts()
+def test_logits_are_those_of_the_forward_pass(config, name, groups, order, fraction):
+    """At every step of a run that writes the tails out twice; weights in host memory cross the link as often as the
+    order says."""
+    plan = planned(name, order, fraction, config, groups)
+    model = models.create(config, dtype="float32", sharding=kvrecomp.placement(plan))
+    ids, mask = prompts(plan.rows)
     result = kvrecomp.generate(model, ids, mask, max_new_tokens=WORK.new, plan=plan, output_logits=True)
-    toy.assert_generated(result, models.create(OPT, dtype="float32"), mask)
-    hosted = sum(layer.weights == "host" for layer in plan.layers) * MATRICES
-    weights = hosted * (1 if order == "column" else GROUPS)
+    toy.assert_generated(result, models.create(config, dtype="float32"), mask)
+    hosted = sum(array.nbytes for array in toy.hosted_parameters(model).values())
+    assert bool(hosted) == bool(fraction)
+    weights = hosted * (1 if order == "column" else groups)
     one = dataclasses.replace(plan, groups=1)
-    assert result.link_bytes == [GROUPS * one.bytes_in("host", step // 2) + weights for step in range(WORK.new - 1)]
+    assert result.link_bytes == [groups * one.bytes_in("host", step // 2) + weights for step in range(WORK.new - 1)]
 
 
 @pytest.mark.parametrize(("order", "rows"), [("column", GROUPS * WORK.batch), ("row", WORK.batch)])
