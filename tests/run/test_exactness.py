@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 import toy
@@ -13,7 +12,6 @@ from hypothesis import strategies as st
 import kvrecomp
 import models
 from kvrecomp.plan import Plan, Workload, cutting
-from kvrecomp.run import attention
 
 WRITE_OUTS = 2
 
@@ -84,25 +82,18 @@ def test_a_plan_of_everything(kind, schedule):
 @pytest.mark.parametrize("kind", ["opt", "grouped"])
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_prefill_in_chunks_of_queries(kind, chunk, monkeypatch):
-    """A prompt whose length the chunk does not divide, and padding that fills whole chunks."""
-    model, texts = toy.model(kind), toy.texts(3, 12, longest_padding=10)
-    heads = max(layer.heads for layer in model.shape.layers)
+    """A prompt whose length the chunk does not divide, and padding that fills whole chunks; in a loop over these."""
+
+    def prompt_decoder():
+        decoder = toy.named_decoder("keys_values", kind, prompt=11, new=1)
+        return decoder, "scan" in str(decoder._trace("prefill").jaxpr)
+
+    _, loops_at_once = prompt_decoder()
+    heads = max(layer.heads for layer in toy.model(kind).shape.layers)
     monkeypatch.setattr(cutting, "SCORE_BYTES", chunk * 4 * 3 * heads * 11)
-    decoder = toy.named_decoder("keys_values", kind, prompt=11, new=1)
-    toy.assert_exact(decoder, model, texts)
-
-
-def test_long_enough_prompts_are_chunked(monkeypatch):
-    """What the test above relies on: a smaller SCORE_BYTES makes a program with a loop."""
-
-    def program(x, padding):
-        layer = toy.model("opt").layers[0]
-        return attention.attend_causal(layer.attention.projections(), x, padding)[0]
-
-    shapes = jax.ShapeDtypeStruct((11, 3, 21), np.float32), jax.ShapeDtypeStruct((3,), np.int32)
-    assert "scan" not in str(jax.make_jaxpr(program)(*shapes))
-    monkeypatch.setattr(cutting, "SCORE_BYTES", 4 * 4 * 3 * 3 * 11)
-    assert "scan" in str(jax.make_jaxpr(lambda *args: program(*args))(*shapes))
+    decoder, loops = prompt_decoder()
+    assert loops and not loops_at_once
+    toy.assert_exact(decoder, toy.model(kind), toy.texts(3, 12, longest_padding=10))
 
 
 def test_two_caches_of_one_decoder():
