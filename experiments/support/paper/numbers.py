@@ -115,7 +115,6 @@ class Paper:
         return dataclasses.replace(
             sheet,
             to_device=link,
-            to_host=link,
             beside_compute=1e9 * said["link_gbps"],
             matmul_rate=1e12 * said["matmul_tflops"] if "matmul_tflops" in said else sheet.matmul_rate,
             source=f"{sheet.source.partition('; link')[0]}; link: {said['link']} as KVPR counts it ({said['source']})",
