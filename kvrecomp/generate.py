@@ -21,6 +21,7 @@ from kvrecomp.background import BackgroundIterator
 from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.run import memory
+from kvrecomp.run.cache import Cache
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.model import Model
 from kvrecomp.run.prompt import as_ids, as_mask, as_row_ids, as_token_ids, check_tokens, split_groups
@@ -183,15 +184,22 @@ class TokenLoop:
     def _dispatch(
         self, parts: Sequence[tuple[np.ndarray, np.ndarray]], max_new_tokens: int, row_ids: np.ndarray
     ) -> Iterator[_Dispatched]:
-        """Prefill and steps, one item a token, as they are dispatched; nothing here waits for the device."""
-        plan, decoder = self.decoder.plan, self.decoder
-        caches, logits = map(list, zip(*(decoder.prefill(*part) for part in parts)))
+        """Prefill and steps, one item a token, as they are dispatched. Nothing here waits for the device, but for what
+        a packed prompt or tail says of itself."""
+        decoder = self.decoder
+        prefilled: list[tuple[Cache, Array]] = []
+        while len(prefilled) < len(parts):
+            plan = decoder.plan
+            prefilled.append(decoder.prefill(*parts[len(prefilled)]))
+            if decoder.plan is not plan and len(prefilled) > 1:  # blocks could not be packed; those before were
+                prefilled.clear()
+        caches, logits = map(list, zip(*prefilled))
         eos, pad, seed, names = jax.device_put(
             (
                 np.asarray(self.eos, np.int32),
                 np.int32(self.pad),
                 np.uint32(self.sampling.seed),
-                np.split(row_ids, plan.groups),
+                np.split(row_ids, len(parts)),
             ),
             memory.sharding("device"),
         )
@@ -206,7 +214,7 @@ class TokenLoop:
             yield _Dispatched(*arriving, sent)
             if index + 1 < max_new_tokens:
                 caches, logits = decoder.step_groups(caches, tokens)
-                sent = plan.link_bytes(index // plan.tail)
+                sent = decoder.plan.link_bytes(index // decoder.plan.tail)
 
     def _new_tokens(self, new: np.ndarray) -> np.ndarray:
         """int32[new, batch] -> int32[batch]: how many of them are each row's own."""

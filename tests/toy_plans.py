@@ -37,6 +37,8 @@ def plans(draw, shape=None, write_outs=None):
     """Any plan: of up to four layers of two shapes, with weights anywhere, and in groups; or of that shape, with all
     weights on the device. The tail is written out so often, or any number of times."""
     memories, forms = st.sampled_from(["host", "device"]), st.sampled_from([kv, acts])
+    bfloat16 = (shape or SHAPE).dtype == "bfloat16"
+    codecs = st.sampled_from(["plain", "packed"] if bfloat16 else ["plain"])
     weights, groups = st.just("device"), 1
     if shape is None:
         shape = replace(SHAPE, layers=tuple(draw(st.lists(st.sampled_from([PLAIN, GROUPED]), min_size=1, max_size=4))))
@@ -47,11 +49,12 @@ def plans(draw, shape=None, write_outs=None):
     for layer in shape.layers:
         left, blocks = layer.cached(prompt), []
         while left:
-            blocks.append(BlockSpec(draw(forms), draw(memories), draw(st.integers(1, left))))
+            blocks.append(BlockSpec(draw(forms), draw(memories), draw(st.integers(1, left)), draw(codecs)))
             left -= blocks[-1].tokens
         places = tuple(draw(st.lists(memories, min_size=1, max_size=2)))
         method = draw(st.sampled_from(["absorb", "recompute"]))
-        layers.append(LayerPlan(tuple(blocks), draw(forms), places, method, draw(weights)))
+        written_as = tuple(draw(st.lists(codecs, min_size=1, max_size=2)))
+        layers.append(LayerPlan(tuple(blocks), draw(forms), places, method, draw(weights), written_as))
     plan = Plan("any", shape, Workload(3, prompt, new), tuple(layers), tail)
     return replace(
         plan,

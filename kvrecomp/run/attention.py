@@ -196,7 +196,7 @@ def attend(query: Query, blocks: Sequence[Block], method: Method) -> dict[Mixes,
 
     `method` says how activations are used: "absorb" what can be, or "recompute" K and V from them.
     """
-    scored = [_score(query, block, method, shared=len(blocks) > 1) for block in blocks]
+    scored = [_score(query, block.as_plain(), method, shared=len(blocks) > 1) for block in blocks]
     partials: dict[Mixes, Partial] = {}
     for mixes in MIXES:
         pieces = [(scores, mixable) for scores, mixable, mixed in scored if mixed == mixes]

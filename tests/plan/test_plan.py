@@ -81,7 +81,8 @@ def test_blocks_by_hand():
     written_out = BlockSpec(kv, "device", 3), BlockSpec(kv, "host", 3), BlockSpec(kv, "host", 3)
     assert MIXED.blocks(3)[0] == MIXED.layers[0].prompt + written_out
     assert MIXED.blocks(1)[1] == (*MIXED.layers[1].prompt, BlockSpec(acts, "host", 3))
-    assert [MIXED.written_to(time) for time in range(3)] == [("device", "host"), ("host", "host"), ("host", "host")]
+    plain = [[(memory, "plain") for memory in memories] for memories in (("device", "host"), ("host", "host"))]
+    assert [list(MIXED.written_to(time)) for time in range(3)] == [*plain, plain[-1]]
 
 
 @pytest.mark.parametrize(("new", "tail", "times"), [(1, 3, 0), (3, 3, 0), (4, 3, 1), (6, 3, 1), (7, 3, 2), (8, 1, 7)])

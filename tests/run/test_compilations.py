@@ -80,7 +80,8 @@ def test_one_program_each(make, steps, write_outs):
         cache, _ = decoder.step(cache, toy.put(given.ids[:, PROMPT + slot]))
     time.sleep(0.3)  # for a program that should not be there to appear
     expected = {("prefill",), *(("step", number) for number in range(steps))}
-    assert set(decoder.compiled) == expected | {("write-out", memories) for memories in write_outs}
+    plain = {tuple((memory, "plain") for memory in memories) for memories in write_outs}
+    assert set(decoder.compiled) == expected | {("write-out", written_to) for written_to in plain}
     assert all(compiled.seconds > 0 and compiled.temp_bytes >= 0 for compiled in decoder.compiled.values())
 
 
@@ -144,7 +145,7 @@ def test_the_next_program_is_there_before_it_is_needed():
     assert not decoder.compiled
     cache, _ = decoder.prefill(given.ids[:, :PROMPT])
     assert set(decoder.compiled) == {("prefill",), ("step", 0)}
-    write_out = ("write-out", ("host", "host"))
+    write_out = ("write-out", (("host", "plain"),) * 2)
     for _ in range(2):
         # One step into a tail, with two to go until it is full.
         cache, _ = decoder.step(cache, toy.put(given.ids[:, -1]))
