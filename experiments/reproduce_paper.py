@@ -24,7 +24,6 @@ from experiments.plan import read_hardware
 from experiments.support import script
 from experiments.support.paper import costs, report
 from experiments.support.paper.costs import Compared
-from experiments.support.paper.disagreements import disagreements
 from experiments.support.paper.numbers import Paper, PaperTable, read, records
 from experiments.support.results import tables
 from experiments.support.results.report import run_info
@@ -92,7 +91,7 @@ def document(paper: Paper, compared: Sequence[Compared]) -> dict[str, Any]:
         "layers": records(paper.data["layers"]),
         "tables": [costs.record(table) for table in compared],
         "gains": report.summary(compared),
-        "disagreements": [found._asdict() for found in disagreements(paper)],
+        "disagreements": records(paper.data["disagreements"]),
         "only_drawn": paper.data["only_drawn"],
     }
 

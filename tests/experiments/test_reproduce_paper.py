@@ -9,7 +9,6 @@ import scripts
 import models
 from experiments import reproduce_paper as script
 from experiments.support.paper import costs, numbers, report
-from experiments.support.paper.disagreements import disagreements
 from kvrecomp.plan import GIB, MIB
 from kvrecomp.predict.datasheets import DATASHEETS
 from kvrecomp.predict.hardware import HardwareProfile
@@ -26,6 +25,16 @@ SPLITS = {"opt-6.7b": 0.70, "opt-13b": 0.66, "opt-30b": 0.58}
 def split_of(model: str) -> float:
     """In closed form."""
     return 1 / (1 + 2 * HIDDEN[model] * LINK / (2 * MATMUL))
+
+
+def time_saved(model: str) -> float:
+    """In percent, by the formula: b l h p + 2 b (s - l) h p of 2 b s h p are left."""
+    return 100 * split_of(model) / 2
+
+
+def tokens_gained(model: str) -> float:
+    """In percent, by the same."""
+    return 100 * (2 / (2 - split_of(model)) - 1)
 
 
 def predicted(name: str, rows: slice) -> costs.Compared:
@@ -80,8 +89,9 @@ def cells(table: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize("name", ["Table 3", "Table 4"])
 def test_latencies_and_sizes_are_the_tables_own_throughputs_and_caches(name):
     """The tables have both, so that a digit that was copied wrong is found."""
-    for row in PAPER.table(name).rows:
-        setting, data = row.setting, row.data
+    (table,) = [table for table in PAPER.data["tables"] if table["name"] == name]
+    for row, data in zip(PAPER.table(name).rows, numbers.records(table), strict=True):
+        setting = row.setting
         for which in ("baseline", "kvpr"):
             tokens = setting.batch * (setting.new - 1)
             assert tokens / data[which] == pytest.approx(data[f"{which}_tokens_per_second"], rel=2e-4)
@@ -101,7 +111,6 @@ def test_every_table_has_its_place_and_only_figures_lack_numbers():
         drawn = table.name.startswith("Figure")
         assert all(set(row.times) == (set() if drawn else {"baseline", "kvpr"}) for row in table.rows)
         assert len({row.setting for row in table.rows}) == len(table.rows)
-    assert all(claim["source"] and claim["table"] for claim in PAPER.data["claims"].values())
     for row in numbers.records(PAPER.data["layers"]):
         assert row["hidden"] == models.preset(row["model"]).shape.layers[0].hidden == HIDDEN[row["model"]]
         assert row["cache_mb"] == 2 * 32 * 1024 * row["hidden"] * 2 / MIB
@@ -138,12 +147,11 @@ def test_splits_and_gains_of_the_formula_in_closed_form(model):
     computing, copying = 4 * 32 * 1024 * HIDDEN[model] ** 2 / MATMUL, 2 * 32 * 1024 * HIDDEN[model] * 2 / LINK
     assert float(row["recompute, formula, ms"]) == pytest.approx(1e3 * computing, abs=0.005)
     assert float(row["copy, formula, ms"]) == pytest.approx(1e3 * copying, abs=0.05)
-    # b l h p + 2 b (s - l) h p of 2 b s h p: l / 2 s is saved.
     setting, machine = numbers.Setting(model, 32, 8, 1024, 32), PAPER.machine("a100")
     saved = costs.formula_gain(machine, PAPER.table("Table 3"), setting)
-    assert saved == pytest.approx(100 * split / 2, abs=0.1)
+    assert saved == pytest.approx(time_saved(model), abs=0.1)
     more = costs.formula_gain(machine, PAPER.table("Table 5"), setting)
-    assert more == pytest.approx(100 * (2 / (2 - split) - 1), abs=0.2)
+    assert more == pytest.approx(tokens_gained(model), abs=0.2)
 
 
 def test_row_order_in_closed_form(latency):
@@ -274,24 +282,51 @@ def test_gains_have_measured_columns_where_there_are_any(latency):
 
 
 def test_disagreements_by_hand():
-    found = {row.of: (row.said, row.against) for row in disagreements(PAPER)}
-    gains = [(row.said, row.against) for row in disagreements(PAPER) if row.of.startswith("largest gain")]
-    assert gains[0] == ("35.8 % less time; 14.8 to 35.8 in Table 3", "35 %")
-    assert gains[1][1].startswith("54, 49 and 40 %")
-    assert gains[2] == ("15 % more tokens/s; 6.6 to 15.9 in Table 5", "40 %, of the cache alone")
-    slowest = 64 * 272 * 2 * 4096 * 2 * 32 / (26.825 / 31) / 1e9
-    fastest = 64 * 528 * 2 * 4096 * 2 * 32 / (24.390 / 31) / 1e9
-    links = [row.against for row in disagreements(PAPER) if row.of == "the link; what is sent over Accelerate's time"]
-    assert links[0] == f"{slowest:.1f} to {fastest:.1f} GB/s"
-    (shares,) = [words for of, words in found.items() if of.startswith("split l/s")]
-    assert shares[0] == f"{2 * 8 / 38 / (1 + 2 * 8 / 38):.2f}" and shares[1].startswith("0.70, 0.66 and 0.58")
-    first, last, longer, longest = (round(split_of("opt-6.7b") * cached) for cached in (129, 160, 257, 288))
-    assert found["split of a prompt of 128, 1 and 32 new tokens"] == (
-        "182, and increases to 128; the axis is 180 to 205",
-        f"{first} and {last}, at most the prompt (equation 11); {longer} and {longest} for a prompt of 256",
+    """What the paper says is in its tables, and what its formula says follows from the splits in closed form."""
+    rows = numbers.records(PAPER.data["disagreements"])
+    found = {(row["place"], row["of"].partition(",")[0]): tuple(row.values())[2:] for row in rows}
+    assert cells(report.disagreeing(PAPER)) == rows and len(found) == len(rows)
+    gains = [row for row in rows if row["of"].startswith("largest gain")]
+    said, against = (
+        [row[heading] for row in gains] for heading in ("the paper says", "its formula or another part says")
     )
-    assert found["growth of its latencies, batch 1 to 32"][0] == "23.4 times"
-    assert all(row.times["kvpr"] < row.times["baseline"] for row in PAPER.table("Table 2").rows)  # ms: more tokens/s
+    saved, more = ([f"{gain:.0f}" for gain in map(of_split, SPLITS)] for of_split in (time_saved, tokens_gained))
+    assert against[0] == f"{saved[0]} %"
+    low_end = 1 / (1 + 4096 * 16e9 / 89.2e12)  # the split on the RTX 5000
+    assert against[2].startswith(f"{100 * (2 / (2 - low_end) - 1):.0f} %")
+    assert against[1].startswith(f"{more[0]}, {more[1]} and {more[2]} %")
+    for name, text in (("Table 3", said[0]), ("Table 5", said[2])):
+        table = PAPER.table(name)
+        won = [table.gain(row.times["baseline"], row.times["kvpr"]) for row in table.rows]
+        assert text.endswith(f"{table.gained}; {min(won):.1f} to {max(won):.1f} in {name}")
+    assert "15.1, 46.2 and 29.0" in said[1]
+    row_order = found["section 3.2, below equation 11", "time saved in row order"]
+    split = split_of("opt-6.7b")
+    assert row_order[0] == f"{100 * split:.0f} %" and row_order[1].startswith(f"{saved[0]} %")
+
+    def sent(table, row):
+        model, groups, tokens = row.setting.model, row.setting.groups * row.setting.batch, row.setting.cached
+        weights = 12 * HIDDEN[model] ** 2 if table.weights == "host" else 0
+        return 2 * LAYERS[model] * (groups * tokens * 2 * HIDDEN[model] + weights)
+
+    for table in PAPER.tables[:4]:
+        rates = [sent(table, row) / row.times["baseline"] / 1e6 for row in table.rows]
+        link = found[table.name, f"the link; what is sent over {table.against}'s time"][1]
+        assert link == f"{min(rates):.1f} to {max(rates):.1f} GB/s"
+    small = PAPER.table("Table 2")
+    first, *_, last = small.rows
+    grown = sent(small, last) / sent(small, first)
+    growth, bytes_grown = found["Table 2", "growth of its latencies"]
+    assert growth == f"{first.times['baseline'] / last.times['baseline'] * 32:.1f} times"
+    assert bytes_grown.startswith(f"{grown:.1f} times the bytes")
+    assert all(row.times["kvpr"] < row.times["baseline"] for row in small.rows)  # ms: more tokens/s
+    shares = found["section 4.5 on Figure 10, without its workload", "split l/s: 8 % of the time are activations"]
+    assert shares[0] == f"{2 * 8 / 38 / (1 + 2 * 8 / 38):.2f}" and shares[1].startswith("0.70, 0.66 and 0.58")
+    first, last, longer, longest = (round(split * cached) for cached in (129, 160, 257, 288))
+    (points,) = [words for (place, _), words in found.items() if "Figure 12" in place]
+    assert points[1] == (
+        f"{first} and {last}, at most the prompt (equation 11); {longer} and {longest} for a prompt of 256"
+    )
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -4,15 +4,14 @@ import dataclasses
 import functools
 import itertools
 import json
-import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import scripts
 import toy
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.profiler import ProfileData
 
 import kvrecomp
 import models
@@ -72,83 +71,59 @@ def test_layers_of_a_compiled_step():
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def xspace(planes: dict[str, dict[str, list[tuple]]]) -> ProfileData:
-    """Planes of lines of events (name, start and length in ns, statistics), as XLA's profiler writes them.
+def recorded(planes: dict[str, dict[str, list[tuple]]]) -> SimpleNamespace:
+    """Planes of lines of events (name, start and length in ns, the instruction), with the names of `ProfileData`."""
 
-    A statistic is a string in the plane's table of names where XLA's collector has it so, or the value itself.
-    """
-    text = []
-    for plane, lines in planes.items():
-        names: dict[str, int] = {}
-        text.append(f'planes {{ name: "{plane}"')
-        for number, (line, events) in enumerate(lines.items()):
-            text.append(f'lines {{ id: {number} name: "{line}" timestamp_ns: 7000')
-            for name, start, length, stats in events:
-                offset, duration = 1000 * (start - 7000), 1000 * length  # in ps, from the line's own time
-                event = names.setdefault(name, len(names) + 1)
-                text.append(f"events {{ metadata_id: {event} offset_ps: {offset} duration_ps: {duration}")
-                for key, value in stats.items():
-                    named = names.setdefault(key, len(names) + 1)
-                    referred = f"ref_value: {names.setdefault(value, len(names) + 1)}"
-                    plain = f'str_value: "{value}"' if key == "name" else f"uint64_value: {value}"
-                    text.append(f"stats {{ metadata_id: {named} {referred if key in REFERRED else plain} }}")
-                text.append("}")
-            text.append("}")
-        for table in ("event_metadata", "stat_metadata"):
-            text += [f'{table} {{ key: {at} value {{ id: {at} name: "{name}" }} }}' for name, at in names.items()]
-        text.append("}")
-    return ProfileData.from_text_proto("\n".join(text))
+    def event(name, start, length, instruction=None):
+        stats = {"correlation_id": start, "name": "add"} | ({"hlo_op": instruction} if instruction else {})
+        return SimpleNamespace(name=name, start_ns=start, duration_ns=length, stats=stats.items())
 
-
-REFERRED = ("hlo_op", "hlo_module", "tf_op", "memcpy_details", "kernel_details")
-
-
-def copied(start: int, length: int, instruction: str, name: str = "MemcpyH2D") -> tuple:
-    details = f"kind_src:pinned kind_dst:device size:{10 * length} dest:0 async:1"
-    return name, start, length, {"correlation_id": start, "memcpy_details": details, **launched_by(instruction)}
-
-
-def ran(name: str, start: int, length: int, instruction: str) -> tuple:
-    details = "regs:32 static_shared:0 dynamic_shared:0 grid:8,1,1 block:128,1,1 occ_pct:100"
-    return name, start, length, {"correlation_id": start, "kernel_details": details, **launched_by(instruction)}
-
-
-def launched_by(instruction: str) -> dict[str, str]:
-    return {"tf_op": "XlaModule", "hlo_op": instruction, "hlo_module": "jit_program", "name": "add"}
+    return SimpleNamespace(
+        planes=[
+            SimpleNamespace(
+                name=plane,
+                lines=[
+                    SimpleNamespace(name=line, events=[event(*one) for one in events]) for line, events in lines.items()
+                ],
+            )
+            for plane, lines in planes.items()
+        ]
+    )
 
 
 def test_spans_of_a_gpu():
-    host = {"python": [("$runtime.py:227 step", 7000, 90000, {})]}
+    host = {"python": [("$runtime.py:227 step", 7000, 90000)]}
     gpu = {
         "Stream #13(Compute,Memset)": [
-            ran("loop_add_fusion_4", 8000, 500, "embed_fusion"),
-            ("Memset", 8600, 20, {}),
-            ran("void cutlass::Kernel2<128x64>(Params)", 12500, 300, "gemm.2"),
-            ran("gemm_fusion_dot_5", 16000, 250, "command_buffer_3"),
-            ("MemoryAlloc", 16300, 9000, {}),
+            ("loop_add_fusion_4", 8000, 500, "embed_fusion"),
+            ("Memset", 8600, 20),
+            ("void cutlass::Kernel2<128x64>(Params)", 12500, 300, "gemm.2"),
+            ("gemm_fusion_dot_5", 16000, 250, "command_buffer_3"),
+            ("MemoryAlloc", 16300, 9000),
         ],
-        "Stream #14(MemcpyH2D)": [copied(9000, 3000, "copy-start.4"), copied(12000, 3500, "copy-start.1.0")],
-        "Stream #15(MemcpyD2H)": [copied(17000, 100, "copy-start.9", "MemcpyD2H")],
-        "Stream #16(MemcpyD2D)": [copied(17200, 40, "copy.2", "MemcpyD2D")],
-        "CUPTI overhead": [("BUFFER_FLUSH", 10000, 5000, {})],
-        "XLA Ops": [("gemm.2", 12500, 300, {})],
-        "_counters_": [("power_mw", 9000, 0, {})],
+        "Stream #14(MemcpyH2D)": [
+            ("MemcpyH2D", 9000, 3000, "copy-start.4"),
+            ("MemcpyH2D", 12000, 3500, "copy-start.1.0"),
+        ],
+        "Stream #15(MemcpyD2H)": [("MemcpyD2H", 17000, 100, "copy-start.9")],
+        "Stream #16(MemcpyD2D)": [("MemcpyD2D", 17200, 40, "copy.2")],
+        "CUPTI overhead": [("BUFFER_FLUSH", 10000, 5000)],
+        "XLA Ops": [("gemm.2", 12500, 300)],
+        "_counters_": [("power_mw", 9000, 0)],
     }
-    other = {"Stream #13(Compute)": [ran("loop_add_fusion", 8000, 99, "embed_fusion")]}
-    spans = xplane.read_spans(xspace({"/host:CPU": host, "/device:GPU:0": gpu, "/device:GPU:1": other}), LAYERS)
-    expected = [
-        ("compute", "embed_fusion", 0, 500, OUTSIDE),
-        ("compute", "Memset", 600, 20, None),
-        ("to_device", "copy-start.4", 1000, 3000, 0),
-        ("to_device", "copy-start.1.0", 4000, 3500, 1),
-        ("compute", "gemm.2", 4500, 300, 0),
-        ("compute", "command_buffer_3", 8000, 250, None),
-        ("to_host", "copy-start.9", 9000, 100, None),
-        ("compute", "copy.2", 9200, 40, None),
+    other = {"Stream #13(Compute)": [("loop_add_fusion", 8000, 99, "embed_fusion")]}
+    spans = xplane.read_spans(recorded({"/host:CPU": host, "/device:GPU:0": gpu, "/device:GPU:1": other}), LAYERS)
+    found = [(span.kind, span.name, span.start, span.seconds, span.layer) for span in spans]
+    assert found == [
+        ("compute", "embed_fusion", 0, pytest.approx(500e-9), OUTSIDE),
+        ("compute", "Memset", pytest.approx(600e-9), pytest.approx(20e-9), None),
+        ("to_device", "copy-start.4", pytest.approx(1000e-9), pytest.approx(3000e-9), 0),
+        ("to_device", "copy-start.1.0", pytest.approx(4000e-9), pytest.approx(3500e-9), 1),
+        ("compute", "gemm.2", pytest.approx(4500e-9), pytest.approx(300e-9), 0),
+        ("compute", "command_buffer_3", pytest.approx(8000e-9), pytest.approx(250e-9), None),
+        ("to_host", "copy-start.9", pytest.approx(9000e-9), pytest.approx(100e-9), None),
+        ("compute", "copy.2", pytest.approx(9200e-9), pytest.approx(40e-9), None),
     ]
-    assert [(s.kind, s.name, s.layer) for s in spans] == [(kind, name, layer) for kind, name, _, _, layer in expected]
-    assert [s.start for s in spans] == pytest.approx([1e-9 * start for _, _, start, _, _ in expected])
-    assert [s.seconds for s in spans] == pytest.approx([1e-9 * length for _, _, _, length, _ in expected])
 
 
 @pytest.mark.parametrize(
@@ -157,12 +132,12 @@ def test_spans_of_a_gpu():
         ({}, "no plane /device:GPU:0, only none: trace a step on a GPU"),
         ({"/host:CPU": {}, "/device:TPU:0": {}}, "no plane /device:GPU:0, only /host:CPU, /device:TPU:0: trace"),
         ({"/device:GPU:0": {}}, "nothing ran on /device:GPU:0"),
-        ({"/device:GPU:0": {"XLA Ops": [("gemm.2", 12500, 300, {})]}}, "nothing ran on /device:GPU:0"),
+        ({"/device:GPU:0": {"XLA Ops": [("gemm.2", 12500, 300)]}}, "nothing ran on /device:GPU:0"),
     ],
 )
 def test_traces_without_a_gpu(planes, message):
     with pytest.raises(ValueError, match=message):
-        xplane.read_spans(xspace(planes), LAYERS)
+        xplane.read_spans(recorded(planes), LAYERS)
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
@@ -307,7 +282,7 @@ def test_a_step_is_timed_and_traced(decoder, monkeypatch):
 
 def test_every_plan_that_is_asked_for_is_traced(monkeypatch, known_machine):
     """`auto` too, with this machine's profile, and with room in the tail for all steps."""
-    gpu = types.SimpleNamespace(devices=lambda: [types.SimpleNamespace(platform="gpu")])
+    gpu = SimpleNamespace(devices=lambda: [SimpleNamespace(platform="gpu")])
     monkeypatch.setattr(trace, "jax", gpu)
     monkeypatch.setitem(models.PRESETS, "toy", toy.OPT)
     monkeypatch.setattr(kvrecomp, "profile", lambda model, batch: known_machine)

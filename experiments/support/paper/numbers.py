@@ -56,14 +56,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class PaperRow:
-    """A setting and the paper's milliseconds a step of `baseline` and `kvpr`, none where it only draws them.
-
-    `data` is the row as it is in the file.
-    """
+    """A setting and the paper's milliseconds a step of `baseline` and `kvpr`, none where it only draws them."""
 
     setting: Setting
     times: dict[str, float]
-    data: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -139,6 +135,6 @@ def _table(data: dict[str, Any]) -> PaperTable:
         setting = Setting(**{field.name: record[field.name] for field in dataclasses.fields(Setting)})
         said = {name: record[name] for name in ("baseline", "kvpr") if record[name] is not None}
         times = {name: setting.milliseconds(value, data["unit"]) for name, value in said.items()}
-        rows.append(PaperRow(setting, times, record))
+        rows.append(PaperRow(setting, times))
     fields = {key: value for key, value in data.items() if key not in ("columns", "rows")}
     return PaperTable(**fields, rows=tuple(rows))

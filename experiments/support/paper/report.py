@@ -5,7 +5,6 @@ import operator
 from collections.abc import Callable, Sequence
 
 from experiments.support.paper.costs import BASELINES, Compared, Row, Source, formula_gain, kept, measured
-from experiments.support.paper.disagreements import disagreements
 from experiments.support.paper.numbers import Paper, Setting, read, records
 from experiments.support.results import tables
 from experiments.support.results.predictions import ends, title
@@ -113,14 +112,9 @@ def layers(paper: Paper) -> str:
 
 
 def disagreeing(paper: Paper) -> str:
-    """`disagreements` as a table."""
-    return tables.table(
-        disagreements(paper),
-        ("place", operator.itemgetter(0)),
-        ("of", operator.itemgetter(1)),
-        ("the paper says", operator.itemgetter(2)),
-        ("its formula or another part says", operator.itemgetter(3)),
-    )
+    """Where the paper's numbers disagree with its own formula and text, beside its table 1."""
+    data = paper.data["disagreements"]
+    return tables.table(records(data), *((heading, operator.itemgetter(heading)) for heading in data["columns"]))
 
 
 # --- for pages, of results and the predictions that are kept ----------------------------------------------------------
