@@ -170,8 +170,6 @@ def main(given: flags.FlagValues) -> None:
         machine = look(given.peers, given.host_memory_gib, given.commit)
         path = given.out or folder / default_name(machine.about["device"])
         results = Results(path, machine.about | {"command": command()})
-        if results.set_aside:
-            console.print(f"{path} could not be read: it is {results.set_aside.name} now, and all is measured anew")
         left = to_measure(tasks, results, machine, given.dtype)
         console.print(f"{machine.about['device']}: {len(tasks)} rows, of which {len(left)} are to be measured")
         measure(left, results, console, lock, given.commit, given.timeout_s)

@@ -28,8 +28,8 @@ from typing import Any
 
 from absl import flags
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import track
-from rich.table import Table
 
 import kvrecomp
 import models
@@ -247,24 +247,21 @@ def measured_before(path: str | None, about: dict[str, Any]) -> tuple[list[Measu
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
-def summary(rows: list[Measured]) -> Table:
+def summary(rows: list[Measured]) -> str:
     """How far predictions are off, or how far choices are from the best rival, which are not shown themselves."""
-    rivals = sum(row.room is not None and not row.chosen for row in rows)
-    title = f"predicted against measured; not shown: {rivals} steps of plans by hand that choices are compared with"
-    table = Table(title=title if rivals else title.partition(";")[0], title_justify="left")
-    headings = ("model", "batch", "cached", "room %", "plan", "measured ms", "predicted ms", "off %", "against best")
-    for heading in headings:
-        table.add_column(heading)
     against = {id(choice.chosen): f"{choice.ratio:.3f} of {choice.rivals}" for choice in predictions.choices(rows)}
-    for row in rows:
-        if row.room is not None and not row.chosen:
-            continue
-        room = "" if row.room is None else f"{row.room:.0f}"
-        table.add_row(
-            predictions.model_of(row), str(row.batch), str(row.prompt), room, row.plan,
-            f"{row.median_ms:.2f}", f"{row.predicted_ms:.2f}", f"{100 * row.off:+.1f}", against.get(id(row), ""),
-        )  # fmt: skip
-    return table
+    return tables.table(
+        [row for row in rows if row.room is None or row.chosen],
+        ("model", predictions.model_of),
+        ("batch", "{0.batch}".format),
+        ("cached", "{0.prompt}".format),
+        ("room %", lambda row: "" if row.room is None else f"{row.room:.0f}"),
+        ("plan", "{0.plan}".format),
+        ("measured ms", "{0.median_ms:.2f}".format),
+        ("predicted ms", "{0.predicted_ms:.2f}".format),
+        ("off %", lambda row: f"{100 * row.off:+.1f}"),
+        ("against best", lambda row: against.get(id(row), "")),
+    )
 
 
 def define_flags(into: flags.FlagValues) -> None:
@@ -288,7 +285,7 @@ def define_flags(into: flags.FlagValues) -> None:
 def read_rows(paths: Sequence[str], console: Console) -> list[Measured]:
     """The rows of results files, which are said."""
     rows = [row for path in paths for row in tables.predicted(tables.read_file(path))]
-    console.print(summary(rows))
+    console.print(Markdown(summary(rows)))
     return rows
 
 
@@ -309,14 +306,14 @@ def measure_rows(given: flags.FlagValues, console: Console) -> tuple[list[Measur
     rows, commands = measured_before(given.out, about)
     about["command"] = AND.join(dict.fromkeys([*commands, about["command"]]))
     if rows:
-        console.print(summary(rows))
+        console.print(Markdown(summary(rows)))
     document = about | {"profile": None, "rows": [dataclasses.asdict(row) for row in rows]}
     for machine, measured in run(configs, batches, cached, rooms, given.layers, host, console, list(rows)):
         rows += measured
         document = about | {"profile": machine.to_json(), "rows": [dataclasses.asdict(row) for row in rows]}
         if given.out:
             write_json(given.out, document)
-        console.print(summary(measured))
+        console.print(Markdown(summary(measured)))
     return rows, document
 
 

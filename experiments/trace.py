@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 from jax.profiler import ProfileData, ProfileOptions
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 import kvrecomp
 import models
@@ -150,17 +150,21 @@ def run(given: flags.FlagValues) -> list[Timeline]:
     return rows
 
 
-def summary(rows: Sequence[Timeline]) -> Table:
-    """How busy link and GPU were."""
-    table = Table(title="traced steps", title_justify="left")
-    table.add_column("plan")
-    for heading in ("median ms", "traced ms", "link busy %", "GPU busy %", "GB/s while busy"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        rate = f"{row.link_bytes / (row.link_busy * row.traced_ms * 1e6):.1f}" if row.link_busy else "-"
-        shares = (f"{100 * share:.1f}" for share in (row.link_busy, row.gpu_busy))
-        table.add_row(row.plan, f"{row.median_ms:.2f}", f"{row.traced_ms:.2f}", *shares, rate)
-    return table
+def summary(rows: Sequence[Timeline]) -> str:
+    """How busy link and GPU were, in Markdown."""
+
+    def rate(row: Timeline) -> str:
+        return f"{row.link_bytes / (row.link_busy * row.traced_ms * 1e6):.1f}" if row.link_busy else "-"
+
+    return tables.table(
+        rows,
+        ("traced step", "{0.plan}".format),
+        ("median ms", "{0.median_ms:.2f}".format),
+        ("traced ms", "{0.traced_ms:.2f}".format),
+        ("link busy", "{0.link_busy:.1%}".format),
+        ("GPU busy", "{0.gpu_busy:.1%}".format),
+        ("GB/s while busy", rate),
+    )
 
 
 def main(given: flags.FlagValues) -> None:
@@ -174,7 +178,7 @@ def main(given: flags.FlagValues) -> None:
     if given.out:
         write_json(given.out, document)
     timeline.draw(rows, given.plot)
-    console.print(summary(rows))
+    console.print(Markdown(summary(rows)))
     console.print(f"drawn to {given.plot}", markup=False, highlight=False, soft_wrap=True)
     for row in rows:
         if row.unknown > 0.05:

@@ -1,14 +1,12 @@
 """The benchmark: what a row says of a plan that was run. No time is asserted."""
 
 import functools
-import io
 import re
 
 import numpy as np
 import pytest
 import scripts
 import toy
-from rich.console import Console
 
 import kvrecomp
 import models
@@ -47,9 +45,7 @@ def test_a_row(name, known_machine):
         assert row.link_efficiency is None and row.link_bytes == 0
     else:
         assert row.link_efficiency == pytest.approx(row.link_bytes / row.median_ms * 1e3 / 2e9)
-    out = io.StringIO()
-    Console(file=out, width=200).print(benchmark.table([row], 12.5))
-    assert "copies alone reach 12.5 GB/s" in out.getvalue() and name in out.getvalue()
+    assert f"| toy | 3 | 11 | {name} | {row.median_ms:.2f} |" in benchmark.table([row])
 
 
 def test_some_of_the_steps(known_machine):

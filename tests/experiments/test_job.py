@@ -91,6 +91,12 @@ class Files:
         settings, self.given.read_dtype = dataclasses.replace(SETTINGS, **settings), dtype
         return runner.run(self.source, self.target, settings, model_hash, self.given, budget=budget)
 
+    def killed(self, batches, **options):
+        """A run that ends like a kill when so many batches are decoded."""
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            kill_after(patch, batches)
+            self.run(**options)
+
     def records(self):
         return [json.loads(line) for line in self.target.read_text().splitlines()]
 
@@ -297,9 +303,7 @@ def test_a_run_goes_on_with_what_was_decided(files, monkeypatch, stretch, batche
     files.anew()
     expected = files.target.read_bytes()
     files.target.unlink()
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, batches)
-        files.run()
+    files.killed(batches)
     assert files.target.read_bytes() == expected[: files.target.stat().st_size] != expected
     with monkeypatch.context() as patch:
         patch.setattr(kvrecomp, "plan_for", None)
@@ -327,10 +331,8 @@ def test_a_batch_of_which_a_part_was_written_is_decoded_whole(files, monkeypatch
     assert decoded == [[5, 3, 4], [6, 7]] and files.target.read_bytes() == expected
 
 
-def test_what_has_become_too_large_is_an_error_and_can_be_gone_on_with(files, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 2)
-        files.run()
+def test_what_has_become_too_large_is_an_error_and_can_be_gone_on_with(files):
+    files.killed(2)
     with pytest.raises(PlanError, match=r"needs .* of device memory"):
         files.run(budget=kvrecomp.Budget(2**17, GIB))
     assert files.run().prompts == 2
@@ -353,12 +355,12 @@ def test_what_is_complete_is_left_as_it_is(files):
         ({"model_hash": "other"}, "begun with another model: "),
         ({"dtype": None}, "begun with dtype float32, not None: "),
         ({"host_memory_gib": 2.0}, "begun with host_memory_gib None, not 2.0: "),
+        ({"lines": LINES[:-1]}, "begun with another input: "),
     ],
 )
-def test_an_output_of_other_settings_is_left_alone(files, monkeypatch, options, told):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 2)
-        files.run()
+def test_an_output_of_other_settings_is_left_alone(files, options, told):
+    files.killed(2)
+    files.write(*options.pop("lines", LINES))
     before = {file.name: file.read_bytes() for file in files.path.iterdir()}
     with pytest.raises(ValueError, match="give what it was begun with, or another --output") as refusal:
         files.run(**options)
@@ -366,21 +368,10 @@ def test_an_output_of_other_settings_is_left_alone(files, monkeypatch, options, 
     assert {file.name: file.read_bytes() for file in files.path.iterdir()} == before
 
 
-def test_an_output_of_another_input_is_left_alone(files):
-    files.run()
-    before = files.target.read_bytes()
-    files.write(*LINES[:-1])
-    with pytest.raises(ValueError, match="begun with another input"):
-        files.run()
-    assert files.target.read_bytes() == before
-
-
 def test_an_output_that_lost_a_record_is_not_gone_on_with(files, monkeypatch):
     """The place of the next line would be another's."""
     monkeypatch.setattr(runner, "STRETCH", 1)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 2)
-        files.run()
+    files.killed(2)
     lines = files.target.read_bytes().splitlines(keepends=True)
     files.target.write_bytes(b"".join(lines[1:]))
     with pytest.raises(ValueError, match="its record 5 is not the one of its line"):
@@ -402,9 +393,7 @@ def test_an_input_that_changes_meanwhile_is_an_error(files, monkeypatch):
 
 
 def test_another_machine_is_warned_of(files, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 1)
-        files.run()
+    files.killed(1)
     monkeypatch.setattr(runner, "machine", lambda: {"device": "another", "jax": "0.0"})
     files.run()
     error = capsys.readouterr().err
@@ -469,10 +458,10 @@ def test_the_command_runs_the_job_and_prints_a_summary(files, checkpoint, capsys
     assert document["records"] == document["prompts"] == 8 and document["shapes"] == [[3, LONGEST]]
     command(*given, *options)
     assert "is complete: 8 records" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"error: .* was begun with top_p 1\.0, not 0\.9: "):
-        command(*given, *options[:4], *options[5:])
-    with pytest.raises(SystemExit, match=r"error: .* was begun with dtype float32, not float16: "):
-        command(*given, *options, "--dtype=float16")
+    with pytest.raises(
+        SystemExit, match=r"error: .* was begun with dtype float32, not float16, top_p 1\.0, not 0\.9: "
+    ):
+        command(*given, *options[:4], *options[5:], "--dtype=float16")
 
 
 def test_random_weights_take_any_text(files, monkeypatch):

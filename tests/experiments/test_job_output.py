@@ -68,14 +68,6 @@ def files(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.parent.iterdir()}
 
 
-def test_records_are_in_order_and_only_the_description_stays(tmp_path):
-    with Output(tmp_path / "out") as output:
-        assert list(write_all(output)) == BATCHES
-        assert output.written == 7 and not output.waiting
-    assert set(files(tmp_path / "out")) == {"out", "out.job.json"}
-    assert (tmp_path / "out").read_bytes() == EXPECTED
-
-
 def test_each_record_is_there_when_its_turn_has_come(tmp_path):
     with Output(tmp_path / "out") as output:
         output.begin(DESCRIPTION)
@@ -88,6 +80,9 @@ def test_each_record_is_there_when_its_turn_has_come(tmp_path):
         assert waiting == [[index, RECORDS[index]] for index in (1, 4, 6, 5)]
         output.settle()
         assert (tmp_path / "out.waiting.jsonl").read_bytes() == b""
+    assert set(files(tmp_path / "out")) == {"out", "out.job.json"}
+    with Output(tmp_path / "out") as output:
+        assert output.written == 7 and output.last == RECORDS[6]
 
 
 def test_a_kill_at_any_byte_loses_the_batch_at_work_at_most(tmp_path):
@@ -128,29 +123,6 @@ def test_a_kill_before_the_output_is_there_begins_anew(tmp_path):
         assert list(write_all(output)) == BATCHES
     assert (tmp_path / "out").read_bytes() == EXPECTED
     assert json.loads((tmp_path / "out.job.json").read_text()) == {"format": FORMAT, **DESCRIPTION}
-
-
-def test_opening_what_is_complete_changes_nothing(tmp_path):
-    with Output(tmp_path / "out") as output:
-        list(write_all(output))
-    before = files(tmp_path / "out"), (tmp_path / "out").stat().st_mtime_ns
-    with Output(tmp_path / "out") as output:
-        assert output.written == 7 and output.last == RECORDS[6]
-    assert (files(tmp_path / "out"), (tmp_path / "out").stat().st_mtime_ns) == before
-
-
-def test_long_lines_are_found_from_the_end(tmp_path):
-    """Longer than what is read at once."""
-    records = {index: {"id": index, "text": "x" * 1_500_000} for index in range(3)}
-    with Output(tmp_path / "out") as output:
-        output.begin(DESCRIPTION)
-        output.add(records)
-    whole = (tmp_path / "out").read_bytes()
-    with (tmp_path / "out").open("ab") as file:
-        file.write(b"y" * 1_200_000)
-    with Output(tmp_path / "out") as output:
-        assert output.written == 3 and output.last == records[2]
-    assert (tmp_path / "out").read_bytes() == whole
 
 
 @pytest.mark.parametrize("limit", [1, 60, 90, len(EXPECTED) - 1])

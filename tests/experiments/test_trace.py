@@ -17,7 +17,7 @@ import kvrecomp
 import models
 from experiments import trace
 from experiments.support.plots import png
-from experiments.support.results import predictions, tables
+from experiments.support.results import predictions
 from experiments.support.suite import step_timing
 from experiments.support.traces import timeline, xplane
 from experiments.support.traces.timeline import Timeline
@@ -60,12 +60,6 @@ def test_layers_of_kernels_are_their_scopes_and_of_copies_their_first_use():
     found = xplane.layers_of(PROGRAM)
     assert {name: found[name] for name in LAYERS} == LAYERS
     assert "command_buffer_3" not in found
-
-
-def test_layers_of_a_compiled_step():
-    decoder = toy.named_decoder("split:0.5", batch=2, prompt=5, new=3)
-    found = xplane.layers_of(decoder.text("step", 0))
-    assert set(found.values()) == {OUTSIDE, 0, 1}
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -263,10 +257,11 @@ def test_a_step_is_timed_and_traced(decoder, monkeypatch):
 
     def made_up(profile, layers):
         (host,) = (plane for plane in profile.planes if plane.name == "/host:CPU")
-        events = [dict(event.stats).get("hlo_op") for line in host.lines for event in line.events]
-        assert max(map(events.count, layers)) == trace.STEPS
+        events = [event for line in host.lines for event in line.events if event.duration_ns >= 0 <= event.start_ns]
+        instructions = [dict(event.stats).get("hlo_op") for event in events]
+        assert max(map(instructions.count, layers)) == trace.STEPS
         names = [name for name in layers if "fusion" in name]
-        assert {layers[name] for name in names} >= {0, 1}
+        assert {layers[name] for name in names} >= {0, 1} and {*layers.values()} == {OUTSIDE, 0, 1}
         return [
             Span("compute", name, 100.0 * step + number, 0.5, layers[name])
             for step in range(trace.STEPS)
@@ -310,12 +305,6 @@ SLOWER = dataclasses.replace(ROW, plan="keys_values", traced_ms=200.0, spans=[*S
 def write(path: Path, *rows: Timeline) -> Path:
     path.write_text(json.dumps({"device": "Some GPU", "rows": [dataclasses.asdict(row) for row in rows]}))
     return path
-
-
-def test_rows_are_kept_in_files(tmp_path):
-    rows = timeline.timelines(tables.read_file(write(tmp_path / "a.json", ROW, SLOWER)))
-    assert predictions.digest(rows) == predictions.digest([ROW, SLOWER])
-    assert timeline.said(rows[:1]) == "activations, 100.0 ms traced (98.0 ms not traced): link busy 79.5 %, GPU 6.5 %"
 
 
 def test_every_span_is_drawn_on_one_time_axis(tmp_path, monkeypatch):

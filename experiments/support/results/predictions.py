@@ -243,8 +243,8 @@ def kind_of(plan: str) -> str:
 
 
 def digest(rows: Sequence[Any]) -> str:
-    """Of dataclasses. Says in a picture's file what was drawn, so that a picture of older numbers is found out."""
-    return hashlib.sha256(json.dumps([dataclasses.asdict(row) for row in rows]).encode()).hexdigest()
+    """Says in a picture's file what was drawn, so that a picture of older numbers is found out."""
+    return hashlib.sha256(json.dumps(rows, default=dataclasses.asdict).encode()).hexdigest()
 
 
 _TITLE = {"x": 0.012, "ha": "left", "fontsize": "medium"}

@@ -11,7 +11,7 @@ weights     with weights in host memory, in groups: OPT-6.7B in both orders, and
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,32 @@ from kvrecomp.plan import AUTO, Order, Workload
 from kvrecomp.plan.named import named_plan, named_weights
 
 NEW = 32  # tokens
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) in (int, float) and value >= 0
+
+
+# What a field of such a type has to be, and whether a value is that: of JSON, too.
+KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    str: ("a text", lambda value: isinstance(value, str)),
+    int: ("a whole number from 1 on", _is_count),
+    int | None: ("a whole number from 1 on, or null", lambda value: value is None or _is_count(value)),
+    float | None: ("a number from 0 on, or null", lambda value: value is None or _is_size(value)),
+    Order | None: ("'row' or 'column' or null", lambda value: value in ("row", "column", None)),
+    tuple[str, ...]: (
+        "a list, each a text",
+        lambda value: isinstance(value, tuple) and all(isinstance(item, str) for item in value),
+    ),
+    tuple[float, ...]: (
+        "a list, each a number from 0 on",
+        lambda value: isinstance(value, tuple) and all(map(_is_size, value)),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -52,25 +78,21 @@ class Case:
     device_gib: float | None = None
 
     def __post_init__(self):
-        for field in ("plans", "rooms", "peers", "sets", "quick"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))  # JSON has no tuples
-        shape, workload = models.preset(self.model).shape, self.workload
-        if workload.new < 2:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            value = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+            object.__setattr__(self, field.name, value)
+            expected, is_one = KINDS[field.type]
+            if not is_one(value):
+                raise ValueError(f"{self.name}: {field.name} is {value!r}; expected {expected}")
+        if self.new < 2:
             raise ValueError(f"{self.name}: new is {self.new}; the first comes with the prompt: ask for 2 or more")
+        shape = models.preset(self.model).shape
         for plan in self.plans:
             if plan != AUTO:
                 named_plan(plan, shape, Workload(1, 1, 1))  # a name that there is; it may yet not fit
         if self.weights != AUTO:
             named_weights(self.weights, len(shape.layers))
-        if self.groups < 1 or self.order not in (None, "row", "column"):
-            raise ValueError(
-                f"{self.name}: {self.groups} groups in {self.order} order; expected 1 or more, row or column"
-            )
-        if wrong := [room for room in self.rooms if room < 0]:
-            raise ValueError(f"{self.name}: there is no room for {wrong[0]:g} %; expected 0 or more")
-        for field in ("tail", "steps"):
-            if (value := getattr(self, field)) is not None and value < 1:
-                raise ValueError(f"{self.name}: {field} is {value}; expected 1 or more")
         if self.peers and (self.groups, self.weights) != (1, "device"):
             raise ValueError(f"{self.name}: peers have one group, and their weights on the device: leave them out")
         if unknown := [peer for peer in self.peers if peer not in PEERS]:
@@ -159,25 +181,6 @@ def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
     return [case for case in cases if not names or {case.name, *case.sets} & {*names}]
 
 
-# --- cases of a file --------------------------------------------------------------------------------------------------
-
-
-def _is_list_of(kinds: tuple[type, ...], value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) in kinds for item in value)
-
-
-# What JSON has for a field of such a type: how it is described, and whether a value is one.
-JSON_KINDS = {
-    str: ("a text", lambda value: type(value) is str),
-    int: ("a whole number", lambda value: type(value) is int),
-    int | None: ("a whole number or null", lambda value: value is None or type(value) is int),
-    float | None: ("a number or null", lambda value: value is None or type(value) in (int, float)),
-    Order | None: ("'row' or 'column' or null", lambda value: value in ("row", "column", None)),
-    tuple[str, ...]: ("a list, each a text", lambda value: _is_list_of((str,), value)),
-    tuple[float, ...]: ("a list, each a number", lambda value: _is_list_of((int, float), value)),
-}
-
-
 def read_cases(path: str | os.PathLike) -> tuple[Case, ...]:
     """The cases of a file: a JSON list of objects with the fields of `Case`.
 
@@ -198,17 +201,14 @@ def read_cases(path: str | os.PathLike) -> tuple[Case, ...]:
 
 
 def _read_case(given: Any) -> Case:
-    """The case of an object of JSON. Raises ValueError for fields that are missing, unknown or of another type."""
+    """The case of an object of JSON. Raises ValueError for fields that are missing or unknown, and as `Case`."""
     if not isinstance(given, dict):
         raise ValueError(f"{given!r} is no object")
-    fields = {field.name: field for field in dataclasses.fields(Case)}
-    if unknown := sorted(given.keys() - fields.keys()):
-        raise ValueError(f"{unknown[0]!r} is no field")
-    for name, field in fields.items():
-        if name not in given and field.default is dataclasses.MISSING:
+    fields = {field.name: field.default for field in dataclasses.fields(Case)}
+    for name in given:
+        if name not in fields:
+            raise ValueError(f"{name!r} is no field")
+    for name, default in fields.items():
+        if name not in given and default is dataclasses.MISSING:
             raise ValueError(f"{given.get('name', 'a workload')} has no {name}")
-    for name, value in given.items():
-        described, is_one = JSON_KINDS[fields[name].type]
-        if not is_one(value):
-            raise ValueError(f"{name} is {value!r}; expected {described}")
     return Case(**given)
