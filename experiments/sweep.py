@@ -19,7 +19,6 @@ and said and drawn together.
 
 import dataclasses
 import gc
-import itertools
 import json
 import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -141,24 +140,22 @@ def run(
     predicted; what needs more than `host` bytes of pinned memory is left out, and said."""
     for config in configs:
         config = config if layers is None else dataclasses.replace(config, layers=layers)
-        left: dict[int, dict[kvrecomp.Workload, list[float]]] = {}  # by batch: workloads and their rooms
-        for batch, prompt in itertools.product(sorted(batches, reverse=True), sorted(cached, reverse=True)):
-            sizes = (config.shape.name, layers, batch, prompt)
-            done = {row.room for row in before if (row.model, row.layers, row.batch, row.prompt) == sizes}
-            if {*(rooms or [None])} - done:
-                workload = kvrecomp.Workload(batch, prompt, NEW)
-                left.setdefault(batch, {})[workload] = [room for room in rooms if room not in done]
-        if not left:
-            continue
-        with machine_lock.shared():
-            model = models.create(config)
-        for batch, workloads in left.items():
-            started = time.perf_counter()
-            with machine_lock.exclusive():
-                machine = kvrecomp.profile(model, batch=batch)
-            console.print(f"{config.shape.name}, batch {batch}: profile in {time.perf_counter() - started:.0f} s")
-            for workload, rooms_left in workloads.items():
-                rows = measure_workload(model, workload, machine, rooms_left, host, console)
+        model = None
+        for batch in sorted(batches, reverse=True):
+            machine = None
+            for prompt in sorted(cached, reverse=True):
+                sizes = (config.shape.name, layers, batch, prompt)
+                done = {row.room for row in before if (row.model, row.layers, row.batch, row.prompt) == sizes}
+                if not {*(rooms or [None])} - done:
+                    continue
+                if model is None:
+                    with machine_lock.shared():
+                        model = models.create(config)
+                if machine is None:
+                    with machine_lock.exclusive():
+                        machine = kvrecomp.profile(model, batch=batch)
+                workload, left = kvrecomp.Workload(batch, prompt, NEW), [room for room in rooms if room not in done]
+                rows = measure_workload(model, workload, machine, left, host, console)
                 yield machine, [dataclasses.replace(row, layers=layers) for row in rows]
         del model
         gc.collect()

@@ -107,7 +107,7 @@ class Files:
         """The records of a job from the beginning."""
         for file in self.path.glob("out.jsonl*"):
             file.unlink()
-        self.run(**options)
+        self.summary = self.run(**options)
         return self.records()
 
 
@@ -172,6 +172,7 @@ def test_texts_that_end_say_so(files, monkeypatch):
         assert record["tokens"] == before[: before.index(often) + 1 if ended else NEW]
         assert record["finish_reason"] == ("stop" if ended else "length")
     assert {record["finish_reason"] for record in records} == {"stop", "length"}
+    assert files.summary.tokens == sum(map(len, files.tokens()))  # of those that fill up a batch, none
 
 
 def test_rows_that_fill_a_batch_end_when_its_prompts_do(files, monkeypatch):
@@ -421,16 +422,6 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(files
     assert f"/{NEW} " not in error  # the steps of a batch have no bar of their own
 
 
-def test_a_meter_counts_tokens_of_rows_until_they_end():
-    with meter.Meter(9, 4) as counted:
-        counted.begin(2, [7])
-        counted.put(np.zeros((3, 5)))
-        for tokens in ([1, 7, 1], [1, 1, 1], [7, 7, 7]):
-            counted.put(np.array(tokens))
-        counted.end()
-        assert counted.tokens == 4  # three of the first row, one of the second, none of the third, which fills up
-
-
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
@@ -503,14 +494,11 @@ def test_an_interrupt_says_how_to_go_on(files, checkpoint, monkeypatch, capsys):
         (["--input={source}", "--output={target}", "--plan=nonsense"], "there is no plan 'nonsense'"),
         (["--input={source}", "--output={target}", "--device_memory_gib=0.000062"], "not even a batch of 1 fits"),
         (["--input={source}", "--output={target}", "--checkpoint=/nowhere"], "/nowhere is not a directory"),
-        (["--input={doubled}", "--output={target}"], 'lines 1 and 2 have the same id, "a"'),
     ],
 )
 def test_refusals_are_one_line_and_nothing_is_written(files, checkpoint, arguments, message):
-    doubled = files.path / "doubled.jsonl"
-    doubled.write_text('{"id": "a", "prompt": "b"}\n' * 2)
     before = {file.name: file.read_bytes() for file in files.path.iterdir()}
-    given = [argument.format(source=files.source, target=files.target, doubled=doubled) for argument in arguments]
+    given = [argument.format(source=files.source, target=files.target) for argument in arguments]
     with pytest.raises(SystemExit) as refusal:
         command(f"--checkpoint={checkpoint}", "--max_new_tokens=7", *given)
     line = str(refusal.value.code)

@@ -157,7 +157,7 @@ def test_an_output_that_no_job_wrote_is_left_alone(tmp_path, content):
     assert files(tmp_path / "out") == {"out": content}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 3}', '{"format": 99}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 4}', '{"format": 99}'])
 def test_a_description_that_is_none(tmp_path, content):
     (tmp_path / "out").write_bytes(b'{"id": 1}\n{"id"')
     (tmp_path / "out.job.json").write_text(content)
@@ -184,12 +184,3 @@ def test_one_process_at_a_time(tmp_path):
         output.add({1: RECORDS[1]})
     with Output(tmp_path / "out") as output:
         assert output.written == 2 and output.waiting == {3: RECORDS[3]}
-
-
-def test_a_directory_that_is_missing_is_named_and_not_made(tmp_path):
-    with (
-        pytest.raises(FileNotFoundError, match=r"there is no directory .*/none: make it"),
-        Output(tmp_path / "none" / "out"),
-    ):
-        pass
-    assert not list(tmp_path.iterdir())

@@ -16,7 +16,7 @@ from rich.console import Console
 import kvrecomp
 from experiments import sweep
 from experiments.support.suite import step_timing
-from kvrecomp.plan import BlockSpec, Budget
+from kvrecomp.plan import BlockSpec
 from kvrecomp.plan.named import named_plan
 from kvrecomp.predict.hardware import HardwareProfile
 
@@ -121,14 +121,6 @@ def test_choices_keep_to_the_room(model, known_machine, monkeypatch):
     rows = sweep.measure_workload(model, WORKLOAD, known_machine, [50.0], HOST, quiet())
     assert [row.plan for row in rows if row.chosen] == ["auto"] and len(rows) == len(rivals) + 1
     assert {row.room for row in rows} == {50.0}
-
-
-def test_a_budget_with_room_is_what_a_plan_on_the_host_needs_and_the_room():
-    shape, workload = toy.model().shape, kvrecomp.Workload(3, 11, 13)
-    hosted = named_plan("keys_values", shape, workload, tail=step_timing.NEW)
-    needed = sum(kvrecomp.memory_needed(hosted)["device"].values())
-    pairs = sum(4 * 3 * 11 * layer.width("keys_values") for layer in shape.layers)
-    assert sweep.budget_with_room(shape, workload, 25, HOST) == Budget(needed + pairs / 4, HOST)
 
 
 def test_what_does_not_fit_is_left_out_and_said(model, known_machine, monkeypatch):

@@ -18,7 +18,7 @@ from typing import Any
 
 from kvrecomp.files import write_json
 
-FORMAT = 4  # of the description and the plans in it; 2 had other blocks of sliding windows, others other names in plans
+FORMAT = 5  # of the description and the plans in it; 2 had other blocks of sliding windows, others other names in plans
 
 Record = dict[str, Any]
 
