@@ -474,38 +474,6 @@ def test_an_interrupt_says_how_to_go_on(files, checkpoint, monkeypatch, capsys):
     assert capsys.readouterr().err == f"interrupted; the same command goes on with {files.target}\n"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--input={source}"], "--input and --output go together"),
-        (["--output={target}"], "--input and --output go together"),
-        (["--batch=3"], "--batch is for --input"),
-        (["--input={source}", "--output={target}", "--prompt=a"], "--prompt and --input exclude each other"),
-        (["--input={source}", "--output={target}", "--prompts_file=a"], "--prompts_file and --input exclude each"),
-        (["--input={source}", "--output={target}", "--check"], "--check and --input exclude each other"),
-        (["--input=/nowhere", "--output={target}"], "/nowhere: No such file or directory"),
-        (["--input={source.parent}", "--output={target}"], "is not a file, which is to be read twice"),
-        (["--input={source}", "--output=/nowhere/out"], "there is no directory /nowhere: make it"),
-        (["--input={source}", "--output={source}"], "is not the output of a job"),
-        (["--input={source}", "--output={target}", "--batch=0"], "flag --batch=0: 0 is not a positive integer"),
-        (["--input={source}", "--output={target}", "--max_new_tokens=0"], "--max_new_tokens=0: 0 is not a positive"),
-        (["--input={source}", "--output={target}", "--max_new_tokens=67"], "need 68 positions; opt-tiny has 67"),
-        (["--input={source}", "--output={target}", "--temperature=0"], "temperature is 0.0; it must be above zero"),
-        (["--input={source}", "--output={target}", "--plan=nonsense"], "there is no plan 'nonsense'"),
-        (["--input={source}", "--output={target}", "--device_memory_gib=0.000062"], "not even a batch of 1 fits"),
-        (["--input={source}", "--output={target}", "--checkpoint=/nowhere"], "/nowhere is not a directory"),
-    ],
-)
-def test_refusals_are_one_line_and_nothing_is_written(files, checkpoint, arguments, message):
-    before = {file.name: file.read_bytes() for file in files.path.iterdir()}
-    given = [argument.format(source=files.source, target=files.target) for argument in arguments]
-    with pytest.raises(SystemExit) as refusal:
-        command(f"--checkpoint={checkpoint}", "--max_new_tokens=7", *given)
-    line = str(refusal.value.code)
-    assert line.startswith("error: ") and message in line and "\n" not in line
-    assert {file.name: file.read_bytes() for file in files.path.iterdir()} == before
-
-
 # --- kills ------------------------------------------------------------------------------------------------------------
 
 

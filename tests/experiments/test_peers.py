@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import json
 import math
-import re
 
 import pytest
 import scripts
@@ -83,26 +82,6 @@ def test_the_command_measures(torch, preset, tmp_path, capsys):
     (row,) = document["rows"]
     assert (row["model"], row["plan"]) == ("tiny", "huggingface")
     assert len(row["step_ms"]) == WORKLOAD.new - 1 and 0 < row["median_ms"] <= row["p95_ms"] <= row["worst_ms"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--new=1"], "--new is 1"),
-        (["--batch=3,0"], "--batch has '0'; expected whole numbers from 1 on"),
-        (["--prompt=3,0"], "--prompt has '0'; expected whole numbers from 1 on"),
-        (["--model=small"], "unknown model 'small'"),
-        (["--peer=somebody"], "flag --peer=somebody: value should be one of"),
-        (["--dtype=x"], "flag --dtype=x: value should be one of"),
-        (["--prompt=9990", "--new=9"], "need 9999 positions; tiny has"),
-        ([], "huggingface: not today"),
-    ],
-)
-def test_refusals(preset, monkeypatch, arguments, message):
-    away = Peer(lambda *_: pytest.fail("it was run"), lambda gpu: "not today", lambda *_: {})
-    monkeypatch.setitem(PEERS, "huggingface", away)
-    with pytest.raises(SystemExit, match=f"^error: .*{re.escape(message)}"):
-        command(*SIZES, *arguments)
 
 
 def test_another_program_joins_by_a_function(preset, monkeypatch, capsys):

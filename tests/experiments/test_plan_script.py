@@ -252,42 +252,6 @@ def test_plot_has_a_curve_for_each_schedule_and_the_measured_points(found, resul
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--model=opt-67b"], "did you mean 'opt-6.7b'?"),
-        (["--hardware=A10"], "unknown hardware 'A10'; expected one of this, a100, rtx5000, rtx4090, t4, "),
-        (["--batch=0"], "flag --batch=0: 0 is not a positive integer"),
-        (["--prompt=2030"], "a prompt of 2030 and 24 new tokens need 2054 positions; opt-125m has 2048"),
-        (["--prompt=1000000000000"], "positions; opt-125m has 2048"),
-        (["--dtype=int8"], "dtype is 'int8'; it must be one of float32"),
-        (["--device_memory_gib=40000"], "--device_memory_gib is 40000, more than any device has: it is in GiB"),
-        (["--device_memory_gib=0"], "--device_memory_gib is 0, less than any device has"),
-        (["--device_memory_gib=nan"], "--device_memory_gib is nan; it must be a size in GiB"),
-        (["--host_memory_gib=-1"], "--host_memory_gib is -1; it must be a size in GiB"),
-        (["--device_memory_gib=0.1"], "102.4 MiB may be used"),
-        (["--device_memory_gib=0.7", "--host_memory_gib=0.001"], "of host memory"),
-        (["--batch=1000000"], "fits where 1000000 were asked for"),
-        (["--window_mib=inf"], "--window_mib is inf; it must be a size in MiB"),
-        (["--window_mib=0.001"], "the window of 1.0 KiB is smaller than a block"),
-        (["--plot={tmp}/missing/a.png"], "there is no directory"),
-        (["--plot={tmp}/a.jpg"], "does not end in .png"),
-        (["--plot={tmp}/folder.png"], "is a directory"),
-        (["--measured={tmp}/folder.png"], "Is a directory"),
-        (["--measured={tmp}/list"], "is not a results file (AttributeError"),
-    ],
-)
-def test_refusals_are_one_line(tmp_path, arguments, message):
-    if "--plot" in arguments[0]:
-        pytest.importorskip("matplotlib")
-    (tmp_path / "folder.png").mkdir()
-    (tmp_path / "list").write_text("[{}]")
-    with pytest.raises(SystemExit) as refusal:
-        command(*SMALL, *(argument.format(tmp=tmp_path) for argument in arguments))
-    line = str(refusal.value.code)
-    assert line.startswith("error: ") and message in line and "\n" not in line
-
-
 def test_plot_without_matplotlib_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(png.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(SystemExit, match=r"error: plots need matplotlib, the extra `plot`: pip install"):

@@ -591,23 +591,6 @@ def test_the_exit_status_says_what_failed(benchmark, command, tmp_path, capsys):
     assert "of which 1 are to be measured" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--only=w9"], "there is no workload 'w9'"),
-        (["--peers=somebody"], "--peers: there is no peer 'somebody'; there are huggingface, huggingface_offloaded"),
-        (["--only=w3", "--quick"], "--quick leaves nothing of --only"),
-        (["--workloads=missing.json"], "missing.json: No such file or directory"),
-        (["--dtype=int8"], "flag --dtype=int8: value should be one of"),
-        (["--timeout_s=0"], "flag --timeout_s=0: 0.0 is not number >= 1"),
-        (["--quick=maybe"], "flag --quick=maybe"),
-    ],
-)
-def test_refusals(command, arguments, message):
-    with pytest.raises(SystemExit, match=f"^error: {re.escape(message)}"):
-        command(*arguments)
-
-
 def test_results_of_a_device_have_its_name(benchmark, command, tmp_path, monkeypatch):
     names = {"NVIDIA H200": "h200", "NVIDIA A100-SXM4-40GB": "a100_sxm4_40gb", "Tesla T4": "tesla_t4", "cpu": "cpu"}
     assert {device: suite.default_name(device) for device in names} == {

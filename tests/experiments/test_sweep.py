@@ -222,15 +222,3 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch, known_machine):
     with pytest.raises(SystemExit, match="was measured with commit 1234567, and this is 7654321: give another"):
         command(*flags_given, "--commit=7654321")
     assert path.read_text() == written
-
-
-def test_refusals(results, tmp_path):
-    for arguments, message in (
-        ([f"--from={results[0]}", f"--out={tmp_path}/x.json"], "nothing is: give one of them"),
-        ([f"--from={results[0]}", f"--plot_choices={tmp_path}/x.png"], "no plan was chosen"),
-        ([f"--from={tmp_path}/missing.json"], "missing.json"),
-        (["--models="], "--models is empty: give one name or more"),
-        (["--models=opt-125m,opt-126m"], "unknown model 'opt-126m'"),
-    ):
-        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-            command(*arguments)

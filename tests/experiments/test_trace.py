@@ -354,21 +354,3 @@ def test_unknown_layers_are_said(tmp_path, capsys):
     said = capsys.readouterr().out
     assert said.count("no layer is known") == 1
     assert "keys_values: no layer is known of 25% of the compute" in said and "--xla_gpu_enable_command_buffer=" in said
-
-
-def test_refusals(tmp_path):
-    pytest.importorskip("matplotlib")
-    kept, empty, other = write(tmp_path / "a.json", ROW), write(tmp_path / "b.json"), tmp_path / "c.json"
-    other.write_text(json.dumps({"rows": [{"median_ms": 1.0}]}))
-    out = f"--plot={tmp_path}/a.png"
-    for arguments, message in (
-        ([out], "a trace of copies and compute needs a GPU, and jax runs on cpu: .*--from=FILE.json$"),
-        ([f"--from={kept}", out, f"--out={kept}"], "nothing is: give one of them"),
-        ([f"--from={kept}", f"--plot={tmp_path}/a.jpg"], "does not end in .png"),
-        ([f"--from={empty}", out], "no step to draw"),
-        ([f"--from={other}", out], "c.json has no model, so it is not of experiments/trace.py"),
-        ([f"--from={tmp_path}/missing.json", out], "missing.json"),
-    ):
-        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-            command(*arguments)
-    assert not (tmp_path / "a.png").exists()

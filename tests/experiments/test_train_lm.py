@@ -206,38 +206,6 @@ def test_layers_without_dropout_are_the_plain_forward_pass():
     np.testing.assert_allclose(*jax.device_get((ours.transpose(1, 0, 2), model(ids))), atol=1e-5)
 
 
-# --- refusals ---------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        (["--dtype=int8"], "dtype is 'int8'; expected one of bfloat16, float32"),
-        (["--context=64", "--positions=48"], "context 64 is larger than the model's 48 positions"),
-        (["--heads=5"], "OPT: hidden size 192 does not divide into 5 heads"),
-        (["--layers=0"], "OPT: layers is 0; expected a positive integer"),
-        (["--steps=0"], "training: steps is 0; expected a positive integer"),
-        (["--dropout=1"], "dropout 1.0; expected a positive rate"),
-        (["--seed=-1"], "seed is -1"),
-        (["--output={theirs}"], "theirs' is not a checkpoint of ours; choose another directory or remove it"),
-        (["--work_dir={tmp}/out/state"], "out/state is inside output, which is replaced when saving"),
-        (["--work_dir={theirs}/thesis.txt"], "thesis.txt: File exists"),
-        (["--work_dir={theirs}"], "theirs is not a training run's: it has thesis.txt; choose an empty or a new"),
-    ],
-)
-def test_refusals_are_one_line_and_nothing_is_written(tmp_path, flags, message):
-    theirs = tmp_path / "theirs"
-    theirs.mkdir()
-    (theirs / "thesis.txt").write_text("do not replace")
-    with pytest.raises(SystemExit) as refusal:
-        scripts.call(
-            train_lm, f"--output={tmp_path}/out", *(flag.format(tmp=tmp_path, theirs=theirs) for flag in flags)
-        )
-    line = str(refusal.value.code)
-    assert line.startswith("error: ") and message in line and "\n" not in line
-    assert [path.name for path in tmp_path.rglob("*")] == ["theirs", "thesis.txt"]
-
-
 def test_corpus_too_short(tmp_path):
     with pytest.raises(ValueError, match=r"train documents are .* tokens; at least 33 are needed"):
         train(TINY, tmp_path / "out", documents=["A single document."])

@@ -17,7 +17,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from experiments.support.paper.numbers import Row, Setting, Table, Times
+from experiments.support.paper.numbers import Row, Setting, Source, Table, Times
 from experiments.support.results import tables
 from kvrecomp.plan import AUTO, GIB, Memory, Plan, PlanError, Workload
 from kvrecomp.plan.named import named_plan, with_host_weights
@@ -52,7 +52,7 @@ def _predict(row: Row, weights: Memory, profile: HardwareProfile) -> Row:
         times[AUTO] = 1e3 * float(mean_costs(profile, [plan]).seconds[0])
         hosted = sum(layer.weights == "host" for layer in plan.layers) / len(plan.layers)
         ours = {"plan": plan.name, "weights_in_host": hosted, "link_bytes": plan.link_bytes()}
-    return Row(row.setting, row.times | {"predicted": times}, split, ours)
+    return Row(row.setting, {**row.times, "predicted": times}, split, ours)
 
 
 def by_name(setting: Setting, weights: Memory, profile: HardwareProfile) -> tuple[Times, float]:
@@ -118,7 +118,8 @@ def kept(table: Table) -> Table:
     rows = []
     for row in table.rows:
         then = found[row.setting]
-        rows.append(Row(row.setting, row.times | {"predicted": then["predicted_ms"]}, then["split"], then["ours"]))
+        times: dict[Source, Times] = {**row.times, "predicted": then["predicted_ms"]}
+        rows.append(Row(row.setting, times, then["split"], then["ours"]))
     return dataclasses.replace(table, rows=tuple(rows))
 
 
