@@ -30,7 +30,6 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.support import script
 from experiments.support.peers import PEERS
@@ -87,23 +86,20 @@ def measure(
     Where a process fails, the task that it was at has failed, and those after it are tried in a new one. `lock` is what
     `alone` gives.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with bar:
-        shown = bar.add_task("", total=len(tasks))
-        waiting = collections.deque(processes(tasks))
+    waiting = collections.deque(processes(tasks))
+    with console.status("") as status:
         while waiting:
             left = waiting.popleft()
-            bar.update(shown, description=str(left[0]))
             why = "its process ended without the row"
             try:
                 began = time.monotonic()
+                status.update(str(left[0]))
                 with contextlib.closing(run_process(left, commit, timeout, lock)) as documents:
                     for document in documents:
                         new = results.take(left, document, time.monotonic() - began)
                         began = time.monotonic() if new else began
                         left = [task for task in left if task not in new]
-                        bar.update(shown, advance=len(new), description=str(left[0]) if left else "")
+                        status.update(str(left[0]) if left else "")
                         for task, row in new.items():
                             console.print(f"{task}: {row['median_ms']:.1f} ms a step", highlight=False)
             except ProcessFailed as error:
@@ -111,7 +107,6 @@ def measure(
             if left:
                 task = left.pop(0)
                 results.note("failed", task, why)
-                bar.update(shown, advance=1)
                 console.print(f"{task}: failed: {why}", markup=False, highlight=False)
                 waiting.extendleft(reversed(processes(left)))
 

@@ -42,17 +42,6 @@ def test_lines_are_in_the_order_of_their_ends():
     assert [(point.cached, point.median_ms) for point in lines[1]] == [(128, 40.0), (1024, 310.0)]
 
 
-def test_what_is_said():
-    assert curves.said(curves.points(rows()[:4])) == (
-        "OPT-6.7B, batch 32, Some GPU: with 1024 cached tokens a step takes activations 155.0 ms and "
-        "device (all on the GPU) 9.0 ms"
-    )
-    longer = ROW | {"plan": "device", "prompt": 1984, "median_ms": 11.0}
-    assert curves.said(curves.points([*rows(), longer])).endswith(
-        "with 1984 cached tokens a step takes device (all on the GPU) 11.0 ms"
-    )
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -56,8 +56,7 @@ def _title(step: Row) -> str:
 def draw(found: Sequence[Row], path: str | os.PathLike) -> None:
     """Writes a PNG. Raises ModuleNotFoundError, ValueError and OSError as `png.check_path` does."""
     png.check_path(path)
-    figure = png.figure()
-    figure.set_figheight(0.8 + 0.36 * len(found))
+    figure = png.figure(_title(found[0]), height=0.8 + 0.36 * len(found))
     axes = figure.add_subplot()
     for place, step in enumerate(found):
         _, colour, hatch = _style(step)
@@ -72,5 +71,4 @@ def draw(found: Sequence[Row], path: str | os.PathLike) -> None:
     axes.set_xlim(0, 1.12 * found[0]["median_ms"])
     axes.set_xticks([])
     axes.spines[["top", "right", "bottom"]].set_visible(False)
-    figure.suptitle(_title(found[0]), x=0.012, ha="left", fontsize="medium")
     png.save(figure, path, predictions.digest(found))

@@ -83,16 +83,15 @@ def draw(rows: Sequence[Timeline], path: str | os.PathLike) -> None:
     from matplotlib.patches import Patch
 
     lanes = [lane for lane in LANES if any(bar[0] == lane for row in rows for bar in row.spans)]
-    figure = png.figure()
-    figure.set_figheight(1.05 + (0.55 + 0.33 * len(lanes)) * len(rows))
+    workloads = dict.fromkeys(f"{predictions.title(row.model)}, batch {row.batch}, {row.prompt} cached" for row in rows)
+    title = f"A decode step, traced: {'; '.join(workloads)}"
+    figure = png.figure(title, height=1.05 + (0.55 + 0.33 * len(lanes)) * len(rows))
     panels = figure.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
     longest = max(row.traced_ms for row in rows)
     for panel, row in zip(panels, rows):
         _panel(panel, row, lanes, longest)
     panels[-1].set_xlim(0, longest * 1.005)
     panels[-1].set_xlabel("time since the start of the step (ms)")
-    workloads = dict.fromkeys(f"{predictions.title(row.model)}, batch {row.batch}, {row.prompt} cached" for row in rows)
-    figure.suptitle(f"A decode step, traced: {'; '.join(workloads)}", x=0.012, ha="left", fontsize="medium")
     drawn = {_style(layer) for row in rows for _, layer, _, _ in row.spans}
     patches = [
         Patch(facecolor=face, hatch=hatch, edgecolor="0.4" if hatch else face, label=label)
