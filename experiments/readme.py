@@ -110,7 +110,7 @@ class Results:
 
     def __init__(self, root: Path):
         self.root = root
-        self._read: dict[Path, list[Row]] = {}
+        self._read = functools.cache(tables.read_file)
 
     def files(self, arguments: str) -> list[Path]:
         """The files that a marker names, each once."""
@@ -126,9 +126,7 @@ class Results:
         """The rows of a marker's files that its filters leave, in their order."""
         rows: list[Row] = []
         for path in self.files(arguments):
-            if path not in self._read:
-                self._read[path] = tables.read_file(path)
-            rows += self._read[path]
+            rows += self._read(path)
         if not rows:
             raise ValueError(f"no file of {arguments!r} has a row")
         for condition in (word for word in arguments.split() if "=" in word):

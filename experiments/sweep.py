@@ -20,7 +20,6 @@ and said and drawn together.
 import dataclasses
 import gc
 import json
-import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -185,21 +184,15 @@ def measure_workload(
             decoders[key] = kvrecomp.Decoder(model, plan, budget=Budget(None, host * 1.01))
         except PlanError as error:
             console.print(f"left out: {plan.name}, {model.shape.name}, {workload}: {error}")
-    title, started = f"{model.shape.name}, {workload}", time.perf_counter()
     with machine_lock.shared():
         side_by_side(lambda decoder: decoder.compile(prefill=False), decoders.values())
-    compiled = time.perf_counter()
+    title = f"{model.shape.name}, {workload}: {len(decoders)} programs"
     with machine_lock.exclusive():
-        began = time.perf_counter()
         seconds = {key: step_seconds(decoder) for key, decoder in track(decoders.items(), title, console=console)}
         again = measured_again(seconds, [(room, chosen, _program_key(plan)) for room, chosen, plan in wanted])
         for _ in range(AGAIN):
             for key in again:
                 seconds[key] = min(seconds[key], step_seconds(decoders[key]))
-    console.print(
-        f"{title}: {len(seconds)} programs, {compiled - started:.0f} s compiling, {began - compiled:.0f} s waiting, "
-        f"{time.perf_counter() - began:.0f} s measuring"
-    )
     rows = []
     for room, chosen, plan in wanted:
         if (median := seconds.get(_program_key(plan))) is not None:

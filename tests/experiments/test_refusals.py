@@ -4,6 +4,7 @@ import dataclasses
 import json
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import scripts
@@ -11,7 +12,6 @@ import scripts
 import models
 from experiments import benchmark, generate, peers, plan, suite, sweep, trace, train_lm
 from experiments.support.peers import PEERS
-from experiments.support.peers.peer import Peer
 from experiments.support.results.predictions import Measured
 
 TINY = models.OPTConfig("tiny", layers=1, hidden=24, heads=3, intermediate=40, vocab=258, positions=67)
@@ -157,8 +157,7 @@ def machine(monkeypatch):
     """One on which nothing is measured, nor prepared for it."""
     monkeypatch.setitem(models.PRESETS, "tiny", TINY)
     monkeypatch.setattr(benchmark.memory, "limit_pinned", lambda needed: pytest.fail("it went on"))
-    away = Peer(lambda *_: pytest.fail("it was run"), lambda gpu: "not today", lambda *_: {})
-    monkeypatch.setitem(PEERS, "huggingface", away)
+    monkeypatch.setitem(PEERS, "huggingface", SimpleNamespace(unavailable=lambda gpu: "not today"))
     before = signal.getsignal(signal.SIGTERM)
     yield
     signal.signal(signal.SIGTERM, before)

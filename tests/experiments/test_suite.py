@@ -319,22 +319,29 @@ def test_workloads_of_a_file(tmp_path):
 # --- what fits --------------------------------------------------------------------------------------------------------
 
 
+# 32 rows of 1024 and 32: 12 GiB of weights, 16.5 GiB of keys and values, 8 GiB of activations, of a group. What a step
+# needs counts for AUTO as well, but for the device memory that it may use.
+W1 = dataclasses.replace(CASES[0], plans=("auto", "activations", "device"), rooms=(50.0, 10.0), quick=())
+GROUPS = Case("w1", "opt-6.7b", 32, 1024, 32, ("auto", "activations"), groups=2, device_gib=1, weights="host")
+CHOSEN = dataclasses.replace(GROUPS, weights="auto")
+
+
 @pytest.mark.parametrize(
-    ("plan", "room", "device", "host", "message"),
+    ("case", "plan", "room", "device", "host", "message"),
     [
-        ("activations", None, 40, 1, r"plan activations needs 8.00 GiB of host memory .*1.00 GiB may be used"),
-        ("device", None, 12, 100, r"plan device needs .* of device memory .*12.00 GiB may be used"),
-        ("auto", 50.0, 12, 100, r"room for 50 % needs about 24.\d* GiB of device memory; 12.00 GiB may be used"),
-        ("auto", 10.0, 40, 6, r"room for 10 % needs about 6.\d* GiB of host memory; 6.00 GiB may be used"),
-        ("auto", None, 12, 100, r"w1 auto needs about 16.\d* GiB of device memory; 12.00 GiB may be used"),
-        ("auto", None, 17, 7, r"w1 auto needs about 7.\d* GiB of host memory; 7.00 GiB may be used"),
-        ("huggingface", None, 12, 100, r"w1 huggingface needs about 33.15 GiB of device memory; 12.00 GiB may"),
-        ("huggingface_offloaded", None, 40, 10, r"w1 huggingface_offloaded needs about 76.80 GiB of host memory"),
+        (W1, "activations", None, 40, 1, r"plan activations needs 8.00 GiB of host memory .*1.00 GiB may be used"),
+        (W1, "device", None, 12, 100, r"plan device needs .* of device memory .*12.00 GiB may be used"),
+        (W1, "auto", 50.0, 12, 100, r"room for 50 % needs about 24.\d* GiB of device memory; 12.00 GiB may be used"),
+        (W1, "auto", 10.0, 40, 6, r"room for 10 % needs about 6.\d* GiB of host memory; 6.00 GiB may be used"),
+        (W1, "auto", None, 12, 100, r"w1 auto needs about 16.\d* GiB of device memory; 12.00 GiB may be used"),
+        (W1, "auto", None, 17, 7, r"w1 auto needs about 7.\d* GiB of host memory; 7.00 GiB may be used"),
+        (W1, "huggingface", None, 12, 100, r"w1 huggingface needs about 33.15 GiB of device memory; 12.00 GiB may"),
+        (W1, "huggingface_offloaded", None, 40, 10, r"w1 huggingface_offloaded needs about 76.80 GiB of host memory"),
+        (GROUPS, "activations", None, 40, 20, r"needs 28.00 GiB of host memory \(weights 12.00 GiB, blocks 16.00"),
+        (CHOSEN, "auto", None, 40, 30, r"auto needs about 31.\d* GiB of host memory; 30.00 GiB may be used"),
     ],
 )
-def test_what_does_not_fit_is_left_out_with_a_reason(results, plan, room, device, host, message):
-    """OPT-6.7B, 32 rows of 1024 and 32: 12 GiB of weights, 16.5 GiB of keys and values, 8 GiB of activations."""
-    case = dataclasses.replace(CASES[0], plans=("auto", "activations", "device"), rooms=(50.0, 10.0), quick=())
+def test_what_does_not_fit_is_left_out_with_a_reason(results, case, plan, room, device, host, message):
     (task,) = [task for task in tasks_of(case, peers=PEERS) if (task.plan, task.room) == (plan, room)]
     allowed = {"device": device * GIB, "host": host * GIB}
     here = dataclasses.replace(HERE, **{"peers_allowed" if task.peer else "allowed": allowed})
@@ -345,23 +352,6 @@ def test_what_does_not_fit_is_left_out_with_a_reason(results, plan, room, device
     assert left_to_measure([task], results) == [task]
     results.note("failed", task, "it tried")  # which it had not before
     assert read(results)["skipped"] == []
-
-
-@pytest.mark.parametrize(
-    ("weights", "plan", "host", "message"),
-    [
-        ("host", "activations", 20, r"activations needs 28.00 GiB of host memory \(weights 12.00 GiB, blocks 16.00"),
-        ("auto", "auto", 30, r"auto needs about 31.\d* GiB of host memory; 30.00 GiB may be used"),
-    ],
-)
-def test_weights_in_host_memory_and_groups_count(results, weights, plan, host, message):
-    """Two groups of 32 rows of 1024 tokens, 8 GiB of activations each. Weights of 12 GiB and what a step needs count
-    for AUTO as well, but for the device memory that it may use."""
-    (task,) = tasks_of(Case("a", "opt-6.7b", 32, 1024, 32, (plan,), groups=2, device_gib=1, weights=weights))
-    here = dataclasses.replace(HERE, allowed={"device": 40 * GIB, "host": host * GIB})
-    assert left_to_measure([task], results, here) == []
-    assert re.search(message, results.noted("skipped", task)), results.noted("skipped", task)
-    assert left_to_measure([task], results) == [task]
 
 
 def test_what_cannot_be_run_is_left_out(results):

@@ -1,6 +1,5 @@
 """Timelines of traced steps: what is read of a GPU's trace, on traces written by hand; what is said and drawn of it."""
 
-import dataclasses
 import functools
 import itertools
 import json
@@ -20,7 +19,6 @@ from experiments.support.plots import png
 from experiments.support.results import predictions
 from experiments.support.suite import step_timing
 from experiments.support.traces import timeline, xplane
-from experiments.support.traces.timeline import Timeline
 from experiments.support.traces.xplane import OUTSIDE, Span
 from kvrecomp.plan.named import named_plan
 
@@ -228,13 +226,13 @@ def test_what_is_kept_of_a_step():
         ("d", "y", 0.05, 0.04, 1), ("h", "z", 0.085, 0.01, None), ("c", "u", 0.07, 0.001),
     )  # fmt: skip
     row = trace.timeline_of(plan, 0.096, found, 0.1)
-    assert (row.model, row.batch, row.prompt, row.new, row.plan) == ("toy", 2, 5, 3, "activations")
-    assert (row.median_ms, row.traced_ms, row.link_bytes) == (96, 100, 5 * 2 * 21 * 4 * 2)
-    assert row.link_busy == pytest.approx(0.85) and row.gpu_busy == pytest.approx(0.0595)
-    assert row.unknown == pytest.approx(0.001 / (0.005 - 0.00005 + 0.001))
-    assert row.spans == [
-        ("compute", 0, 0, 5), ("to_device", 0, 10, 40), ("to_device", 1, 50, 40), ("compute", None, 70, 1),
-        ("to_host", None, 85, 10),
+    assert (row["model"], row["batch"], row["prompt"], row["new"], row["plan"]) == ("toy", 2, 5, 3, "activations")
+    assert (row["median_ms"], row["traced_ms"], row["link_bytes"]) == (96, 100, 5 * 2 * 21 * 4 * 2)
+    assert row["link_busy"] == pytest.approx(0.85) and row["gpu_busy"] == pytest.approx(0.0595)
+    assert row["unknown"] == pytest.approx(0.001 / (0.005 - 0.00005 + 0.001))
+    assert row["spans"] == [
+        ["compute", 0, 0, 5], ["to_device", 0, 10, 40], ["to_device", 1, 50, 40], ["compute", None, 70, 1],
+        ["to_host", None, 85, 10],
     ]  # fmt: skip
 
 
@@ -270,9 +268,9 @@ def test_a_step_is_timed_and_traced(decoder, monkeypatch):
 
     monkeypatch.setattr(xplane, "read_spans", made_up)
     row = trace.measure(toy.model(), decoder.plan, kvrecomp.Budget())
-    assert row.link_bytes == 2 * 5 * 2 * 21 * 4 * 2 and row.link_busy == 0
-    assert row.median_ms > 0 and 0 < row.gpu_busy <= 0.5 and row.unknown == 0
-    assert {layer for _, layer, _, _ in row.spans} >= {0, 1}
+    assert row["link_bytes"] == 2 * 5 * 2 * 21 * 4 * 2 and row["link_busy"] == 0
+    assert row["median_ms"] > 0 and 0 < row["gpu_busy"] <= 0.5 and row["unknown"] == 0
+    assert {layer for _, layer, _, _ in row["spans"]} >= {0, 1}
 
 
 def test_every_plan_that_is_asked_for_is_traced(monkeypatch, known_machine):
@@ -298,12 +296,13 @@ SPANS = [
     ("to_device", 1, 40.5, 39.5),
     ("compute", 0, 41.0, 1.0),
 ]
-ROW = Timeline("opt-6.7b", 32, 1024, 32, "activations", 98.0, 100.0, 5_000_000, 0.795, 0.065, 0.05, SPANS)
-SLOWER = dataclasses.replace(ROW, plan="keys_values", traced_ms=200.0, spans=[*SPANS, ("compute", None, 90.0, 5.0)])
+STEP = ("opt-6.7b", 32, 1024, 32, "activations", 98.0, 100.0, 5_000_000, 0.795, 0.065, 0.05, SPANS)
+ROW = dict(zip(timeline.FIELDS, STEP, strict=True))
+SLOWER = ROW | {"plan": "keys_values", "traced_ms": 200.0, "spans": [*SPANS, ("compute", None, 90.0, 5.0)]}
 
 
-def write(path: Path, *rows: Timeline) -> Path:
-    path.write_text(json.dumps({"device": "Some GPU", "rows": [dataclasses.asdict(row) for row in rows]}))
+def write(path: Path, *rows: dict) -> Path:
+    path.write_text(json.dumps({"device": "Some GPU", "rows": rows}))
     return path
 
 
@@ -319,7 +318,9 @@ def test_every_span_is_drawn_on_one_time_axis(tmp_path, monkeypatch):
         assert lanes == ["host to device", "compute"]
         drawn = [(path.get_extents(), bars) for bars in panel.collections for path in bars.get_paths()]
         boxes = {(round(box.x0, 6), round(box.width, 6), round(box.y0 + box.height / 2)) for box, _ in drawn}
-        assert boxes >= {(start, length, ["to_device", "compute"].index(kind)) for kind, _, start, length in row.spans}
+        assert boxes >= {
+            (start, length, ["to_device", "compute"].index(kind)) for kind, _, start, length in row["spans"]
+        }
         assert [text.get_text() for text in panel.texts] == ["0", "1"]
     labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert labels == ["even layers", "odd layers", "outside of the layers", "layer not known"]
@@ -349,7 +350,7 @@ def test_a_picture_is_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):
 
 def test_unknown_layers_are_said(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    kept = write(tmp_path / "a.json", ROW, dataclasses.replace(SLOWER, unknown=0.25))
+    kept = write(tmp_path / "a.json", ROW, SLOWER | {"unknown": 0.25})
     command(f"--from={kept}", f"--plot={tmp_path}/a.png")
     said = capsys.readouterr().out
     assert said.count("no layer is known") == 1
