@@ -13,7 +13,6 @@ numbers are in experiments/support/paper/paper.json.
 import functools
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -22,7 +21,7 @@ from rich.markdown import Markdown
 from experiments.plan import read_hardware
 from experiments.support import script
 from experiments.support.paper import costs, report
-from experiments.support.paper.numbers import Paper, Table, read, records
+from experiments.support.paper.numbers import Paper, Table, read
 from experiments.support.results import tables
 from experiments.support.results.report import run_info
 from kvrecomp.files import write_json
@@ -81,18 +80,6 @@ def show(paper: Paper, compared: Sequence[Table], results: Sequence[tables.Row])
     say(f"Only drawn in the paper, so not here: {drawn}. Numbers read off a figure go into paper.json.")
 
 
-def document(paper: Paper, compared: Sequence[Table]) -> dict[str, Any]:
-    """All of it as plain data; times are milliseconds a step."""
-    return run_info() | {
-        "paper": paper.data["paper"],
-        "layers": records(paper.data["layers"]),
-        "tables": [costs.record(table) for table in compared],
-        "gains": report.summary(compared),
-        "disagreements": records(paper.data["disagreements"]),
-        "only_drawn": paper.data["only_drawn"],
-    }
-
-
 def main(given: flags.FlagValues) -> None:
     paper = read()
     asked = chosen(paper, given.tables)
@@ -102,7 +89,7 @@ def main(given: flags.FlagValues) -> None:
     compared = [costs.measured(table, results) for table in compared]
     show(paper, compared, results)
     if given.out:
-        write_json(given.out, document(paper, compared))
+        write_json(given.out, run_info() | {"tables": [costs.record(table) for table in compared]})
 
 
 if __name__ == "__main__":

@@ -11,7 +11,8 @@ file is written after every row: killed, the same command goes on. A row is meas
 its own `command`, which measures it alone, would be another. Rows that were not asked for stay in the file, with the
 commit that they were measured at.
 
-For a smaller machine write workloads of your own, a JSON list of objects with the fields of `cases.Case`:
+For a smaller machine write workloads of your own, as in experiments/support/suite/cases.json; `cases.Case` has the
+fields:
 
     [{"name": "small", "model": "opt-125m", "batch": 2, "prompt": 64, "new": 8, "plans": ["activations", "device"]}]
 """

@@ -139,26 +139,6 @@ def sizes(cases) -> set:
     return {(case.model, case.batch, case.prompt, case.new) for case in cases}
 
 
-def test_the_workloads_that_results_are_quoted_on():
-    assert [dataclasses.astuple(case)[:5] for case in CASES[:6]] == [
-        ("w1", "opt-6.7b", 32, 1024, 32),
-        ("w2", "opt-6.7b", 64, 512, 32),
-        ("w3", "opt-13b", 32, 1024, 32),
-        ("w4", "llama-2-7b", 32, 1024, 32),
-        ("w5", "llama-3-8b", 64, 4096, 32),
-        ("w6", "opt-30b", 16, 1024, 32),
-    ]
-    batches = itertools.product(("opt-6.7b",), (1, 8, 32, 48), (1024,), (32,))
-    assert sizes(select(CASES, ["batches"])) == set(batches)
-    cached = itertools.product(("opt-6.7b",), (32,), (128, 512, 1024, 1984), (32,))
-    assert sizes(select(CASES, ["cached"])) == set(cached)
-    throughput = select(CASES, ["weights"])
-    assert sizes(throughput) == {("opt-6.7b", 32, 256, 32), ("opt-6.7b", 32, 512, 32), ("opt-30b", 32, 256, 32)}
-    assert {(case.groups, case.weights) for case in throughput} == {(8, "host"), (8, "auto")}
-    others = [case for case in CASES if case.device_gib is None and case not in throughput]
-    assert len(sizes(others)) == len(others) and len({case.name for case in CASES}) == len(CASES)
-
-
 def test_workloads_of_the_paper_are_those_of_its_tables():
     """With its own schedule, and what the paper compares it with."""
     tables_of_it = [paper.read().table(name) for name in ("Table 3", "Table 4")]

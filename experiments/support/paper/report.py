@@ -53,30 +53,34 @@ def heading(table: Table) -> str:
     return f"{table.name}: {table.title}, weights on the {table.weights}, {unit}; predicted for {table.machine}"
 
 
-def summary(compared: Sequence[Table]) -> list[dict[str, str]]:
-    """A line a table and model: the paper's gains, what its formula allows, and the gains predicted and measured."""
-    lines = []
-    for table, model in [(found, model) for found in compared for model in found.models]:
-        most = table.most_percent.get(model)
-        limits = [formula_gain(table, row.setting) for row in table.rows if row.setting.model == model]
-        line = {
-            "paper": table.name,
-            "model": title(model),
-            "against": table.against,
-            "gain": table.gained,
-            "KVPR, paper": f"up to {most:.0f}" if most else _span(table.gains(model, "paper", "kvpr")),
-            "its formula": _span(limits),
-        }
-        for source in ("predicted", "measured"):
-            line |= {f"{name}, {source}": _span(table.gains(model, source, plan)) for plan, name in GAINING.items()}
-        lines.append(line)
-    return lines
-
-
 def gains(compared: Sequence[Table]) -> str:
-    """The summary as a table."""
-    lines = summary(compared)
-    return _without_empty(lines, [(key, operator.itemgetter(key)) for key in lines[0]])
+    """A line a table and model: the paper's gains, what its formula allows, and the gains predicted and measured."""
+
+    def stated(table: Table, model: str) -> str:
+        most = table.most_percent.get(model)
+        return f"up to {most:.0f}" if most else _span(table.gains(model, "paper", "kvpr"))
+
+    def allowed(table: Table, model: str) -> str:
+        return _span([formula_gain(table, row.setting) for row in table.rows if row.setting.model == model])
+
+    columns = [
+        ("paper", lambda line: line[0].name),
+        ("model", lambda line: title(line[1])),
+        ("against", lambda line: line[0].against),
+        ("gain", lambda line: line[0].gained),
+        ("KVPR, paper", lambda line: stated(*line)),
+        ("its formula", lambda line: allowed(*line)),
+    ]
+    for source in ("predicted", "measured"):
+        for plan, name in GAINING.items():
+            cell = functools.partial(_gains_of, source, plan)
+            columns.append((f"{name}, {source}", cell))
+    return _without_empty([(table, model) for table in compared for model in table.models], columns)
+
+
+def _gains_of(source: Source, plan: str, line: tuple[Table, str]) -> str:
+    table, model = line
+    return _span(table.gains(model, source, plan))
 
 
 def _span(values: Sequence[float]) -> str:
