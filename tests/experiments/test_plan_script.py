@@ -159,17 +159,6 @@ def test_grouped_queries_are_best_sent_as_keys_and_values():
     assert grouped.chosen.seconds < pairs.seconds < activations.seconds
 
 
-def test_window_is_that_of_the_plans_by_name(capsys):
-    command(*SMALL, "--window_mib=64", "--json")
-    document = json.loads(capsys.readouterr().out.splitlines()[-1])
-    windowed = what_if.what_if(
-        models.preset("opt-125m").shape, WORKLOAD, HardwareProfile.from_datasheet("a100"), window=64 * 2**20
-    )
-    assert {alternative.plan.window for alternative in windowed.alternatives[1:]} == {64 * 2**20}
-    expected = [1e3 * alternative.seconds for alternative in windowed.alternatives]
-    assert [row["predicted_ms"] for row in document["alternatives"]] == expected
-
-
 def test_this_machine_is_measured_and_what_is_free_is_its_budget(monkeypatch, capsys):
     machine = dataclasses.replace(HardwareProfile.from_datasheet("t4"), device="This one", source="")
     monkeypatch.setattr(profiler, "profile", lambda: machine)
