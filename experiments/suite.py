@@ -94,13 +94,14 @@ def measure(
             why = "its process ended without the row"
             try:
                 began = time.monotonic()
-                status.update(str(left[0]))
+                status.update(f"{left[0]}; {sum(map(len, waiting), len(left))} rows are left")
                 with contextlib.closing(run_process(left, commit, timeout, lock)) as documents:
                     for document in documents:
                         new = results.take(left, document, time.monotonic() - began)
                         began = time.monotonic() if new else began
                         left = [task for task in left if task not in new]
-                        status.update(str(left[0]) if left else "")
+                        if left:
+                            status.update(f"{left[0]}; {sum(map(len, waiting), len(left))} rows are left")
                         for task, row in new.items():
                             console.print(f"{task}: {row['median_ms']:.1f} ms a step", highlight=False)
             except ProcessFailed as error:

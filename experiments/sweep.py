@@ -17,6 +17,7 @@ command goes on, and another one at the same commit adds to them. experiments/re
 
 import dataclasses
 import gc
+import itertools
 import json
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,7 @@ from experiments.support.suite.step_timing import NEW, device_bytes_with_room, s
 from kvrecomp.files import write_json
 from kvrecomp.plan import (
     DEFAULT_WINDOW,
+    FORMS,
     GIB,
     Budget,
     Form,
@@ -58,14 +60,6 @@ from kvrecomp.run.programs import side_by_side
 # The most host memory first: pinning it takes long, and what is pinned for one plan serves the next.
 PLANS = ("keys_values", "split:0.5", "kvpr:0.75", "activations", "recompute", "device:0.5")
 COMPARED = (*PLANS, "split:0.25", "split:0.75", "kvpr:0.25", "kvpr:0.5", "kvpr:1", "device")
-# The form that the device holds as far as there is room, and the form of the rest, in host memory.
-FORMS_BY_ROOM: tuple[tuple[Form, Form], ...] = (
-    ("keys_values", "activations"),
-    ("keys_values", "keys_values"),
-    ("activations", "activations"),
-    ("activations", "keys_values"),
-)
-
 # A machine's processor is slow for seconds at times, and launches short steps no faster than that; and so is its link.
 # Of the medians of several rounds, all such plans in each, the least counts.
 SHORT, AGAIN = 0.02, 2  # seconds; rounds after the first
@@ -86,7 +80,7 @@ def rivals_within(model: Any, workload: kvrecomp.Workload, budget: Budget) -> li
     """Plans by hand that keep to the budget's device memory: those of COMPARED, and four that use it in full."""
     allowed = budget.device or 0
     plans = [named_plan(name, model.shape, workload, tail=NEW) for name in COMPARED]
-    for device_form, host_form in FORMS_BY_ROOM:
+    for device_form, host_form in itertools.product(FORMS, repeat=2):
         room = allowed - _device_bytes(_two_forms(model, workload, device_form, host_form, 0.0))
         plans.append(_two_forms(model, workload, device_form, host_form, max(0.0, room)))
     distinct: dict[Hashable, Plan] = {}

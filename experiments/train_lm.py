@@ -288,8 +288,6 @@ def train(
     summary = {
         **run_info(),
         "versions": versions(),
-        "seed": config.seed,
-        "steps": config.steps,
         "chosen_step": _best(curve)["step"],
         "parameters": sum(p.size for p in jax.tree.leaves(best)),
         **{f"{name}_bits_per_byte": bits_per_byte(graph, best, config.dtype, part) for name, part in windows.items()},

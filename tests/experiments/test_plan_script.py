@@ -145,20 +145,6 @@ def test_host_memory_that_is_too_small_is_said(found):
     assert not found.alternatives[1].misfit
 
 
-def test_everything_on_the_device_is_chosen_where_it_fits():
-    whole = small()
-    assert whole.chosen.link_bytes == 0 and not whole.alternatives[-1].misfit
-    assert whole.chosen.seconds == pytest.approx(whole.alternatives[-1].seconds, rel=1e-3)
-
-
-def test_grouped_queries_are_best_sent_as_keys_and_values():
-    profile = HardwareProfile.from_datasheet("rtx4090")
-    grouped = what_if.what_if(models.preset("llama-3.1-8b").shape, Workload(2, 8000, 50), profile, Budget.of_gib(18.5))
-    _, pairs, activations, kvpr, _ = grouped.alternatives
-    assert pairs.link_bytes * 2 == activations.link_bytes and kvpr.plan.name == "kvpr:0"
-    assert grouped.chosen.seconds < pairs.seconds < activations.seconds
-
-
 def test_this_machine_is_measured_and_what_is_free_is_its_budget(monkeypatch, capsys):
     machine = dataclasses.replace(HardwareProfile.from_datasheet("t4"), device="This one", source="")
     monkeypatch.setattr(profiler, "profile", lambda: machine)

@@ -121,7 +121,7 @@ def test_milliseconds_a_step_and_gains_by_hand():
 
 
 def test_the_papers_machines_have_the_rates_that_it_counts_with():
-    a100, low = PAPER.machine("a100"), PAPER.machine("rtx5000")
+    a100, low = PAPER.machines["a100"], PAPER.machines["rtx5000"]
     sheet = HardwareProfile.from_datasheet("a100")
     assert dataclasses.replace(a100, source=sheet.source) == sheet
     assert (a100.beside_compute, a100.matmul_rate) == (LINK, MATMUL)
@@ -144,7 +144,7 @@ def test_splits_and_gains_of_the_formula_in_closed_form(model):
     setting = numbers.Setting(model, 32, 8, 1024, 32)
     saved = costs.formula_gain(PAPER.table("Table 3"), setting)
     assert saved == pytest.approx(time_saved(model), abs=0.1)
-    more = costs.formula_gain(dataclasses.replace(PAPER.table("Table 5"), profile=PAPER.machine("a100")), setting)
+    more = costs.formula_gain(dataclasses.replace(PAPER.table("Table 5"), profile=PAPER.machines["a100"]), setting)
     assert more == pytest.approx(tokens_gained(model), abs=0.2)
 
 

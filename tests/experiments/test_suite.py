@@ -153,7 +153,7 @@ def test_workloads_of_the_paper_are_those_of_its_tables():
 def test_ours_has_the_memory_of_the_papers_card():
     """So that what it measures is set beside table 4's (`paper_costs.is_of`)."""
     table = paper.read().table("Table 4")
-    card = paper.read().machine(table.machine).device_bytes
+    card = paper.read().machines[table.machine].device_bytes
     ours = [case for case in select(CASES, ["kvpr"]) if case.device_gib is not None]
     assert sizes(ours) == {size for size in sizes(row.setting for row in table.rows) if size[3] == 32}
     assert all(case.plans == ("auto",) and 0.9 * card < case.device_gib * GIB < 1.1 * card for case in ours)

@@ -56,7 +56,8 @@ class Meter:
         if self.seconds < self._said + (SHOWN_EVERY if self._console.is_terminal else SAID_EVERY):
             return
         self._said = self.seconds
-        records = self._done + len(self._open) * self._steps / self._new
+        # Of a batch that a kill has cut short, all are decoded again.
+        records = min(self._records, self._done + len(self._open) * self._steps / self._new)
         left = self._said * (self._records - records) / (records - self._earlier)
         said = f"decoding: {records:.0f} of {self._records} records, {self.tokens / self._said:.0f} tokens a second"
         if self._console.is_terminal:

@@ -123,18 +123,15 @@ class Table:
 
 @dataclass(frozen=True)
 class Paper:
-    """All of paper.json: the tables of steps, and the rest as it is there."""
+    """All of paper.json: the tables of steps, the machines that it measures on, and the rest as it is there."""
 
     tables: tuple[Table, ...]
+    machines: dict[str, HardwareProfile]
     data: dict[str, Any]
 
     def table(self, name: str) -> Table:
         """The table of that name. Raises KeyError."""
         return {table.name: table for table in self.tables}[name]
-
-    def machine(self, name: str) -> HardwareProfile:
-        """One that the paper measured on, or counts with."""
-        return machine(name, self.data["machines"])
 
 
 def records(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -145,12 +142,12 @@ def records(data: dict[str, Any]) -> list[dict[str, Any]]:
 def read() -> Paper:
     """The paper's numbers."""
     data = json.loads(DATA.read_text(encoding="utf-8"))
-    return Paper(tuple(_table(table, data["machines"]) for table in data["tables"]), data)
+    machines = {name: _machine(name, said) for name, said in data["machines"].items()}
+    return Paper(tuple(_table(table, machines) for table in data["tables"]), machines, data)
 
 
-def machine(name: str, machines: dict[str, Any]) -> HardwareProfile:
-    """The paper's machine: a data sheet, at the rates that the paper counts with where it says them."""
-    said = machines[name]
+def _machine(name: str, said: dict[str, Any]) -> HardwareProfile:
+    """A data sheet, at the rates that the paper counts with where it says them."""
     sheet, link = HardwareProfile.from_datasheet(name), Line(0.0, 1 / (1e9 * said["link_gbps"]))
     return dataclasses.replace(
         sheet,
@@ -162,7 +159,7 @@ def machine(name: str, machines: dict[str, Any]) -> HardwareProfile:
     )
 
 
-def _table(data: dict[str, Any], machines: dict[str, Any]) -> Table:
+def _table(data: dict[str, Any], machines: dict[str, HardwareProfile]) -> Table:
     rows = []
     for record in records(data):
         setting = Setting(**{field.name: record[field.name] for field in dataclasses.fields(Setting)})
@@ -170,4 +167,4 @@ def _table(data: dict[str, Any], machines: dict[str, Any]) -> Table:
         times = {name: setting.milliseconds(value, data["unit"]) for name, value in said.items()}
         rows.append(Row(setting, {"paper": times, "predicted": {}, "measured": {}}))
     fields = {key: value for key, value in data.items() if key not in ("columns", "rows")}
-    return Table(**fields, profile=machine(data["machine"], machines), rows=tuple(rows))
+    return Table(**fields, profile=machines[data["machine"]], rows=tuple(rows))

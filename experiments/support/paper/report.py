@@ -96,7 +96,7 @@ def _without_empty(rows: Sequence, columns: Sequence[tuple[str, Callable]]) -> s
 def layers(paper: Paper) -> str:
     """Table 1: a layer's keys and values, by the paper and by its formula, and the formula's split."""
     data = paper.data["layers"]
-    machine, tokens = paper.machine(data["machine"]), data["batch"] * data["tokens"]
+    machine, tokens = paper.machines[data["machine"]], data["batch"] * data["tokens"]
 
     def split(row: dict) -> str:
         setting = Setting(row["model"], data["batch"], 1, data["tokens"], 1)
