@@ -33,9 +33,8 @@ LINK, MATMUL = 32e9, 312e12  # of the A100
 command = functools.partial(scripts.call, plan)
 
 
-def small(budget: Budget | None = None, machine: str = "a100", **changes) -> what_if.WhatIf:
-    profile = dataclasses.replace(HardwareProfile.from_datasheet(machine), **changes)
-    return what_if.what_if(models.preset("opt-125m").shape, WORKLOAD, profile, budget)
+def small(budget: Budget) -> what_if.WhatIf:
+    return what_if.what_if(models.preset("opt-125m").shape, WORKLOAD, HardwareProfile.from_datasheet("a100"), budget)
 
 
 @pytest.fixture(scope="module")
@@ -121,14 +120,13 @@ def test_curves_are_the_plans_by_name(found):
         plan = named_plan(name, chosen.shape, WORKLOAD, tail=chosen.tail, window=chosen.window)
         return float(plan_costs(profile, [plan]).seconds[0])
 
-    for curve, names in {
-        "absorb": ("keys_values", "split:0.25", "activations"),
-        "recompute": ("keys_values", "", "recompute"),
-        "kvpr": ("kvpr:0", "kvpr:0.25", "kvpr:1"),
-    }.items():
-        for position, name in zip((0, what_if.STEPS // 4, what_if.STEPS), names):
-            if name:
-                assert found.curves[curve][position] == pytest.approx(predicted(name), rel=1e-5)
+    for curve, position, name in (
+        *(("absorb", 0, "keys_values"), ("absorb", 0.25, "split:0.25"), ("absorb", 1, "activations")),
+        *(("recompute", 0, "keys_values"), ("recompute", 1, "recompute")),
+        *(("kvpr", 0, "kvpr:0"), ("kvpr", 0.25, "kvpr:0.25"), ("kvpr", 1, "kvpr:1")),
+    ):
+        seconds = found.curves[curve][what_if.FRACTIONS.index(position)]
+        assert seconds == pytest.approx(predicted(name), rel=1e-5)
     assert all(len(curve) == len(what_if.FRACTIONS) for curve in found.curves.values())
     assert set(found.curves) == set(what_if.CURVES)
     # Recomputing is work that absorbing does not have.
