@@ -59,6 +59,8 @@ def define_flags(into: flags.FlagValues) -> None:
     define.number("device_memory_gib", None, device)
     host = "Pinned host memory to use; default: what is free, or as much as is asked for."
     define.number("host_memory_gib", None, host)
+    window = "Bytes in flight or in use, in MiB, of the plans by name; default: as the chosen plan."
+    define.number("window_mib", None, window)
     define.string("plot", None, "Write a PNG: predicted step time against the split.")
     define.string("measured", None, "Results of experiments/benchmark.py, to show those of the same workload beside.")
     define.boolean("json", False, "Print a JSON document as the last line of standard output.")
@@ -184,12 +186,12 @@ def main(given: flags.FlagValues) -> None:
         png.check_path(given.plot)
     shape = dataclasses.replace(models.preset(given.model).shape, dtype=given.dtype)
     workload = Workload(given.batch, given.prompt, given.new)
-    budget = read_budget(given.device_memory_gib, given.host_memory_gib)
+    budget, window = read_budget(given.device_memory_gib, given.host_memory_gib), script.window_bytes(given.window_mib)
     rows = None if given.measured is None else tables.read_file(given.measured)
     profile = read_hardware(given.hardware)
     if given.hardware == THIS:
         budget = Budget(**limits(budget))  # what is free, as no weights are there
-    found = what_if(shape, workload, profile, budget, groups=given.groups)
+    found = what_if(shape, workload, profile, budget, groups=given.groups, window=window)
     measured = None if rows is None else measured_as(found.chosen.plan, rows)
     show(found, measured)
     if given.plot is not None:

@@ -2,7 +2,7 @@
 
     python experiments/reproduce_paper.py
     python experiments/reproduce_paper.py --results=experiments/results/h100_suite.json,other.json
-    python experiments/reproduce_paper.py --tables="Table 3,Table 4"
+    python experiments/reproduce_paper.py --tables="Table 3,Table 4" --hardware=h200
     python experiments/reproduce_paper.py --out=experiments/results/paper.json      what experiments/readme.py takes
 
 A row has the paper's numbers, the cost function's for the paper's machine by its data sheet, and those that were
@@ -18,12 +18,14 @@ from absl import flags
 from rich.console import Console
 from rich.markdown import Markdown
 
+from experiments.plan import read_hardware
 from experiments.support import script
 from experiments.support.paper import costs, report
 from experiments.support.paper.numbers import Paper, Table, read
 from experiments.support.results import tables
 from experiments.support.results.report import run_info
 from kvrecomp.files import write_json
+from kvrecomp.predict.datasheets import DATASHEETS
 
 WIDTH = 160
 LEGEND = (
@@ -37,6 +39,8 @@ def define_flags(into: flags.FlagValues) -> None:
     define = script.Define(into)
     define.list("results", [], "Results files of experiments/benchmark.py, to show beside.")
     define.list("tables", [], "The paper's tables of steps, by name; default: all.")
+    sheets = ", ".join(DATASHEETS)
+    define.string("hardware", None, f"Predict for another machine: this, which is measured, or a data sheet: {sheets}.")
     define.string("out", None, "Write the JSON document to this file.")
 
 
@@ -79,8 +83,10 @@ def show(paper: Paper, compared: Sequence[Table], results: Sequence[tables.Row])
 def main(given: flags.FlagValues) -> None:
     paper = read()
     asked = chosen(paper, given.tables)
+    profile = None if given.hardware is None else read_hardware(given.hardware)
+    compared = [costs.predict(table, given.hardware or table.machine, profile or table.profile) for table in asked]
     results = [row for path in given.results for row in tables.read_file(path)]
-    compared = [costs.measured(costs.predict(table), results) for table in asked]
+    compared = [costs.measured(table, results) for table in compared]
     show(paper, compared, results)
     if given.out:
         write_json(given.out, run_info() | {"tables": [costs.record(table) for table in compared]})

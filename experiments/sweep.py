@@ -2,6 +2,7 @@
 
     python experiments/sweep.py --models=opt-1.3b,opt-6.7b --batches=1,8,32 --cached=512,1024 --out=predictions.json
     python experiments/sweep.py --rooms=0,25,50,100 --out=choices.json
+    python experiments/sweep.py --from=predictions.json --plot=predictions.png
 
 Caches are of random numbers: a step's time does not depend on them. Without `--rooms`, every workload is measured under
 the six plans of PLANS, predicted and measured side by side. With `--rooms`, the device may hold so many per cent of the
@@ -12,7 +13,8 @@ of three such.
 A position table shorter than the cached tokens is made longer. `--layers` cuts the models: all layers of a step are
 alike, so plans compare as in the whole model, and less memory is needed. Leave enough for a step to take some
 milliseconds, longer than the host takes to launch it. The results are written after every workload: killed, the same
-command goes on, and another one at the same commit adds to them. experiments/readme.py draws them.
+command goes on, and another one at the same commit adds to them. With `--from`, nothing is measured: results are read,
+and said and drawn together.
 """
 
 import dataclasses
@@ -31,6 +33,7 @@ from rich.progress import track
 import kvrecomp
 import models
 from experiments.support import script
+from experiments.support.plots import png
 from experiments.support.results import predictions, tables
 from experiments.support.results.predictions import Measured
 from experiments.support.results.report import run_info
@@ -253,6 +256,9 @@ def define_flags(into: flags.FlagValues) -> None:
     define.list("rooms", [], "Per cent of the keys and values that the device may hold.")
     define.integer("layers", None, "Cut the models to so many layers.", lower_bound=1)
     define.number("host_memory_gib", 72, "Most pinned memory of a plan.")
+    define.list("from", [], "Results of this script, read instead of measuring.")
+    define.string("plot", None, "Write a PNG: how far predictions are off.")
+    define.string("plot_choices", None, "Write a PNG: chosen plans against the best by hand.")
     define.string("out", None, "Also write the JSON document to this file.")
     define.string("commit", "", "Recorded as the commit, where git cannot be asked.")
 
@@ -260,7 +266,18 @@ def define_flags(into: flags.FlagValues) -> None:
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def main(given: flags.FlagValues) -> None:
+def read_rows(paths: Sequence[str], console: Console) -> list[Measured]:
+    """The rows of results files, which are said."""
+    rows = [row for path in paths for row in tables.predicted(tables.read_file(path))]
+    console.print(Markdown(summary(rows)))
+    return rows
+
+
+def measure_rows(given: flags.FlagValues, console: Console) -> tuple[list[Measured], dict[str, Any]]:
+    """Measures what the flags say, and writes it after every workload; the rows, and the document of a results file.
+
+    What was measured is not lost with what comes after. The profile in the document says what predictions came of.
+    """
     batches, cached = (script.whole_numbers(name, getattr(given, name)) for name in ("batches", "cached"))
     rooms = script.percentages("rooms", given.rooms)
     configs = [models.preset(name) for name in script.names("models", given.models)]  # a mistake is said first
@@ -269,7 +286,7 @@ def main(given: flags.FlagValues) -> None:
         raise ValueError(f"--host_memory_gib is {given.host_memory_gib:g}; it must be a size in GiB above zero")
     host = given.host_memory_gib * GIB
     memory.limit_pinned(host)
-    console, about = Console(width=150), run_info(given.commit)
+    about = run_info(given.commit)
     rows, commands = measured_before(given.out, about)
     about["command"] = AND.join(dict.fromkeys([*commands, about["command"]]))
     if rows:
@@ -277,16 +294,32 @@ def main(given: flags.FlagValues) -> None:
     document = about | {"profile": None, "rows": [dataclasses.asdict(row) for row in rows]}
     for machine, measured in run(configs, batches, cached, rooms, given.layers, host, console, list(rows)):
         rows += measured
-        # The profile says what predictions came of.
         document = about | {"profile": machine.to_json(), "rows": [dataclasses.asdict(row) for row in rows]}
         if given.out:
-            write_json(given.out, document)  # what was measured is not lost with what comes after
+            write_json(given.out, document)
         console.print(Markdown(summary(measured)))
+    return rows, document
+
+
+def main(given: flags.FlagValues) -> None:
+    console = Console(width=150)
+    old = given["from"].value
+    if old and given.out:
+        raise ValueError("--out is for what is measured, and with --from nothing is: give one of them")
+    for path in (given.plot, given.plot_choices):
+        if path is not None:
+            png.check_path(path)
+    rows, document = (read_rows(old, console), None) if old else measure_rows(given, console)
     if rows:
         console.print(predictions.accuracy(rows))
     if predictions.choices(rows):
         console.print(predictions.regret(rows))
-    print(json.dumps(document))
+    if document is not None:
+        print(json.dumps(document))
+    if given.plot is not None:
+        predictions.draw_predictions(rows, given.plot)
+    if given.plot_choices is not None:
+        predictions.draw_choices(rows, given.plot_choices)
 
 
 if __name__ == "__main__":

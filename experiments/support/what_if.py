@@ -75,19 +75,21 @@ def what_if(
     *,
     weights: Sequence[Memory] | None = None,
     groups: int = 1,
+    window: int | None = None,
 ) -> WhatIf:
     """The plan that the scheduler makes for so many groups of the workload's rows, and the predicted steps of others
-    with as many, and with its window and its weights where it has them. Where layers' `weights` are is chosen too,
-    unless it is given. Raises PlanError where the model has too few positions, or nothing fits in the budget.
+    with as many, and with weights where it has them; `window` in bytes is theirs. Where layers' `weights` are is chosen
+    too, unless it is given. Raises PlanError where the model has too few positions, or nothing fits in the budget.
     """
     named_plan("device", shape, workload)  # its one block costs nothing to make, however long a prompt is asked for
     budget = resolve_budget(budget or Budget(), profile)
     chosen = make_plan(shape, workload, profile, budget, weights=weights, groups=groups)
     weights = [layer.weights for layer in chosen.layers]
-    tail = min(chosen.tail, default_tail(shape, workload, chosen.window))
+    window = chosen.window if window is None else window
+    tail = min(chosen.tail, default_tail(shape, workload, window))
 
     def make(name: str) -> Plan:
-        plan = with_weights(named_plan(name, shape, workload, tail=tail, window=chosen.window), weights)
+        plan = with_weights(named_plan(name, shape, workload, tail=tail, window=window), weights)
         return dataclasses.replace(plan, groups=chosen.groups, order=chosen.order)
 
     absorb = [make(f"split:{fraction:g}") for fraction in FRACTIONS]

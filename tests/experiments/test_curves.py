@@ -30,7 +30,7 @@ def rows():
 
 def test_lines_are_in_the_order_of_their_ends():
     lines = curves.lines(curves.points(rows()))
-    assert [curves.line_of(line[0]) for line in lines] == [
+    assert [line[0].line for line in lines] == [
         "huggingface_offloaded (its cache in host memory)",
         "keys_values",
         "kvpr:0.75 (KVPR's schedule)",
@@ -39,7 +39,7 @@ def test_lines_are_in_the_order_of_their_ends():
         "huggingface (its cache on the GPU)",
         "device (all on the GPU)",
     ]
-    assert [(point["cached"], point["median_ms"]) for point in lines[1]] == [(128, 40.0), (1024, 310.0)]
+    assert [(point.cached, point.median_ms) for point in lines[1]] == [(128, 40.0), (1024, 310.0)]
 
 
 @pytest.mark.parametrize(

@@ -143,6 +143,17 @@ def test_host_memory_that_is_too_small_is_said(found):
     assert not found.alternatives[1].misfit
 
 
+def test_window_is_that_of_the_plans_by_name(capsys):
+    command(*SMALL, "--window_mib=64", "--json")
+    document = json.loads(capsys.readouterr().out.splitlines()[-1])
+    windowed = what_if.what_if(
+        models.preset("opt-125m").shape, WORKLOAD, HardwareProfile.from_datasheet("a100"), window=64 * 2**20
+    )
+    assert {alternative.plan.window for alternative in windowed.alternatives[1:]} == {64 * 2**20}
+    expected = [1e3 * alternative.seconds for alternative in windowed.alternatives]
+    assert [row["predicted_ms"] for row in document["alternatives"]] == expected
+
+
 def test_this_machine_is_measured_and_what_is_free_is_its_budget(monkeypatch, capsys):
     machine = dataclasses.replace(HardwareProfile.from_datasheet("t4"), device="This one", source="")
     monkeypatch.setattr(profiler, "profile", lambda: machine)

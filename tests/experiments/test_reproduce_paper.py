@@ -40,7 +40,7 @@ def tokens_gained(model: str) -> float:
 def predicted(name: str, rows: slice) -> numbers.Table:
     """Some rows of a table, predicted for the paper's machine."""
     table = PAPER.table(name)
-    return costs.predict(dataclasses.replace(table, rows=table.rows[rows]))
+    return costs.predict(dataclasses.replace(table, rows=table.rows[rows]), table.machine, table.profile)
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,12 @@ def command(monkeypatch, latency, throughput):
     """The script in this process, with what was predicted already for the paper's own machines."""
     known = {"Table 3": latency, "Table 5": throughput}
     tables = tuple(known.get(table.name, table) for table in PAPER.tables)
-    monkeypatch.setattr(costs, "predict", lambda table: known[table.name])
+    predict = costs.predict
+
+    def predict_unless_known(table, machine, profile):
+        return known[table.name] if machine == table.machine else predict(table, machine, profile)
+
+    monkeypatch.setattr(costs, "predict", predict_unless_known)
     monkeypatch.setattr(script, "read", lambda: dataclasses.replace(PAPER, tables=tables))
     return lambda *words: scripts.call(script, "--tables=table 3,Table 5", *words)
 
@@ -324,10 +329,22 @@ def test_the_command_prints_tables_and_keeps_a_document(command, capsys, tmp_pat
     assert max(map(len, tables)) <= script.WIDTH and not any("…" in line for line in tables)
 
 
+def test_another_machine(command, capsys, tmp_path, throughput):
+    command("--hardware=h200", "--tables=Table 5", f"--out={tmp_path}/out.json")
+    human = capsys.readouterr().out.splitlines()
+    (table,) = json.loads((tmp_path / "out.json").read_text())["tables"]
+    assert table["hardware"] == "NVIDIA H200"
+    assert any(line.startswith("h200: NVIDIA H200, link 63 GB/s") for line in human)
+    # The link is the bound on both: 63 GB/s against 16.
+    ratio = throughput.rows[0].times["predicted"]["activations"] / table["rows"][0]["predicted_ms"]["activations"]
+    assert ratio == pytest.approx(63 / 16, rel=0.03)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--tables=Table 9"], "--tables has 'Table 9'; the paper's tables of steps are Table 2, Table 3, "),
+        (["--hardware=h2000"], "unknown hardware 'h2000'; expected one of this, a100, .*: did you mean 'h200'"),
         (["--results=nowhere.json"], "nowhere.json"),
         (["--results={}"], r".*a\.json is not a results file"),
     ],

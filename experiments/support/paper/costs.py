@@ -1,7 +1,7 @@
 """What the cost function predicts for the settings of the paper KVPR, and what was measured of them.
 
 paper = read()
-table = predict(paper.table("Table 3"))    # takes a second a row; or, as it was kept,
+table = predict(paper.table("Table 3"), "a100", paper.machine("a100"))    # takes a second a row; or, as it was kept,
 table = kept(paper.table("Table 3"))
 table = measured(table, tables.read_file("experiments/results/h100_suite.json"))
 table.gains("opt-6.7b", "measured", "activations")
@@ -39,9 +39,10 @@ SETTING_FIELDS = [field.name for field in dataclasses.fields(Setting)]
 # --- predictions ------------------------------------------------------------------------------------------------------
 
 
-def predict(table: Table) -> Table:
-    """The table with its rows predicted for its machine."""
-    return dataclasses.replace(table, rows=tuple(_predict(row, table.weights, table.profile) for row in table.rows))
+def predict(table: Table, machine: str, profile: HardwareProfile) -> Table:
+    """The table with its rows predicted for the machine."""
+    rows = tuple(_predict(row, table.weights, profile) for row in table.rows)
+    return dataclasses.replace(table, machine=machine, profile=profile, rows=rows)
 
 
 def _predict(row: Row, weights: Memory, profile: HardwareProfile) -> Row:

@@ -7,6 +7,7 @@ draw_curves(points(rows), "curves.png")
 import itertools
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from experiments.support.plots import png
@@ -20,13 +21,30 @@ OF_ALL = ("device", "model", "batch", "new", "weights", "groups", "order")  # th
 USUAL = {"weights": "device", "groups": 1, "order": "row"}  # of peers, and of rows that do not say it
 
 
-def line_of(point: Row) -> str:
-    """What its line is called."""
-    return tables.noted(point["plan"]) + ("" if point["room"] is None else f", room for {point['room']:g} %")
+@dataclass(frozen=True)
+class Point:
+    """The median step of one plan or peer over `new` tokens, after `cached` of the prompt."""
+
+    device: str
+    model: str
+    batch: int
+    new: int
+    weights: str
+    groups: int
+    order: str
+    plan: str
+    room: float | None
+    cached: int
+    median_ms: float
+
+    @property
+    def line(self) -> str:
+        """What its line is called."""
+        return tables.noted(self.plan) + ("" if self.room is None else f", room for {self.room:g} %")
 
 
-def points(rows: Sequence[Row]) -> list[Row]:
-    """What is drawn of rows of experiments/suite.py or benchmark.py, by line and `cached` tokens.
+def points(rows: Sequence[Row]) -> list[Point]:
+    """Points of rows of experiments/suite.py or benchmark.py, by line and cached tokens.
 
     Raises ValueError where there is no row, they differ in one of OF_ALL, or two of a line have the same cached tokens.
     """
@@ -34,53 +52,52 @@ def points(rows: Sequence[Row]) -> list[Row]:
         raise ValueError("there is no row to draw")
     found = []
     for row in rows:
-        full = {"room": None} | USUAL | {name: value for name, value in row.items() if value is not None}
-        point = {name: full[name] for name in (*OF_ALL, "plan", "room")}
-        found.append(point | {"cached": row["prompt"], "median_ms": row["median_ms"]})
+        full = USUAL | {name: value for name, value in row.items() if value is not None}
+        fields = {name: full[name] for name in (*OF_ALL, "plan", "median_ms")}
+        found.append(Point(**fields, room=row.get("room"), cached=row["prompt"]))
     for name in OF_ALL:
-        if len(values := sorted({str(point[name]) for point in found})) > 1:
+        if len(values := sorted({str(getattr(point, name)) for point in found})) > 1:
             raise ValueError(f"the rows have {name} {' and '.join(values)}; expected one of them: add {name}=...")
-    found.sort(key=lambda point: (line_of(point), point["cached"]))
+    found.sort(key=lambda point: (point.line, point.cached))
     for one, two in itertools.pairwise(found):
-        if (line_of(one), one["cached"]) == (line_of(two), two["cached"]):
-            raise ValueError(f"two rows are of {line_of(one)} with {one['cached']} cached tokens: leave one out")
+        if (one.line, one.cached) == (two.line, two.cached):
+            raise ValueError(f"two rows are of {one.line} with {one.cached} cached tokens: leave one out")
     return found
 
 
-def lines(found: Sequence[Row]) -> list[list[Row]]:
+def lines(found: Sequence[Point]) -> list[list[Point]]:
     """The points of each line, the slowest first, by what is furthest to the right."""
-    by_line: dict[str, list[Row]] = {}
+    by_line: dict[str, list[Point]] = {}
     for point in found:
-        by_line.setdefault(line_of(point), []).append(point)
-    return sorted(by_line.values(), key=lambda line: -line[-1]["median_ms"])
+        by_line.setdefault(point.line, []).append(point)
+    return sorted(by_line.values(), key=lambda line: -line[-1].median_ms)
 
 
-def said(found: Sequence[Row]) -> str:
+def said(found: Sequence[Point]) -> str:
     """The times with the most cached tokens, in a sentence without its full stop."""
-    most = max(point["cached"] for point in found)
-    ends = [line[-1] for line in lines(found) if line[-1]["cached"] == most]
-    times = tables.listed(f"{line_of(end)} {end['median_ms']:.1f} ms" for end in ends)
-    return f"{_title(found[0])}: with {most} cached tokens a step takes {times}"
+    most = max(point.cached for point in found)
+    times = [f"{line[-1].line} {line[-1].median_ms:.1f} ms" for line in lines(found) if line[-1].cached == most]
+    return f"{_title(found[0])}: with {most} cached tokens a step takes {tables.listed(times)}"
 
 
-def _title(point: Row) -> str:
-    return f"{predictions.title(point['model'])}, batch {point['batch']}, {point['device']}"
+def _title(point: Point) -> str:
+    return f"{predictions.title(point.model)}, batch {point.batch}, {point.device}"
 
 
-def draw_curves(found: Sequence[Row], path: str | os.PathLike) -> None:
+def draw_curves(found: Sequence[Point], path: str | os.PathLike) -> None:
     """Writes a PNG: milliseconds of a step over cached tokens, on logarithmic scales. Raises as `png.check_path`."""
     png.check_path(path)
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
     figure = png.figure()
-    cached = f"cached tokens of a row, before {found[0]['new']} new ones"
+    cached = f"cached tokens of a row, before {found[0].new} new ones"
     axes = png.grid(figure, f"Decode steps: {_title(found[0])}", cached, "time of a step (ms)")
     axes.set_xscale("log")
     axes.set_yscale("log")
     for line in lines(found):
-        xs, ys = ([point[name] for point in line] for name in ("cached", "median_ms"))
-        axes.plot(xs, ys, label=line_of(line[0]), linewidth=1.8, clip_on=False, zorder=3, **_style(line))
-    axes.xaxis.set_major_locator(FixedLocator(sorted({point["cached"] for point in found})))
+        xs, ys = [point.cached for point in line], [point.median_ms for point in line]
+        axes.plot(xs, ys, label=line[0].line, linewidth=1.8, clip_on=False, zorder=3, **_style(line))
+    axes.xaxis.set_major_locator(FixedLocator(sorted({point.cached for point in found})))
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_minor_locator(NullLocator())
@@ -89,9 +106,9 @@ def draw_curves(found: Sequence[Row], path: str | os.PathLike) -> None:
     png.save(figure, path, predictions.digest(found))
 
 
-def _style(line: Sequence[Row]) -> dict[str, Any]:
+def _style(line: Sequence[Point]) -> dict[str, Any]:
     """How a line and its markers are drawn."""
-    plan = line[0]["plan"]
+    plan = line[0].plan
     kind = predictions.kind_of(plan)
     marker, colour = PEERS.get(plan) or predictions.KINDS[kind][1:]
     style = ":" if plan in PEERS else "--" if kind == "device" else "-"
