@@ -1,14 +1,13 @@
 """Reading a job's input: lines as prompts, what is wrong with others, doubled ids, what tells files apart."""
 
 import json
-import os
 
 import numpy as np
 import pytest
 
 import models
 from experiments.support.job import reader
-from experiments.support.job.reader import Reader, checkpoint_hash, file_hash, survey
+from experiments.support.job.reader import Reader, checkpoint_hash, survey
 from kvrecomp.plan import MIB
 
 BYTES = models.byte_tokenizer()
@@ -148,15 +147,6 @@ def test_ids_that_are_not_doubled(reader_of):
 def test_a_doubled_id_of_a_line_with_an_error_is_one_too(reader_of):
     with pytest.raises(ValueError, match="lines 1 and 2"):
         survey(reader_of('{"id": 1, "prompt": "a"}', '{"id": 1, "prompt": ""}'), lambda line: None)
-
-
-def test_files_that_cannot_be_read_twice(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(OSError, match="is not a file, which is to be read twice"):
-            file_hash(path)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        file_hash(tmp_path / "nowhere")
 
 
 def test_a_checkpoint_is_told_apart_by_contents_names_and_sizes(tmp_path, monkeypatch):

@@ -16,7 +16,6 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -144,7 +143,8 @@ def run(
         plans = [plan_from(plan, shape) for plan in known["plans"]]
         model = model_source.load(plans[0] if plans else None)
         summary = _summary(output, known)
-        with Meter(known["records"], settings.max_new_tokens) as meter:
+        earlier = output.written + len(output.waiting)
+        with Meter(known["records"], settings.max_new_tokens, earlier) as meter:
             decoding = Decoding(model, tokenizer, sampling, meter, budget)
             for stretch in _stretches(reader, output.written, known["stretch"]):
                 if _state(source) != state:
@@ -168,8 +168,7 @@ def describe(
     """Surveys the input and makes the plans: all that a restart must not decide again."""
     shape, new = reader.shape, settings.max_new_tokens
     kvrecomp.named_plan("device", shape, kvrecomp.Workload(1, 1, new))  # raises where no prompt has the positions
-    console = Console(stderr=True)
-    with console.status(f"reading {reader.path}") if console.is_terminal else nullcontext():
+    with Console(stderr=True).status(f"reading {reader.path}"):
         found = survey(reader, report)
     prompts = found.lengths.total()
     most = min(settings.batch, prompts)
