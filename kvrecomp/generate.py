@@ -24,7 +24,7 @@ from kvrecomp.run import memory
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.model import Model
 from kvrecomp.run.prompt import as_ids, as_mask, as_row_ids, as_token_ids, check_tokens, split_groups
-from kvrecomp.run.sampling import NAN_TOKEN, Sampling, choose, start_rows
+from kvrecomp.run.sampling import NO_TOKEN, Sampling, choose, start_rows
 from kvrecomp.run.weights import weight_memories
 
 LEAD = 2  # unread steps: one that runs and one that waits
@@ -86,7 +86,7 @@ def generate(
     sampling, by default 0, 1, ...: a row that keeps its id keeps its text in any batch.
 
     Raises `PromptError` for prompts that cannot be decoded, `PlanError` for a plan that does not fit or a profile of
-    another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN.
+    another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN or infinite.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
     if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
@@ -150,10 +150,10 @@ class TokenLoop:
                 for step in steps:
                     tokens = np.concatenate(jax.device_get(step.tokens))
                     arrivals.append(time.perf_counter())
-                    if (tokens == NAN_TOKEN).any():
+                    if (tokens == NO_TOKEN).any():
                         raise FloatingPointError(
-                            f"the logits of row {int(np.argmax(tokens == NAN_TOKEN))} are NaN at new token {len(new)}: "
-                            "check the weights, or use a dtype with a larger range"
+                            f"the logits of row {int(np.argmax(tokens == NO_TOKEN))} are NaN or infinite at new token "
+                            f"{len(new)}: check the weights, or use a dtype with a larger range"
                         )
                     new.append(tokens)
                     if step.logits:
