@@ -6,7 +6,7 @@ never waits for Python. Stopping is therefore seen late; the results of steps di
 
 import numbers
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -23,6 +23,8 @@ from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.run import memory
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.model import Model
+from kvrecomp.run.programs import as_by_default
+
 from kvrecomp.run.prompt import as_ids, as_mask, as_row_ids, as_token_ids, check_tokens, split_groups
 from kvrecomp.run.sampling import NO_TOKEN, Sampling, choose, start_rows
 from kvrecomp.run.weights import weight_memories
@@ -86,7 +88,8 @@ def generate(
     sampling, by default 0, 1, ...: a row that keeps its id keeps its text in any batch.
 
     Raises `PromptError` for prompts that cannot be decoded, `PlanError` for a plan that does not fit or a profile of
-    another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN or infinite.
+    another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN or
+    infinite.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
     if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
@@ -146,7 +149,7 @@ class TokenLoop:
             self.streamer.put(prompt)
         dispatched = BackgroundIterator(self._dispatch(parts, max_new_tokens, rows), LEAD)
         try:
-            with _progress(max_new_tokens, self.progress) as advance, dispatched as steps:
+            with _progress(max_new_tokens, self.progress) as advance, dispatched.reading, dispatched as steps:
                 for step in steps:
                     tokens = np.concatenate(jax.device_get(step.tokens))
                     arrivals.append(time.perf_counter())
@@ -182,7 +185,7 @@ class TokenLoop:
 
     def _dispatch(
         self, parts: Sequence[tuple[np.ndarray, np.ndarray]], max_new_tokens: int, row_ids: np.ndarray
-    ) -> Iterator[_Dispatched]:
+    ) -> Generator[_Dispatched, None, None]:
         """Prefill and steps, one item a token, as they are dispatched; nothing here waits for the device."""
         plan, decoder = self.decoder.plan, self.decoder
         caches, logits = map(list, zip(*(decoder.prefill(*part) for part in parts)))
@@ -196,10 +199,12 @@ class TokenLoop:
             memory.sharding("device"),
         )
         recents = [cache.recent for cache in caches]
-        rows = [start_rows(seed, row, recent.length, recent.padding) for row, recent in zip(names, recents)]
+        with as_by_default():
+            rows = [start_rows(seed, row, recent.length, recent.padding) for row, recent in zip(names, recents)]
         sent = 0
         for index in range(max_new_tokens):
-            chosen = [choose(self.sampling, eos, pad, *group) for group in zip(rows, logits)]
+            with as_by_default():
+                chosen = [choose(self.sampling, eos, pad, *group) for group in zip(rows, logits)]
             rows, tokens, reports = map(list, zip(*chosen))
             arriving = (reports, logits if self.output_logits else [])
             jax.tree.map(lambda array: array.copy_to_host_async(), arriving)

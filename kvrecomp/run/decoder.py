@@ -65,6 +65,8 @@ class Decoder:
 
     def __init__(self, model: Model, plan: Plan, *, budget: Budget | None = None):
         """Raises `PlanError` if the plan is for another model, or does not fit in `budget` (default: what is free)."""
+        if jax.config.jax_disable_jit:
+            raise PlanError("jax_disable_jit is on, and what decodes are compiled programs: turn it off")
         if model.shape != plan.shape:
             raise PlanError(
                 f"the plan is for {plan.shape.name} in {plan.shape.dtype}, the model is {model.shape.name} in "
