@@ -22,9 +22,8 @@ from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.run import memory
 from kvrecomp.run.decoder import Decoder
-from kvrecomp.run.model import Model
+from kvrecomp.run.model import Model, check_parts
 from kvrecomp.run.programs import as_by_default
-
 from kvrecomp.run.prompt import as_ids, as_mask, as_row_ids, as_token_ids, check_tokens, split_groups
 from kvrecomp.run.sampling import NO_TOKEN, Sampling, choose, start_rows
 from kvrecomp.run.weights import weight_memories
@@ -97,6 +96,7 @@ def generate(
     if not isinstance(plan, (str, Plan)):
         raise PlanError(f"the plan is {plan!r}; expected a Plan, or the name of one")
     eos, pads = as_token_ids("eos_token_id", eos_token_id), as_token_ids("pad_token_id", pad_token_id)
+    check_parts(model)
     ids = as_ids(input_ids)
     check_tokens(ids, as_mask(attention_mask, ids), model.shape.vocab)  # before anything that takes long
     batch, prompt = ids.shape

@@ -308,7 +308,7 @@ def test_nan_logits_name_the_row_and_the_token(position, row, token):
     [
         ({"temperature": 0.0}, "temperature is 0.0; it must be above zero"),
         ({"temperature": float("nan")}, "temperature is nan"),
-        ({"temperature": float("inf")}, "temperature is inf; it must be a finite number above zero"),
+        ({"temperature": float("inf")}, "temperature is inf; it must be above zero and finite"),
         ({"temperature": 10**400}, "expected a number"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),

@@ -21,9 +21,8 @@ from kvrecomp.run import programs as programs_module
 from kvrecomp.run.programs import Programs
 from kvrecomp.run.sampling import Sampling
 
-
-CHECKED = ("CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD")  # after these, and as a function begins or goes on, the
-# interpreter looks for signals
+# After these, and as a function begins or goes on, the interpreter looks for signals.
+CHECKED = ("CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD")
 
 
 class Interrupts:

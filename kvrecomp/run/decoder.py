@@ -34,12 +34,12 @@ from kvrecomp.run.cache import (
 )
 from kvrecomp.run.copies import OVERLAPPING
 from kvrecomp.run.limits import check_memory
-from kvrecomp.run.model import Model
+from kvrecomp.run.model import Model, check_model
 from kvrecomp.run.prefill import prefill
 from kvrecomp.run.programs import Compiled, Programs, side_by_side
 from kvrecomp.run.prompt import PromptError, check_prompt, check_step
 from kvrecomp.run.step import decode_step
-from kvrecomp.run.weights import check_placement
+from kvrecomp.run.weights import check_placement, on_device
 
 LOG = logging.getLogger("kvrecomp")
 
@@ -59,14 +59,17 @@ class Decoder:
         cache, logits = decoder.prefill(input_ids, attention_mask)
         cache, logits = decoder.step(cache, token_ids)
 
-    A cache given to `step` is used up: its tail is written in place. Programs have the `jax.default_matmul_precision`
-    that holds where the decoder is made.
+    A cache given to `step` is used up: its tail is written in place. A decoder has the weights that the model has when
+    it is made: after training, make another. Programs have the `jax.default_matmul_precision` that holds where the
+    decoder is made.
     """
 
     def __init__(self, model: Model, plan: Plan, *, budget: Budget | None = None):
-        """Raises `PlanError` if the plan is for another model, or does not fit in `budget` (default: what is free)."""
+        """Raises `PlanError` if the plan is for another model, or does not fit in `budget` (default: what is free), or
+        the model is not what its shape says."""
         if jax.config.jax_disable_jit:
             raise PlanError("jax_disable_jit is on, and what decodes are compiled programs: turn it off")
+        check_model(model)
         if model.shape != plan.shape:
             raise PlanError(
                 f"the plan is for {plan.shape.name} in {plan.shape.dtype}, the model is {model.shape.name} in "
@@ -82,7 +85,8 @@ class Decoder:
             )
         self.plan = plan
         self._graph, state = nnx.split(model)
-        self._weights, self._structure = jax.tree.flatten(state)  # a plain list: jax flattens a State in Python
+        weights, self._structure = jax.tree.flatten(state)  # a plain list: jax flattens a State in Python
+        self._weights = [on_device(array) for array in weights]
         self._programs = Programs()
         self._precision = getattr(jax.config, PRECISION)
 

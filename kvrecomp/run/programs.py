@@ -78,8 +78,8 @@ class Compiled(NamedTuple):
 class Programs:
     """A table of ahead-of-time compiled programs; `compiled` has an entry for each that is ready.
 
-    `trace` functions return what `jax.jit(f).trace(...)` does. Who compiles a program holds its lock meanwhile, which is
-    let go whatever ends that, Ctrl-C too; who waits for it then compiles it in turn.
+    `trace` functions return what `jax.jit(f).trace(...)` does. Who compiles a program holds its lock meanwhile, which
+    is let go whatever ends that, Ctrl-C too; who waits for it then compiles it in turn.
     """
 
     def __init__(self):

@@ -49,7 +49,7 @@ class Sampling:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {kind}") from None
         if not 0 < self.temperature < math.inf:
             raise ValueError(
-                f"temperature is {self.temperature}; it must be a finite number above zero (greedy: do_sample=False)"
+                f"temperature is {self.temperature}; it must be above zero and finite (greedy: do_sample=False)"
             )
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be zero (all tokens) or more")
