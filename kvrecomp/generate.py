@@ -23,12 +23,13 @@ from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.run import memory
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.model import Model, check_parts
-from kvrecomp.run.programs import as_by_default
+from kvrecomp.run.programs import KeptPrograms, as_by_default
 from kvrecomp.run.prompt import as_ids, as_mask, as_row_ids, as_token_ids, check_tokens, split_groups
 from kvrecomp.run.sampling import NO_TOKEN, Sampling, choose, start_rows
 from kvrecomp.run.weights import weight_memories
 
 LEAD = 2  # unread steps: one that runs and one that waits
+_KEPT = KeptPrograms(4)  # of calls with so many plans
 
 
 class Streamer(Protocol):
@@ -84,7 +85,8 @@ def generate(
     `plan` is a `Plan` or the name of one: `auto`, the fastest on this machine within `budget`, which may decode the
     rows in groups, or one of `kvrecomp.named_plan`. Prompts shorter than a `Plan` is for are padded on the left.
     `profile` describes this machine, which is measured if it never was. `row_ids` int[batch] name the rows when
-    sampling, by default 0, 1, ...: a row that keeps its id keeps its text in any batch.
+    sampling, by default 0, 1, ...: a row that keeps its id keeps its text in any batch. What is compiled is kept for
+    later calls with the same plan, the weights that the model has then being used.
 
     Raises `PromptError` for prompts that cannot be decoded, `PlanError` for a plan that does not fit or a profile of
     another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN or
@@ -103,7 +105,7 @@ def generate(
     if isinstance(plan, str):
         work, placed = Workload(batch, prompt, max_new_tokens), weight_memories(model)
         plan = plan_for(plan, model.shape, work, budget=budget, profile=profile, weights=placed, groups=None)
-    decoder = Decoder(model, plan, budget=budget)
+    decoder = Decoder(model, plan, budget=budget, kept=_KEPT)
     pad = (*pads, *eos, 0)[0]
     return TokenLoop(decoder, sampling, eos, pad, streamer, output_logits).run(
         input_ids, attention_mask, max_new_tokens, row_ids

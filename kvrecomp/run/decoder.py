@@ -36,7 +36,7 @@ from kvrecomp.run.copies import OVERLAPPING
 from kvrecomp.run.limits import check_memory
 from kvrecomp.run.model import Model, check_model
 from kvrecomp.run.prefill import prefill
-from kvrecomp.run.programs import Compiled, Programs, side_by_side
+from kvrecomp.run.programs import Compiled, KeptPrograms, Programs, side_by_side
 from kvrecomp.run.prompt import PromptError, check_prompt, check_step
 from kvrecomp.run.step import decode_step
 from kvrecomp.run.weights import check_placement, on_device
@@ -64,9 +64,12 @@ class Decoder:
     decoder is made.
     """
 
-    def __init__(self, model: Model, plan: Plan, *, budget: Budget | None = None):
-        """Raises `PlanError` if the plan is for another model, or does not fit in `budget` (default: what is free), or
-        the model is not what its shape says."""
+    def __init__(self, model: Model, plan: Plan, *, budget: Budget | None = None, kept: KeptPrograms | None = None):
+        """Programs that `kept` has are not compiled again, and those that are made are put into it.
+
+        Raises `PlanError` if the plan is for another model, or does not fit in `budget` (default: what is free), or
+        the model is not what its shape says.
+        """
         if jax.config.jax_disable_jit:
             raise PlanError("jax_disable_jit is on, and what decodes are compiled programs: turn it off")
         check_model(model)
@@ -87,7 +90,7 @@ class Decoder:
         self._graph, state = nnx.split(model)
         weights, self._structure = jax.tree.flatten(state)  # a plain list: jax flattens a State in Python
         self._weights = [on_device(array) for array in weights]
-        self._programs = Programs()
+        self._programs = Programs(kept and kept.of(replace(plan, name="", reason="")))  # words are in no program
         self._precision = getattr(jax.config, PRECISION)
 
     @property

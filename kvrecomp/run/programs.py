@@ -1,4 +1,4 @@
-"""Compiled programs by name: each compiled once, now or in the background.
+"""Compiled programs by name: each compiled once, now or in the background, and kept for those who need the same.
 
 XLA chooses kernels by timing them. While it times one, no other program's kernels are timed or launched, so programs
 are compiled side by side; but what was launched before may still be running, so those that are to be fast are compiled
@@ -8,6 +8,7 @@ before anything runs.
 import collections
 import contextlib
 import gc
+import hashlib
 import os
 import sys
 import threading
@@ -68,22 +69,48 @@ def side_by_side(make: Callable[[Item], Result], items: Iterable[Item]) -> list[
         return list(pool.map(make_one, items))
 
 
+class KeptPrograms:
+    """Compiled programs for later decoders, of so many sets of programs: of the plans used last.
+
+    A program is found again by what XLA was given, its text, which has whatever of a model is in a program; weights are
+    its arguments. So a model that was changed has other programs, and one that was trained the same; nothing of either
+    is kept.
+    """
+
+    def __init__(self, sets: int):
+        self._sets = sets
+        self._kept: collections.OrderedDict[Hashable, dict[bytes, Any]] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, name: Hashable) -> dict[bytes, Any]:
+        """The set of that name, by the texts' hashes; what is put into it is kept. One has programs that take and give
+        the same trees of arrays."""
+        with self._lock:
+            found = self._kept.setdefault(name, {})
+            self._kept.move_to_end(name)
+            while len(self._kept) > self._sets:
+                self._kept.popitem(last=False)
+            return found
+
+
 class Compiled(NamedTuple):
-    """What compiling a program took, tracing included, and the device memory it needs beside its arguments."""
+    """What making a program took, tracing included, and the device memory it needs beside its arguments."""
 
     seconds: float
     temp_bytes: int
 
 
 class Programs:
-    """A table of ahead-of-time compiled programs; `compiled` has an entry for each that is ready.
+    """A table of ahead-of-time compiled programs; `compiled` has an entry for each that is ready. Programs that `kept`,
+    a set of `KeptPrograms`, has are traced, but not compiled again.
 
     `trace` functions return what `jax.jit(f).trace(...)` does. Who compiles a program holds its lock meanwhile, which
     is let go whatever ends that, Ctrl-C too; who waits for it then compiles it in turn.
     """
 
-    def __init__(self):
+    def __init__(self, kept: dict[bytes, Any] | None = None):
         self.compiled: dict[Hashable, Compiled] = {}
+        self._kept = kept
         self._made: dict[Hashable, Any] = {}
         self._locks: collections.defaultdict[Hashable, threading.Lock] = collections.defaultdict(threading.Lock)
         self._begun: dict[Hashable, Future] = {}
@@ -110,11 +137,20 @@ class Programs:
             if name not in self._made:
                 start = time.perf_counter()
                 with as_by_default():
-                    program = trace().lower().compile(compiler_options=dict(options))
+                    program = self._compile(trace().lower(), options)
                 temp_bytes = getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
                 self.compiled[name] = Compiled(time.perf_counter() - start, temp_bytes)
                 self._made[name] = program
             return self._made[name]
+
+    def _compile(self, lowered: Any, options: Mapping[str, Any]) -> Any:
+        if self._kept is None:
+            return lowered.compile(compiler_options=dict(options))
+        given = lowered.as_text(), sorted(options.items()), sorted(jax.config.values.items())
+        text = hashlib.sha256(repr(given).encode()).digest()
+        if text not in self._kept:
+            self._kept[text] = lowered.compile(compiler_options=dict(options))
+        return self._kept[text]
 
     def _get_beside_steps(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, Any]) -> None:
         with _short_turns():
