@@ -13,13 +13,12 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import numpy as np
 from jax import Array
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvrecomp.auto import plan_for
 from kvrecomp.background import BackgroundIterator
 from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
 from kvrecomp.predict.hardware import HardwareProfile
+from kvrecomp.progress import StepBar
 from kvrecomp.run import memory
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.model import Model, check_parts
@@ -151,7 +150,7 @@ class TokenLoop:
             self.streamer.put(prompt)
         dispatched = BackgroundIterator(self._dispatch(parts, max_new_tokens, rows), LEAD)
         try:
-            with _progress(max_new_tokens, self.progress) as advance, dispatched.reading, dispatched as steps:
+            with StepBar("decoding", max_new_tokens, self.progress) as advance, dispatched.reading, dispatched as steps:
                 for step in steps:
                     tokens = np.concatenate(jax.device_get(step.tokens))
                     arrivals.append(time.perf_counter())
@@ -219,20 +218,3 @@ class TokenLoop:
         """int32[new, batch] -> int32[batch]: how many of them are each row's own."""
         ends = np.isin(new, self.eos)
         return np.where(ends.any(axis=0), ends.argmax(axis=0) + 1, len(new)).astype(np.int32)
-
-
-class _progress:
-    """A progress bar on a terminal, nothing elsewhere: a context that gives the function to advance it."""
-
-    def __init__(self, total: int, wanted: bool):
-        columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        self._bar = Progress(*columns, console=console, transient=True, disable=not (wanted and console.is_terminal))
-        self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self):
-        self._bar.start()
-        return lambda: self._bar.advance(self._task)
-
-    def __exit__(self, *_):
-        self._bar.stop()

@@ -53,8 +53,8 @@ def _matrices(layer: nnx.Module, shape: LayerShape) -> list[Array]:
 
 
 def on_device(array: Any) -> Array:
-    """An array of a model's on the device that computes where it is NumPy's, as any other one is."""
-    return array if isinstance(array, Array) else jax.device_put(array, memory.sharding("device"))
+    """An array of a model's: one of NumPy's on the device that computes, any other as it is."""
+    return jax.device_put(array, memory.sharding("device")) if isinstance(array, np.ndarray) else array
 
 
 def weight_memories(model: Any) -> tuple[Memory, ...]:
