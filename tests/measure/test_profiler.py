@@ -64,19 +64,26 @@ ABSURD |= {
     "a layer's batch": layer_with(batch="3"),
     "a layer's vocabulary": layer_with(vocab=-5),
     "a layer's positions": layer_with(positions="all"),
-    "a layer's curve": layer_with(work=dict.fromkeys(WORKS, {"sizes": [0, 10**400], "seconds": [1, 2]})),
+    "a layer's curve": layer_with(work={kind: {"sizes": [0, 10**400], "seconds": [1, 2]} for kind in WORKS}),
     "no curve": layer_with(work=[]),
 }
 
 
-@pytest.mark.parametrize(
-    "content", ["", "{", "[]", "{}", "3", "\0" * 50, "[" * 100_000, "1" * 5000, b"\xff\xfe", *ABSURD]
-)
-def test_a_corrupt_file_is_measured_anew_and_said(cache, counted, caplog, known_machine, content):
+DAMAGED = {
+    **{content: content for content in ("", "{", "[]", "{}", "3")},
+    "zeros": "\0" * 50,
+    "nested": "[" * 100_000,
+    "digits": "1" * 5000,
+    "no text": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, *ABSURD])
+def test_a_corrupt_file_is_measured_anew_and_said(cache, counted, caplog, known_machine, name):
     path = profiler.profile_path()
     path.parent.mkdir()
-    if content in ABSURD:
-        content = json.dumps({"format": profiler.FORMAT, **known_machine.to_json(), **ABSURD[content]})
+    absurd = {"format": profiler.FORMAT, **known_machine.to_json(), **ABSURD.get(name, {})}
+    content = DAMAGED.get(name, json.dumps(absurd))
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with caplog.at_level(logging.WARNING):
         profiler.profile()
