@@ -6,29 +6,30 @@ never waits for Python. Stopping is therefore seen late; the results of steps di
 
 import numbers
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 from jax import Array
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kvrecomp.auto import plan_for
 from kvrecomp.background import BackgroundIterator
 from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
 from kvrecomp.predict.hardware import HardwareProfile
+from kvrecomp.progress import StepBar
 from kvrecomp.run import memory
 from kvrecomp.run.cache import Cache
 from kvrecomp.run.decoder import Decoder
-from kvrecomp.run.model import Model
+from kvrecomp.run.model import Model, check_parts
+from kvrecomp.run.programs import KeptPrograms, as_by_default
 from kvrecomp.run.prompt import as_ids, as_mask, as_row_ids, as_token_ids, check_tokens, split_groups
-from kvrecomp.run.sampling import NAN_TOKEN, Sampling, choose, start_rows
+from kvrecomp.run.sampling import NO_TOKEN, Sampling, choose, start_rows
 from kvrecomp.run.weights import weight_memories
 
 LEAD = 2  # unread steps: one that runs and one that waits
+_KEPT = KeptPrograms(4)  # of calls with so many plans
 
 
 class Streamer(Protocol):
@@ -84,10 +85,12 @@ def generate(
     `plan` is a `Plan` or the name of one: `auto`, the fastest on this machine within `budget`, which may decode the
     rows in groups, or one of `kvrecomp.named_plan`. Prompts shorter than a `Plan` is for are padded on the left.
     `profile` describes this machine, which is measured if it never was. `row_ids` int[batch] name the rows when
-    sampling, by default 0, 1, ...: a row that keeps its id keeps its text in any batch.
+    sampling, by default 0, 1, ...: a row that keeps its id keeps its text in any batch. What is compiled is kept for
+    later calls with the same plan, the weights that the model has then being used.
 
     Raises `PromptError` for prompts that cannot be decoded, `PlanError` for a plan that does not fit or a profile of
-    another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN.
+    another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN or
+    infinite.
     """
     sampling = Sampling(do_sample, temperature, top_k, top_p, seed)
     if not isinstance(max_new_tokens, numbers.Integral) or max_new_tokens < 1:
@@ -95,13 +98,14 @@ def generate(
     if not isinstance(plan, (str, Plan)):
         raise PlanError(f"the plan is {plan!r}; expected a Plan, or the name of one")
     eos, pads = as_token_ids("eos_token_id", eos_token_id), as_token_ids("pad_token_id", pad_token_id)
+    check_parts(model)
     ids = as_ids(input_ids)
     check_tokens(ids, as_mask(attention_mask, ids), model.shape.vocab)  # before anything that takes long
     batch, prompt = ids.shape
     if isinstance(plan, str):
         work, placed = Workload(batch, prompt, max_new_tokens), weight_memories(model)
         plan = plan_for(plan, model.shape, work, budget=budget, profile=profile, weights=placed, groups=None)
-    decoder = Decoder(model, plan, budget=budget)
+    decoder = Decoder(model, plan, budget=budget, kept=_KEPT)
     pad = (*pads, *eos, 0)[0]
     return TokenLoop(decoder, sampling, eos, pad, streamer, output_logits).run(
         input_ids, attention_mask, max_new_tokens, row_ids
@@ -147,14 +151,14 @@ class TokenLoop:
             self.streamer.put(prompt)
         dispatched = BackgroundIterator(self._dispatch(parts, max_new_tokens, rows), LEAD)
         try:
-            with _progress(max_new_tokens, self.progress) as advance, dispatched as steps:
+            with StepBar("decoding", max_new_tokens, self.progress) as advance, dispatched.reading, dispatched as steps:
                 for step in steps:
                     tokens = np.concatenate(jax.device_get(step.tokens))
                     arrivals.append(time.perf_counter())
-                    if (tokens == NAN_TOKEN).any():
+                    if (tokens == NO_TOKEN).any():
                         raise FloatingPointError(
-                            f"the logits of row {int(np.argmax(tokens == NAN_TOKEN))} are NaN at new token {len(new)}: "
-                            "check the weights, or use a dtype with a larger range"
+                            f"the logits of row {int(np.argmax(tokens == NO_TOKEN))} are NaN or infinite at new token "
+                            f"{len(new)}: check the weights, or use a dtype with a larger range"
                         )
                     new.append(tokens)
                     if step.logits:
@@ -183,7 +187,7 @@ class TokenLoop:
 
     def _dispatch(
         self, parts: Sequence[tuple[np.ndarray, np.ndarray]], max_new_tokens: int, row_ids: np.ndarray
-    ) -> Iterator[_Dispatched]:
+    ) -> Generator[_Dispatched, None, None]:
         """Prefill and steps, one item a token, as they are dispatched. Nothing here waits for the device, but for what
         a packed prompt or tail says of itself."""
         decoder = self.decoder
@@ -204,10 +208,12 @@ class TokenLoop:
             memory.sharding("device"),
         )
         recents = [cache.recent for cache in caches]
-        rows = [start_rows(seed, row, recent.length, recent.padding) for row, recent in zip(names, recents)]
+        with as_by_default():
+            rows = [start_rows(seed, row, recent.length, recent.padding) for row, recent in zip(names, recents)]
         sent = 0
         for index in range(max_new_tokens):
-            chosen = [choose(self.sampling, eos, pad, *group) for group in zip(rows, logits)]
+            with as_by_default():
+                chosen = [choose(self.sampling, eos, pad, *group) for group in zip(rows, logits)]
             rows, tokens, reports = map(list, zip(*chosen))
             arriving = (reports, logits if self.output_logits else [])
             jax.tree.map(lambda array: array.copy_to_host_async(), arriving)
@@ -220,20 +226,3 @@ class TokenLoop:
         """int32[new, batch] -> int32[batch]: how many of them are each row's own."""
         ends = np.isin(new, self.eos)
         return np.where(ends.any(axis=0), ends.argmax(axis=0) + 1, len(new)).astype(np.int32)
-
-
-class _progress:
-    """A progress bar on a terminal, nothing elsewhere: a context that gives the function to advance it."""
-
-    def __init__(self, total: int, wanted: bool):
-        columns = (TextColumn("decoding"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        console = Console(stderr=True)
-        self._bar = Progress(*columns, console=console, transient=True, disable=not (wanted and console.is_terminal))
-        self._task = self._bar.add_task("", total=total)
-
-    def __enter__(self):
-        self._bar.start()
-        return lambda: self._bar.advance(self._task)
-
-    def __exit__(self, *_):
-        self._bar.stop()

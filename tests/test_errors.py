@@ -299,7 +299,7 @@ def with_nan_at(position):
 def test_nan_logits_name_the_row_and_the_token(position, row, token):
     """Row 1 has 5 tokens, the others 2 and 3, so it is the first to reach a position."""
     ids, padding = np.arange(15).reshape(3, 5), np.array([[3], [0], [2]])
-    with one_line(FloatingPointError, f"row {row} are NaN at new token {token}", "check the weights"):
+    with one_line(FloatingPointError, f"row {row} are NaN or infinite at new token {token}", "check the weights"):
         kvrecomp.generate(with_nan_at(position), ids, np.arange(5) >= padding, max_new_tokens=4)
 
 
@@ -308,6 +308,8 @@ def test_nan_logits_name_the_row_and_the_token(position, row, token):
     [
         ({"temperature": 0.0}, "temperature is 0.0; it must be above zero"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf; it must be above zero and finite"),
+        ({"temperature": 10**400}, "expected a number"),
         ({"top_k": -1}, "top_k is -1"),
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.1}, "top_p is 1.1"),

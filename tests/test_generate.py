@@ -12,7 +12,7 @@ import kvrecomp
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import PlanError, Workload
 from kvrecomp.run.prompt import PromptError
-from kvrecomp.run.sampling import NAN_TOKEN, Sampling, choose, start_rows, truncate
+from kvrecomp.run.sampling import NO_TOKEN, Sampling, choose, start_rows, truncate
 
 BATCH, PROMPT, NEW, TAIL = 3, 5, 11, 3
 
@@ -260,7 +260,7 @@ def test_choice_step_by_step():
     logits = np.array([[1, 3, 2], [5, 4, 3], [0, 0, 1], [np.nan, 1, 2], [np.nan, 1, 2]])
     finished = np.array([False, True, False, False, True])
     tokens, report, rows = chosen(Sampling(), logits, range(5), range(5), eos=[1, 0], finished=finished)
-    assert tokens[[0, 1, 2, 4]].tolist() == [1, 7, 2, 7] and report.tolist() == [1, 7, 2, NAN_TOKEN, 7]
+    assert tokens[[0, 1, 2, 4]].tolist() == [1, 7, 2, 7] and report.tolist() == [1, 7, 2, NO_TOKEN, 7]
     assert toy.get(rows.finished)[[0, 1, 2, 4]].tolist() == [True, True, False, True]
     assert toy.get(rows.positions).tolist() == [1, 2, 3, 4, 5]
 

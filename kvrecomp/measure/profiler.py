@@ -12,6 +12,7 @@ from kvrecomp.measure.layers import measure_layer
 from kvrecomp.measure.machine import measure_machine, this_machine
 from kvrecomp.plan import PlanError
 from kvrecomp.predict.hardware import HardwareProfile, LayerTimes
+from kvrecomp.progress import waiting
 from kvrecomp.run.model import Model
 
 LOG = logging.getLogger("kvrecomp")
@@ -25,15 +26,20 @@ def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False
     positions. What was measured is kept in `profile_path()` and holds for this kind and number of devices, jax version
     and driver; `refresh` forgets the layers timed before.
     """
-    found = None if refresh else _read(profile_path())
-    known = found or measure_machine()
+    found = None if refresh else _read()
+    if found is None:
+        with waiting("measuring this machine, which is done once"):
+            known = measure_machine()
+    else:
+        known = found
     timed: list[LayerTimes] = []
     if model is not None:
         for layer in model.shape.distinct_layers:
             if refresh or not _covers(known.times(layer, model.shape.dtype, batch), model.shape.positions):
-                timed.append(measure_layer(model, layer, batch))
+                with waiting(f"timing a layer of {model.shape.name} with {batch} rows, which is done once"):
+                    timed.append(measure_layer(model, layer, batch))
     if timed and found:
-        known = _read(profile_path()) or known  # another process may have timed other layers meanwhile
+        known = _read() or known  # another process may have timed other layers meanwhile
     for times in timed:
         known = known.with_times(times)
     if timed or not found:
@@ -55,8 +61,11 @@ def keep(measured: HardwareProfile) -> None:
 
 
 def profile_path() -> pathlib.Path:
-    """Where this machine's profile is kept: under XDG_CACHE_HOME or ~/.cache."""
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    """Where this machine's profile is kept: under XDG_CACHE_HOME or ~/.cache. Raises OSError where there is neither."""
+    try:
+        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    except RuntimeError:  # of a user that the machine does not know
+        raise OSError("there is no home directory") from None
     name = "-".join(map(str, this_machine().values()))
     return cache / "kvrecomp" / f"profile-{re.sub(r'[^A-Za-z0-9.]+', '_', name).strip('_')}.json"
 
@@ -76,8 +85,12 @@ def _describe(machine: dict[str, Any]) -> str:
     return f"{machine['device']} x{machine['count']}, jax {machine['jax'] or '-'}, driver {machine['driver'] or '-'}"
 
 
-def _read(path: pathlib.Path) -> HardwareProfile | None:
-    """The profile in the file, or None, with a line that says why where there is a file."""
+def _read() -> HardwareProfile | None:
+    """The profile that is kept, or None, with a line that says why where there is a file."""
+    try:
+        path = profile_path()
+    except OSError:
+        return None  # `profile` says it when it can keep none
     try:
         data = json.loads(path.read_text())
         if data.pop("format") != FORMAT:
@@ -86,7 +99,7 @@ def _read(path: pathlib.Path) -> HardwareProfile | None:
         check_profile(read)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         LOG.warning("%s is no profile of this machine (%s); measuring it anew", path, error)
         return None
     return read

@@ -116,14 +116,14 @@ def measured_line(what: str, sizes: Sequence[float], timers: Sequence[Callable[[
     """A line through what each size's timer gives for REPEATS repeats. Where that is no line, all are measured again,
     and the line is through the less that each took."""
     seconds = [math.inf] * len(sizes)
-    for log, outcome in ((LOG.info, "measuring it again"), (LOG.warning, "predictions may be as far off")):
+    for outcome in ("measuring it again", "predictions may be as far off"):
         seconds = [min(before, timer(REPEATS)) for before, timer in zip(seconds, timers, strict=True)]
         line = fit_line(sizes, seconds)
         errors = [line(size) / measured - 1 for size, measured in zip(sizes, seconds)]
         worst = max(range(len(sizes)), key=lambda number: abs(errors[number]))
         if abs(errors[worst]) <= POOR_FIT:
             break
-        log(
+        LOG.info(
             "%s: a line is %+.0f %% off the %.3g ms measured at %d; %s",
             *(what, 100 * errors[worst], 1e3 * seconds[worst], sizes[worst], outcome),
         )

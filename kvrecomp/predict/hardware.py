@@ -8,6 +8,7 @@ Times are seconds, sizes bytes, rates per second.
 import bisect
 import dataclasses
 import itertools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -15,6 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 
 from kvrecomp.plan import GIB, LayerShape, Memory, PlanError, uneven
+from kvrecomp.plan.shapes import check_positive
 from kvrecomp.predict.datasheets import DATASHEETS
 
 # Bytes of device memory: a budget of less or more is in the wrong unit. A toy model needs little more than the least.
@@ -100,7 +102,8 @@ class Curve:
                 f"Curve: sizes {self.sizes} and seconds {self.seconds}; expected as many of both, 2 to {KNOTS}, and "
                 "sizes that grow from zero"
             )
-        for value in self.seconds:
+        for size, value in zip(self.sizes, self.seconds, strict=True):
+            _check_number("Curve", "sizes", size)
             _check_number("Curve", "seconds", value)
 
     @classmethod
@@ -151,6 +154,8 @@ class LayerTimes:
         if set(self.work) != set(WORKS):
             raise PlanError(f"LayerTimes: {', '.join(self.work)}; expected {', '.join(WORKS)}")
         _check_number("LayerTimes", "outside", self.outside)
+        given = {"vocab": self.vocab, "positions": self.positions}
+        check_positive(self, batch=self.batch, **{name: size for name, size in given.items() if size is not None})
 
     @property
     def timed(self) -> tuple[LayerShape, str, int]:
@@ -243,6 +248,7 @@ class HardwareProfile:
 
 def _check_number(thing: str, name: str, value: Any, above: bool = False) -> None:
     """Raises `PlanError` for what is no finite number from zero on, or `above` zero."""
-    if not isinstance(value, (int, float)) or not 0 <= value < float("inf") or (above and value == 0):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or not 0 <= value <= sys.float_info.max or (above and value == 0):
         expected = "greater than zero" if above else "not negative"
         raise PlanError(f"{thing}: {name} is {value!r}; it must be a finite number, {expected}")

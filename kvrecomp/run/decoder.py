@@ -36,13 +36,13 @@ from kvrecomp.run.cache import (
     shardings,
 )
 from kvrecomp.run.limits import check_memory
-from kvrecomp.run.model import Model
+from kvrecomp.run.model import Model, check_model
 from kvrecomp.run.prefill import prefill
-from kvrecomp.run.programs import Compiled, Programs, side_by_side
+from kvrecomp.run.programs import Compiled, KeptPrograms, Programs, side_by_side
 from kvrecomp.run.prompt import PromptError, check_prompt, check_step
 from kvrecomp.run.schedule import OVERLAPPING
 from kvrecomp.run.step import decode_step
-from kvrecomp.run.weights import check_placement
+from kvrecomp.run.weights import check_placement, on_device
 
 LOG = logging.getLogger("kvrecomp")
 
@@ -62,12 +62,20 @@ class Decoder:
         cache, logits = decoder.prefill(input_ids, attention_mask)
         cache, logits = decoder.step(cache, token_ids)
 
-    A cache given to `step` is used up: its tail is written in place. Programs have the `jax.default_matmul_precision`
-    that holds where the decoder is made.
+    A cache given to `step` is used up: its tail is written in place. A decoder has the weights that the model has when
+    it is made: after training, make another. Programs have the `jax.default_matmul_precision` that holds where the
+    decoder is made.
     """
 
-    def __init__(self, model: Model, plan: Plan, *, budget: Budget | None = None):
-        """Raises `PlanError` if the plan is for another model, or does not fit in `budget` (default: what is free)."""
+    def __init__(self, model: Model, plan: Plan, *, budget: Budget | None = None, kept: KeptPrograms | None = None):
+        """Programs that `kept` has are not compiled again, and those that are made are put into it.
+
+        Raises `PlanError` if the plan is for another model, or does not fit in `budget` (default: what is free), or
+        the model is not what its shape says.
+        """
+        if jax.config.jax_disable_jit:
+            raise PlanError("jax_disable_jit is on, and what decodes are compiled programs: turn it off")
+        check_model(model)
         if model.shape != plan.shape:
             raise PlanError(
                 f"the plan is for {plan.shape.name} in {plan.shape.dtype}, the model is {model.shape.name} in "
@@ -81,12 +89,17 @@ class Decoder:
                 "makes fewer and smaller ones",
                 *(plan.name, plan.write_outs + 1, seconds / 60),
             )
-        self.plan = plan
-        self._budget = budget
+        self._kept, self._budget = kept, budget
+        self._take_plan(plan)
         self._graph, state = nnx.split(model)
-        self._weights, self._structure = jax.tree.flatten(state)  # a plain list: jax flattens a State in Python
-        self._programs = Programs()
+        weights, self._structure = jax.tree.flatten(state)  # a plain list: jax flattens a State in Python
+        self._weights = [on_device(array) for array in weights]
         self._precision = getattr(jax.config, PRECISION)
+
+    def _take_plan(self, plan: Plan) -> None:
+        self.plan = plan
+        kept = self._kept and self._kept.of(replace(plan, name="", reason=""))  # words are in no program
+        self._programs = Programs(kept)
 
     @property
     def compiled(self) -> dict[Hashable, Compiled]:
@@ -221,9 +234,8 @@ class Decoder:
             "largest of their channel than a packed block lists",
             *(self.plan.name, len(layers), len(self.plan.layers)),
         )
-        self.plan = self.plan.plain_from(layers, write_outs)
         self._programs.cancel()
-        self._programs = Programs()
+        self._take_plan(self.plan.plain_from(layers, write_outs))
 
     def _reserve_growth(self) -> None:
         """Pins host memory for the blocks to come, of all groups."""

@@ -33,6 +33,8 @@ _attention.def_abstract_eval(lambda *_, jaxpr, structure: jaxpr.out_avals)
 # Equations that compute what the jaxpr among their parameters does, of the same operands.
 _WRAPPERS = ("jit", "pjit", "closed_call", "core_call", "checkpoint", "remat2", "custom_jvp_call", "custom_vjp_call")
 
+_RANDOM = ("random_bits", "threefry2x32", "rng_bit_generator", "rng_uniform")  # equations that draw numbers
+
 
 @dataclass(frozen=True)
 class Layer:
@@ -77,7 +79,8 @@ class Layers:
         the array. `attended` is given what attention made when it is done, before the layer goes on, and may change it.
         An `attention` that equals another attends alike.
 
-        Raises `PlanError` unless the layer attends exactly once, outside of loops and conditions.
+        Raises `PlanError` unless the layer attends exactly once, outside of loops and conditions, gives hidden states
+        as it was given, and draws no random numbers.
         """
         shapes = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in parameters]  # on the device, wherever now
         arrays, structure = jax.tree.flatten((hidden, context))
@@ -104,6 +107,8 @@ def _trace(
 
     def run(hidden: Array, parameters: Sequence[Array], context: Any) -> Array:
         def attend(x: Array, projections: Projections) -> Array:
+            if not isinstance(x, Array):
+                raise PlanError(f"attend was given a {type(x).__name__}; expected an array [..., hidden]")
             function = jax.jit(lambda x: attention(context, x, projections))  # what it captures becomes its operands
             closed, shapes = jax.make_jaxpr(function, return_shape=True)(x)
             (call,) = closed.jaxpr.eqns
@@ -114,10 +119,29 @@ def _trace(
 
         return layer(parameters)(hidden, attend)
 
-    closed = jax.make_jaxpr(run)(hidden, parameters, context)
+    closed, result = jax.make_jaxpr(run, return_shape=True)(hidden, parameters, context)
     if (count := _attentions(closed)) != 1:
-        raise PlanError(f"a layer called attend {count} times; expected once")
+        raise PlanError(f"it calls attend {count} times; expected once")
+    given = f"hidden states {list(hidden.shape)}, as it was given"
+    if not isinstance(result, jax.ShapeDtypeStruct):
+        raise PlanError(f"it returns a {type(result).__name__}; expected an array of {given}")
+    if result.shape != hidden.shape:
+        raise PlanError(f"it returns {list(result.shape)}; expected {given}")
+    check_draws_nothing(closed)
     return closed
+
+
+def check_draws_nothing(closed: core.ClosedJaxpr) -> None:
+    """Raises `PlanError` where random numbers are drawn."""
+    if _draws(closed):
+        raise PlanError("it draws random numbers, as active dropout does: call model.eval() before decoding")
+
+
+def _draws(closed: core.ClosedJaxpr) -> bool:
+    """Whether random numbers are drawn in this jaxpr."""
+    return any(
+        equation.primitive.name in _RANDOM or any(map(_draws, _inner(equation))) for equation in closed.jaxpr.eqns
+    )
 
 
 def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[Input], attend: Callable[..., list[Array]]) -> list[Array]:
@@ -144,7 +168,7 @@ def _evaluate(closed: core.ClosedJaxpr, inputs: Sequence[Input], attend: Callabl
             (inner,) = _inner(equation)
             outputs = _evaluate(inner, list(map(value, equation.invars)), attend)
         else:
-            raise PlanError(f"a layer calls attend inside {primitive.name}: call it outside of loops and conditions")
+            raise PlanError(f"it calls attend inside {primitive.name}: call it outside of loops and conditions")
         values |= zip(equation.outvars, outputs, strict=True)
     return list(map(array, jaxpr.outvars))
 

@@ -1,12 +1,14 @@
-"""Compiled programs by name: each compiled once, now or in the background.
+"""Compiled programs by name: each compiled once, now or in the background, and kept for those who need the same.
 
 XLA chooses kernels by timing them. While it times one, no other program's kernels are timed or launched, so programs
 are compiled side by side; but what was launched before may still be running, so those that are to be fast are compiled
 before anything runs.
 """
 
+import collections
 import contextlib
 import gc
+import hashlib
 import os
 import sys
 import threading
@@ -15,6 +17,8 @@ import types
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple, TypeVar
+
+import jax
 
 from kvrecomp.run.schedule import compile_overlapping
 
@@ -45,71 +49,111 @@ def _short_turns() -> Iterator[None]:
             gc.enable()
 
 
+@contextlib.contextmanager
+def as_by_default() -> Iterator[None]:
+    """A context in which jax traces as it does by default: switches of a user's that forbid what is implicit, or draw
+    other random numbers, are for the user's own code. It holds for one thread."""
+    with contextlib.ExitStack() as switches:
+        switches.enter_context(jax.numpy_rank_promotion("allow"))
+        switches.enter_context(jax.numpy_dtype_promotion("standard"))
+        switches.enter_context(jax.threefry_partitionable(True))
+        yield
+
+
 def side_by_side(make: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
     """`make` of each item, which compiles, in as many threads as the machine has processors for."""
+
+    def make_one(item: Item) -> Result:
+        with as_by_default():
+            return make(item)
+
     with ThreadPoolExecutor(min(MOST_SIDE_BY_SIDE, os.cpu_count() or 1)) as pool:
-        return list(pool.map(make, items))
+        return list(pool.map(make_one, items))
+
+
+class KeptPrograms:
+    """Compiled programs for later decoders, of so many sets of programs: of the plans used last.
+
+    A program is found again by what XLA was given, its text, which has whatever of a model is in a program; weights are
+    its arguments. So a model that was changed has other programs, and one that was trained the same; nothing of either
+    is kept.
+    """
+
+    def __init__(self, sets: int):
+        self._sets = sets
+        self._kept: collections.OrderedDict[Hashable, dict[bytes, Any]] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def of(self, name: Hashable) -> dict[bytes, Any]:
+        """The set of that name, by the texts' hashes; what is put into it is kept. One has programs that take and give
+        the same trees of arrays."""
+        with self._lock:
+            found = self._kept.setdefault(name, {})
+            self._kept.move_to_end(name)
+            while len(self._kept) > self._sets:
+                self._kept.popitem(last=False)
+            return found
 
 
 class Compiled(NamedTuple):
-    """What compiling a program took, tracing included, and the device memory it needs beside its arguments."""
+    """What making a program took, tracing included, and the device memory it needs beside its arguments."""
 
     seconds: float
     temp_bytes: int
 
 
 class Programs:
-    """A table of ahead-of-time compiled programs; `compiled` has an entry for each that is ready.
+    """A table of ahead-of-time compiled programs; `compiled` has an entry for each that is ready. Programs that `kept`,
+    a set of `KeptPrograms`, has are traced, but not compiled again.
 
-    `trace` functions return what `jax.jit(f).trace(...)` does.
+    `trace` functions return what `jax.jit(f).trace(...)` does. Who compiles a program holds its lock meanwhile, which
+    is let go whatever ends that, Ctrl-C too; who waits for it then compiles it in turn.
     """
 
-    def __init__(self):
+    def __init__(self, kept: dict[bytes, Any] | None = None):
         self.compiled: dict[Hashable, Compiled] = {}
-        self._futures: dict[Hashable, Future] = {}
-        self._lock = threading.Lock()
+        self._kept = kept
+        self._made: dict[Hashable, Any] = {}
+        self._locks: collections.defaultdict[Hashable, threading.Lock] = collections.defaultdict(threading.Lock)
+        self._begun: dict[Hashable, Future] = {}
 
     def start(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, Any] = NO_OPTIONS) -> None:
-        """Compiles in the background, with these options of XLA's, unless that was begun before."""
-        with self._lock:
-            if not self._is_begun(name):
-                self._futures[name] = _BACKGROUND.submit(self._compile_beside_steps, name, trace, options)
+        """Compiles in the background, with these options of XLA's, unless that was begun before or is done."""
+        begun = self._begun.get(name)
+        failed = begun is not None and begun.done() and (begun.cancelled() or begun.exception() is not None)
+        if name not in self._made and (begun is None or failed):
+            self._begun[name] = _BACKGROUND.submit(self._get_beside_steps, name, trace, options)
 
     def cancel(self) -> None:
         """Gives up the programs whose compilation was asked for and has not begun."""
-        with self._lock:
-            self._futures = {name: future for name, future in self._futures.items() if not future.cancel()}
+        for begun in list(self._begun.values()):
+            begun.cancel()
 
     def get(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, Any] = NO_OPTIONS) -> Any:
-        """The compiled program; compiles it now, in this thread, or waits for it, where that was begun.
+        """The compiled program; compiles it now, in this thread, or waits for who compiles it already.
 
-        What still waits for others in the background is compiled here, so nobody waits for what `cancel` gives up.
+        What still waits for others in the background is compiled here, so nobody waits for what `cancel` gives up. What
+        failed is tried again: memory may be free by then.
         """
-        with self._lock:
-            mine = not self._is_begun(name) or self._futures[name].cancel()
-            if mine:
-                self._futures[name] = Future()
-                self._futures[name].set_running_or_notify_cancel()
-            future = self._futures[name]
-        if mine:
-            try:
-                future.set_result(self._compile(name, trace, options))
-            except BaseException as error:
-                future.set_exception(error)
-        return future.result()
+        with self._locks[name]:
+            if name not in self._made:
+                start = time.perf_counter()
+                with as_by_default():
+                    program = self._compile(trace().lower(), options)
+                temp_bytes = getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
+                self.compiled[name] = Compiled(time.perf_counter() - start, temp_bytes)
+                self._made[name] = program
+            return self._made[name]
 
-    def _is_begun(self, name: Hashable) -> bool:
-        """Whether the program is made or is being made. What failed is tried again: memory may be free by then."""
-        future = self._futures.get(name)
-        return future is not None and not (future.done() and future.exception() is not None)
+    def _compile(self, lowered: Any, options: Mapping[str, Any]) -> Any:
+        if self._kept is None:
+            return compile_overlapping(lowered, options)
+        given = lowered.as_text(), sorted(options.items()), sorted(jax.config.values.items())
+        text = hashlib.sha256(repr(given).encode()).digest()
+        if text not in self._kept:
+            self._kept[text] = compile_overlapping(lowered, options)
+        return self._kept[text]
 
-    def _compile_beside_steps(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, Any]) -> Any:
+    def _get_beside_steps(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, Any]) -> None:
         with _short_turns():
-            return self._compile(name, trace, options)
-
-    def _compile(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, Any]) -> Any:
-        start = time.perf_counter()
-        program = compile_overlapping(trace().lower(), options)
-        analysis = program.memory_analysis()
-        self.compiled[name] = Compiled(time.perf_counter() - start, getattr(analysis, "temp_size_in_bytes", 0))
-        return program
+            self.get(name, trace, options)

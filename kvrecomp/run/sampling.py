@@ -1,10 +1,12 @@
 """Choosing the next token of every row, on the device.
 
 Randomness is keyed by (seed, row, position), position counting the row's own tokens, so that a row's text does not
-depend on padding or on which rows were decoded beside it.
+depend on padding or on which rows were decoded beside it. Of jax's random number generators only Threefry keeps to
+that: what the others draw for a row depends on its place in the batch.
 """
 
 import functools
+import math
 import operator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -13,16 +15,19 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-NAN_TOKEN = -(2**31)  # reported in place of a token id where a row's logits are NaN; -1 pads in some configurations
+NO_TOKEN = -(2**31)  # reported in place of a token id where there is none to choose; -1 pads in some configurations
+GENERATOR = "threefry2x32"  # whatever jax_default_prng_impl says
+LEAST = 1e-37  # it and its inverse are numbers to a device, which takes less than 1.2e-38 for zero
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen; names as in Hugging Face's `generate`.
 
-    Without `do_sample` the likeliest token is taken. With it, logits are divided by `temperature`, the `top_k`
-    likeliest kept (0: all), and of those the smallest set whose probability reaches `top_p`. Raises ValueError where a
-    value is out of range.
+    Without `do_sample` the likeliest token is taken, the first of several. With it, logits are divided by
+    `temperature`, the `top_k` likeliest kept (0: all), and of those the smallest set whose probability reaches `top_p`,
+    at least one. What is as likely as the last one kept is kept too: transformers does so for `top_k`, and for `top_p`
+    drops some of them. Raises ValueError where a value is out of range.
     """
 
     do_sample: bool = False
@@ -40,10 +45,12 @@ class Sampling:
         ):
             try:
                 object.__setattr__(self, name, number(getattr(self, name)))  # of NumPy's and jax's, Python's own
-            except (TypeError, ValueError):
+            except (TypeError, ValueError, OverflowError):
                 raise ValueError(f"{name} is {getattr(self, name)!r}; expected {kind}") from None
-        if not self.temperature > 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be above zero (greedy: do_sample=False)")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(
+                f"temperature is {self.temperature}; it must be above zero and finite (greedy: do_sample=False)"
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k is {self.top_k}; it must be zero (all tokens) or more")
         if not 0 < self.top_p <= 1:
@@ -65,36 +72,40 @@ def start_rows(seed: Array, row_ids: Array, length: Array, padding: Array) -> Ro
     """Rows named by uint32[b] ids, after `length` slots of which int32[b] are padding."""
     positions = length - padding
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
-    return Rows(fold(jax.random.key(seed), row_ids), positions, jnp.zeros(positions.shape, bool))
+    return Rows(fold(jax.random.key(seed, impl=GENERATOR), row_ids), positions, jnp.zeros(positions.shape, bool))
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def choose(sampling: Sampling, eos: Array, pad: Array, rows: Rows, logits: Array) -> tuple[Rows, Array, Array]:
-    """logits float32[b, vocab] -> rows, token ids int32[b], and the same with NAN_TOKEN where logits are NaN.
+    """logits float32[b, vocab] -> rows, token ids int32[b], and the same with NO_TOKEN where the largest logit is NaN
+    or infinite. Minus infinity is a token that is never chosen.
 
     Rows that have ended get `pad`; a row ends with any token of int32[e] `eos`.
     """
+    largest = logits.max(axis=-1, keepdims=True)  # NaN if any is
     if sampling.do_sample:
         keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.positions)
-        below = logits - logits.max(axis=-1, keepdims=True)  # divided by very little, several would be infinite
-        tokens = jax.vmap(jax.random.categorical)(keys, truncate(sampling, below / sampling.temperature))
+        below = logits - largest  # divided by very little, several would be infinite
+        temperature = min(max(sampling.temperature, LEAST), 1 / LEAST)
+        tokens = jax.vmap(jax.random.categorical)(keys, truncate(sampling, below / temperature))
     else:
         tokens = jnp.argmax(logits, axis=-1)
     tokens = jnp.where(rows.finished, pad, tokens.astype(jnp.int32))
-    broken = jnp.isnan(logits).any(axis=-1) & ~rows.finished
-    finished = rows.finished | (tokens[:, None] == eos).any(axis=-1)
-    return Rows(rows.keys, rows.positions + 1, finished), tokens, jnp.where(broken, NAN_TOKEN, tokens)
+    broken = ~jnp.isfinite(largest[:, 0]) & ~rows.finished
+    finished = rows.finished | (tokens[:, None] == eos[None]).any(axis=-1)
+    return Rows(rows.keys, rows.positions + 1, finished), tokens, jnp.where(broken, NO_TOKEN, tokens)
 
 
 def truncate(sampling: Sampling, logits: Array) -> Array:
     """float32[b, vocab] with tokens outside top_k, then outside top_p of what is left, at minus infinity."""
-    top_k = sampling.top_k or logits.shape[-1]
-    if top_k >= logits.shape[-1] and sampling.top_p == 1:
+    vocab = logits.shape[-1]
+    top_k = min(sampling.top_k or vocab, vocab)
+    if top_k == vocab and sampling.top_p == 1:
         return logits
     ordered = jnp.sort(logits, axis=-1, descending=True)
-    kept = jnp.broadcast_to(jnp.arange(logits.shape[-1]) < top_k, logits.shape)
+    kept = jnp.broadcast_to(jnp.arange(vocab) < top_k, logits.shape)
     if sampling.top_p < 1:  # rounded sums reach 1 early, which must not drop what top_k keeps
         probability = jax.nn.softmax(jnp.where(kept, ordered, -jnp.inf), axis=-1)
-        kept &= jnp.cumsum(probability, axis=-1) - probability < sampling.top_p
+        kept &= jnp.cumsum(probability, axis=-1) - probability < max(sampling.top_p, LEAST)
     smallest = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
     return jnp.where(logits >= smallest, logits, -jnp.inf)

@@ -22,6 +22,7 @@ from kvrecomp.plan.step_order import Matrices
 from kvrecomp.run import memory
 from kvrecomp.run.attention import Projections
 from kvrecomp.run.layer import Layer, Layers
+from kvrecomp.run.model import check_parts
 
 _LAYER = re.compile(r"layers\.(\d+)\.")
 
@@ -46,13 +47,19 @@ def is_matrix(shape: Sequence[int], layer: LayerShape) -> bool:
 
 
 def _matrices(layer: nnx.Module, shape: LayerShape) -> list[Array]:
-    """The layer's matrices."""
-    return [array for array in jax.tree.leaves(nnx.state(layer)) if is_matrix(array.shape, shape)]
+    """The layer's matrices, but for arrays of NumPy's."""
+    arrays = [array for array in jax.tree.leaves(nnx.state(layer)) if isinstance(array, Array)]
+    return [array for array in arrays if is_matrix(array.shape, shape)]
+
+
+def on_device(array: Any) -> Array:
+    """An array of a model's: one of NumPy's on the device that computes, any other as it is."""
+    return jax.device_put(array, memory.sharding("device")) if isinstance(array, np.ndarray) else array
 
 
 def weight_memories(model: Any) -> tuple[Memory, ...]:
     """The memory that each layer of a model has its matrices in; `host` if any of them is there."""
-
+    check_parts(model)
     host = memory.sharding("host").memory_kind
 
     def hosted(layer: nnx.Module, shape: LayerShape) -> bool:
@@ -67,7 +74,7 @@ def check_placement(model: Any, plan: Plan) -> None:
     in, and where a layer with weights in host memory has more of them than its shape says."""
     where = placement(plan)
     for path, variable in nnx.to_flat_state(nnx.state(model)):
-        name, array = ".".join(map(str, path)), variable.get_value()
+        name, array = ".".join(map(str, path)), variable.get_value() if isinstance(variable, nnx.Variable) else variable
         if not isinstance(array, Array):
             continue
         expected = where(name, array.shape)

@@ -12,7 +12,7 @@ import toy
 import kvrecomp
 from kvrecomp.measure import profiler
 from kvrecomp.predict.estimate import estimate
-from kvrecomp.predict.hardware import HardwareProfile
+from kvrecomp.predict.hardware import WORKS, Curve, HardwareProfile, LayerTimes
 
 
 @pytest.fixture
@@ -43,33 +43,53 @@ def test_measured_once(cache, counted):
     assert counted == ["measured"] * 2
 
 
-@pytest.mark.parametrize(
-    ("content", "why"),
-    [
-        *((content, "no profile") for content in ("{", "[]", "{}", "\0" * 50)),
-        (json.dumps({"format": 0}), "another version"),
-        (json.dumps({"format": profiler.FORMAT, "device": "cpu"}), "layers"),
-        ({"driver": "another"}, "driver another"),
-    ],
-)
-def test_a_file_that_is_no_profile_of_this_machine_is_measured_anew_and_said(
-    cache, counted, caplog, known_machine, content, why
-):
+ABSURD = {
+    **{f"rate {value!s:.9}": {"beside_compute": value} for value in (0, -1, True, "1", None, float("inf"), 10**400)},
+    "nan": {"matmul_rate": float("nan")},
+    "line": {"to_device": {"base": 1e-5, "each": 10**400}},
+    "host": {"host_bytes": False},
+    "layers": {"layers": None},
+    "more": {"unknown": 1},
+    "format": {"format": 0},
+}
+
+
+def layer_with(**absurd):
+    """A profile's one layer, with something that nobody measured."""
+    times = LayerTimes(toy.OPT.shape.layers[0], "float32", 3, dict.fromkeys(WORKS, Curve.line(1e-3, 1e-6)))
+    return {"layers": [{**dataclasses.asdict(times), **absurd}]}
+
+
+ABSURD |= {
+    "a layer's batch": layer_with(batch="3"),
+    "a layer's vocabulary": layer_with(vocab=-5),
+    "a layer's positions": layer_with(positions="all"),
+    "a layer's curve": layer_with(work={kind: {"sizes": [0, 10**400], "seconds": [1, 2]} for kind in WORKS}),
+    "no curve": layer_with(work=[]),
+}
+
+
+DAMAGED = {
+    **{content: content for content in ("", "{", "[]", "{}", "3")},
+    "zeros": "\0" * 50,
+    "nested": "[" * 100_000,
+    "digits": "1" * 5000,
+    "no text": b"\xff\xfe",
+}
+
+
+@pytest.mark.parametrize("name", [*DAMAGED, *ABSURD])
+def test_a_corrupt_file_is_measured_anew_and_said(cache, counted, caplog, known_machine, name):
     path = profiler.profile_path()
     path.parent.mkdir()
-    if isinstance(content, dict):  # what another machine's has that is different
-        content = json.dumps({"format": profiler.FORMAT, **known_machine.to_json(), **content})
-    path.write_text(content)
+    absurd = {"format": profiler.FORMAT, **known_machine.to_json(), **ABSURD.get(name, {})}
+    content = DAMAGED.get(name, json.dumps(absurd))
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with caplog.at_level(logging.WARNING):
         profiler.profile()
     assert counted == ["measured"]
     (record,) = caplog.records
-    assert (
-        str(path) in record.message
-        and "measuring it anew" in record.message
-        and why in record.message
-        and "\n" not in record.message
-    )
+    assert str(path) in record.message and "measuring it anew" in record.message and "\n" not in record.message
     assert profiler.profile() and counted == ["measured"]
 
 
@@ -79,6 +99,48 @@ def test_a_profile_that_cannot_be_kept_is_used_and_said(cache, counted, caplog, 
         assert profiler.profile() == known_machine
     record = caplog.records[-1]
     assert "cannot be kept" in record.message and "set XDG_CACHE_HOME" in record.message
+
+
+def test_what_is_not_absurd_is_read(cache, counted, known_machine):
+    profiler.profile_path().parent.mkdir()
+    document = {"format": profiler.FORMAT, **known_machine.to_json(), **layer_with()}
+    profiler.profile_path().write_text(json.dumps(document))
+    assert len(profiler.profile().layers) == 1 and not counted
+
+
+def test_a_folder_in_place_of_the_profile(cache, counted, caplog, known_machine):
+    profiler.profile_path().mkdir(parents=True)
+    assert profiler.profile() == known_machine
+    assert "cannot be kept" in caplog.records[-1].message
+
+
+def test_without_a_home_the_machine_is_measured_and_it_is_said(monkeypatch, counted, caplog, known_machine):
+    """As in a container whose user has no entry."""
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(profiler.pathlib.Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
+    assert profiler.profile() == known_machine and counted == ["measured"]
+    (record,) = caplog.records
+    assert "cannot be kept (there is no home directory)" in record.message and "set XDG_CACHE_HOME" in record.message
+
+
+def test_that_the_machine_is_measured_is_said(cache, counted, caplog, capfd, monkeypatch):
+    """In the log, or on a terminal; nothing is where it was measured."""
+    with caplog.at_level(logging.INFO, logger="kvrecomp"):
+        profiler.profile()
+        profiler.profile()
+    assert [record.message for record in caplog.records] == ["measuring this machine, which is done once"]
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")  # a terminal, for rich
+    profiler.profile(refresh=True)
+    out, err = capfd.readouterr()
+    assert "measuring this machine, which is done once" in err and not out
+
+
+def test_a_profile_of_another_machine_is_not_used(cache, counted, caplog):
+    other = dataclasses.replace(profiler.profile(), driver="another")
+    profiler.profile_path().write_text(json.dumps({"format": profiler.FORMAT, **other.to_json()}))
+    profiler.profile()
+    assert counted == ["measured"] * 2 and "driver another" in caplog.text
 
 
 def test_generate_refuses_a_profile_of_another_machine():

@@ -177,8 +177,8 @@ def test_what_attention_makes_comes_back_and_layers_alike_are_traced_once():
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (lambda x, attend: x, "a layer called attend 0 times"),
-        (lambda x, attend: attend(x) + attend(x), "a layer called attend 2 times"),
+        (lambda x, attend: x, "it calls attend 0 times"),
+        (lambda x, attend: attend(x) + attend(x), "it calls attend 2 times"),
         (lambda x, attend: jax.lax.map(attend, x[None])[0], "attend inside scan"),
     ],
 )
