@@ -310,7 +310,7 @@ def train(
 
     best = jax.jit(_cast, static_argnums=1)(jax.device_put(best), config.dtype)
     model = nnx.merge(graph, best)
-    models.save(model, output, tokenizer=models.byte_tokenizer())
+    models.save(model, output, tokenizer=models.byte_tokenizer(), eos_token_id=corpus.END_OF_TEXT)
     summary = {
         "command": command(),
         "seed": config.seed,

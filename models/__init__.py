@@ -20,6 +20,7 @@ from models.gemma import Gemma, GemmaConfig
 from models.layers import CausalLM
 from models.llama import Llama, LlamaConfig
 from models.opt import OPT, OPTConfig
+from models.text import TextProcessor, load_text
 from models.tokenizer import byte_tokenizer, check_tokenizer, load_tokenizer
 
 __all__ = [
@@ -33,10 +34,12 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "OPTConfig",
+    "TextProcessor",
     "byte_tokenizer",
     "check_tokenizer",
     "create",
     "load",
+    "load_text",
     "load_tokenizer",
     "preset",
     "read_shape",

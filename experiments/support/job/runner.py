@@ -60,6 +60,7 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    chat: bool = False
 
     @property
     def sampling(self) -> Sampling:
@@ -134,8 +135,8 @@ def run(
             if output.written == known["records"]:
                 return _summary(output, known)
             warn_of_another_machine(target, known)
-        shape, tokenizer = model_source.describe()
-        reader = Reader(source, shape, tokenizer, settings.max_new_tokens, any_text)
+        shape, text = model_source.describe()
+        reader = Reader(source, shape, text, settings.max_new_tokens, any_text, settings.chat)
         if known is None:
             known = describe(reader, settings, given, budget)
             output.begin(known)
@@ -145,7 +146,7 @@ def run(
         model = model_source.load(plans[0] if plans else None)
         summary = _summary(output, known)
         with Meter(known["records"], settings.max_new_tokens) as meter:
-            decoding = Decoding(model, tokenizer, sampling, meter, budget)
+            decoding = Decoding(model, text, sampling, meter, budget)
             for stretch in _stretches(reader, output.written, known["stretch"]):
                 if _state(source) != state:
                     raise ValueError(f"{source} was changed since it was begun with: put back what it was")
