@@ -221,7 +221,7 @@ def describe(given: flags.FlagValues, source: Source) -> tuple[kvrecomp.ModelSha
     shape, text = source.describe()
     if given.chat and text.chat_template is None:
         raise models.CheckpointError(
-            f"{given.checkpoint} has no chat template: leave out --chat, or put the model's own chat_template.jinja there"
+            f"{given.checkpoint} has no chat template: leave out --chat, or put the model's chat_template.jinja there"
         )
     flagged = {name: getattr(given, name) for name in SAMPLING if getattr(given, name) is not None}
     asked = {"do_sample": True, **flagged} if flagged else {}

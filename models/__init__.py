@@ -2,6 +2,7 @@
 
 model = models.load("path/to/checkpoint")      # a Hugging Face directory or one that save() wrote
 model = models.create("opt-1.3b")              # random weights, for measuring
+text = models.load_text("path/to/checkpoint")  # text to ids and back, what ends it, how chats are written
 logits = model(input_ids)                      # float32[batch, tokens, vocab]
 models.save(model, "path/to/another")
 """

@@ -17,6 +17,7 @@ MOST_LAYERS = 1000  # of published models none has more than 126; each takes mil
 class Config(Protocol):
     """The sizes and variants of a model: a frozen dataclass, which JSON can hold and a model can be made from."""
 
+    __dataclass_fields__: ClassVar[dict[str, dataclasses.Field[Any]]]
     family: ClassVar[str]
 
     @property

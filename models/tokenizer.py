@@ -52,11 +52,14 @@ def special_tokens(path: str | os.PathLike[str]) -> dict[str, str]:
     fields, older = read_tokenizer_config(path), Path(path) / "special_tokens_map.json"
     if "added_tokens_decoder" not in fields and older.is_file():
         fields |= read_object(older)
-    tokens = {name: fields[name] for name in SPECIAL_TOKENS if fields.get(name) is not None}
-    tokens = {name: token.get("content") if isinstance(token, dict) else token for name, token in tokens.items()}
-    for name, token in tokens.items():
-        if not isinstance(token, str):
+    tokens = {}
+    for name in SPECIAL_TOKENS:
+        token = fields.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if not isinstance(token, str | None):
             raise CheckpointError(f"{path}/tokenizer_config.json: {name} is {reprlib.repr(token)}; expected text")
+        if token is not None:
+            tokens[name] = token
     return tokens
 
 
