@@ -56,11 +56,16 @@ def special_tokens(path: str | os.PathLike[str]) -> dict[str, str]:
     for name in SPECIAL_TOKENS:
         token = fields.get(name)
         token = token.get("content") if isinstance(token, dict) else token
-        if not isinstance(token, str | None):
+        if token is not None and not _is_text(token):
             raise CheckpointError(f"{path}/tokenizer_config.json: {name} is {reprlib.repr(token)}; expected text")
         if token is not None:
             tokens[name] = token
     return tokens
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string, without the halves of surrogate pairs that JSON may have."""
+    return isinstance(value, str) and not any(0xD800 <= ord(char) < 0xE000 for char in value)
 
 
 def check_tokenizer(tokenizer: Tokenizer, shape: ModelShape) -> None:

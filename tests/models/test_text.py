@@ -244,6 +244,7 @@ def test_what_is_not_supported_is_told(files):
         ({"tokenizer_config_json": "{"}, "tokenizer_config.json is not JSON"),
         ({"tokenizer_config_json": "[]"}, "tokenizer_config.json holds a list; expected a JSON object"),
         ({"tokenizer_config_json": {"eos_token": 5}}, "eos_token is 5; expected text"),
+        ({"tokenizer_config_json": {"eos_token": "\ud800"}}, "eos_token is '.ud800'; expected text"),
         ({"tokenizer_config_json": {"chat_template": 5}}, "chat_template is 5; expected text"),
         ({"tokenizer_json": "[" * 100_000}, "tokenizer.json: not a readable tokenizer"),
     ],
