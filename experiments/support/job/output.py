@@ -18,7 +18,7 @@ from typing import Any
 
 from kvrecomp.files import write_json
 
-FORMAT = 5  # of the description, the plans in it and the records; 4 decoded new tokens without those before them
+FORMAT = 4  # of the description and the plans in it; 2 had other blocks of sliding windows, others other names in plans
 CHUNK = 2**20  # bytes read at once
 
 Record = dict[str, Any]
