@@ -147,6 +147,11 @@ def test_prompts_begin_as_the_tokenizer_says():
     assert generate.encode(models.TextProcessor(plain, eos_token_ids=(256,)), ["ab"])[0].tolist() == [[97, 98]]
 
 
+def test_texts_of_the_shipped_checkpoint_begin_with_what_ends_them():
+    text = models.load_text(generate.SHIPPED)
+    assert text.encode("a") == [256, 97] and text.eos_token_ids == (256,)
+
+
 def test_without_a_tokenizer_prompts_are_ids(tmp_path, capsys):
     models.save(models.create(CONFIG, dtype="float32", seed=3), tmp_path / "untold")
     command(f"--checkpoint={tmp_path / 'untold'}", "--prompt=5 17 2", "--prompt=201", "--max_new_tokens=3", "--json")
