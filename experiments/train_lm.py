@@ -41,7 +41,7 @@ from experiments.support.results.report import run_info, versions
 from kvrecomp.files import replacing, write_json
 from kvrecomp.run.attention import causal
 from models.checkpoint import is_ours
-from models.config import check_sizes
+from models.config import check_size
 
 DTYPES = ("bfloat16", "float32")
 WARMUP_STEPS = 100
@@ -80,7 +80,8 @@ class Config:
     eval_every: int = _flag(250, "Steps between evaluations, and states kept.")
 
     def __post_init__(self):
-        check_sizes("training", self, ("steps", "batch", "context", "eval_every"))
+        for name in ("steps", "batch", "context", "eval_every"):
+            check_size("training", name, getattr(self, name))
         if not (0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf and 0 <= self.dropout < 1):
             raise ValueError(
                 f"learning_rate {self.learning_rate}, weight_decay {self.weight_decay}, dropout {self.dropout}; "
@@ -284,7 +285,7 @@ def train(
 
     best = jax.jit(optax.tree.cast, static_argnums=1)(jax.device_put(best), config.dtype)
     model = nnx.merge(graph, best)
-    models.save(model, output, tokenizer=models.byte_tokenizer())
+    models.save(model, output, tokenizer=models.byte_tokenizer(), eos_token_id=corpus.END_OF_TEXT)
     summary = {
         **run_info(),
         "versions": versions(),

@@ -67,9 +67,10 @@ class Given:
     model: models.CausalLM
     read_dtype: str = "float32"
     loads: int = 0
+    ends: tuple[int, ...] = (256,)
 
     def describe(self):
-        return self.model.shape, models.byte_tokenizer()
+        return self.model.shape, models.TextProcessor(models.byte_tokenizer(), self.ends)
 
     def load(self, plan):
         assert plan is None or all(layer.weights == "device" for layer in plan.layers)
@@ -159,13 +160,12 @@ def test_the_seed_and_the_place_change_texts(files):
     assert files.anew() == first  # blank lines take no place
 
 
-def test_texts_that_end_say_so(files, monkeypatch):
+def test_texts_that_end_say_so(files):
     """With a token that comes often in the place of the end."""
-    ends = []
-    monkeypatch.setattr(decoding, "special_tokens", lambda _, names: ends if names is decoding.ENDS else [])
+    files.given.ends = ()
     free = [record["tokens"] for record in files.anew()]
     often = int(np.bincount(np.concatenate(free)).argmax())
-    ends.append(often)
+    files.given.ends = (often,)
     records = files.anew()
     for before, record in zip(free, records):
         ended = often in before
@@ -179,7 +179,7 @@ def test_rows_that_fill_a_batch_end_when_its_prompts_do(files, monkeypatch):
     """A batch of one prompt, which ends with its first token, takes the steps at most that were dispatched ahead."""
     first = alone("Return the", 0)[0]
     files.write(LINES[0], *({"prompt": 'The "with" statement'} for _ in range(3)))
-    monkeypatch.setattr(decoding, "special_tokens", lambda _, names: [first] if names is decoding.ENDS else [])
+    files.given.ends = (first,)
     steps, step = [], kvrecomp.run.decoder.Decoder.step_groups
     monkeypatch.setattr(kvrecomp.run.decoder.Decoder, "step_groups", lambda *args: steps.append(1) or step(*args))
     records = files.anew()
@@ -427,7 +427,7 @@ def test_progress_is_in_one_place_on_a_terminal_and_a_line_now_and_then_elsewher
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    models.save(model(), path, tokenizer=models.byte_tokenizer())
+    models.save(model(), path, tokenizer=models.byte_tokenizer(), eos_token_id=256)
     return path
 
 

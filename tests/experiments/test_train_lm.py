@@ -111,10 +111,8 @@ def test_documents_are_read_not_run(tmp_path, monkeypatch):
 def test_encoding_agrees_with_the_tokenizer():
     tokenizer = models.byte_tokenizer()
     texts = ["Grüße, “quoted”\n", "x" * 50]
-    ids = [corpus.END_OF_TEXT]
-    for text in texts:
-        ids += [*tokenizer.encode(text).ids, tokenizer.token_to_id("<|endoftext|>")]
-    assert corpus.encode(texts).tolist() == ids
+    ids = [token for text in texts for token in tokenizer.encode(text).ids]  # each begins with what ends texts
+    assert corpus.encode(texts).tolist() == [*ids, tokenizer.token_to_id("<|endoftext|>")]
     assert tokenizer.token_to_id("<|pad|>") == corpus.PADDING
     assert tokenizer.get_vocab_size() == corpus.VOCABULARY
 

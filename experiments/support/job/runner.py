@@ -59,6 +59,7 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    chat: bool = False
 
     @property
     def sampling(self) -> Sampling:
@@ -133,8 +134,8 @@ def run(
             if output.written == known["records"]:
                 return _summary(output, known)
             warn_of_another_machine(target, known)
-        shape, tokenizer = model_source.describe()
-        reader = Reader(source, shape, tokenizer, settings.max_new_tokens, any_text)
+        shape, text = model_source.describe()
+        reader = Reader(source, shape, text, settings.max_new_tokens, any_text, settings.chat)
         if known is None:
             known = describe(reader, settings, given, budget)
             output.begin(known)
@@ -145,7 +146,7 @@ def run(
         summary = _summary(output, known)
         earlier = output.written + len(output.waiting)
         with Meter(known["records"], settings.max_new_tokens, earlier) as meter:
-            decoding = Decoding(model, tokenizer, sampling, meter, budget)
+            decoding = Decoding(model, text, sampling, meter, budget)
             for stretch in _stretches(reader, output.written, known["stretch"]):
                 if _state(source) != state:
                     raise ValueError(f"{source} was changed since it was begun with: put back what it was")
