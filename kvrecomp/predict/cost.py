@@ -134,6 +134,12 @@ def _layer_tasks(
     def attention(block: BlockSpec) -> Attention:
         return "keys_values" if block.form == "keys_values" else layer.method
 
+    def unpack(place: int) -> list[Task]:
+        if place == TAIL or blocks[place].codec == "plain":
+            return []
+        numbers = blocks[place].tokens * shape.width(blocks[place].form)
+        return [task("unpack", numbers // shape.width("activations"))]
+
     def attend(place: int) -> list[Task]:
         if place == TAIL:  # but for its tokens it is in the time of `project`; what an odd number costs is not known
             return [task(attention_work(attention(tail), "device"), tail.tokens, 0)]
@@ -154,7 +160,7 @@ def _layer_tasks(
                 absorbs = "absorb" in map(attention, (*blocks, tail))
                 return [task("prepare")] if absorbs else []
             case "attend":
-                return [found for place in op.blocks for found in attend(place)]
+                return [found for place in op.blocks for found in (*unpack(place), *attend(place))]
             case "finish":
                 return [task("finish", groups_beside)]
 
