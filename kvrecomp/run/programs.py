@@ -20,6 +20,8 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
+from kvrecomp.plan import PlanError
+
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -50,7 +52,10 @@ def _short_turns() -> Iterator[None]:
 @contextlib.contextmanager
 def as_by_default() -> Iterator[None]:
     """A context in which jax traces as it does by default: switches of a user's that forbid what is implicit, or draw
-    other random numbers, are for the user's own code. It holds for one thread."""
+    other random numbers, are for the user's own code. It holds for one thread. Raises `PlanError` where jax was told to
+    compile nothing."""
+    if jax.config.jax_disable_jit:
+        raise PlanError("jax_disable_jit is on, and what decodes are compiled programs: turn it off")
     with contextlib.ExitStack() as switches:
         switches.enter_context(jax.numpy_rank_promotion("allow"))
         switches.enter_context(jax.numpy_dtype_promotion("standard"))
