@@ -41,8 +41,8 @@ def device() -> jax.Device:
         return jax.devices()[0]
     except (RuntimeError, AssertionError) as error:  # the second, which says nothing, where a plugin finds no GPU
         raise OSError(
-            f"jax has no device where JAX_PLATFORMS is {jax.config.jax_platforms!r}: set it to cpu, to cuda where there is "
-            "an NVIDIA GPU, or unset it"
+            f"jax has no device where JAX_PLATFORMS is {jax.config.jax_platforms!r}: set it to cpu, to cuda on a "
+            "machine with an NVIDIA GPU, or unset it"
         ) from error
 
 
