@@ -35,14 +35,14 @@ def sharding(memory: Memory) -> Sharding:
     return SingleDeviceSharding(device(), memory_kind=_KINDS[memory])
 
 
-def device() -> jax.Device:
+def device() -> Any:
     """The device that computes: jax's first. Raises OSError where jax has none of the kind that it was told to use."""
     try:
         return jax.devices()[0]
     except (RuntimeError, AssertionError) as error:  # the second, which says nothing, where a plugin finds no GPU
         raise OSError(
-            f"jax has no device where JAX_PLATFORMS is {jax.config.jax_platforms!r}: set it to cpu, to cuda on a "
-            "machine with an NVIDIA GPU, or unset it"
+            f"jax has no device where JAX_PLATFORMS is {jax.config.values['jax_platforms']!r}: set it to cpu, to cuda "
+            "on a machine with an NVIDIA GPU, or unset it"
         ) from error
 
 

@@ -24,6 +24,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 NO_OPTIONS: Mapping[str, Any] = types.MappingProxyType({})
+UNCOMPILED = "jax_disable_jit"  # a switch of jax's
 MOST_SIDE_BY_SIDE = 8  # tracing and lowering need the interpreter, some 15 % of the time that a program takes
 # More would keep the interpreter from the steps. On an H200's machine tracing makes single steps of 165 ms up to 250
 # longer; up to 50, with shorter turns and no garbage collection meanwhile, but these settings are the user's.
@@ -35,8 +36,8 @@ def as_by_default() -> Iterator[None]:
     """A context in which jax traces as it does by default: switches of a user's that forbid what is implicit, or draw
     other random numbers, are for the user's own code. It holds for one thread. Raises `PlanError` where jax was told to
     compile nothing."""
-    if jax.config.jax_disable_jit:
-        raise PlanError("jax_disable_jit is on, and what decodes are compiled programs: turn it off")
+    if getattr(jax.config, UNCOMPILED):
+        raise PlanError(f"{UNCOMPILED} is on, and what decodes are compiled programs: turn it off")
     with contextlib.ExitStack() as switches:
         switches.enter_context(jax.numpy_rank_promotion("allow"))
         switches.enter_context(jax.numpy_dtype_promotion("standard"))
