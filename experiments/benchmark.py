@@ -23,7 +23,7 @@ import jax
 import numpy as np
 from absl import flags
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 import kvrecomp
 import models
@@ -42,8 +42,6 @@ from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProf
 from kvrecomp.run import memory
 from kvrecomp.run.programs import side_by_side
 from kvrecomp.run.sampling import Sampling
-
-NUMBERS = "median ms,predicted,p95,worst,link GB,efficiency,tokens/s,temp GB,compile s,prefill s".split(",")
 
 
 def define_flags(into: flags.FlagValues) -> None:
@@ -153,6 +151,7 @@ def measure(
         **dataclasses.asdict(plan.workload),
         asked=asked,
         plan=plan.name,
+        codec=", ".join(plan.codecs),
         dtype=plan.shape.dtype,
         weights="device" if hosted == 0 else "host" if hosted == 1 else f"{hosted:.3g}",
         groups=plan.groups,
@@ -171,25 +170,26 @@ def measure(
     )
 
 
-def table(rows: list[Row], copy_gbps: float) -> Table:
-    """The rows for a terminal."""
-    out = Table(title=f"decode steps; copies alone reach {copy_gbps:.1f} GB/s", title_justify="left")
-    for heading in ("model", "batch", "prompt", "plan"):
-        out.add_column(heading)
-    for heading in NUMBERS:
-        out.add_column(heading, justify="right")
-    for row in rows:
-        out.add_row(
-            *(row.model, str(row.batch), str(row.prompt), row.plan),
-            *(f"{time:.2f}" for time in (row.median_ms, row.predicted_ms, row.p95_ms, row.worst_ms)),
-            f"{(row.link_bytes or 0) / 1e9:.2f}",
-            "-" if row.link_efficiency is None else f"{row.link_efficiency:.3f}",
-            f"{row.tokens_per_second:.0f}",
-            f"{(row.temp_bytes or 0) / 1e9:.2f}",
-            f"{row.compile_s:.1f}",
-            f"{row.prefill_s:.2f}",
-        )
-    return out
+def table(rows: list[Row]) -> str:
+    """The rows for a terminal, in Markdown."""
+    return tables.table(
+        rows,
+        ("model", "{0.model}".format),
+        ("batch", "{0.batch}".format),
+        ("prompt", "{0.prompt}".format),
+        ("plan", "{0.plan}".format),
+        ("codec", "{0.codec}".format),
+        ("median ms", "{0.median_ms:.2f}".format),
+        ("predicted", "{0.predicted_ms:.2f}".format),
+        ("p95", "{0.p95_ms:.2f}".format),
+        ("worst", "{0.worst_ms:.2f}".format),
+        ("link GB", lambda row: f"{(row.link_bytes or 0) / 1e9:.2f}"),
+        ("efficiency", lambda row: "-" if row.link_efficiency is None else f"{row.link_efficiency:.3f}"),
+        ("tokens/s", "{0.tokens_per_second:.0f}".format),
+        ("temp GB", lambda row: f"{(row.temp_bytes or 0) / 1e9:.2f}"),
+        ("compile s", "{0.compile_s:.1f}".format),
+        ("prefill s", "{0.prefill_s:.2f}".format),
+    )
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def main(given: flags.FlagValues) -> None:
         document = about | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}
         if given.out:
             write_json(given.out, document)  # what was measured is not lost with what comes after
-    Console(width=150).print(table(rows, rate / 1e9))
+    Console(width=150).print(f"decode steps; copies alone reach {rate / 1e9:.1f} GB/s", Markdown(table(rows)))
     print(json.dumps(document))
 
 

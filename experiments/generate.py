@@ -4,6 +4,7 @@
     python experiments/generate.py --plan=activations
     python experiments/generate.py --prompt='Return the' --plan=split:0.5 --temperature=0.5
     python experiments/generate.py --model=opt-1.3b --max_new_tokens=64 --json
+    python experiments/generate.py --checkpoint=path/to/a/chat/model --chat --prompt='What is a cache?'
     python experiments/generate.py --input=prompts.jsonl --output=out.jsonl
 
 Without flags it loads the checkpoint that this repository ships, continues a left-padded batch, and prints the texts,
@@ -11,8 +12,8 @@ the plan and why it was chosen, the time of a step, the bytes that crossed the l
 those of a plan with the cache in the other memory. With --input it continues a file of prompts, and goes on where it
 was killed; see `experiments.support.job.runner`. From a notebook:
 
-    model, tokenizer = load("experiments/checkpoints/pydoc")
-    run = continue_prompts(model, tokenizer, ["Return the"], plan="keys_values")
+    model, text = load("experiments/checkpoints/pydoc")
+    run = continue_prompts(model, text, ["Return the"], plan="keys_values")
     show(run)
 """
 
@@ -28,7 +29,6 @@ from typing import Any
 from absl import flags
 from rich.console import Console
 from rich.text import Text
-from tokenizers import Tokenizer
 
 import kvrecomp
 import models
@@ -37,7 +37,7 @@ from experiments.support.check import Check, check_logits
 from experiments.support.job import runner
 from experiments.support.job.reader import checkpoint_hash
 from experiments.support.job.runner import BATCH
-from experiments.support.prompts import ENDS, PADS, PROMPTS, encode, is_ids, read_prompts, special_tokens
+from experiments.support.prompts import PROMPTS, encode, is_ids, read_prompts
 from experiments.support.results.report import run_info
 from experiments.support.source import SHIPPED, Source
 from kvrecomp.plan import AUTO, format_bytes
@@ -48,6 +48,8 @@ from kvrecomp.run.sampling import Sampling
 
 NEW_TOKENS = 200
 WIDTH = 120  # of what is printed into a file or a pipe
+SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.9}  # where flags and checkpoint are silent
+SILENT = "Default: as the checkpoint says, else {}."
 
 
 def define_flags(into: flags.FlagValues) -> None:
@@ -65,10 +67,13 @@ def define_flags(into: flags.FlagValues) -> None:
     define.integer("tail", None, "Tokens in the tail; default: as the plan needs.", lower_bound=1)
     define.number("device_memory_gib", None, "Device memory to use, weights included; default: what is free.")
     define.number("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
-    define.boolean("do_sample", True, "Sample; --nodo_sample takes the likeliest token.")
-    define.number("temperature", 0.7, "Logits are divided by it.")
-    define.integer("top_k", 0, "Sample from so many of the likeliest tokens; 0: all.")
-    define.number("top_p", 0.9, "Sample from the fewest tokens that have this probability together.")
+    define.boolean("chat", False, "Prompts are messages of a user: the checkpoint's chat template makes text of them.")
+    define.boolean("do_sample", None, f"Sample; --nodo_sample takes the likeliest token. {SILENT.format('sample')}")
+    define.number("temperature", None, f"Logits are divided by it. {SILENT.format(0.7)}")
+    top_k = f"Sample from so many of the likeliest tokens; 0: all. {SILENT.format('all')}"
+    define.integer("top_k", None, top_k)
+    top_p = f"Sample from the fewest tokens that have this probability together. {SILENT.format(0.9)}"
+    define.number("top_p", None, top_p)
     define.integer("seed", 0, "Of sampling, and of random weights.", lower_bound=0, upper_bound=2**32 - 1)
     define.string("dtype", None, "Of weights and cache; default: float32 on a CPU, else as stored or bfloat16.")
     define.boolean("check", True, "Compare the logits with those of a plan with the cache in the other memory.")
@@ -95,16 +100,16 @@ class Run:
 # --- the work ---------------------------------------------------------------------------------------------------------
 
 
-def load(checkpoint: str | Path = SHIPPED, **options: Any) -> tuple[models.CausalLM, Tokenizer | None]:
-    """A model and its tokenizer if it has one; the options are those of `Source`."""
+def load(checkpoint: str | Path = SHIPPED, **options: Any) -> tuple[models.CausalLM, models.TextProcessor]:
+    """A model and what its checkpoint says of text; the options are those of `Source`."""
     source = Source(checkpoint, **options)
-    _, tokenizer = source.describe()
-    return source.load(), tokenizer
+    _, text = source.describe()
+    return source.load(), text
 
 
 def continue_prompts(
     model: models.CausalLM,
-    tokenizer: Tokenizer | None,
+    text: models.TextProcessor,
     prompts: Sequence[str] = PROMPTS,
     *,
     plan: kvrecomp.Plan | str = AUTO,
@@ -112,22 +117,25 @@ def continue_prompts(
     budget: kvrecomp.Budget | None = None,
     sampling: Sampling | None = None,
     check: bool = True,
+    chat: bool = False,
 ) -> Run:
     """Continues the prompts together under the plan; `check` compares all logits with those of another plan.
 
+    With `chat` each prompt is the only message of a user, and is answered.
+
     Raises PromptError, PlanError and FloatingPointError as `kvrecomp.generate`.
     """
-    ids, mask = encode(tokenizer, prompts)
-    ends, pads = special_tokens(tokenizer, ENDS), special_tokens(tokenizer, PADS)
+    ids, mask = encode(text, prompts, chat)
     options = {"max_new_tokens": max_new_tokens, "plan": plan, "budget": budget, "output_logits": check}
-    options |= {"eos_token_id": ends or None, "pad_token_id": pads[0] if pads else None}
+    options |= {"eos_token_id": text.eos_token_ids, "pad_token_id": text.pad_token_id}
     result = kvrecomp.generate(model, ids, mask, **options, **dataclasses.asdict(sampling or Sampling()))
     new = [row[ids.shape[1] :][:count].tolist() for row, count in zip(result.sequences, result.new_tokens)]
+    before = [row[kept].tolist() for row, kept in zip(ids, mask)]
     return Run(
         prompts=list(prompts),
         prompt_tokens=mask.sum(axis=1).tolist(),
         continuations=new,
-        texts=None if tokenizer is None else [tokenizer.decode(ids) for ids in new],
+        texts=None if text.tokenizer is None else [text.decode(*each) for each in zip(new, before)],
         result=result,
         check=check_logits(model, result, mask, budget) if check else None,
     )
@@ -196,6 +204,10 @@ def check_flags(given: flags.FlagValues) -> None:
     """Raises ValueError for flags that exclude each other, or need one that is not there."""
     if (given.input is None) != (given.output is None):
         raise ValueError("--input and --output go together: a file of prompts, and one for their records")
+    if given.model is not None and given["checkpoint"].present:
+        raise ValueError("--model and --checkpoint exclude each other: random weights, or a checkpoint's")
+    if given.model is not None and given.chat:
+        raise ValueError("--chat is for a checkpoint that has a chat template: leave out --model")
     if given.input is None and given["batch"].present:
         raise ValueError("--batch is for --input: prompts that are given are one batch")
     for name in ("prompt", "prompts_file", "check"):
@@ -203,30 +215,50 @@ def check_flags(given: flags.FlagValues) -> None:
             raise ValueError(f"--{name} and --input exclude each other: give one of them")
 
 
+def describe(given: flags.FlagValues, source: Source) -> tuple[kvrecomp.ModelShape, models.TextProcessor, Sampling]:
+    """The model's sizes, what its checkpoint says of text, and how tokens are chosen: as flags say or, where they are
+    silent, the checkpoint, which is printed. A flag of sampling alone asks for it."""
+    shape, text = source.describe()
+    if given.chat and text.chat_template is None:
+        raise models.CheckpointError(
+            f"{given.checkpoint} has no chat template: leave out --chat, or put the model's chat_template.jinja there"
+        )
+    flagged = {name: getattr(given, name) for name in SAMPLING if getattr(given, name) is not None}
+    asked = {"do_sample": True, **flagged} if flagged else {}
+    chosen = {**(text.sampling or SAMPLING), **asked}
+    if not chosen["do_sample"]:
+        chosen = {"do_sample": False}
+    if said := [f"{name} {value}" for name, value in chosen.items() if text.sampling and name not in asked]:
+        print(f"sampling as the checkpoint says: {', '.join(said)}")
+    if text.unsupported:
+        left = ", ".join(f"{name} {value}" for name, value in text.unsupported.items())
+        print(f"left out, as it is not supported, of what the checkpoint says: {left}")
+    return shape, text, Sampling(**chosen, seed=given.seed)
+
+
 def continue_given(given: flags.FlagValues, source: Source, budget: kvrecomp.Budget) -> Run:
     """Continues the prompts of the flags, or the built-in ones."""
     prompts = read_prompts(given.prompt, given.prompts_file)
-    sampling = Sampling(given.do_sample, given.temperature, given.top_k, given.top_p, given.seed)
-    shape, tokenizer = source.describe()
-    if tokenizer is None and given.model is None and not all(map(is_ids, prompts)):
+    shape, text, sampling = describe(given, source)
+    if text.tokenizer is None and given.model is None and not all(map(is_ids, prompts)):
         raise models.CheckpointError(
             f"{given.checkpoint} has no tokenizer.json, so text cannot be read or written: put the model's own "
             "there (transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...)), or give ids, such as "
             "--prompt='5 17 2'"
         )
-    workload = kvrecomp.Workload(len(prompts), encode(tokenizer, prompts)[0].shape[1], given.max_new_tokens)
+    workload = kvrecomp.Workload(len(prompts), encode(text, prompts, given.chat)[0].shape[1], given.max_new_tokens)
     options = {"groups": None, "tail": given.tail, "window": script.window_bytes(given.window_mib)}
     plan = kvrecomp.plan_for(given.plan, shape, workload, budget=budget, **options)
     check_within(plan, limits(budget))  # before the weights are read or made
-    model, new = source.load(plan), given.max_new_tokens
-    return continue_prompts(
-        model, tokenizer, prompts, plan=plan, max_new_tokens=new, budget=budget, sampling=sampling, check=given.check
-    )
+    options = {"max_new_tokens": given.max_new_tokens, "check": given.check, "chat": given.chat}
+    return continue_prompts(source.load(plan), text, prompts, plan=plan, budget=budget, sampling=sampling, **options)
 
 
 def continue_file(given: flags.FlagValues, source: Source, budget: kvrecomp.Budget) -> runner.Summary:
     """Continues a file of prompts into another; see `experiments.support.job.runner`."""
-    settings = runner.Settings(**{f.name: getattr(given, f.name) for f in dataclasses.fields(runner.Settings)})
+    *_, sampling = describe(given, source)
+    flagged = {f.name: getattr(given, f.name) for f in dataclasses.fields(runner.Settings)}
+    settings = runner.Settings(**flagged | dataclasses.asdict(sampling))
     random = given.model is not None
     model = f"{given.model}, seed {given.seed}" if random else checkpoint_hash(Path(given.checkpoint))
     try:

@@ -20,6 +20,7 @@ import functools
 import json
 import math
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -34,7 +35,8 @@ from experiments.support.plots import png
 from experiments.support.plots.split import draw_split
 from experiments.support.results import tables
 from experiments.support.results.report import run_info
-from experiments.support.what_if import FRACTIONS, Alternative, Measured, WhatIf, measured_as, what_if
+from experiments.support.results.tables import Row
+from experiments.support.what_if import FRACTIONS, Alternative, WhatIf, measured_as, median_ms, what_if
 from kvrecomp.plan import GIB, MEMORIES, Budget, PlanError, Workload, format_bytes
 from kvrecomp.predict.datasheets import DATASHEETS
 from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
@@ -90,8 +92,8 @@ def read_budget(device_gib: float | None, host_gib: float | None) -> Budget:
     return Budget.of_gib(device_gib, host_gib)
 
 
-def show(found: WhatIf, measured: Measured | None = None, console: Console | None = None) -> None:
-    """Prints the plan with its reason, the alternatives, and the split of KVPR's own formula."""
+def show(found: WhatIf, measured: Sequence[Row] | None = None, console: Console | None = None) -> None:
+    """Prints the plan with its reason, the alternatives, and the split of KVPR's formula; `measured` rows beside."""
     console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     say(f"{found.profile.device}: {_budget_text(found.budget)}")
@@ -105,9 +107,9 @@ def show(found: WhatIf, measured: Measured | None = None, console: Console | Non
         f"({found.kvpr_tokens / prompt:.3f}), {1e3 * found.kvpr_seconds:.2f} ms"
     )
     if measured is not None:
-        count = len(measured.points)
-        rows = f"{count} row{'' if count == 1 else 's'}" if count else "no row"
-        say(f"{measured.file}: {rows} of this model, workload and placement of weights, measured on {measured.device}")
+        of = "of this model, workload and placement of weights"
+        device = f", measured on {measured[0]['device']}" if measured else ""
+        say(f"{len(measured) or 'no'} row{'' if len(measured) == 1 else 's'} {of}{device}")
 
 
 def _budget_text(budget: Budget) -> str:
@@ -115,12 +117,12 @@ def _budget_text(budget: Budget) -> str:
     return f"{format_bytes(budget.device or 0)} of device memory and {host} of host memory may be used"
 
 
-def table(found: WhatIf, measured: Measured | None = None) -> Table:
+def table(found: WhatIf, measured: Sequence[Row] | None = None) -> Table:
     """The alternatives for a terminal."""
     out = Table(title="Alternatives, predicted", box=box.SIMPLE, title_justify="left")
     out.add_column("plan", no_wrap=True)
     headings = ["ms a step", "tokens/s", "GB over\nthe link", "GiB on\nthe device", "GiB on\nthe host"]
-    for heading in [*headings, *(["measured\nms"] if measured else [])]:
+    for heading in [*headings, *(["measured\nms"] if measured is not None else [])]:
         out.add_column(heading, justify="right")
     out.add_column("fits")
     for alternative in found.alternatives:
@@ -134,17 +136,16 @@ def table(found: WhatIf, measured: Measured | None = None) -> Table:
             *(f"{alternative.needed[memory] / GIB:.2f}" for memory in MEMORIES),
         ]
         if measured is not None:
-            time = measured.of(name)
+            time = median_ms(measured, name)
             cells.append("-" if time is None else f"{time:.2f}")
         style = "bold" if chosen else "dim" if misfit else None
         out.add_row(*cells, f"no: {misfit}" if misfit else "yes", style=style)
     return out
 
 
-def document(found: WhatIf, measured: Measured | None = None) -> dict[str, Any]:
+def document(found: WhatIf, measured: Sequence[Row] = ()) -> dict[str, Any]:
     """All of it as plain data; what is not limited is None."""
     plan, budget = found.chosen.plan, dataclasses.asdict(found.budget)
-    points = measured.points if measured else ()
     return run_info() | {
         "model": plan.shape.name,
         "dtype": plan.shape.dtype,
@@ -162,12 +163,12 @@ def document(found: WhatIf, measured: Measured | None = None) -> dict[str, Any]:
         "kvpr_formula": {"recomputed": found.kvpr_tokens, "ms": 1e3 * found.kvpr_seconds},
         "fractions": FRACTIONS,
         "curves_ms": {name: [1e3 * seconds for seconds in curve] for name, curve in found.curves.items()},
-        "measured": [{"plan": name, "median_ms": milliseconds} for name, milliseconds in points],
-        "measured_on": measured.device if measured else None,
+        "measured": [{"plan": row["plan"], "median_ms": row["median_ms"]} for row in measured],
+        "measured_on": measured[0]["device"] if measured else None,
     }
 
 
-def _record(alternative: Alternative, measured: Measured | None) -> dict[str, Any]:
+def _record(alternative: Alternative, measured: Sequence[Row]) -> dict[str, Any]:
     return {
         "plan": alternative.plan.name,
         "schedule": alternative.plan.schedule,
@@ -177,7 +178,7 @@ def _record(alternative: Alternative, measured: Measured | None) -> dict[str, An
         **{f"{memory}_bytes": alternative.needed[memory] for memory in MEMORIES},
         "fits": not alternative.misfit,
         "misfit": alternative.misfit,
-        "measured_ms": measured.of(alternative.plan.name) if measured else None,
+        "measured_ms": median_ms(measured, alternative.plan.name),
     }
 
 
@@ -194,13 +195,13 @@ def main(given: flags.FlagValues) -> None:
     if given.hardware == THIS:
         budget = Budget(**limits(budget))  # what is free, as no weights are there
     found = what_if(shape, workload, profile, budget, groups=given.groups, window=window)
-    measured = None if rows is None else measured_as(found.chosen.plan, rows, str(given.measured))
+    measured = None if rows is None else measured_as(found.chosen.plan, rows)
     show(found, measured)
     if given.plot is not None:
-        draw_split(found, given.plot, measured)
+        draw_split(found, given.plot, measured or ())
         print(f"drawn to {given.plot}")
     if given.json:
-        print(json.dumps(document(found, measured)))
+        print(json.dumps(document(found, measured or ())))
 
 
 if __name__ == "__main__":

@@ -34,6 +34,7 @@ Markdown such a line is HTML. Tables and pictures need lines of their own; there
 
 import difflib
 import fnmatch
+import functools
 import os
 import re
 import shutil
@@ -109,8 +110,7 @@ class Results:
 
     def __init__(self, root: Path):
         self.root = root
-        self._read: dict[Path, list[Row]] = {}
-        self._made: dict[tuple[str, ...], str] = {}
+        self._read = functools.cache(tables.read_file)
 
     def files(self, arguments: str) -> list[Path]:
         """The files that a marker names, each once."""
@@ -126,9 +126,7 @@ class Results:
         """The rows of a marker's files that its filters leave, in their order."""
         rows: list[Row] = []
         for path in self.files(arguments):
-            if path not in self._read:
-                self._read[path] = tables.read_file(path)
-            rows += self._read[path]
+            rows += self._read(path)
         if not rows:
             raise ValueError(f"no file of {arguments!r} has a row")
         for condition in (word for word in arguments.split() if "=" in word):
@@ -137,14 +135,9 @@ class Results:
                 raise ValueError(f"no row is left by {condition}")
         return rows
 
-    def text(self, kind: str, arguments: str, page: str) -> str:
-        """What a marker of that page stands for."""
-        key = (kind, arguments, str(Path(page).parent))
-        if key not in self._made:
-            self._made[key] = self._make(*key)
-        return self._made[key]
-
-    def _make(self, kind: str, arguments: str, folder: str) -> str:
+    @functools.cache  # noqa: B019
+    def text(self, kind: str, arguments: str, folder: str) -> str:
+        """What a marker of a page in that folder stands for."""
         rows = [] if kind in OF_NO_RESULTS else self.rows(arguments)
         if kind in PICTURES:
             picture = PICTURES[kind]
@@ -203,7 +196,7 @@ def _body(page: str, marker: re.Match, text: str, results: Results) -> str:
     kind, arguments, old = marker.groups()
     if HALF.search(old):
         raise ValueError(f"the marker {kind!r} has no end")
-    body, flows = results.text(kind, arguments.strip(), page), kind not in OWN_LINES
+    body, flows = results.text(kind, arguments.strip(), str(Path(page).parent)), kind not in OWN_LINES
     before = text[text.rfind("\n", 0, marker.start()) + 1 : marker.start()]
     after = text[marker.end() :].partition("\n")[0]
     if flows and not LINE_START.fullmatch(before):

@@ -11,10 +11,8 @@ numbers are in experiments/support/paper/paper.json.
 """
 
 import functools
-import json
 import sys
 from collections.abc import Sequence
-from typing import Any
 
 from absl import flags
 from rich.console import Console
@@ -23,9 +21,7 @@ from rich.markdown import Markdown
 from experiments.plan import read_hardware
 from experiments.support import script
 from experiments.support.paper import costs, report
-from experiments.support.paper.costs import Compared
-from experiments.support.paper.disagreements import disagreements
-from experiments.support.paper.numbers import Paper, PaperTable, read, records
+from experiments.support.paper.numbers import Paper, Table, read
 from experiments.support.results import tables
 from experiments.support.results.report import run_info
 from kvrecomp.files import write_json
@@ -46,10 +42,9 @@ def define_flags(into: flags.FlagValues) -> None:
     sheets = ", ".join(DATASHEETS)
     define.string("hardware", None, f"Predict for another machine: this, which is measured, or a data sheet: {sheets}.")
     define.string("out", None, "Write the JSON document to this file.")
-    define.boolean("json", False, "Print a JSON document as the last line of standard output.")
 
 
-def chosen(paper: Paper, names: Sequence[str]) -> list[PaperTable]:
+def chosen(paper: Paper, names: Sequence[str]) -> list[Table]:
     """The tables of these names, all of them where there is none. Raises ValueError for others."""
     known = {table.name.lower(): table for table in paper.tables}
     for name in names:
@@ -59,7 +54,7 @@ def chosen(paper: Paper, names: Sequence[str]) -> list[PaperTable]:
     return [known[name] for name in dict.fromkeys(name.strip().lower() for name in names) or known]
 
 
-def show(paper: Paper, compared: Sequence[Compared], results: Sequence[tables.Row]) -> None:
+def show(paper: Paper, compared: Sequence[Table], results: Sequence[tables.Row]) -> None:
     """Prints all of it."""
     console = Console(width=None if sys.stdout.isatty() else WIDTH)
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
@@ -85,35 +80,16 @@ def show(paper: Paper, compared: Sequence[Compared], results: Sequence[tables.Ro
     say(f"Only drawn in the paper, so not here: {drawn}. Numbers read off a figure go into paper.json.")
 
 
-def document(paper: Paper, compared: Sequence[Compared]) -> dict[str, Any]:
-    """All of it as plain data; times are milliseconds a step."""
-    return run_info() | {
-        "paper": paper.data["paper"],
-        "layers": records(paper.data["layers"]),
-        "tables": [costs.record(table) for table in compared],
-        "gains": report.summary(compared),
-        "disagreements": [found._asdict() for found in disagreements(paper)],
-        "only_drawn": paper.data["only_drawn"],
-    }
-
-
 def main(given: flags.FlagValues) -> None:
     paper = read()
     asked = chosen(paper, given.tables)
     profile = None if given.hardware is None else read_hardware(given.hardware)
-    compared = []
-    for table in asked:
-        machine = given.hardware or table.machine
-        compared.append(costs.predict(table, machine, profile or paper.machine(table.machine)))
+    compared = [costs.predict(table, given.hardware or table.machine, profile or table.profile) for table in asked]
     results = [row for path in given.results for row in tables.read_file(path)]
     compared = [costs.measured(table, results) for table in compared]
     show(paper, compared, results)
-    if given.out or given.json:
-        found = document(paper, compared)
-        if given.out:
-            write_json(given.out, found)
-        if given.json:
-            print(json.dumps(found))
+    if given.out:
+        write_json(given.out, run_info() | {"tables": [costs.record(table) for table in compared]})
 
 
 if __name__ == "__main__":

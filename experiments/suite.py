@@ -11,7 +11,8 @@ file is written after every row: killed, the same command goes on. A row is meas
 its own `command`, which measures it alone, would be another. Rows that were not asked for stay in the file, with the
 commit that they were measured at.
 
-For a smaller machine write workloads of your own, a JSON list of objects with the fields of `cases.Case`:
+For a smaller machine write workloads of your own, as in experiments/support/suite/cases.json; `cases.Case` has the
+fields:
 
     [{"name": "small", "model": "opt-125m", "batch": 2, "prompt": 64, "new": 8, "plans": ["activations", "device"]}]
 """
@@ -30,7 +31,6 @@ from pathlib import Path
 from absl import flags
 from rich.console import Console
 from rich.markdown import Markdown
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from experiments.support import script
 from experiments.support.peers import PEERS
@@ -87,23 +87,21 @@ def measure(
     Where a process fails, the task that it was at has failed, and those after it are tried in a new one. `lock` is what
     `alone` gives.
     """
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    bar = Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-    with bar:
-        shown = bar.add_task("", total=len(tasks))
-        waiting = collections.deque(processes(tasks))
+    waiting = collections.deque(processes(tasks))
+    with console.status("") as status:
         while waiting:
             left = waiting.popleft()
-            bar.update(shown, description=str(left[0]))
             why = "its process ended without the row"
             try:
                 began = time.monotonic()
+                status.update(f"{left[0]}; {sum(map(len, waiting), len(left))} rows are left")
                 with contextlib.closing(run_process(left, commit, timeout, lock)) as documents:
                     for document in documents:
                         new = results.take(left, document, time.monotonic() - began)
                         began = time.monotonic() if new else began
                         left = [task for task in left if task not in new]
-                        bar.update(shown, advance=len(new), description=str(left[0]) if left else "")
+                        if left:
+                            status.update(f"{left[0]}; {sum(map(len, waiting), len(left))} rows are left")
                         for task, row in new.items():
                             console.print(f"{task}: {row['median_ms']:.1f} ms a step", highlight=False)
             except ProcessFailed as error:
@@ -111,7 +109,6 @@ def measure(
             if left:
                 task = left.pop(0)
                 results.note("failed", task, why)
-                bar.update(shown, advance=1)
                 console.print(f"{task}: failed: {why}", markup=False, highlight=False)
                 waiting.extendleft(reversed(processes(left)))
 
@@ -170,8 +167,6 @@ def main(given: flags.FlagValues) -> None:
         machine = look(given.peers, given.host_memory_gib, given.commit)
         path = given.out or folder / default_name(machine.about["device"])
         results = Results(path, machine.about | {"command": command()})
-        if results.set_aside:
-            console.print(f"{path} could not be read: it is {results.set_aside.name} now, and all is measured anew")
         left = to_measure(tasks, results, machine, given.dtype)
         console.print(f"{machine.about['device']}: {len(tasks)} rows, of which {len(left)} are to be measured")
         measure(left, results, console, lock, given.commit, given.timeout_s)

@@ -21,15 +21,14 @@ import dataclasses
 import gc
 import itertools
 import json
-import time
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 from rich.console import Console
+from rich.markdown import Markdown
 from rich.progress import track
-from rich.table import Table
 
 import kvrecomp
 import models
@@ -43,6 +42,7 @@ from experiments.support.suite.step_timing import NEW, device_bytes_with_room, s
 from kvrecomp.files import write_json
 from kvrecomp.plan import (
     DEFAULT_WINDOW,
+    FORMS,
     GIB,
     Budget,
     Form,
@@ -63,14 +63,6 @@ from kvrecomp.run.programs import side_by_side
 # The most host memory first: pinning it takes long, and what is pinned for one plan serves the next.
 PLANS = ("keys_values", "split:0.5", "kvpr:0.75", "activations", "recompute", "device:0.5")
 COMPARED = (*PLANS, "split:0.25", "split:0.75", "kvpr:0.25", "kvpr:0.5", "kvpr:1", "device")
-# The form that the device holds as far as there is room, and the form of the rest, in host memory.
-FORMS_BY_ROOM: tuple[tuple[Form, Form], ...] = (
-    ("keys_values", "activations"),
-    ("keys_values", "keys_values"),
-    ("activations", "activations"),
-    ("activations", "keys_values"),
-)
-
 # A machine's processor is slow for seconds at times, and launches short steps no faster than that; and so is its link.
 # Of the medians of several rounds, all such plans in each, the least counts.
 SHORT, AGAIN = 0.02, 2  # seconds; rounds after the first
@@ -91,7 +83,7 @@ def rivals_within(model: Any, workload: kvrecomp.Workload, budget: Budget) -> li
     """Plans by hand that keep to the budget's device memory: those of COMPARED, and four that use it in full."""
     allowed = budget.device or 0
     plans = [named_plan(name, model.shape, workload, tail=NEW) for name in COMPARED]
-    for device_form, host_form in FORMS_BY_ROOM:
+    for device_form, host_form in itertools.product(FORMS, repeat=2):
         room = allowed - _device_bytes(_two_forms(model, workload, device_form, host_form, 0.0))
         plans.append(_two_forms(model, workload, device_form, host_form, max(0.0, room)))
     distinct: dict[Hashable, Plan] = {}
@@ -141,24 +133,22 @@ def run(
     predicted; what needs more than `host` bytes of pinned memory is left out, and said."""
     for config in configs:
         config = config if layers is None else dataclasses.replace(config, layers=layers)
-        left: dict[int, dict[kvrecomp.Workload, list[float]]] = {}  # by batch: workloads and their rooms
-        for batch, prompt in itertools.product(sorted(batches, reverse=True), sorted(cached, reverse=True)):
-            sizes = (config.shape.name, layers, batch, prompt)
-            done = {row.room for row in before if (row.model, row.layers, row.batch, row.prompt) == sizes}
-            if {*(rooms or [None])} - done:
-                workload = kvrecomp.Workload(batch, prompt, NEW)
-                left.setdefault(batch, {})[workload] = [room for room in rooms if room not in done]
-        if not left:
-            continue
-        with machine_lock.shared():
-            model = models.create(config)
-        for batch, workloads in left.items():
-            started = time.perf_counter()
-            with machine_lock.exclusive():
-                machine = kvrecomp.profile(model, batch=batch)
-            console.print(f"{config.shape.name}, batch {batch}: profile in {time.perf_counter() - started:.0f} s")
-            for workload, rooms_left in workloads.items():
-                rows = measure_workload(model, workload, machine, rooms_left, host, console)
+        model = None
+        for batch in sorted(batches, reverse=True):
+            machine = None
+            for prompt in sorted(cached, reverse=True):
+                sizes = (config.shape.name, layers, batch, prompt)
+                done = {row.room for row in before if (row.model, row.layers, row.batch, row.prompt) == sizes}
+                if not {*(rooms or [None])} - done:
+                    continue
+                if model is None:
+                    with machine_lock.shared():
+                        model = models.create(config)
+                if machine is None:
+                    with machine_lock.exclusive():
+                        machine = kvrecomp.profile(model, batch=batch)
+                workload, left = kvrecomp.Workload(batch, prompt, NEW), [room for room in rooms if room not in done]
+                rows = measure_workload(model, workload, machine, left, host, console)
                 yield machine, [dataclasses.replace(row, layers=layers) for row in rows]
         del model
         gc.collect()
@@ -188,21 +178,15 @@ def measure_workload(
             decoders[key] = kvrecomp.Decoder(model, plan, budget=Budget(None, host * 1.01))
         except PlanError as error:
             console.print(f"left out: {plan.name}, {model.shape.name}, {workload}: {error}")
-    title, started = f"{model.shape.name}, {workload}", time.perf_counter()
     with machine_lock.shared():
         side_by_side(lambda decoder: decoder.compile(prefill=False), decoders.values())
-    compiled = time.perf_counter()
+    title = f"{model.shape.name}, {workload}: {len(decoders)} programs"
     with machine_lock.exclusive():
-        began = time.perf_counter()
         seconds = {key: step_seconds(decoder) for key, decoder in track(decoders.items(), title, console=console)}
         again = measured_again(seconds, [(room, chosen, _program_key(plan)) for room, chosen, plan in wanted])
         for _ in range(AGAIN):
             for key in again:
                 seconds[key] = min(seconds[key], step_seconds(decoders[key]))
-    console.print(
-        f"{title}: {len(seconds)} programs, {compiled - started:.0f} s compiling, {began - compiled:.0f} s waiting, "
-        f"{time.perf_counter() - began:.0f} s measuring"
-    )
     rows = []
     for room, chosen, plan in wanted:
         if (median := seconds.get(_program_key(plan))) is not None:
@@ -247,24 +231,21 @@ def measured_before(path: str | None, about: dict[str, Any]) -> tuple[list[Measu
 # --- what is printed --------------------------------------------------------------------------------------------------
 
 
-def summary(rows: list[Measured]) -> Table:
+def summary(rows: list[Measured]) -> str:
     """How far predictions are off, or how far choices are from the best rival, which are not shown themselves."""
-    rivals = sum(row.room is not None and not row.chosen for row in rows)
-    title = f"predicted against measured; not shown: {rivals} steps of plans by hand that choices are compared with"
-    table = Table(title=title if rivals else title.partition(";")[0], title_justify="left")
-    headings = ("model", "batch", "cached", "room %", "plan", "measured ms", "predicted ms", "off %", "against best")
-    for heading in headings:
-        table.add_column(heading)
     against = {id(choice.chosen): f"{choice.ratio:.3f} of {choice.rivals}" for choice in predictions.choices(rows)}
-    for row in rows:
-        if row.room is not None and not row.chosen:
-            continue
-        room = "" if row.room is None else f"{row.room:.0f}"
-        table.add_row(
-            predictions.model_of(row), str(row.batch), str(row.prompt), room, row.plan,
-            f"{row.median_ms:.2f}", f"{row.predicted_ms:.2f}", f"{100 * row.off:+.1f}", against.get(id(row), ""),
-        )  # fmt: skip
-    return table
+    return tables.table(
+        [row for row in rows if row.room is None or row.chosen],
+        ("model", predictions.model_of),
+        ("batch", "{0.batch}".format),
+        ("cached", "{0.prompt}".format),
+        ("room %", lambda row: "" if row.room is None else f"{row.room:.0f}"),
+        ("plan", "{0.plan}".format),
+        ("measured ms", "{0.median_ms:.2f}".format),
+        ("predicted ms", "{0.predicted_ms:.2f}".format),
+        ("off %", lambda row: f"{100 * row.off:+.1f}"),
+        ("against best", lambda row: against.get(id(row), "")),
+    )
 
 
 def define_flags(into: flags.FlagValues) -> None:
@@ -288,7 +269,7 @@ def define_flags(into: flags.FlagValues) -> None:
 def read_rows(paths: Sequence[str], console: Console) -> list[Measured]:
     """The rows of results files, which are said."""
     rows = [row for path in paths for row in tables.predicted(tables.read_file(path))]
-    console.print(summary(rows))
+    console.print(Markdown(summary(rows)))
     return rows
 
 
@@ -309,14 +290,14 @@ def measure_rows(given: flags.FlagValues, console: Console) -> tuple[list[Measur
     rows, commands = measured_before(given.out, about)
     about["command"] = AND.join(dict.fromkeys([*commands, about["command"]]))
     if rows:
-        console.print(summary(rows))
+        console.print(Markdown(summary(rows)))
     document = about | {"profile": None, "rows": [dataclasses.asdict(row) for row in rows]}
     for machine, measured in run(configs, batches, cached, rooms, given.layers, host, console, list(rows)):
         rows += measured
         document = about | {"profile": machine.to_json(), "rows": [dataclasses.asdict(row) for row in rows]}
         if given.out:
             write_json(given.out, document)
-        console.print(summary(measured))
+        console.print(Markdown(summary(measured)))
     return rows, document
 
 

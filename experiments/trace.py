@@ -29,7 +29,7 @@ import numpy as np
 from absl import flags
 from jax.profiler import ProfileData, ProfileOptions
 from rich.console import Console
-from rich.table import Table
+from rich.markdown import Markdown
 
 import kvrecomp
 import models
@@ -37,9 +37,9 @@ from experiments.support import script
 from experiments.support.plots import png
 from experiments.support.results import tables
 from experiments.support.results.report import run_info
+from experiments.support.results.tables import Row
 from experiments.support.suite import machine_lock, step_timing
 from experiments.support.traces import timeline, xplane
-from experiments.support.traces.timeline import Timeline
 from kvrecomp.files import write_json
 from kvrecomp.plan import AUTO
 from kvrecomp.run import memory
@@ -92,7 +92,7 @@ def traced(decoder: kvrecomp.Decoder) -> tuple[list[xplane.Span], float]:
     return xplane.last_step(spans, STEPS)
 
 
-def measure(model: Any, plan: kvrecomp.Plan, budget: kvrecomp.Budget) -> Timeline:
+def measure(model: Any, plan: kvrecomp.Plan, budget: kvrecomp.Budget) -> Row:
     """The step of one plan: timed, then traced."""
     decoder = kvrecomp.Decoder(model, plan, budget=budget)
     with machine_lock.shared():
@@ -102,26 +102,24 @@ def measure(model: Any, plan: kvrecomp.Plan, budget: kvrecomp.Budget) -> Timelin
         return timeline_of(plan, median, *traced(decoder))
 
 
-def timeline_of(plan: kvrecomp.Plan, median: float, spans: Sequence[xplane.Span], seconds: float) -> Timeline:
+def timeline_of(plan: kvrecomp.Plan, median: float, spans: Sequence[xplane.Span], seconds: float) -> Row:
     """What is kept of a traced step that takes `median` seconds untraced."""
-    return Timeline(
-        model=plan.shape.name,
+    merged = xplane.merged(spans, SHOWN_GAPS * seconds)
+    return {
+        "model": plan.shape.name,
         **dataclasses.asdict(plan.workload),
-        plan=plan.name,
-        median_ms=1e3 * median,
-        traced_ms=1e3 * seconds,
-        link_bytes=plan.link_bytes(0),
-        link_busy=xplane.busy_seconds(spans, "to_device", "to_host") / seconds,
-        gpu_busy=xplane.busy_seconds(spans, "compute") / seconds,
-        unknown=xplane.unknown_share(spans),
-        spans=[
-            (span.kind, span.layer, round(1e3 * span.start, 3), round(1e3 * span.seconds, 3))
-            for span in xplane.merged(spans, SHOWN_GAPS * seconds)
-        ],
-    )
+        "plan": plan.name,
+        "median_ms": 1e3 * median,
+        "traced_ms": 1e3 * seconds,
+        "link_bytes": plan.link_bytes(0),
+        "link_busy": xplane.busy_seconds(spans, "to_device", "to_host") / seconds,
+        "gpu_busy": xplane.busy_seconds(spans, "compute") / seconds,
+        "unknown": xplane.unknown_share(spans),
+        "spans": [[span.kind, span.layer, round(1e3 * span.start, 3), round(1e3 * span.seconds, 3)] for span in merged],
+    }
 
 
-def run(given: flags.FlagValues) -> list[Timeline]:
+def run(given: flags.FlagValues) -> list[Row]:
     """Traces every plan."""
     names = COMPARED if given.compare else script.names("plans", given.plans)
     platform = jax.devices()[0].platform
@@ -150,17 +148,22 @@ def run(given: flags.FlagValues) -> list[Timeline]:
     return rows
 
 
-def summary(rows: Sequence[Timeline]) -> Table:
-    """How busy link and GPU were."""
-    table = Table(title="traced steps", title_justify="left")
-    table.add_column("plan")
-    for heading in ("median ms", "traced ms", "link busy %", "GPU busy %", "GB/s while busy"):
-        table.add_column(heading, justify="right")
-    for row in rows:
-        rate = f"{row.link_bytes / (row.link_busy * row.traced_ms * 1e6):.1f}" if row.link_busy else "-"
-        shares = (f"{100 * share:.1f}" for share in (row.link_busy, row.gpu_busy))
-        table.add_row(row.plan, f"{row.median_ms:.2f}", f"{row.traced_ms:.2f}", *shares, rate)
-    return table
+def summary(rows: Sequence[Row]) -> str:
+    """How busy link and GPU were, in Markdown."""
+
+    def rate(row: Row) -> str:
+        busy = row["link_busy"] * row["traced_ms"]
+        return f"{row['link_bytes'] / (busy * 1e6):.1f}" if busy else "-"
+
+    return tables.table(
+        rows,
+        ("traced step", "{0[plan]}".format),
+        ("median ms", "{0[median_ms]:.2f}".format),
+        ("traced ms", "{0[traced_ms]:.2f}".format),
+        ("link busy", "{0[link_busy]:.1%}".format),
+        ("GPU busy", "{0[gpu_busy]:.1%}".format),
+        ("GB/s while busy", rate),
+    )
 
 
 def main(given: flags.FlagValues) -> None:
@@ -170,16 +173,16 @@ def main(given: flags.FlagValues) -> None:
     png.check_path(given.plot)
     tables.check_out(given.out, "spans")
     rows = timeline.timelines(tables.read_file(old)) if old else run(given)
-    document = {} if old else run_info(given.commit) | {"rows": [dataclasses.asdict(row) for row in rows]}
+    document = {} if old else run_info(given.commit) | {"rows": rows}
     if given.out:
         write_json(given.out, document)
     timeline.draw(rows, given.plot)
-    console.print(summary(rows))
+    console.print(Markdown(summary(rows)))
     console.print(f"drawn to {given.plot}", markup=False, highlight=False, soft_wrap=True)
     for row in rows:
-        if row.unknown > 0.05:
+        if row["unknown"] > 0.05:
             console.print(
-                f"{row.plan}: no layer is known of {row.unknown:.0%} of the compute; if XLA launched it as CUDA "
+                f"{row['plan']}: no layer is known of {row['unknown']:.0%} of the compute; if XLA launched it as CUDA "
                 "graphs, XLA_FLAGS=--xla_gpu_enable_command_buffer= shows the layers"
             )
     if not old:

@@ -1,9 +1,9 @@
 """Trains a small byte-level OPT on the documentation that every Python installation carries.
 
-    PYTHONPATH=. python experiments/train_lm.py --output=experiments/checkpoints/pydoc --seed=0
+    python experiments/train_lm.py --output=experiments/checkpoints/pydoc --seed=0
 
-writes a checkpoint for `models.load`, with a tokenizer and `training.json`, which says how it came about. From a
-notebook: `train(Config(), output)`.
+writes a checkpoint for `models.load`, with a tokenizer and `training.json`, which says how it came about and has the
+loss curve. From a notebook: `train(Config(), output)`.
 
 The model outlearns the corpus (`experiments.support.corpus`), so weights are kept from the evaluation that was best on
 the validation documents; the held-out documents decide nothing and are only reported on. Bits per byte are the bits of
@@ -13,7 +13,6 @@ The whole corpus is one array on the device, and one jitted call does many steps
 (seed, step): nothing crosses the link while training, and a resumed run sees the batches of an uninterrupted one.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
@@ -21,9 +20,8 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,20 +37,19 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 import models
 from experiments.support import corpus, script
-from experiments.support.results.report import command
+from experiments.support.results.report import run_info, versions
 from kvrecomp.files import replacing, write_json
 from kvrecomp.run.attention import causal
 from models.checkpoint import is_ours
-from models.config import check_sizes
+from models.config import check_size
 
-SAVED_DTYPES = ("bfloat16", "float16", "float32")
-COMPUTE_DTYPES = ("bfloat16", "float32")
-PACKAGES = ("jax", "flax", "optax", "orbax-checkpoint", "numpy")
+DTYPES = ("bfloat16", "float32")
 WARMUP_STEPS = 100
 FINAL_RATE = 0.02  # of the learning rate, at the end of the cosine
 GRADIENT_NORM = 1.0
 EVALUATION_TOKENS = 2**14  # at a time
 STEPS_PER_CALL = 25  # often enough for a progress bar, seldom enough that dispatch costs nothing
+STATE = "state.npz"  # in the work_dir
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -79,12 +76,12 @@ class Config:
     weight_decay: float = _flag(0.1, "AdamW's decay of the kernels.")
     dropout: float = _flag(0.15, "Share of each layer's contributions that is dropped.")
     seed: int = _flag(0, "Seed of weights, batches and dropout.")
-    dtype: str = _flag("bfloat16", f"Of the saved weights: {', '.join(SAVED_DTYPES)}.")
-    compute_dtype: str = _flag("bfloat16", f"Of the products: {', '.join(COMPUTE_DTYPES)}.")
+    dtype: str = _flag("bfloat16", f"Of the products, and of the saved weights: {', '.join(DTYPES)}.")
     eval_every: int = _flag(250, "Steps between evaluations, and states kept.")
 
     def __post_init__(self):
-        check_sizes("training", self, ("steps", "batch", "context", "eval_every"))
+        for name in ("steps", "batch", "context", "eval_every"):
+            check_size("training", name, getattr(self, name))
         if not (0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf and 0 <= self.dropout < 1):
             raise ValueError(
                 f"learning_rate {self.learning_rate}, weight_decay {self.weight_decay}, dropout {self.dropout}; "
@@ -92,9 +89,8 @@ class Config:
             )
         if not 0 <= self.seed < 2**32:
             raise ValueError(f"seed is {self.seed}; expected an integer from 0 to 2**32 - 1")
-        for name, known in (("dtype", SAVED_DTYPES), ("compute_dtype", COMPUTE_DTYPES)):
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected one of {', '.join(known)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype is {self.dtype!r}; expected one of {', '.join(DTYPES)}")
         if self.context > self.model.positions:  # whose own sizes are checked
             raise ValueError(
                 f"context {self.context} is larger than the model's {self.positions} positions; "
@@ -164,10 +160,6 @@ def make_optimizer(config: Config) -> optax.GradientTransformation:
     )
 
 
-def _cast(parameters: Any, dtype: str) -> Any:
-    return jax.tree.map(lambda p: p.astype(dtype), parameters)
-
-
 @functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=2)
 def train_steps(
     config: Config, graph: nnx.GraphDef, state: State, tokens: Array, seed: Array, first: Array, last: Array
@@ -179,7 +171,7 @@ def train_steps(
     optimizer = make_optimizer(config)
 
     def loss(parameters: Any, windows: Array, offsets: Array, key: Array) -> Array:
-        model = nnx.merge(graph, _cast(parameters, config.compute_dtype))
+        model = nnx.merge(graph, optax.tree.cast(parameters, config.dtype))
         logits = forward(model, windows[:, :-1], offsets, config.dropout, key)
         nats, bytes_predicted = loss_sums(logits, windows[:, 1:].T)
         return nats / jnp.maximum(bytes_predicted, 1) / math.log(2)
@@ -201,28 +193,24 @@ def train_steps(
 
 
 def evaluation_windows(tokens: np.ndarray, context: int) -> Array:
-    """tokens [n] -> int32[groups, rows, context + 1] on the device: consecutive windows, each token a target once.
+    """tokens [n] -> int32[rows, context + 1] on the device: consecutive windows, each token a target once.
 
     A window's last token is the first of the next; the end is filled up with padding.
     """
-    count = -(-(len(tokens) - 1) // context)
-    rows = min(max(1, EVALUATION_TOKENS // context), count)
-    groups = -(-count // rows)
-    filled = np.full(groups * rows * context + 1, corpus.PADDING, np.int32)
-    filled[: len(tokens)] = tokens
-    windows = filled[np.arange(groups * rows)[:, None] * context + np.arange(context + 1)]
-    return jax.device_put(windows.reshape(groups, rows, context + 1))
+    starts = np.arange(0, len(tokens) - 1, context)
+    filled = np.pad(tokens.astype(np.int32), (0, context), constant_values=corpus.PADDING)
+    return jax.device_put(filled[starts[:, None] + np.arange(context + 1)])
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _evaluate(graph: nnx.GraphDef, dtype: str, parameters: Any, windows: Array) -> tuple[Array, Array]:
-    model = nnx.merge(graph, _cast(parameters, dtype))
+    model = nnx.merge(graph, optax.tree.cast(parameters, dtype))
 
-    def group(windows: Array) -> tuple[Array, Array]:
-        offsets = jnp.zeros(windows.shape[0], jnp.int32)
-        return loss_sums(forward(model, windows[:, :-1], offsets), windows[:, 1:].T)
+    def row(window: Array) -> tuple[Array, Array]:
+        logits = forward(model, window[None, :-1], jnp.zeros(1, jnp.int32))
+        return loss_sums(logits, window[1:, None])
 
-    return jax.lax.map(group, windows)
+    return jax.lax.map(row, windows, batch_size=max(1, EVALUATION_TOKENS // windows.shape[1]))
 
 
 def bits_per_byte(graph: nnx.GraphDef, parameters: Any, dtype: str, windows: Array) -> float:
@@ -234,22 +222,13 @@ def bits_per_byte(graph: nnx.GraphDef, parameters: Any, dtype: str, windows: Arr
 # --- a run ------------------------------------------------------------------------------------------------------------
 
 
-class Result(NamedTuple):
-    """What `train` gives: the model as saved, the loss curve, and the contents of training.json."""
-
-    model: models.CausalLM
-    curve: list[dict[str, Any]]
-    summary: dict[str, Any]
-
-
 def train(
     config: Config,
     output: str | os.PathLike[str],
     work_dir: str | os.PathLike[str] | None = None,
-    log: str | os.PathLike[str] | None = None,
     documents: Sequence[str] | None = None,
-) -> Result:
-    """Trains, saves a checkpoint to `output` and says how it went; `log` is a file for the loss curve.
+) -> tuple[models.CausalLM, dict[str, Any]]:
+    """Trains and saves a checkpoint to `output`; the model as saved, and the contents of training.json.
 
     A run that was killed is resumed from the state in its `work_dir`. `documents` default to `corpus.documents()`.
 
@@ -258,7 +237,7 @@ def train(
         FloatingPointError: a loss that is not a number.
     """
     started = time.monotonic()
-    check_paths(output, work_dir, log)
+    check_paths(output, work_dir)
     documents = corpus.documents() if documents is None else documents
     parts = corpus.split(documents)._asdict()
     encoded = {name: corpus.encode(part) for name, part in parts.items()}
@@ -271,18 +250,16 @@ def train(
 
     graph, parameters = nnx.split(models.create(config.model, dtype="float32", seed=config.seed))
     state, best = State(parameters, jax.jit(make_optimizer(config).init)(parameters)), _on_host(parameters)
-    curve, step = [], 0
     identity = {**dataclasses.asdict(config), "corpus": corpus.fingerprint(documents)}
-    state_file = None if work_dir is None else Path(work_dir) / "state.npz"
-    if state_file and state_file.exists():
-        curve, (state, best) = restore(state_file, identity, (state, best))
-        step = curve[-1]["step"]
-        print(f"resumed at step {step}", file=sys.stderr)
-    resumed = step
-    if log is not None:
-        write_json(log, curve)
+    curve = []
+    if work_dir is not None and (Path(work_dir) / STATE).exists():
+        curve, (state, best) = restore(Path(work_dir), identity, (state, best))
+    step = resumed = curve[-1]["step"] if curve else 0
 
-    with _progress(config.steps, step) as advance:
+    console = Console(stderr=True)
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        shown = bar.add_task("compiling", total=config.steps, completed=step)
         while step < config.steps:
             stop = min(config.steps, (step // config.eval_every + 1) * config.eval_every)
             bits = 0.0
@@ -291,10 +268,10 @@ def train(
                 bounds = jax.device_put((np.int32(first), np.int32(last)))
                 state, total = train_steps(config, graph, state, tokens, seed, *bounds)
                 bits += float(jax.device_get(total))
-                advance(last, bits / (last - step))
+                bar.update(shown, completed=last, description=f"{bits / (last - step):.3f} bits per byte")
             point = {"step": stop, "train_loss_bits_per_byte": bits / (stop - step)}
             for name, part in windows.items():
-                point[f"{name}_bits_per_byte"] = bits_per_byte(graph, state.parameters, config.compute_dtype, part)
+                point[f"{name}_bits_per_byte"] = bits_per_byte(graph, state.parameters, config.dtype, part)
             if not all(map(math.isfinite, point.values())):
                 raise FloatingPointError(
                     f"the loss is not a number by step {stop}; use a learning_rate below {config.learning_rate}"
@@ -303,23 +280,18 @@ def train(
             curve.append(point)
             if _best(curve) is point:
                 best = _on_host(state.parameters)
-            if state_file:
-                save(state_file, identity, curve, (state, best))
-            if log is not None:
-                write_json(log, curve)
+            if work_dir is not None:
+                save(Path(work_dir), identity, curve, (state, best))
 
-    best = jax.jit(_cast, static_argnums=1)(jax.device_put(best), config.dtype)
+    best = jax.jit(optax.tree.cast, static_argnums=1)(jax.device_put(best), config.dtype)
     model = nnx.merge(graph, best)
-    models.save(model, output, tokenizer=models.byte_tokenizer())
+    models.save(model, output, tokenizer=models.byte_tokenizer(), eos_token_id=corpus.END_OF_TEXT)
     summary = {
-        "command": command(),
-        "seed": config.seed,
-        "steps": config.steps,
+        **run_info(),
+        "versions": versions(),
         "chosen_step": _best(curve)["step"],
         "parameters": sum(p.size for p in jax.tree.leaves(best)),
-        # Of the weights as saved, computed in their dtype.
-        "heldout_bits_per_byte": bits_per_byte(graph, best, config.dtype, windows["heldout"]),
-        "validation_bits_per_byte": bits_per_byte(graph, best, config.dtype, windows["validation"]),
+        **{f"{name}_bits_per_byte": bits_per_byte(graph, best, config.dtype, part) for name, part in windows.items()},
         "tokens_trained_on": config.steps * config.batch * config.context,
         "seconds": round(time.monotonic() - started, 1),
         "resumed_at_step": resumed,
@@ -329,24 +301,27 @@ def train(
             "documents": {name: len(part) for name, part in parts.items()},
             "bytes": {name: sum(len(text.encode()) for text in part) for name, part in parts.items()},
         },
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in PACKAGES}},
-        "device": jax.devices()[0].device_kind,
-        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "curve": curve,
     }
     write_json(Path(output) / "training.json", summary)
-    return Result(model, curve, summary)
+    return model, summary
 
 
-def check_paths(output: Any, work_dir: Any, log: Any) -> None:
-    """Makes the work_dir. Raises ValueError where saving would replace a path, or what is no checkpoint of ours."""
+def check_paths(output: str | os.PathLike[str], work_dir: str | os.PathLike[str] | None) -> None:
+    """Makes the work_dir. Raises ValueError where a path has what is no checkpoint, or no state, of ours."""
     output = Path(output)
     if output.exists() and not is_ours(output) and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"output {str(output)!r} is not a checkpoint of ours; choose another directory or remove it")
-    for name, path in (("work_dir", work_dir), ("log", log)):
-        if path is not None and output.resolve() in (Path(path).resolve(), *Path(path).resolve().parents):
-            raise ValueError(f"{name} {path} is inside output, which is replaced when saving; move it elsewhere")
-    if work_dir is not None:
-        Path(work_dir).mkdir(parents=True, exist_ok=True)
+    if work_dir is None:
+        return
+    work_dir = Path(work_dir)
+    if output.resolve() in (work_dir.resolve(), *work_dir.resolve().parents):
+        raise ValueError(f"work_dir {work_dir} is inside output, which is replaced when saving; move it elsewhere")
+    work_dir.mkdir(parents=True, exist_ok=True)
+    if other := [path.name for path in work_dir.iterdir() if not path.name.startswith(STATE)]:
+        raise ValueError(
+            f"work_dir {work_dir} is not a training run's: it has {min(other)}; choose an empty or a new directory"
+        )
 
 
 def _best(curve: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -358,36 +333,27 @@ def _on_host(tree: Any) -> Any:
     return jax.tree.map(np.array, jax.device_get(tree))
 
 
-@contextlib.contextmanager
-def _progress(steps: int, done: int) -> Iterator[Callable[[int, float], None]]:
-    """A context that gives `advance(step, bits per byte)`: a bar on a terminal, nothing elsewhere."""
-    console = Console(stderr=True)
-    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("compiling", total=steps, completed=done)
-        yield lambda step, bits: bar.update(task, completed=step, description=f"{bits:.3f} bits per byte")
-
-
-def save(path: Path, identity: dict[str, Any], curve: list[dict[str, Any]], tree: Any) -> None:
+def save(work_dir: Path, identity: dict[str, Any], curve: list[dict[str, Any]], tree: Any) -> None:
     """Keeps the loss curve and the arrays of a run in a file that is written in one piece."""
     record = np.array(json.dumps({"identity": identity, "curve": curve}))
-    with replacing(path) as beside, beside.open("wb") as file:
+    with replacing(work_dir / STATE) as beside, beside.open("wb") as file:
         np.savez(file, *jax.device_get(jax.tree.leaves(tree)), record=record)
 
 
-def restore(path: Path, identity: dict[str, Any], like: Any) -> tuple[list[dict[str, Any]], Any]:
+def restore(work_dir: Path, identity: dict[str, Any], like: Any) -> tuple[list[dict[str, Any]], Any]:
     """The loss curve and the arrays that were saved last, in a tree like this. Raises ValueError for another run's."""
     leaves, structure = jax.tree.flatten(like)
-    with np.load(path) as file:
+    with np.load(work_dir / STATE) as file:
         record = json.loads(str(file["record"]))
         arrays = [file[f"arr_{number}"] for number in range(len(leaves))]
     for name, value in identity.items():
         if (saved := record["identity"].get(name)) != value:
             raise ValueError(
-                f"work_dir {path.parent} has the state of another run: its {name} is {saved!r}, not {value!r}; use the "
+                f"work_dir {work_dir} has the state of another run: its {name} is {saved!r}, not {value!r}; use the "
                 "same settings or another work_dir"
             )
     arrays = [jax.device_put(new) if isinstance(old, Array) else new for old, new in zip(leaves, arrays, strict=True)]
+    print(f"resumed at step {record['curve'][-1]['step']}", file=sys.stderr)
     return record["curve"], jax.tree.unflatten(structure, arrays)
 
 
@@ -400,13 +366,13 @@ def define_flags(into: flags.FlagValues) -> None:
     for field in dataclasses.fields(Config):
         of_type = {int: define.integer, float: define.number, str: define.string}[type(field.default)]
         of_type(field.name, field.default, field.metadata["help"])
-    define.string("work_dir", None, "Directory of the training state; resumes if there is one.")
-    define.string("log", None, "JSON file for the loss curve.")
+    define.string("work_dir", None, "Directory of the training state, and of nothing else; resumes if there is one.")
 
 
 def main(given: flags.FlagValues) -> None:
     config = Config(**{field.name: getattr(given, field.name) for field in dataclasses.fields(Config)})
-    print(json.dumps(train(config, given.output, given.work_dir, given.log).summary))
+    _, summary = train(config, given.output, given.work_dir)
+    print(json.dumps(summary))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.progress import StepBar
 from kvrecomp.run import memory
+from kvrecomp.run.cache import Cache
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.model import Model, check_parts
 from kvrecomp.run.programs import KeptPrograms, as_by_default
@@ -187,15 +188,22 @@ class TokenLoop:
     def _dispatch(
         self, parts: Sequence[tuple[np.ndarray, np.ndarray]], max_new_tokens: int, row_ids: np.ndarray
     ) -> Generator[_Dispatched, None, None]:
-        """Prefill and steps, one item a token, as they are dispatched; nothing here waits for the device."""
-        plan, decoder = self.decoder.plan, self.decoder
-        caches, logits = map(list, zip(*(decoder.prefill(*part) for part in parts)))
+        """Prefill and steps, one item a token, as they are dispatched. Nothing here waits for the device, but for what
+        a packed prompt or tail says of itself."""
+        decoder = self.decoder
+        prefilled: list[tuple[Cache, Array]] = []
+        while len(prefilled) < len(parts):
+            plan = decoder.plan
+            prefilled.append(decoder.prefill(*parts[len(prefilled)]))
+            if decoder.plan is not plan and len(prefilled) > 1:  # blocks could not be packed; those before were
+                prefilled.clear()
+        caches, logits = map(list, zip(*prefilled))
         eos, pad, seed, names = jax.device_put(
             (
                 np.asarray(self.eos, np.int32),
                 np.int32(self.pad),
                 np.uint32(self.sampling.seed),
-                np.split(row_ids, plan.groups),
+                np.split(row_ids, len(parts)),
             ),
             memory.sharding("device"),
         )
@@ -212,7 +220,7 @@ class TokenLoop:
             yield _Dispatched(*arriving, sent)
             if index + 1 < max_new_tokens:
                 caches, logits = decoder.step_groups(caches, tokens)
-                sent = plan.link_bytes(index // plan.tail)
+                sent = decoder.plan.link_bytes(index // decoder.plan.tail)
 
     def _new_tokens(self, new: np.ndarray) -> np.ndarray:
         """int32[new, batch] -> int32[batch]: how many of them are each row's own."""

@@ -2,6 +2,7 @@
 
 model = models.load("path/to/checkpoint")      # a Hugging Face directory or one that save() wrote
 model = models.create("opt-1.3b")              # random weights, for measuring
+text = models.load_text("path/to/checkpoint")  # text to ids and back, what ends it, how chats are written
 logits = model(input_ids)                      # float32[batch, tokens, vocab]
 models.save(model, "path/to/another")
 """
@@ -20,6 +21,7 @@ from models.gemma import Gemma, GemmaConfig
 from models.layers import CausalLM
 from models.llama import Llama, LlamaConfig
 from models.opt import OPT, OPTConfig
+from models.text import TextProcessor, load_text
 from models.tokenizer import byte_tokenizer, check_tokenizer, load_tokenizer
 
 __all__ = [
@@ -33,10 +35,12 @@ __all__ = [
     "Llama",
     "LlamaConfig",
     "OPTConfig",
+    "TextProcessor",
     "byte_tokenizer",
     "check_tokenizer",
     "create",
     "load",
+    "load_text",
     "load_tokenizer",
     "preset",
     "read_shape",

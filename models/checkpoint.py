@@ -3,12 +3,14 @@
 A parameter's name is its path in the module, such as `layers.0.attention.query.kernel`. A checkpoint of ours is a
 directory of
 
-    config.json        {"family": "opt", "dtype": "bfloat16", ...fields of the family's configuration}
-    params/            an Orbax checkpoint of {name: array}
-    tokenizer.json     optional
+    config.json               {"family": "opt", "dtype": "bfloat16", ...fields of the family's configuration}
+    params/                   an Orbax checkpoint of {name: array}
+    tokenizer.json            optional, as are the other files that `models.text` reads
+    generation_config.json
 """
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
@@ -18,7 +20,7 @@ import shutil
 import sys
 import uuid
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 Placement = Sharding | Callable[[str, tuple[int, ...]], Sharding] | None
 """Where parameters go: one sharding for all, or one for each (name, shape), or None for jax's default device."""
+
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2
+"""Of Linux's renameat2, for which Python has no function."""
 
 
 class CheckpointError(ValueError):
@@ -120,13 +126,18 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{path} has no config.json; expected a Hugging Face directory or one that save() wrote")
+    return read_object(file)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in a file."""
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
+        read = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not JSON ({error}); copy it again from its source") from error
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{file} holds a {type(config).__name__}; expected a JSON object")
-    return config
+    if not isinstance(read, dict):
+        raise CheckpointError(f"{file} holds a {type(read).__name__}; expected a JSON object")
+    return read
 
 
 def is_ours(path: Path) -> bool:
@@ -137,11 +148,18 @@ def is_ours(path: Path) -> bool:
         return False
 
 
-def save(model: CausalLM, path: str | os.PathLike[str], *, tokenizer: Tokenizer | None = None) -> None:
-    """Write a model as an Orbax checkpoint, with its configuration and, if given, its tokenizer.
+def save(
+    model: CausalLM,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Tokenizer | None = None,
+    eos_token_id: int | Sequence[int] | None = None,
+) -> None:
+    """Write a model as an Orbax checkpoint, with its configuration and, if given, its tokenizer and what ends a text.
 
-    The directory appears whole or not at all: it is written beside and then renamed. An earlier checkpoint of ours, or
-    an empty directory, is replaced.
+    Other files that say how text is read and written, such as a chat template, may be put beside (`models.text`). The
+    directory appears whole or not at all: it is written beside, and takes the place of an earlier checkpoint of ours,
+    or of an empty directory, in one step where the file system can exchange two directories.
 
     Raises:
         CheckpointError: `path` exists and is not a checkpoint of ours.
@@ -150,25 +168,39 @@ def save(model: CausalLM, path: str | os.PathLike[str], *, tokenizer: Tokenizer 
     if target.exists() and not is_ours(target) and not (target.is_dir() and not any(target.iterdir())):
         raise CheckpointError(f"{target} exists and is not a checkpoint of ours; choose another path or remove it")
     config = {"family": model.config.family, "dtype": model.shape.dtype, **dataclasses.asdict(model.config)}
-    mine = uuid.uuid4().hex
-    beside, replaced = (target.with_name(f".{target.name}.{what}-{mine}") for what in ("saving", "replaced"))
+    documents = {"config.json": config}
+    if eos_token_id is not None:
+        documents["generation_config.json"] = {"eos_token_id": eos_token_id}
+    beside = target.with_name(f".{target.name}.saving-{uuid.uuid4().hex}")
     beside.mkdir(parents=True)
     try:
-        (beside / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        for name, document in documents.items():
+            (beside / name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         if tokenizer is not None:
             tokenizer.save(str(beside / "tokenizer.json"))
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(beside / "params", parameters_of(model))
-        # A directory cannot be renamed onto one that has files, so the old one steps aside first.
         if target.exists():
-            os.replace(target, replaced)
-        os.replace(beside, target)
+            _exchange(beside, target)
+        else:
+            os.replace(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)  # by now what was there before, if it was exchanged
+
+
+def _exchange(new: Path, old: Path) -> None:
+    """Let two directories change places: at no moment is there none at `old`, where Linux can do that."""
+    exchange = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if exchange is not None and exchange(AT_FDCWD, os.fsencode(new), AT_FDCWD, os.fsencode(old), RENAME_EXCHANGE) == 0:
+        return
+    aside = new.with_name(f"{new.name}.replaced")
+    os.replace(old, aside)
+    try:
+        os.replace(new, old)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
-        if replaced.exists() and not target.exists():
-            os.replace(replaced, target)
+        os.replace(aside, old)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    os.replace(aside, new)
 
 
 def describe(path: Path, config: Mapping[str, Any], dtype: str | None) -> tuple[Config, str]:
@@ -201,7 +233,10 @@ def restore(path: Path, config: Mapping[str, Any], dtype: str | None, sharding: 
     except CheckpointError:
         raise
     except Exception as error:  # what Orbax and its storage raise for damaged files is not one kind
-        raise CheckpointError(f"{params} cannot be read ({first_line(error)}); copy or save it again") from error
+        # Of metadata that are gone or not what they were, Python says what they have not.
+        of_metadata = isinstance(error, (AttributeError, LookupError, TypeError, RecursionError))
+        reason = "its metadata are missing or damaged" if of_metadata else first_line(error)
+        raise CheckpointError(f"{params} cannot be read ({reason}); copy or save it again") from error
     return skeleton.fill(parameters)
 
 

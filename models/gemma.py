@@ -17,7 +17,7 @@ from jax import Array
 
 from kvrecomp.plan import LayerShape, ModelShape
 from kvrecomp.run.attention import Attend
-from models.config import check_epsilon, check_sizes, check_supported, read_fields
+from models.config import check_fields, check_supported, read_fields, read_flag
 from models.layers import CausalLM, Embedding, GatedFeedForward, divided_by_root_mean_square, parameter
 from models.rotary import Rotary, RotaryAttention
 
@@ -45,12 +45,12 @@ class GemmaConfig:
     positions: int = 8192
     epsilon: float = 1e-6
     rotary: Rotary = field(default_factory=Rotary)
+    attention_bias: bool = False
+    tied: bool = True
 
     def __post_init__(self):
         object.__setattr__(self, "rotary", Rotary.of(self.rotary))  # JSON has no dataclasses
-        sizes = ("layers", "hidden", "heads", "kv_heads", "intermediate", "head_dim", "vocab", "positions")
-        check_sizes("Gemma", self, sizes)
-        check_epsilon("Gemma", self.epsilon)
+        check_fields("Gemma", self)
         if self.heads % self.kv_heads:
             raise ValueError(f"Gemma: {self.heads} heads do not divide into {self.kv_heads} key-value heads")
         if self.head_dim % 2:
@@ -74,6 +74,7 @@ class GemmaConfig:
             vocab=self.vocab,
             embedding=self.hidden,
             positions=self.positions,
+            tied=self.tied,
         )
 
     def build(self, *, dtype: Any, rngs: nnx.Rngs | None) -> "Gemma":
@@ -102,13 +103,17 @@ class GemmaConfig:
             # Older files say "gelu" and mean the approximation that the model was trained with.
             "hidden_act": ("gelu_pytorch_tanh", "gelu"),
             "hidden_activation": (None, "gelu_pytorch_tanh"),
-            "attention_bias": (False,),
-            "tie_word_embeddings": (True,),
             "use_bidirectional_attention": (None, False),
         }
         fields = read_fields("gemma", config, sizes)
         check_supported("gemma", config, supported)
-        return cls(name=name, **fields, rotary=Rotary.from_huggingface("gemma", config))
+        return cls(
+            name=name,
+            **fields,
+            rotary=Rotary.from_huggingface("gemma", config),
+            attention_bias=read_flag("gemma", config, "attention_bias"),
+            tied=read_flag("gemma", config, "tie_word_embeddings", True),
+        )
 
 
 class GemmaNorm(nnx.Module):
@@ -128,7 +133,8 @@ class GemmaLayer(nnx.Module):
 
     def __init__(self, config: GemmaConfig, shape: LayerShape, *, dtype: Any, rngs: nnx.Rngs | None):
         self.attention_norm = GemmaNorm(shape.hidden, epsilon=config.epsilon, dtype=dtype, rngs=rngs)
-        self.attention = RotaryAttention(shape, config.rotary, bias=False, dtype=dtype, rngs=rngs)
+        bias = config.attention_bias
+        self.attention = RotaryAttention(shape, config.rotary, bias=bias, output_bias=bias, dtype=dtype, rngs=rngs)
         self.feed_forward_norm = GemmaNorm(shape.hidden, epsilon=config.epsilon, dtype=dtype, rngs=rngs)
         self.feed_forward = GatedFeedForward(shape.hidden, shape.intermediate, GELU, dtype=dtype, rngs=rngs)
 
@@ -145,6 +151,7 @@ class Gemma(CausalLM):
         self.tokens = Embedding(config.vocab, config.hidden, dtype=dtype, rngs=rngs)
         self.layers = nnx.List(GemmaLayer(config, shape, dtype=dtype, rngs=rngs) for shape in config.shape.layers)
         self.final_norm = GemmaNorm(config.hidden, epsilon=config.epsilon, dtype=dtype, rngs=rngs)
+        self.head = None if config.tied else Embedding(config.vocab, config.hidden, dtype=dtype, rngs=rngs)
 
     @property
     def shape(self) -> ModelShape:
@@ -156,7 +163,8 @@ class Gemma(CausalLM):
         return hidden * jnp.asarray(self.config.hidden**0.5, hidden.dtype)
 
     def unembed(self, hidden: Array) -> Array:
-        return self.tokens.scores(self.final_norm(hidden))
+        table = self.tokens if self.head is None else self.head
+        return table.scores(self.final_norm(hidden))
 
 
 PRESETS = {

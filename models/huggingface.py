@@ -6,6 +6,7 @@ exists. Nothing of a file is executed.
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import zipfile
@@ -30,9 +31,9 @@ from models.checkpoint import (
     first_line,
     sharding_of,
 )
-from models.config import Config
+from models.config import Config, check_name
 from models.layers import CausalLM
-from models.tables import BUFFERS, MODEL_TYPES, Table, expand
+from models.tables import BUFFERS, HEAD, MODEL_TYPES, Table, expand
 
 # --- files ------------------------------------------------------------------------------------------------------------
 
@@ -103,13 +104,16 @@ def _open_torch(file: Path) -> dict[str, Tensor]:
             raise CheckpointError(f"{file} holds a {type(loaded).__name__}; expected a dict of tensors")
 
         def read(tensor: Any) -> np.ndarray:
-            tensor = tensor.detach()  # a Parameter, where it was saved as one
+            # A copy, for jax may keep what it is given, and this is the file's mapping. Contiguous, for the view below.
+            tensor = tensor.detach().clone(memory_format=torch.contiguous_format)
             if tensor.dtype == torch.bfloat16:  # numpy has none, so the bits go through an integer of the same size
-                return tensor.contiguous().view(torch.int16).numpy().view(jnp.dtype("bfloat16"))
+                return tensor.view(torch.int16).numpy().view(jnp.dtype("bfloat16"))
             return tensor.numpy()
 
         tensors = {}
         for name, tensor in loaded.items():
+            if not isinstance(name, str):
+                raise CheckpointError(f"{file} holds a tensor named {name!r}; expected a dict of tensors by name")
             if not isinstance(tensor, torch.Tensor):
                 raise CheckpointError(f"{file}: {name} is a {type(tensor).__name__}; expected a tensor")
             dtype = str(tensor.dtype).removeprefix("torch.")
@@ -117,34 +121,39 @@ def _open_torch(file: Path) -> dict[str, Tensor]:
         return tensors
 
 
-def _shards(index: Path) -> list[Path]:
-    """The files that an index lists."""
+def _read_index(index: Path) -> dict[str, list[str]]:
+    """{file: the tensors that an index has in it}."""
+    files: dict[str, list[str]] = {}
     with _reading(index):
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        for file in files:
+        for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
             if Path(file).name != file:
                 raise CheckpointError(f"{index} lists {file!r}; expected names of files beside it")
-    return [index.parent / file for file in files]
+            files.setdefault(file, []).append(name)
+    return files
 
 
 def _open_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a directory, by name without the leading "model."."""
+    """All tensors of a directory, by name without the leading "model."; of shards, those that the index has in each."""
     for name, opener in (("model.safetensors", _open_safetensors), ("pytorch_model.bin", _open_torch)):
+        index = path / f"{name}.index.json"
         if (path / name).is_file():
-            files = [path / name]
-        elif (path / f"{name}.index.json").is_file():
-            files = _shards(path / f"{name}.index.json")
+            files = {name: None}
+        elif index.is_file():
+            files = _read_index(index)
         else:
             continue
         tensors: dict[str, Tensor] = {}
-        for file in files:
-            for given, tensor in opener(file).items():
+        for file, listed in sorted(files.items()):
+            opened = opener(path / file)
+            for given in opened if listed is None else listed:
+                if given not in opened:
+                    raise CheckpointError(f"{index} has {given} in {file}, which has it not; copy both again")
                 short = given.removeprefix("model.")
                 if short in tensors:
                     raise CheckpointError(
-                        f"{given} is doubled, in {tensors[short].file} and {file}; expected once: remove one of them"
+                        f"{given} is doubled, in {tensors[short].file} and {path / file}; expected once: remove one"
                     )
-                tensors[short] = tensor
+                tensors[short] = opened[given]
         return tensors
     raise CheckpointError(
         f"{path} has no weights; expected model.safetensors, model.safetensors.index.json or pytorch_model.bin"
@@ -174,14 +183,15 @@ def describe(path: Path, config: Mapping[str, Any], dtype: str | None) -> Descri
         raise CheckpointError(f"{path}/config.json: model_type is {kind!r}; expected one of {', '.join(MODEL_TYPES)}")
     family, table = MODEL_TYPES[kind]
     try:
+        check_name(kind, "_name_or_path", config.get("_name_or_path") or "")
         name = Path(config.get("_name_or_path") or path.resolve()).name
         model_config = family.from_huggingface(config, name)
     except (TypeError, ValueError) as error:  # a field may be of any type
         raise CheckpointError(f"{path}/config.json: {error}") from error
 
     tensors = {given: tensor for given, tensor in _open_weights(path).items() if not given.endswith(BUFFERS)}
-    if model_config.shape.tied:
-        tensors.pop("lm_head.weight", None)  # where weights are tied, a written head is the token table once more
+    if model_config.shape.tied and _untied(tensors, table):
+        model_config = dataclasses.replace(model_config, tied=False)
     for given, tensor in tensors.items():
         if tensor.dtype not in SAFETENSORS_DTYPES.values():
             raise CheckpointError(
@@ -190,6 +200,24 @@ def describe(path: Path, config: Mapping[str, Any], dtype: str | None) -> Descri
             )
     dtype = dtype_name(dtype) if dtype is not None else _stored_dtype(path, tensors)
     return Described(model_config, dtype, tensors, table)
+
+
+def _untied(tensors: dict[str, Tensor], table: Table) -> bool:
+    """Whether there is a head that is not the token table once more, which is then dropped, nor stands in for it."""
+    embedding = next(name for name, (ours, _) in table.items() if ours == "tokens.embedding")
+    if HEAD not in tensors:
+        return False
+    if embedding not in tensors:
+        tensors[embedding] = tensors.pop(HEAD)
+        return False
+    head, tokens = tensors[HEAD], tensors[embedding]
+    if (head.shape, head.dtype) != (tokens.shape, tokens.dtype):
+        return True
+    with _reading(head.file):
+        if not np.array_equal(head.read(), tokens.read()):
+            return True
+    del tensors[HEAD]
+    return False
 
 
 def load(path: Path, config: Mapping[str, Any], dtype: str | None, sharding: Placement) -> CausalLM:

@@ -118,7 +118,7 @@ class FeedForward(nnx.Module):
 
 
 class GatedFeedForward(nnx.Module):
-    """x [..., hidden] -> (activation(x gate) * (x up)) down [..., hidden], without biases.
+    """x [..., hidden] -> (activation(x gate) * (x up)) down [..., hidden].
 
     (Shazeer 2020, arXiv 2002.05202)
     """
@@ -129,12 +129,13 @@ class GatedFeedForward(nnx.Module):
         intermediate: int,
         activation: Callable[[Array], Array],
         *,
+        bias: bool = False,
         dtype: Any,
         rngs: nnx.Rngs | None,
     ):
-        self.gate = Linear(hidden, intermediate, bias=False, dtype=dtype, rngs=rngs)
-        self.up = Linear(hidden, intermediate, bias=False, dtype=dtype, rngs=rngs)
-        self.down = Linear(intermediate, hidden, bias=False, dtype=dtype, rngs=rngs)
+        self.gate = Linear(hidden, intermediate, bias=bias, dtype=dtype, rngs=rngs)
+        self.up = Linear(hidden, intermediate, bias=bias, dtype=dtype, rngs=rngs)
+        self.down = Linear(intermediate, hidden, bias=bias, dtype=dtype, rngs=rngs)
         self.activation = activation
 
     def __call__(self, x: Array) -> Array:

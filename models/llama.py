@@ -4,6 +4,7 @@ All normalise before each sublayer by the root of the mean square, rotate querie
 gated feed-forward with SiLU. What they add to that is a field of `LlamaConfig`:
 
     Llama 2 70B, Llama 3    several heads share one of K and V (`kv_heads`); Llama 3.1 scales its rotation (`rotary`)
+    models of others        biases of all projections (`qkv_bias` and `output_bias`, `mlp_bias`)
     Mistral                 a token sees the last `sliding_window` tokens only
     Qwen2, Qwen2.5          queries, keys and values have a bias (`qkv_bias`); the small ones a tied head (`tied`)
     Qwen3                   each head of queries and keys is normalised before it is rotated (`head_norms`)
@@ -11,6 +12,7 @@ gated feed-forward with SiLU. What they add to that is a field of `LlamaConfig`:
 """
 
 import dataclasses
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -21,7 +23,7 @@ from jax import Array
 
 from kvrecomp.plan import LayerShape, ModelShape
 from kvrecomp.run.attention import Attend, Projections
-from models.config import check_epsilon, check_sizes, check_supported, read_fields
+from models.config import check_fields, check_size, check_supported, read_fields, read_flag, read_size
 from models.layers import CausalLM, Embedding, GatedFeedForward, RMSNorm
 from models.rotary import Rotary, RotaryAttention
 
@@ -51,14 +53,16 @@ class LlamaConfig:
     epsilon: float = 1e-5
     rotary: Rotary = field(default_factory=Rotary)
     qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
     head_norms: bool = False
     tied: bool = False
     sliding_window: int | None = None
     sliding_layers: tuple[int, ...] | None = None
 
     def __post_init__(self):
-        check_sizes("Llama", self, ("layers", "hidden", "heads", "intermediate", "vocab", "positions"))
-        check_epsilon("Llama", self.epsilon)
+        check_size("Llama", "heads", self.heads)
+        check_size("Llama", "hidden", self.hidden)
         if not self.head_dim and self.hidden % self.heads:
             raise ValueError(f"Llama: hidden size {self.hidden} does not divide into {self.heads} heads")
         given = {
@@ -70,13 +74,17 @@ class LlamaConfig:
         }
         for name, value in given.items():
             object.__setattr__(self, name, value)
-        check_sizes("Llama", self, ("kv_heads", "head_dim"))
+        check_fields("Llama", self)
         if self.heads % self.kv_heads:
             raise ValueError(f"Llama: {self.heads} heads do not divide into {self.kv_heads} key-value heads")
         if self.head_dim % 2:
             raise ValueError(f"Llama: head_dim is {self.head_dim}; expected an even number, to be rotated in pairs")
         if self.sliding_window is not None:
-            check_sizes("Llama", self, ("sliding_window",))
+            check_size("Llama", "sliding_window", self.sliding_window)
+        if not all(isinstance(layer, int) and layer >= 0 for layer in self.sliding_layers or ()):
+            raise ValueError(
+                f"Llama: sliding_layers is {reprlib.repr(self.sliding_layers)}; expected numbers of layers"
+            )
 
     def window(self, layer: int) -> int | None:
         """How many tokens a token sees in that layer; None for all."""
@@ -127,20 +135,24 @@ class LlamaConfig:
             "epsilon": "rms_norm_eps",
         }
         fields = read_fields(family, config, sizes)
-        check_supported(family, config, {"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,)})
+        check_supported(family, config, {"hidden_act": ("silu",)})
         return cls(
             name=name,
             **fields,
-            kv_heads=config.get("num_key_value_heads") or 0,
-            head_dim=config.get("head_dim") or 0,
+            kv_heads=read_size(family, config, "num_key_value_heads"),
+            head_dim=read_size(family, config, "head_dim"),
             rotary=Rotary.from_huggingface(family, config),
-            tied=bool(config.get("tie_word_embeddings", False)),
+            tied=read_flag(family, config, "tie_word_embeddings"),
             **VARIANTS[family](config),
         )
 
 
 def _llama(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
+    return {**_attention_bias("llama", config), "mlp_bias": read_flag("llama", config, "mlp_bias")}
+
+
+def _attention_bias(family: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    return dict.fromkeys(("qkv_bias", "output_bias"), read_flag(family, config, "attention_bias"))
 
 
 def _mistral(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -152,29 +164,38 @@ def _qwen2(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _qwen3(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {"head_norms": True, **_qwen_windows(config)}
+    return {"head_norms": True, **_attention_bias("qwen3", config), **_qwen_windows(config)}
 
 
 def _qwen_windows(config: Mapping[str, Any]) -> dict[str, Any]:
     """The layers that slide are listed in `layer_types` or, in older files, begin with `max_window_layers`."""
-    if not config.get("use_sliding_window", False) or config.get("sliding_window", 4096) is None:
-        return {}
-    kinds = config.get("layer_types")
-    if kinds is None:
-        sliding = range(config.get("max_window_layers", 28), config["num_hidden_layers"])
-    elif unknown := set(kinds) - {"full_attention", "sliding_attention"}:
+    family, layers, kinds = config["model_type"], config["num_hidden_layers"], config.get("layer_types")
+    if kinds is not None and (
+        not isinstance(kinds, list) or len(kinds) != layers or any(kind not in LAYER_TYPES for kind in kinds)
+    ):
         raise ValueError(
-            f"{config['model_type']}: layer_types has {', '.join(sorted(unknown))}; "
-            "expected full_attention or sliding_attention"
+            f"{family}: layer_types is {reprlib.repr(kinds)}; expected {' or '.join(LAYER_TYPES)} for each of the "
+            f"{layers} layers"
         )
-    else:
-        sliding = [layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"]
-    return {"sliding_window": config.get("sliding_window", 4096), "sliding_layers": tuple(sliding)}
+    window = config.get("sliding_window", 4096)
+    if not read_flag(family, config, "use_sliding_window") or window is None:
+        return {}
+    if kinds is None:
+        first = config.get("max_window_layers", 28)
+        if first != 0:  # all of them
+            check_size(family, "max_window_layers", first)
+        kinds = [LAYER_TYPES[layer >= first] for layer in range(layers)]
+    return {
+        "sliding_window": window,
+        "sliding_layers": tuple(layer for layer, kind in enumerate(kinds) if kind == "sliding_attention"),
+    }
 
 
 def _phi3(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"sliding_window": config.get("sliding_window")}
 
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 VARIANTS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {
     "llama": _llama,
@@ -192,7 +213,8 @@ class LlamaAttention(RotaryAttention):
     def __init__(
         self, config: LlamaConfig, shape: LayerShape, window: int | None, *, dtype: Any, rngs: nnx.Rngs | None
     ):
-        super().__init__(shape, config.rotary, bias=config.qkv_bias, dtype=dtype, rngs=rngs)
+        bias = {"bias": config.qkv_bias, "output_bias": config.output_bias}
+        super().__init__(shape, config.rotary, **bias, dtype=dtype, rngs=rngs)
 
         def head_norm() -> RMSNorm | None:
             if not config.head_norms:
@@ -223,7 +245,9 @@ class LlamaLayer(nnx.Module):
         self.attention_norm = RMSNorm(shape.hidden, epsilon=config.epsilon, dtype=dtype, rngs=rngs)
         self.attention = LlamaAttention(config, shape, window, dtype=dtype, rngs=rngs)
         self.feed_forward_norm = RMSNorm(shape.hidden, epsilon=config.epsilon, dtype=dtype, rngs=rngs)
-        self.feed_forward = GatedFeedForward(shape.hidden, shape.intermediate, jax.nn.silu, dtype=dtype, rngs=rngs)
+        self.feed_forward = GatedFeedForward(
+            shape.hidden, shape.intermediate, jax.nn.silu, bias=config.mlp_bias, dtype=dtype, rngs=rngs
+        )
 
     def __call__(self, hidden: Array, attend: Attend) -> Array:
         hidden = hidden + self.attention(self.attention_norm(hidden), attend)

@@ -16,7 +16,7 @@ from jax import Array
 
 from kvrecomp.plan import LayerShape, ModelShape
 from kvrecomp.run.attention import Attend
-from models.config import check_sizes, check_supported, read_fields
+from models.config import check_fields, check_supported, read_fields, read_flag, read_size
 from models.layers import Attention, CausalLM, Embedding, FeedForward, LayerNorm, Linear
 
 POSITION_OFFSET = 2  # the first two rows of OPT's position table are never used (a legacy of fairseq's padding index)
@@ -45,12 +45,12 @@ class OPTConfig:
     activation: str = "relu"
     pre_norm: bool = True
     final_norm: bool = True
+    tied: bool = True
 
     def __post_init__(self):
         if not self.embedding:
             object.__setattr__(self, "embedding", self.hidden)
-        sizes = ("layers", "hidden", "heads", "intermediate", "vocab", "positions", "embedding")
-        check_sizes("OPT", self, sizes)
+        check_fields("OPT", self)
         if self.hidden % self.heads:
             raise ValueError(f"OPT: hidden size {self.hidden} does not divide into {self.heads} heads")
         if self.activation not in ACTIVATIONS:
@@ -72,6 +72,7 @@ class OPTConfig:
             vocab=self.vocab,
             embedding=self.embedding,
             positions=self.positions,
+            tied=self.tied,
         )
 
     def build(self, *, dtype: Any, rngs: nnx.Rngs | None) -> "OPT":
@@ -93,21 +94,17 @@ class OPTConfig:
             "vocab": "vocab_size",
             "positions": "max_position_embeddings",
         }
-        supported = {
-            "tie_word_embeddings": (True,),
-            "enable_bias": (True,),
-            "layer_norm_elementwise_affine": (True,),
-        }
         fields = read_fields("OPT", config, sizes)
-        check_supported("OPT", config, supported)
-        pre_norm = bool(config.get("do_layer_norm_before", True))
+        check_supported("OPT", config, {"enable_bias": (True,), "layer_norm_elementwise_affine": (True,)})
+        pre_norm = read_flag("OPT", config, "do_layer_norm_before", True)
         return cls(
             name=name,
             **fields,
-            embedding=config.get("word_embed_proj_dim") or config["hidden_size"],
+            embedding=read_size("OPT", config, "word_embed_proj_dim"),
             activation=config.get("activation_function", "relu"),
             pre_norm=pre_norm,
-            final_norm=pre_norm and not config.get("_remove_final_layer_norm", False),
+            final_norm=pre_norm and not read_flag("OPT", config, "_remove_final_layer_norm"),
+            tied=read_flag("OPT", config, "tie_word_embeddings", True),
         )
 
 
@@ -144,6 +141,7 @@ class OPT(CausalLM):
         project = functools.partial(Linear, bias=False, dtype=dtype, rngs=rngs)
         self.project_in = project(config.embedding, config.hidden) if narrow else None
         self.project_out = project(config.hidden, config.embedding) if narrow else None
+        self.head = None if config.tied else Embedding(config.vocab, config.embedding, dtype=dtype, rngs=rngs)
 
     @property
     def shape(self) -> ModelShape:
@@ -160,7 +158,8 @@ class OPT(CausalLM):
             hidden = self.final_norm(hidden)
         if self.project_out is not None:
             hidden = self.project_out(hidden)
-        return self.tokens.scores(hidden)
+        table = self.tokens if self.head is None else self.head
+        return table.scores(hidden)
 
 
 def _published(size: str, layers: int, hidden: int, heads: int, **variants: Any) -> OPTConfig:

@@ -7,6 +7,7 @@ on the distance between them only. Models made for longer texts turn some planes
 
 import dataclasses
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -38,6 +39,13 @@ FIELDS = {
 """Hugging Face's names of those parameters."""
 
 
+def _check_positive(what: str, value: Any) -> None:
+    """Raise ValueError unless it is a positive number of float32, in which angles are computed."""
+    smallest, largest = float(np.finfo(np.float32).tiny), float(np.finfo(np.float32).max)
+    if not isinstance(value, int | float) or isinstance(value, bool) or not smallest <= value <= largest:
+        raise ValueError(f"{what} is {reprlib.repr(value)}; expected a positive number")
+
+
 @dataclass(frozen=True)
 class Rotary:
     """The frequencies of the planes of a head.
@@ -59,12 +67,10 @@ class Rotary:
     original_positions: int = 8192
 
     def __post_init__(self):
-        if self.scaling not in NEEDED:
-            raise ValueError(f"rope scaling is {self.scaling!r}; supported are {', '.join(NEEDED)}")
+        if self.scaling not in tuple(NEEDED):  # which need not be hashable
+            raise ValueError(f"rope scaling is {reprlib.repr(self.scaling)}; supported are {', '.join(NEEDED)}")
         for name in ("theta", "factor", "low_turns", "high_turns", "original_positions"):
-            value = getattr(self, name)
-            if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
-                raise ValueError(f"rope scaling: {name} is {value!r}; expected a positive number")
+            _check_positive(f"rope scaling: {name}", getattr(self, name))
         if self.low_turns >= self.high_turns:
             raise ValueError(
                 f"rope scaling: low_turns is {self.low_turns} and high_turns {self.high_turns}; expected more turns"
@@ -76,7 +82,7 @@ class Rotary:
         if isinstance(given, cls):
             return given
         if not isinstance(given, Mapping):
-            raise ValueError(f"rotary is {given!r}; expected the fields of a Rotary")
+            raise ValueError(f"rotary is {reprlib.repr(given)}; expected the fields of a Rotary")
         return cls(**given)
 
     def frequencies(self, head_dim: int) -> np.ndarray:
@@ -107,15 +113,16 @@ class Rotary:
         Raises:
             ValueError: a scaling, or a parameter of one, that is not supported or missing; the message names it.
         """
-        given = dict(config.get("rope_scaling") or config.get("rope_parameters") or {})
+        scaled = config.get("rope_scaling") or config.get("rope_parameters") or {}
+        if not isinstance(scaled, Mapping):
+            raise ValueError(f"{family}: rope scaling is {reprlib.repr(scaled)}; expected an object of its parameters")
+        given = dict(scaled)
         theta = given.pop("rope_theta", config.get("rope_theta", cls.theta))
         rotated = given.pop("partial_rotary_factor", config.get("partial_rotary_factor"))
         scaling = given.pop("rope_type", given.get("type", "default"))
         given.pop("type", None)
-        if scaling not in NEEDED:
-            raise ValueError(
-                f"{family}: rope scaling is {scaling!r}; supported are {', '.join(NEEDED)}: convert the checkpoint"
-            )
+        if scaling not in tuple(NEEDED):
+            raise ValueError(f"{family}: rope scaling is {reprlib.repr(scaling)}; supported are {', '.join(NEEDED)}")
         if rotated not in (None, 1):
             raise ValueError(f"{family}: partial_rotary_factor is {rotated!r}; only 1 is supported")
         known = FIELDS.values()
@@ -123,14 +130,25 @@ class Rotary:
             raise ValueError(f"{family}: rope scaling has {', '.join(unknown)}; expected {', '.join(known)} only")
         if missing := [FIELDS[name] for name in NEEDED[scaling] if FIELDS[name] not in given]:
             raise ValueError(f"{family}: rope scaling {scaling!r} has no {', '.join(missing)}; expected in config.json")
+        for name, value in {"rope_theta": theta, **given}.items():
+            _check_positive(f"{family}: {name}", value)
         return cls(theta, scaling, **{name: given[FIELDS[name]] for name in NEEDED[scaling]})
 
 
 class RotaryAttention(Attention):
     """Attention with queries and keys that are rotated by their positions."""
 
-    def __init__(self, shape: LayerShape, rotary: Rotary, *, bias: bool = False, dtype: Any, rngs: nnx.Rngs | None):
-        super().__init__(shape, bias=bias, output_bias=False, dtype=dtype, rngs=rngs)
+    def __init__(
+        self,
+        shape: LayerShape,
+        rotary: Rotary,
+        *,
+        bias: bool = False,
+        output_bias: bool = False,
+        dtype: Any,
+        rngs: nnx.Rngs | None,
+    ):
+        super().__init__(shape, bias=bias, output_bias=output_bias, dtype=dtype, rngs=rngs)
         self.rotary = rotary
 
     def projections(self) -> Projections:

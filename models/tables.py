@@ -31,10 +31,13 @@ SAME = Stored(lambda ours: ours)
 FLAT = Stored(lambda ours: (math.prod(ours),))  # [heads, head_dim] in one axis
 OUT_IN = Stored(lambda ours: (math.prod(ours[1:]), ours[0]), transposed=True)  # torch's Linear: [out, in]
 
+HEAD = "lm_head.weight"
+
 Table = Mapping[str, tuple[str | tuple[str, ...], Stored]]
 
 OPT_TABLE: Table = {
     "decoder.embed_tokens.weight": ("tokens.embedding", SAME),
+    HEAD: ("head.embedding", SAME),
     "decoder.embed_positions.weight": ("positions.embedding", SAME),
     "decoder.project_in.weight": ("project_in.kernel", OUT_IN),
     "decoder.project_out.weight": ("project_out.kernel", OUT_IN),
@@ -60,7 +63,7 @@ OPT_TABLE: Table = {
 
 LLAMA_TABLE: Table = {
     "embed_tokens.weight": ("tokens.embedding", SAME),
-    "lm_head.weight": ("head.embedding", SAME),
+    HEAD: ("head.embedding", SAME),
     "norm.weight": ("final_norm.scale", SAME),
     "layers.{}.input_layernorm.weight": ("layers.{}.attention_norm.scale", SAME),
     "layers.{}.self_attn.q_proj.weight": ("layers.{}.attention.query.kernel", OUT_IN),
@@ -72,15 +75,19 @@ LLAMA_TABLE: Table = {
     "layers.{}.self_attn.q_norm.weight": ("layers.{}.attention.query_norm.scale", SAME),
     "layers.{}.self_attn.k_norm.weight": ("layers.{}.attention.key_norm.scale", SAME),
     "layers.{}.self_attn.o_proj.weight": ("layers.{}.attention.output.kernel", OUT_IN),
+    "layers.{}.self_attn.o_proj.bias": ("layers.{}.attention.output.bias", SAME),
     "layers.{}.post_attention_layernorm.weight": ("layers.{}.feed_forward_norm.scale", SAME),
     "layers.{}.mlp.gate_proj.weight": ("layers.{}.feed_forward.gate.kernel", OUT_IN),
+    "layers.{}.mlp.gate_proj.bias": ("layers.{}.feed_forward.gate.bias", SAME),
     "layers.{}.mlp.up_proj.weight": ("layers.{}.feed_forward.up.kernel", OUT_IN),
+    "layers.{}.mlp.up_proj.bias": ("layers.{}.feed_forward.up.bias", SAME),
     "layers.{}.mlp.down_proj.weight": ("layers.{}.feed_forward.down.kernel", OUT_IN),
+    "layers.{}.mlp.down_proj.bias": ("layers.{}.feed_forward.down.bias", SAME),
 }
 
 PHI3_TABLE: Table = {
     "embed_tokens.weight": ("tokens.embedding", SAME),
-    "lm_head.weight": ("head.embedding", SAME),
+    HEAD: ("head.embedding", SAME),
     "norm.weight": ("final_norm.scale", SAME),
     "layers.{}.input_layernorm.weight": ("layers.{}.attention_norm.scale", SAME),
     "layers.{}.self_attn.qkv_proj.weight": (
@@ -100,18 +107,9 @@ PHI3_TABLE: Table = {
     "layers.{}.mlp.down_proj.weight": ("layers.{}.feed_forward.down.kernel", OUT_IN),
 }
 
-GEMMA_TABLE: Table = {
-    "embed_tokens.weight": ("tokens.embedding", SAME),
-    "norm.weight": ("final_norm.offset", SAME),
-    "layers.{}.input_layernorm.weight": ("layers.{}.attention_norm.offset", SAME),
-    "layers.{}.self_attn.q_proj.weight": ("layers.{}.attention.query.kernel", OUT_IN),
-    "layers.{}.self_attn.k_proj.weight": ("layers.{}.attention.key.kernel", OUT_IN),
-    "layers.{}.self_attn.v_proj.weight": ("layers.{}.attention.value.kernel", OUT_IN),
-    "layers.{}.self_attn.o_proj.weight": ("layers.{}.attention.output.kernel", OUT_IN),
-    "layers.{}.post_attention_layernorm.weight": ("layers.{}.feed_forward_norm.offset", SAME),
-    "layers.{}.mlp.gate_proj.weight": ("layers.{}.feed_forward.gate.kernel", OUT_IN),
-    "layers.{}.mlp.up_proj.weight": ("layers.{}.feed_forward.up.kernel", OUT_IN),
-    "layers.{}.mlp.down_proj.weight": ("layers.{}.feed_forward.down.kernel", OUT_IN),
+GEMMA_TABLE: Table = {  # Llama's, but that a norm's scale is stored less one
+    name: (ours.replace("norm.scale", "norm.offset") if isinstance(ours, str) else ours, stored)
+    for name, (ours, stored) in LLAMA_TABLE.items()
 }
 
 MODEL_TYPES: dict[str, tuple[type[Config], Table]] = {

@@ -1,31 +1,71 @@
 """Tokenizers: the one that lies beside a checkpoint, and one of plain bytes that needs no training."""
 
 import os
+import reprlib
 from pathlib import Path
+from typing import Any
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 from kvrecomp.plan import ModelShape
-from models.checkpoint import CheckpointError
+from models.checkpoint import CheckpointError, first_line, read_object
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
 
 
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
 def load_tokenizer(path: str | os.PathLike[str]) -> Tokenizer | None:
     """The tokenizer of a checkpoint directory, from its tokenizer.json; None where there is none.
 
+    It neither cuts nor pads, whatever it did when it was saved. Tokens that tokenizer_config.json names are special.
+
     Raises:
-        ValueError: a tokenizer.json that cannot be read.
+        CheckpointError: a file that cannot be read.
     """
     file = Path(path) / "tokenizer.json"
     if not file.is_file():
         return None
     try:
-        return Tokenizer.from_file(str(file))
+        tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the tokenizers package raises plain Exception
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{file}: not a readable tokenizer ({reason}); copy it again from its source") from error
+        raise CheckpointError(
+            f"{file}: not a readable tokenizer ({first_line(error)}); copy it again from its source"
+        ) from error
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    named = [token for token in special_tokens(path).values() if tokenizer.token_to_id(token) is not None]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in named])
+    return tokenizer
+
+
+def read_tokenizer_config(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The contents of a checkpoint directory's tokenizer_config.json. Raises CheckpointError where it is damaged."""
+    file = Path(path) / "tokenizer_config.json"
+    return read_object(file) if file.is_file() else {}
+
+
+def special_tokens(path: str | os.PathLike[str]) -> dict[str, str]:
+    """{"bos_token": "<s>", ...} of a checkpoint directory. Raises CheckpointError where its files are damaged."""
+    fields, older = read_tokenizer_config(path), Path(path) / "special_tokens_map.json"
+    if "added_tokens_decoder" not in fields and older.is_file():
+        fields |= read_object(older)
+    tokens = {}
+    for name in SPECIAL_TOKENS:
+        token = fields.get(name)
+        token = token.get("content") if isinstance(token, dict) else token
+        if token is not None and not _is_text(token):
+            raise CheckpointError(f"{path}/tokenizer_config.json: {name} is {reprlib.repr(token)}; expected text")
+        if token is not None:
+            tokens[name] = token
+    return tokens
+
+
+def _is_text(value: Any) -> bool:
+    """Whether it is a string, without the halves of surrogate pairs that JSON may have."""
+    return isinstance(value, str) and not any(0xD800 <= ord(char) < 0xE000 for char in value)
 
 
 def check_tokenizer(tokenizer: Tokenizer, shape: ModelShape) -> None:
@@ -39,7 +79,7 @@ def check_tokenizer(tokenizer: Tokenizer, shape: ModelShape) -> None:
 
 
 def byte_tokenizer() -> Tokenizer:
-    """Ids 0 to 255 are the bytes of UTF-8 text, 256 is "<|endoftext|>" (begin and end), 257 is "<|pad|>".
+    """Ids 0 to 255 are the bytes of UTF-8 text, 256 is "<|endoftext|>", which begins and ends it, 257 is "<|pad|>".
 
     Any text survives encoding and decoding. As with other tokenizers, the two special tokens are recognised in text,
     and `decode` leaves them out unless told `skip_special_tokens=False`.
@@ -49,6 +89,8 @@ def byte_tokenizer() -> Tokenizer:
     tokenizer.decoder = decoders.ByteLevel()
     # normalized=False and no stripping: a special token must not swallow spaces beside it.
     tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (END_OF_TEXT, PAD)])
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    tokenizer.post_processor = processors.TemplateProcessing(f"{END_OF_TEXT} $A", special_tokens=[(END_OF_TEXT, end)])
     return tokenizer
 
 

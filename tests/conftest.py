@@ -50,7 +50,6 @@ def known_machine(tmp_path_factory):
         device_bytes=2.0**34,
         host_bytes=2.0**34,
         to_device=Line(1e-5, 1e-10),
-        to_host=Line(1e-5, 1e-10),
         beside_compute=1e10,
         matmul_rate=1e11,
         memory_rate=1e11,

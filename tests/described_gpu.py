@@ -16,6 +16,7 @@ from jax._src import compiler
 from jax._src.lib import _jax
 from jax.experimental import topologies
 
+from kvrecomp.run.schedule import compile_overlapping
 from models.checkpoint import Skeleton
 
 H200 = """
@@ -52,13 +53,39 @@ def abstract_model(config: Any, where: Callable[[str, tuple[int, ...]], jax.shar
     )
 
 
+class Program:
+    """A program for one such GPU, as `jax.stages.Compiled` has it."""
+
+    def __init__(self, executable: Any):
+        self._executable = executable
+
+    def as_text(self) -> str:
+        return self._executable.hlo_modules()[0].to_string()
+
+    @property
+    def temp_bytes(self) -> int:
+        return self._executable.get_compiled_memory_stats().temp_size_in_bytes
+
+
+class Lowered:
+    """What `jax.jit(...).trace(...)` gives, lowered for one such GPU."""
+
+    def __init__(self, traced: Any, target: str):
+        self._module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
+        self._target = target
+
+    def compile(self, compiler_options: Mapping[str, Any]) -> Program:
+        described = {"platform": "cuda", "target_config": self._target, "topology": "1x1x1"}
+        (device,) = topologies.get_topology_desc("gpu", **described).devices
+        given = {"device_assignment": np.zeros((1, 1), int), "env_options_overrides": {**KERNELS, **compiler_options}}
+        options = compiler.get_compile_options(1, 1, **given)
+        return Program(device.client.compile(self._module, _jax.DeviceList((device,)), options))
+
+
 def compile_traced(traced: Any, options: Mapping[str, Any], target: str = H200) -> tuple[str, int]:
-    """Compiles what `jax.jit(...).trace(...)` gives, with these options of XLA's, for one such GPU.
+    """Compiles what `jax.jit(...).trace(...)` gives as the decoder does, with these options of XLA's, for one such GPU.
 
     Returns the program's text, its entry in the order of execution, and its temporary device memory in bytes.
     """
-    device = topologies.get_topology_desc("gpu", platform="cuda", target_config=target, topology="1x1x1").devices[0]
-    given = {"device_assignment": np.zeros((1, 1), int), "env_options_overrides": {**KERNELS, **options}}
-    module = traced.lower(lowering_platforms=("cuda",)).compiler_ir("stablehlo")
-    program = device.client.compile(module, _jax.DeviceList((device,)), compiler.get_compile_options(1, 1, **given))
-    return program.hlo_modules()[0].to_string(), program.get_compiled_memory_stats().temp_size_in_bytes
+    program = compile_overlapping(Lowered(traced, target), options)
+    return program.as_text(), program.temp_bytes

@@ -4,7 +4,7 @@ import collections
 import math
 from dataclasses import replace
 
-from kvrecomp.plan import LayerShape, ModelShape
+from kvrecomp.plan import BlockSpec, Budget, LayerPlan, LayerShape, ModelShape, Workload
 from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.named import named_plan
 from kvrecomp.predict import scheduler
@@ -16,6 +16,7 @@ LEARNED = LayerShape(4096, 32, 32, 128, 16384)  # OPT-6.7B's layer
 ROTARY = LayerShape(4096, 32, 32, 128, 11008, gated=True, absorbs_keys=False)  # Llama-2-7B's
 GROUPED = LayerShape(4096, 32, 8, 128, 14336, gated=True, absorbs_keys=False)  # Llama-3-8B's
 LAYERS = {"learned": LEARNED, "rotary": ROTARY, "grouped": GROUPED}
+WORKLOAD = Workload(batch=32, prompt=1024, new=16)
 
 
 def model(*layers, **options):
@@ -56,6 +57,22 @@ def mean_seconds(profile, *plans):
     return [total / steps for total in totals]
 
 
+def assert_as_fast(profile, plan, others, budget, within=1.01, seconds=seconds):
+    """A step of the plan takes no longer than one of any of the other plans that fit; gives all that it takes."""
+    assert fits(plan, budget)
+    others = [other for other in others if fits(other, budget)]
+    taken, *found = seconds(profile, plan, *others)
+    best, other = min(zip(found, others), key=lambda pair: pair[0], default=(math.inf, None))
+    assert taken <= within * best, f"{taken / best:.3f} times as long as\n{other}\nchosen\n{plan}"
+    return taken, found
+
+
+def with_blocks(plan, *blocks, tail_form=acts, memories=("host",), **changes):
+    """The plan with these blocks in all of its layers."""
+    layer = LayerPlan(tuple(BlockSpec(*block) for block in blocks), tail_form, memories)
+    return replace(plan, layers=(layer,) * len(plan.layers), **changes)
+
+
 def tokens(layer):
     """Of a layer plan's prompt by (form, memory)."""
     counts = collections.Counter()
@@ -76,3 +93,8 @@ def cache_bytes(shape, workload, form=kv):
     """Of everything that the workload caches, in one form."""
     widths = sum(layer.width(form) for layer in shape.layers)
     return (workload.prompt + workload.new) * workload.batch * widths * shape.itemsize
+
+
+def with_room(shape, part, workload=WORKLOAD):
+    """A budget that has so much of the cache's keys and values on the device."""
+    return Budget(least(shape, workload) + part * cache_bytes(shape, workload))

@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,8 +32,8 @@ def package_of(module: str) -> str:
     return max((package for package in BELOW if f"{module}.".startswith(f"{package}.")), key=len)
 
 
-def imports(module: str) -> set[str]:
-    """The modules of ours that a module imports, wherever in it; `from package import module` is the module's."""
+def imported(module: str) -> set[str]:
+    """The modules that a module imports, wherever in it; `from package import module` is the module's."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(SOURCES[module].read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -41,7 +42,12 @@ def imports(module: str) -> set[str]:
             assert not node.level, f"{module}: imports are absolute here"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
             found |= {name if name in SOURCES else str(node.module) for name in names}
-    return found & SOURCES.keys()
+    return found
+
+
+def imports(module: str) -> set[str]:
+    """Those of ours."""
+    return imported(module) & SOURCES.keys()
 
 
 @pytest.mark.parametrize("module", sorted(SOURCES))
@@ -49,6 +55,12 @@ def test_imports_go_downwards_only(module):
     package = package_of(module)
     upwards = {name for name in imports(module) if package_of(name) not in BELOW[package] | {package}}
     assert not upwards, f"{module} is in {package} and imports {', '.join(sorted(upwards))}"
+
+
+@pytest.mark.parametrize("module", [module for module in SOURCES if package_of(module) == "kvrecomp.plan"])
+def test_plans_are_plain_data_without_jax(module):
+    packages = {name.partition(".")[0] for name in imported(module)}
+    assert packages - sys.stdlib_module_names <= {"kvrecomp", "numpy", "rich"}
 
 
 def test_no_imports_go_in_a_circle():

@@ -197,6 +197,20 @@ def assert_exact(decoder, model, given, tolerance=1e-4):
     np.testing.assert_allclose(decoded_logits(decoder, given), expected, atol=tolerance, rtol=0)
 
 
+def hosted_parameters(model):
+    """Those in host memory, by name."""
+    parameters = models.checkpoint.parameters_of(model).items()
+    return {name: array for name, array in parameters if array.sharding.memory_kind == "pinned_host"}
+
+
+def assert_generated(result, model, mask, tolerance=1e-4):
+    """The logits of `kvrecomp.generate` are the forward pass's over the text that it wrote; `mask` is the prompt's."""
+    new, (rows, prompt) = len(result.logits), mask.shape
+    whole_mask = np.concatenate([mask, np.ones((rows, new), bool)], axis=1)
+    expected = np.moveaxis(get(model(put(result.sequences), put(whole_mask)))[:, prompt - 1 : -1], 1, 0)
+    np.testing.assert_allclose(result.logits, expected, atol=tolerance)
+
+
 def named_decoder(name, kind="opt", *, batch=3, prompt=11, new=13, **options):
     """A decoder of a toy model under a plan by name."""
     shape = model(kind).shape

@@ -1,4 +1,4 @@
-"""Any plan, of layers of two small shapes."""
+"""Plans of layers of two small shapes: one by hand, and any."""
 
 from dataclasses import replace
 
@@ -14,31 +14,58 @@ WORKLOAD = Workload(batch=3, prompt=11, new=8)
 
 kv, acts = "keys_values", "activations"
 
+# Both forms, memories and methods; the first layer's tail is written to the device once.
+MIXED = Plan(
+    "mixed",
+    SHAPE,
+    WORKLOAD,
+    (
+        LayerPlan(
+            (BlockSpec(acts, "host", 4), BlockSpec(kv, "device", 2), BlockSpec(kv, "host", 5)),
+            tail_form=kv,
+            write_out_memories=("device", "host"),
+        ),
+        LayerPlan((BlockSpec(acts, "device", 5), BlockSpec(acts, "host", 6)), tail_form=acts, method="recompute"),
+    ),
+    tail=3,
+    window=10_000,
+)
+
 
 @st.composite
-def plans(draw):
-    """Any plan of up to four layers of two shapes."""
-    layers = tuple(draw(st.lists(st.sampled_from([PLAIN, GROUPED]), min_size=1, max_size=4)))
-    prompt = draw(st.integers(1, 12))
-    layer_plans = []
-    for _ in layers:
-        left, blocks = prompt, []
+def plans(draw, shape=None, write_outs=None):
+    """Any plan: of up to four layers of two shapes, with weights anywhere, and in groups; or of that shape, with all
+    weights on the device. The tail is written out so often, or any number of times."""
+    memories, forms = st.sampled_from(["host", "device"]), st.sampled_from([kv, acts])
+    bfloat16 = (shape or SHAPE).dtype == "bfloat16"
+    codecs = st.sampled_from(["plain", "packed"] if bfloat16 else ["plain"])
+    weights, groups = st.just("device"), 1
+    if shape is None:
+        shape = replace(SHAPE, layers=tuple(draw(st.lists(st.sampled_from([PLAIN, GROUPED]), min_size=1, max_size=4))))
+        weights, groups = st.sampled_from(["device", "device", "host"]), draw(st.sampled_from([1, 1, 2, 3]))
+    prompt, tail = draw(st.integers(1, 12)), draw(st.integers(1, 3))
+    new = draw(st.integers(1, 9)) if write_outs is None else write_outs * tail + draw(st.integers(1, tail))
+    layers = []
+    for layer in shape.layers:
+        left, blocks = layer.cached(prompt), []
         while left:
-            tokens = draw(st.integers(1, left))
-            form, memory = draw(st.sampled_from([kv, acts])), draw(st.sampled_from(["host", "host", "device"]))
-            blocks.append(BlockSpec(form, memory, tokens))
-            left -= tokens
-        memories = tuple(draw(st.lists(st.sampled_from(["host", "device"]), min_size=1, max_size=2)))
-        weights = draw(st.sampled_from(["device", "device", "host"]))
-        layer_plans.append(LayerPlan(tuple(blocks), draw(st.sampled_from([kv, acts])), memories, weights=weights))
-    return Plan(
-        "any",
-        replace(SHAPE, layers=layers),
-        Workload(3, prompt, draw(st.integers(1, 9))),
-        tuple(layer_plans),
-        tail=draw(st.integers(1, 3)),
-        window=draw(st.integers(12 * 420, 30 * 420)),
+            blocks.append(BlockSpec(draw(forms), draw(memories), draw(st.integers(1, left)), draw(codecs)))
+            left -= blocks[-1].tokens
+        places = tuple(draw(st.lists(memories, min_size=1, max_size=2)))
+        method = draw(st.sampled_from(["absorb", "recompute"]))
+        written_as = tuple(draw(st.lists(codecs, min_size=1, max_size=2)))
+        layers.append(LayerPlan(tuple(blocks), draw(forms), places, method, draw(weights), written_as))
+    plan = Plan("any", shape, Workload(3, prompt, new), tuple(layers), tail)
+    return replace(
+        plan,
+        window=round(largest_block(plan) * draw(st.sampled_from([1, 1.5, 3, 100]))),
         schedule=draw(st.sampled_from(["pipelined", "layerwise"])),
-        groups=draw(st.sampled_from([1, 1, 2, 3])),
+        groups=groups,
         order=draw(st.sampled_from(["row", "column"])),
     )
+
+
+def largest_block(plan):
+    """Bytes of the largest block or tail that there ever is."""
+    layers = zip(plan.shape.layers, plan.blocks(plan.write_outs + 1))
+    return max(plan.bytes_of(layer, block) for layer, blocks in layers for block in blocks)

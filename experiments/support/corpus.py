@@ -1,25 +1,21 @@
 """The text that every Python installation carries, as documents to train a small language model on.
 
-Two sources, both read with `ast`, so nothing of them is imported or executed:
-
-    the reference manual     `pydoc_data/topics.py`, one document a topic
-    documentation strings    of the modules, classes and functions of the standard library, one document each
-
     documents()  ->  split()  ->  encode()
     list[str]        Split        uint16 token ids, every document followed by end-of-text
 
-The text depends on the Python version, and on whether a distribution left modules out: `fingerprint` tells two apart.
+Documents are the topics of the reference manual (`pydoc_data.topics`) and the documentation strings of the standard
+library's modules, classes and functions. These are read with `ast`, so nothing is executed. The text depends on the
+Python version, and on whether a distribution left modules out: `fingerprint` tells two apart.
 """
 
 import ast
 import hashlib
-import os
 import re
 import sysconfig
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from pydoc_data.topics import topics
 from typing import NamedTuple
 
 import numpy as np
@@ -31,7 +27,6 @@ VOCABULARY = 258
 SHORTEST = 40  # characters; shorter strings say little more than a name
 LONGEST_SHARED = 60  # characters of a paragraph; documents that share a longer one are kept on one side of the split
 VALIDATION, HELDOUT = 0.04, 0.04  # of the documents
-TOPICS = "pydoc_data/topics.py"
 # Tests, programs with strings for their own users, generated tables, and what is not the standard library's own.
 EXCLUDED = frozenset(
     "test tests idlelib turtledemo lib2to3 encodings pydoc_data ensurepip site-packages dist-packages "
@@ -48,46 +43,55 @@ class Split(NamedTuple):
     heldout: list[str]
 
 
-def documents(root: str | os.PathLike | None = None) -> list[str]:
-    """All documents below a standard library (default: the running Python's), topics first, then in order of path.
+def documents() -> list[str]:
+    """All documents of the running Python, each once: topics first, then strings in order of path.
 
-    Documents are dedented and at least `SHORTEST` characters long; exact repetitions and topics that another topic
-    contains are left out. Raises FileNotFoundError if there is no text, as in an installation without sources.
+    Raises FileNotFoundError where there is no string, as in an installation without sources.
     """
-    root = Path(sysconfig.get_paths()["stdlib"] if root is None else root)
-    found = _without_contained(_topics(root / TOPICS))
-    for folder, folders, files in os.walk(root):
-        folders[:] = sorted(set(folders) - EXCLUDED)
-        for name in sorted(files):
-            if name.endswith(".py"):
-                found += _documentation_strings(Path(folder, name))
-    found = [document for document in dict.fromkeys(found) if len(document) >= SHORTEST]
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found = list(documentation_strings(root))
     if not found:
         raise FileNotFoundError(f"{root} holds no documentation strings; a Python with its library's sources is needed")
-    return found
+    return list(dict.fromkeys([*(text.strip() for text in topics.values()), *found]))
+
+
+def documentation_strings(root: Path) -> Iterator[str]:
+    """Those of the Python files below a directory that are long enough, dedented, in order of path and appearance."""
+    for path in sorted(root.rglob("*.py")):
+        if EXCLUDED.intersection(path.relative_to(root).parts):
+            continue
+        try:
+            with warnings.catch_warnings(action="ignore"):  # of old escapes in the library's strings
+                tree = ast.parse(path.read_bytes())
+        except (SyntaxError, ValueError):  # no file of this Python's
+            continue
+        nodes = [node for node in ast.walk(tree) if isinstance(node, DOCUMENTED)]
+        for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
+            text = ast.get_docstring(node) or ""
+            text = text.encode(errors="ignore").decode().strip()  # a lone surrogate of an escape has no UTF-8
+            if len(text) >= SHORTEST:
+                yield text
 
 
 def split(documents: Sequence[str]) -> Split:
-    """Split by hash, so that a document stays on its side whatever others are there.
+    """Split by hash, the largest first: a document that shares a paragraph with larger ones goes where they are.
 
-    Documents that repeat a paragraph of another are split as one, by the hash of the first of them. Groups that are
-    a large part of the corpus, as the manual's cross-quoting chapters are, are always trained on.
+    It is left out where these are on several sides, or have all of its long paragraphs. Documents that are a large part
+    of the corpus, as some of the manual's chapters are, are trained on.
     """
-    groups = _groups(documents)
-    sizes = Counter[int]()
-    for document, group in zip(documents, groups):
-        sizes[group] += len(document)
-    large = sizes.total() / 100
-    parts = Split([], [], [])
-    for document, group in zip(documents, groups):
-        digest = hashlib.sha256(documents[group].encode()).digest()
-        draw = int.from_bytes(digest[:8], "big") / 2**64
-        if sizes[group] > large or draw >= VALIDATION + HELDOUT:
-            parts.train.append(document)
-        elif draw < HELDOUT:
-            parts.heldout.append(document)
-        else:
-            parts.validation.append(document)
+    parts, large = Split([], [], []), sum(map(len, documents)) / 100
+    sides: dict[str, list[str]] = {}  # of the paragraphs of larger documents
+    for document in sorted(documents, key=lambda document: (-len(document), document)):
+        draw = int.from_bytes(hashlib.sha256(document.encode()).digest()[:8], "big") / 2**64
+        draw = 1.0 if len(document) > large else draw
+        by_hash = parts.heldout if draw < HELDOUT else parts.validation if draw < HELDOUT + VALIDATION else parts.train
+        own = paragraphs(document)
+        shared = [sides[paragraph] for paragraph in own if paragraph in sides]
+        side = shared[0] if shared else by_hash
+        if (own and len(shared) == len(own)) or any(other is not side for other in shared):
+            continue
+        side.append(document)
+        sides |= dict.fromkeys(own, side)
     return parts
 
 
@@ -107,60 +111,3 @@ def paragraphs(document: str) -> list[str]:
     """Paragraphs longer than `LONGEST_SHARED`, white space made alike."""
     found = (" ".join(paragraph.split()) for paragraph in re.split(r"\n\s*\n", document))
     return [paragraph for paragraph in found if len(paragraph) > LONGEST_SHARED]
-
-
-def _parse(path: Path) -> ast.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # old escapes in the library's strings are not our reader's concern
-        return ast.parse(path.read_bytes())
-
-
-def _topics(path: Path) -> list[str]:
-    """The values of the dictionary that the file assigns to `topics`; none if the file is not there."""
-    if not path.exists():
-        return []
-    for node in _parse(path).body:
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Dict):
-            return [text.strip() for text in ast.literal_eval(node.value).values()]
-    return []
-
-
-def _documentation_strings(path: Path) -> Iterator[str]:
-    """Those of one file in order of appearance; none if this Python cannot parse it."""
-    try:
-        tree = _parse(path)
-    except (SyntaxError, ValueError):
-        return
-    nodes = [node for node in ast.walk(tree) if isinstance(node, DOCUMENTED)]
-    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
-        if text := ast.get_docstring(node):
-            yield text.encode(errors="ignore").decode().strip()  # a lone surrogate of an escape has no UTF-8
-
-
-def _without_contained(topics: Sequence[str]) -> list[str]:
-    """Leaves out topics all of whose long paragraphs another, larger one has: "with" is a part of "compound"."""
-    kept, seen = set(), set()
-    for topic in sorted(topics, key=lambda topic: (-len(topic), topic)):
-        found = set(paragraphs(topic))
-        if found - seen or not found:
-            kept.add(topic)
-            seen |= found
-    return [topic for topic in topics if topic in kept]
-
-
-def _groups(documents: Sequence[str]) -> list[int]:
-    """For each document the number of the first one it is connected to by shared paragraphs (union-find)."""
-    parents = list(range(len(documents)))
-
-    def first(number: int) -> int:
-        while parents[number] != number:
-            parents[number] = parents[parents[number]]
-            number = parents[number]
-        return number
-
-    owners: dict[str, int] = {}
-    for number, document in enumerate(documents):
-        for paragraph in paragraphs(document):
-            one, two = first(owners.setdefault(paragraph, number)), first(number)
-            parents[max(one, two)] = min(one, two)
-    return [first(number) for number in range(len(documents))]

@@ -1,12 +1,15 @@
 """Prompts as token ids: those given, built in or in a file, encoded and padded on the left."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 import kvrecomp
+from models import TextProcessor
+
+LARGEST_ID = 2**31 - 1
 
 PROMPTS = (
     "Return the ",
@@ -15,9 +18,6 @@ PROMPTS = (
     "Create a new thread.\n\nThe first argument is the function that ",
     "Raised when a sequence subscript is out of range. If an index is not an integer, ",
 )
-# A text ends with any of those that the tokenizer has: ours and Qwen's, OPT's and Llama 2's, Gemma's, Llama 3's, ...
-ENDS = ("<|endoftext|>", "</s>", "<eos>", "<|end_of_text|>", "<|eot_id|>", "<|im_end|>", "<|end|>", "<end_of_turn>")
-PADS = ("<|pad|>", "<pad>")
 
 
 def read_prompts(given: Sequence[str], file: str | Path | None) -> list[str]:
@@ -45,36 +45,39 @@ def is_ids(prompt: str) -> bool:
     return bool(prompt.split()) and all(part.isascii() and part.isdigit() for part in prompt.split())
 
 
-def special_tokens(tokenizer: Tokenizer | None, names: Sequence[str]) -> list[int]:
-    """The ids of those of these tokens that there are."""
-    ids = [] if tokenizer is None else [tokenizer.token_to_id(name) for name in names]
-    return [number for number in ids if number is not None]
-
-
-def encode_one(tokenizer: Tokenizer | None, prompt: str) -> list[int]:
-    """The ids of a prompt, beginning with the token that texts begin with.
+def encode_one(text: TextProcessor, prompt: str | Sequence[Mapping[str, Any]], chat: bool = False) -> list[int]:
+    """The ids of a prompt, or of the messages of a chat; with `chat` a prompt is a user's only message.
 
     Without a tokenizer a prompt is ids in digits, "5 17 2"; of any other text ids are its UTF-8 bytes, which stand for
-    nothing to random weights, but for different lengths. Raises UnicodeEncodeError where it is not text.
+    nothing to random weights, but for different lengths.
+
+    Raises:
+        ValueError: the chat template does not take the messages; UnicodeEncodeError where a prompt is not text.
     """
-    # A tokenizer without a post-processor adds nothing: ours, whose texts begin with what ends them.
-    begin = [] if tokenizer is None or tokenizer.post_processor is not None else special_tokens(tokenizer, ENDS)[:1]
-    text = prompt.encode()  # before the tokenizer, which says less of what is not text
-    if tokenizer is not None:
-        ids = tokenizer.encode(prompt).ids
-    else:
-        ids = [int(part) for part in prompt.split()] if is_ids(prompt) else list(text)
-    return ids if ids[:1] == begin else [*begin, *ids]
+    if not isinstance(prompt, str):
+        return text.encode_chat(prompt)
+    if chat:
+        return text.encode_chat([{"role": "user", "content": prompt}])
+    if text.tokenizer is not None:
+        return text.encode(prompt)
+    return [int(part) for part in prompt.split()] if is_ids(prompt) else list(prompt.encode())
 
 
-def encode(tokenizer: Tokenizer | None, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+def encode(text: TextProcessor, prompts: Sequence[str], chat: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Left-padded ids int32[batch, longest] of prompts, and bool of their mask; see `encode_one`."""
     rows = []
     for number, prompt in enumerate(prompts, 1):
         try:
-            rows.append(encode_one(tokenizer, prompt))
+            row = encode_one(text, prompt, chat)
         except UnicodeEncodeError as error:
             raise kvrecomp.PromptError(f"prompt {number} is not text in UTF-8: convert it") from error
+        except ValueError as error:  # digits without end are no number
+            raise kvrecomp.PromptError(f"prompt {number} cannot be read: {error}") from error
+        if (largest := max(row, default=0)) > LARGEST_ID:
+            raise kvrecomp.PromptError(f"prompt {number} has the token id {largest:.3g}, which no vocabulary has")
+        if not row:
+            raise kvrecomp.PromptError(f"prompt {number} is no token to this tokenizer: give it more than that")
+        rows.append(row)
     return pad_left(rows, max(map(len, rows)))
 
 

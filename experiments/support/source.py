@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from tokenizers import Tokenizer
 
 import kvrecomp
 import models
@@ -26,18 +25,18 @@ class Source:
     dtype: str | None = None
     seed: int = 0
 
-    def describe(self) -> tuple[kvrecomp.ModelShape, Tokenizer | None]:
-        """The model's sizes, and its tokenizer if it has one: no weights are read or made.
+    def describe(self) -> tuple[kvrecomp.ModelShape, models.TextProcessor]:
+        """The model's sizes, and what its checkpoint says of text: no weights are read or made.
 
         Raises `CheckpointError` where there is no such model, or the tokenizer is another's.
         """
         if self.preset is not None:
-            return dataclasses.replace(models.preset(self.preset).shape, dtype=self.read_dtype or "bfloat16"), None
-        shape = models.read_shape(self.checkpoint, dtype=self.read_dtype)
-        tokenizer = models.load_tokenizer(self.checkpoint)
-        if tokenizer is not None:
-            models.check_tokenizer(tokenizer, shape)
-        return shape, tokenizer
+            shape = dataclasses.replace(models.preset(self.preset).shape, dtype=self.read_dtype or "bfloat16")
+            return shape, models.TextProcessor()
+        shape, text = models.read_shape(self.checkpoint, dtype=self.read_dtype), models.load_text(self.checkpoint)
+        if text.tokenizer is not None:
+            models.check_tokenizer(text.tokenizer, shape)
+        return shape, text
 
     def load(self, plan: kvrecomp.Plan | None = None) -> models.CausalLM:
         """The model, its weights in the memories that the plan has them in; without one, all on the device."""

@@ -67,20 +67,6 @@ class WhatIf:
         return self.alternatives[0]
 
 
-@dataclass(frozen=True)
-class Measured:
-    """Median milliseconds of a step by plan, of one model and workload, and the device that they were measured on."""
-
-    device: str
-    points: tuple[tuple[str, float], ...]
-    file: str = ""
-
-    def of(self, plan: str) -> float | None:
-        """The plan's time, the median where it was measured more than once."""
-        times = [milliseconds for name, milliseconds in self.points if name == plan]
-        return statistics.median(times) if times else None
-
-
 def what_if(
     shape: ModelShape,
     workload: Workload,
@@ -165,7 +151,7 @@ def sent_fraction(name: str) -> float | None:
     return fraction if 0 <= fraction <= 1 else None
 
 
-def measured_as(plan: Plan, rows: Sequence[tables.Row], file: str) -> Measured:
+def measured_as(plan: Plan, rows: Sequence[tables.Row]) -> list[tables.Row]:
     """Those rows of a results file that are of this plan's model, dtype, workload and groups, with the same weights in
     host memory. Rows that do not say one of these are as benchmark.py has it by default.
 
@@ -174,14 +160,17 @@ def measured_as(plan: Plan, rows: Sequence[tables.Row], file: str) -> Measured:
     wanted = {"model": plan.shape.name, "dtype": plan.shape.dtype, **dataclasses.asdict(plan.workload)}
     wanted |= {"groups": plan.groups, "order": plan.order if plan.groups > 1 else "row"}
     weights = tuple(layer.weights for layer in plan.layers)
-    default = {"dtype": "bfloat16", "groups": 1, "order": "row"}
+    default = {"dtype": "bfloat16", "groups": 1, "order": "row", "weights": "device"}
+    found = []
+    for row in rows:
+        full = default | {name: value for name, value in row.items() if value is not None}
+        same = all(full.get(name) == value for name, value in wanted.items())
+        if same and row["plan"] != AUTO and named_weights(full["weights"], len(weights)) == weights:
+            found.append(row)
+    return found
 
-    def matches(row: tables.Row) -> bool:
-        row = {name: value for name, value in row.items() if value is not None}
-        same = all((default | row).get(name) == value for name, value in wanted.items())
-        return same and named_weights(row.get("weights", "device"), len(plan.layers)) == weights
 
-    points = tuple(
-        (str(row.get("plan")), float(row["median_ms"])) for row in rows if row.get("plan") != AUTO and matches(row)
-    )
-    return Measured(str(rows[0].get("device", "unknown device")) if rows else "unknown device", points, file)
+def median_ms(measured: Sequence[tables.Row], plan: str) -> float | None:
+    """The plan's time in these rows, the median where it was measured more than once."""
+    times = [row["median_ms"] for row in measured if row["plan"] == plan]
+    return statistics.median(times) if times else None

@@ -16,12 +16,12 @@ from flax import nnx
 from jax import Array
 
 from kvrecomp.measure.timing import device_timer, median_seconds, random, random_maker
-from kvrecomp.plan import BlockSpec, Form, LayerPlan, Memory, Method, Plan, Workload
+from kvrecomp.plan import BlockSpec, Codec, Form, LayerPlan, Memory, Method, Plan, Workload
 from kvrecomp.predict.hardware import Attention
 from kvrecomp.run import memory
 from kvrecomp.run.cache import Block, allocate_recent, describe_blocks, describe_ints, describe_recent, shardings
-from kvrecomp.run.copies import OVERLAPPING
 from kvrecomp.run.model import Model
+from kvrecomp.run.schedule import OVERLAPPING, compile_overlapping
 from kvrecomp.run.step import decode_step
 
 TAIL = 32  # tokens: XLA fuses the scores of very few with others', and computes them many times
@@ -41,6 +41,7 @@ class Run(NamedTuple):
     memory: Memory = "host"
     blocks: int = 1
     copied: bool = False
+    codec: Codec = "plain"
 
 
 class Finish(NamedTuple):
@@ -79,7 +80,7 @@ class LayerBench:
         inputs = (self._weights, described, describe_recent(plan), describe_ints(self._batch))
         placed = (None, shardings(described) if run.copied else None, None, None)
         lowered = jax.jit(step, in_shardings=placed, donate_argnames=("recent",)).lower(*inputs)
-        program = lowered.compile(compiler_options=dict(OVERLAPPING))
+        program = compile_overlapping(lowered, OVERLAPPING)
         for block in itertools.chain.from_iterable(described):
             for like in block.arrays:
                 random_maker(like.shape, like.dtype)  # compiled here, too
@@ -142,7 +143,7 @@ class LayerBench:
 
     def _plan(self, run: Run) -> Plan:
         shape, numbers = self._model.shape, self._numbers[: run.layers]
-        block = BlockSpec(_form_of(run.kind), run.memory, run.tokens)
+        block = BlockSpec(_form_of(run.kind), run.memory, run.tokens, run.codec)
         method: Method = "recompute" if "recompute" in (run.tail, run.kind) else "absorb"
         layer = LayerPlan((block,) * run.blocks, _form_of(run.tail), (run.memory,), method)
         # Sliding windows may be shorter than the blocks that are to be timed; a step's time does not go by positions.

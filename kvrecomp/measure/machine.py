@@ -15,8 +15,9 @@ from kvrecomp.plan import GIB, MIB
 from kvrecomp.plan.step_order import Op, order_layers
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.run import memory
-from kvrecomp.run.copies import OVERLAPPING, Copies
+from kvrecomp.run.copies import Copies
 from kvrecomp.run.programs import side_by_side
+from kvrecomp.run.schedule import OVERLAPPING
 
 HANDOFF_BYTES = 2 * MIB  # so long to copy that the host, which starts copies and kernels, is ahead
 COPY_PASSES = (2, 8)  # how often each block is copied when the rate of copies is measured
@@ -46,7 +47,6 @@ def measure_machine() -> HardwareProfile:
     beside_bytes, memory_bytes = min(sizes[-1], 256 * MIB), min(2 * sizes[-1], GIB)
     makers: dict[Hashable, Callable[[], Timer]] = {
         **{("to device", size): functools.partial(_to_device_timer, size) for size in sizes},
-        **{("to host", size): functools.partial(_to_host_timer, size) for size in sizes},
         **{("product", size): functools.partial(_product_timer, size, dtype) for size in _product_sizes()},
         "copy": functools.partial(_copy_timer, beside_bytes, 4, True, 4),
         "handoff": functools.partial(_copy_timer, HANDOFF_BYTES, 4, False, 1),
@@ -67,7 +67,6 @@ def measure_machine() -> HardwareProfile:
         device_bytes=float(stats.get("bytes_limit", memory.total_host_bytes())),
         host_bytes=float(memory.total_host_bytes()),
         to_device=line,
-        to_host=measured_line("copies to the host", sizes, [timers["to host", size] for size in sizes]),
         beside_compute=beside,
         handoff_seconds=handoff_seconds,
         matmul_rate=_matmul_rate([timers["product", size] for size in _product_sizes()]),
@@ -179,23 +178,6 @@ def _handoff_seconds(waiting_seconds: float, copy_seconds: float, kernel_seconds
     """A handoff to compute or to the link. With room for one copy in the window, each waits until the one before was
     used: its `waiting_seconds` are those of the copy, of HANDOFF_BYTES, of a kernel and of both handoffs."""
     return max(0.0, (waiting_seconds - copy_seconds - kernel_seconds) / 2)
-
-
-def _to_host_timer(size: int) -> Timer:
-    """Times one copy among several in a program."""
-    count = max(1, min(16, 2**28 // size))
-
-    def copy_out(array):
-        return [array + number for number in range(count)]
-
-    like = memory.describe((size // 4,), jnp.float32, "device")
-    program = jax.jit(copy_out, out_shardings=memory.sharding("host")).lower(like).compile()
-
-    def seconds(repeats: int) -> float:
-        array = memory.zeros(like.shape, like.dtype, "device")
-        return median_seconds(lambda: program(array), repeats) / count
-
-    return seconds
 
 
 def _product_sizes() -> Sequence[int]:

@@ -1,5 +1,6 @@
 """Plain data, without jax: the sizes of a model, a workload, a budget, and the plan of what is cached where."""
 
+from kvrecomp.plan.codecs import CODECS, Codec
 from kvrecomp.plan.layout import AUTO, DEFAULT_WINDOW, BlockSpec, LayerPlan, Order, Plan, Schedule
 from kvrecomp.plan.shapes import (
     ALIGNED,
@@ -23,6 +24,7 @@ from kvrecomp.plan.workload import Budget, Workload
 __all__ = [
     "ALIGNED",
     "AUTO",
+    "CODECS",
     "DEFAULT_WINDOW",
     "FORMS",
     "GIB",
@@ -32,6 +34,7 @@ __all__ = [
     "MIB",
     "BlockSpec",
     "Budget",
+    "Codec",
     "Form",
     "LayerPlan",
     "LayerShape",

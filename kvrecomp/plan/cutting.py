@@ -3,6 +3,7 @@ for."""
 
 from collections.abc import Sequence
 
+from kvrecomp.plan.codecs import Codec
 from kvrecomp.plan.layout import BlockSpec
 from kvrecomp.plan.shapes import ALIGNED, FORMS, GIB, LEAST_ALIGNED, Form, LayerShape, Memory, ModelShape
 from kvrecomp.plan.workload import Workload
@@ -13,13 +14,18 @@ SCORE_BYTES = 2**28  # scores of one chunk of queries during prefill
 
 
 def cut_runs(
-    runs: Sequence[tuple[Form, Memory, int]], layer: LayerShape, shape: ModelShape, workload: Workload, most_bytes: int
+    runs: Sequence[tuple[Form, Memory, int]],
+    layer: LayerShape,
+    shape: ModelShape,
+    workload: Workload,
+    most_bytes: int,
+    codec: Codec = "plain",
 ) -> tuple[BlockSpec, ...]:
     """Runs of (form, memory, tokens) as blocks; runs of no tokens are left out.
 
-    A run on the device is one block. On the host there are as few as `most_bytes` a block allow, equal within one
-    token. Where LEAST_ALIGNED tokens fit in a block, and not all do, blocks are multiples of ALIGNED, equal within one
-    of these, and the last has what is left.
+    A run on the device is one block. On the host there are as few as `most_bytes` of plain numbers a block allow, equal
+    within one token. Where LEAST_ALIGNED tokens fit in a block, and not all do, blocks are multiples of ALIGNED, equal
+    within one of these, and the last has what is left.
     """
     blocks: list[BlockSpec] = []
     for form, memory, tokens in runs:
@@ -30,7 +36,7 @@ def cut_runs(
         count = -(-units // max(1, largest // unit))
         for number in range(count):
             size = min(tokens, unit * (units // count + (number < units % count)))
-            blocks.append(BlockSpec(form, memory, size))
+            blocks.append(BlockSpec(form, memory, size, codec))
             tokens -= size
     return tuple(blocks)
 

@@ -19,7 +19,7 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
     """Bytes by memory and item, after that many write-outs (default: at the end of the workload).
 
     A prefill and a step do not happen at the same time; the larger one counts. A prefill has the host weights of two
-    layers on the device at once, a step its window and what it recomputes.
+    layers on the device at once, and what it packs; a step its window, and what it unpacks and recomputes.
     """
     write_outs = plan.write_outs if write_outs is None else write_outs
     shape = plan.shape
@@ -30,8 +30,10 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
             "blocks": plan.bytes_in("device", write_outs),
             "tail": plan.tail_bytes,
             "prefill or step": max(
-                prefill_bytes(shape, plan.workload) + 2 * plan.most_weight_bytes,
-                step_order(plan, write_outs).high_water + recomputed_bytes(plan, write_outs),
+                prefill_bytes(shape, plan.workload) + 2 * plan.most_weight_bytes + packing_bytes(plan),
+                step_order(plan, write_outs).high_water
+                + recomputed_bytes(plan, write_outs)
+                + unpacked_bytes(plan, write_outs),
             ),
         },
         "host": {"weights": weights["host"], "blocks": plan.bytes_in("host", write_outs)},
@@ -71,6 +73,30 @@ def recomputed_bytes(plan: Plan, write_outs: int) -> int:
         tokens += plan.tail * (layer.tail_form == "activations")
         row = layer_shape.width("activations") + layer_shape.width("keys_values")
         most = max(most, tokens * plan.workload.batch * row * plan.shape.itemsize)
+    return most
+
+
+def packing_bytes(plan: Plan) -> int:
+    """An estimate of what packing a prompt's blocks takes, from above, of one layer at a time: the numbers' codes, and
+    the packed blocks in parts and as wholes; tests compare it with what XLA needs for an H200."""
+    most = 0
+    for layer, layer_shape in plan.distinct_layers:
+        sizes = [plan.bytes_of(layer_shape, block) for block in layer.prompt if block.codec == "packed"]
+        most = max(most, 3 * sum(sizes))
+    return most
+
+
+def unpacked_bytes(plan: Plan, write_outs: int) -> int:
+    """What a step has unpacked at once: a layer's blocks on the device, or one from the host."""
+    most = 0
+    for layer, layer_shape in plan.distinct_layers:
+        blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
+        sizes: dict[Memory, list[int]] = {memory: [0] for memory in MEMORIES}
+        for block in blocks:
+            if block.codec == "packed":
+                size = plan.bytes_of(layer_shape, dataclasses.replace(block, codec="plain"))
+                sizes[block.memory].append(size)
+        most = max(most, sum(sizes["device"]), *sizes["host"])
     return most
 
 

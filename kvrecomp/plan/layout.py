@@ -1,19 +1,22 @@
 """The plan: which blocks of which layer are cached in which form and memory.
 
-    Plan -> LayerPlan (one a layer) -> BlockSpec(form, memory, tokens) (consecutive tokens, in order)
+    Plan -> LayerPlan (one a layer) -> BlockSpec(form, memory, tokens, codec) (consecutive tokens, in order)
 
 A prompt becomes the layer's `prompt` blocks. Generated tokens collect in the `tail`; each time it is full it becomes a
-block, in the memory that the layer's `write_out_memories` say.
+block, in the memory that the layer's `write_out_memories` say, written as its `write_out_codecs` say.
 """
 
+import dataclasses
 import functools
 import io
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal, get_args
 
 from rich.console import Console
 from rich.table import Table
 
+from kvrecomp.plan.codecs import CODECS, PACKED_DTYPE, Codec, codec_bytes
 from kvrecomp.plan.shapes import (
     FORMS,
     GIB,
@@ -40,15 +43,17 @@ DEFAULT_WINDOW = GIB
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """Consecutive cached tokens of one layer: one array per tensor, copied whole."""
+    """Consecutive cached tokens of one layer, whose arrays are copied whole."""
 
     form: Form
     memory: Memory
     tokens: int
+    codec: Codec = "plain"
 
     def __post_init__(self):
         check_choice(self, FORMS, self.form)
         check_choice(self, MEMORIES, self.memory)
+        check_choice(self, CODECS, self.codec)
         check_positive(self, tokens=self.tokens)
 
 
@@ -56,9 +61,9 @@ class BlockSpec:
 class LayerPlan:
     """How one layer caches: the prompt's blocks in order, the tail's form, and where its written-out blocks go.
 
-    `write_out_memories[i]` is the memory of the i-th block written out; the last entry holds for all after it. `method`
-    says how activations are used: `absorb` attends over them directly where the model allows, `recompute` projects K
-    and V.
+    `write_out_memories[i]` and `write_out_codecs[i]` are the memory and the codec of the i-th block written out; the
+    last entries hold for all after it. `method` says how activations are used: `absorb` attends over them directly
+    where the model allows, `recompute` projects K and V.
     `weights` is the memory of the layer's matrices; those in `host` cross the link once a step.
     """
 
@@ -67,26 +72,40 @@ class LayerPlan:
     write_out_memories: tuple[Memory, ...] = ("host",)
     method: Method = "absorb"
     weights: Memory = "device"
+    write_out_codecs: tuple[Codec, ...] = ("plain",)
 
     def __post_init__(self):
         check_choice(self, FORMS, self.tail_form)
         check_choice(self, METHODS, self.method)
         check_choice(self, MEMORIES, self.weights, *self.write_out_memories)
-        if not self.write_out_memories:
-            raise PlanError("LayerPlan: write_out_memories is empty; it must say where written-out blocks go")
+        check_choice(self, CODECS, *self.write_out_codecs)
+        if not self.write_out_memories or not self.write_out_codecs:
+            raise PlanError("LayerPlan: write_out_memories and write_out_codecs must say how blocks are written out")
 
     def blocks(self, write_outs: int, tail_tokens: int) -> tuple[BlockSpec, ...]:
         """The layer's blocks after that many write-outs of the tail."""
-        written_out = {memory: BlockSpec(self.tail_form, memory, tail_tokens) for memory in MEMORIES}
+        written_out = {
+            kind: BlockSpec(self.tail_form, kind[0], tail_tokens, kind[1])
+            for kind in set(map(self.written_to, range(write_outs)))
+        }
         return self.prompt + tuple(written_out[self.written_to(number)] for number in range(write_outs))
 
     def tail_block(self, tokens: int) -> BlockSpec:
         """The tail, of so many tokens, as a block."""
         return BlockSpec(self.tail_form, "device", tokens)
 
-    def written_to(self, write_outs: int) -> Memory:
-        """Where the tail goes when it is written out the given time, counted from 0."""
-        return self.write_out_memories[min(write_outs, len(self.write_out_memories) - 1)]
+    def written_to(self, write_outs: int) -> tuple[Memory, Codec]:
+        """Where the tail goes when it is written out the given time, counted from 0, and how it is written."""
+        memories, codecs = self.write_out_memories, self.write_out_codecs
+        return memories[min(write_outs, len(memories) - 1)], codecs[min(write_outs, len(codecs) - 1)]
+
+    def plain_from(self, write_outs: int | None) -> "LayerPlan":
+        """The same with plain blocks from that write-out on; None: all of them are."""
+        if write_outs is None:
+            prompt = tuple(dataclasses.replace(block, codec="plain") for block in self.prompt)
+            return dataclasses.replace(self, prompt=prompt, write_out_codecs=("plain",))
+        codecs = (self.written_to(number)[1] for number in range(write_outs))
+        return dataclasses.replace(self, write_out_codecs=(*codecs, "plain"))
 
 
 @dataclass(frozen=True)
@@ -125,6 +144,11 @@ class Plan:
             raise PlanError(
                 f"a prompt of {self.workload.prompt} and {self.workload.new} new tokens need {total} positions; "
                 f"{self.shape.name} has {self.shape.positions}: shorten one of them"
+            )
+        if "packed" in self.codecs and self.shape.dtype != PACKED_DTYPE:
+            raise PlanError(
+                f"plan {self.name} has packed blocks, which are of {PACKED_DTYPE} numbers; {self.shape.name} is in "
+                f"{self.shape.dtype}: use plain blocks"
             )
         for kind, (layer, layer_shape) in enumerate(self.distinct_layers):
             number = self.distinct_numbers.index(kind)
@@ -167,15 +191,28 @@ class Plan:
 
     def bytes_of(self, layer_shape: LayerShape, block: BlockSpec) -> int:
         """Bytes of a block of that layer."""
-        return block.tokens * self.workload.batch * layer_shape.width(block.form) * self.shape.itemsize
+        rows, tensors = block.tokens * self.workload.batch, layer_shape.tensors(block.form)
+        return codec_bytes(block.codec, tensors, rows, layer_shape.width(block.form) // tensors, self.shape.itemsize)
+
+    @functools.cached_property
+    def codecs(self) -> tuple[Codec, ...]:
+        """The codecs that blocks have, in the order of CODECS."""
+        found = {block.codec for layer, _ in self.distinct_layers for block in layer.blocks(self.write_outs, self.tail)}
+        return tuple(codec for codec in CODECS if codec in found)
+
+    def plain_from(self, layers: Collection[int], write_outs: int | None = None) -> "Plan":
+        """The plan with plain blocks in these layers, from that write-out on; None: all of them are."""
+        kept = enumerate(self.layers)
+        plans = (layer.plain_from(write_outs) if number in layers else layer for number, layer in kept)
+        return dataclasses.replace(self, layers=tuple(plans))
 
     @property
     def write_outs(self) -> int:
         """How often the tail is written out: when full, and only if another token follows."""
         return max(0, (self.workload.new - 1) // self.tail)
 
-    def written_to(self, write_outs: int) -> tuple[Memory, ...]:
-        """Where each layer's tail goes when it is written out the given time, counted from 0."""
+    def written_to(self, write_outs: int) -> tuple[tuple[Memory, Codec], ...]:
+        """Where each layer's tail goes when it is written out the given time, counted from 0, and how it is written."""
         return tuple(layer.written_to(write_outs) for layer in self.layers)
 
     def blocks(self, write_outs: int = 0) -> tuple[tuple[BlockSpec, ...], ...]:

@@ -7,17 +7,20 @@ split:F        the first F of the prompt as activations, the rest as keys and va
 kvpr:F         the same split in KVPR's own schedule: K and V recomputed, copies layer by layer
 device         all keys and values on the device
 device:F       the first F of the prompt as keys and values on the device, the rest as activations in host memory
+
+With "+packed" behind the name its blocks are packed.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
+from kvrecomp.plan.codecs import CODECS, Codec
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs, default_tail
 from kvrecomp.plan.layout import AUTO, DEFAULT_WINDOW, LayerPlan, Plan
 from kvrecomp.plan.shapes import Form, LayerShape, Memory, ModelShape, PlanError
 from kvrecomp.plan.workload import Workload
 
-NAMES = ("activations", "recompute", "keys_values", "split:F", "kvpr:F", "device[:F]")
+NAMES = ("activations", "recompute", "keys_values", "split:F", "kvpr:F", "device[:F]")  # and each with "+packed"
 _BARE = ("activations", "recompute", "keys_values", "device")
 _WITH_FRACTION = ("split", "kvpr", "device")
 
@@ -26,33 +29,37 @@ def named_plan(
     name: str, shape: ModelShape, workload: Workload, *, tail: int | None = None, window: int = DEFAULT_WINDOW
 ) -> Plan:
     """The plan of that name; `tail` in tokens, `window` in bytes. Raises `PlanError` if there is no such plan."""
-    kind, fraction = _read_name(name)
+    kind, fraction, codec = _read_name(name)
     # KVPR sends all activations of a layer, then all keys and values: as few blocks as the window allows.
     most_bytes = window if kind == "kvpr" else window // BLOCKS_PER_WINDOW
     plans: dict[LayerShape, LayerPlan] = {}
     for layer in shape.distinct_layers:
         runs = _runs(kind, fraction, layer.cached(workload.prompt))
         last_form, last_memory, _ = runs[-1]
-        blocks = cut_runs(runs, layer, shape, workload, most_bytes)
+        blocks = cut_runs(runs, layer, shape, workload, most_bytes, codec)
         method = "recompute" if kind in ("recompute", "kvpr") else "absorb"
-        plans[layer] = LayerPlan(blocks, last_form, (last_memory,), method)
+        plans[layer] = LayerPlan(blocks, last_form, (last_memory,), method, write_out_codecs=(codec,))
     layers = tuple(plans[layer] for layer in shape.layers)
     schedule = "layerwise" if kind == "kvpr" else "pipelined"
     tail = default_tail(shape, workload, window) if tail is None else min(tail, workload.new)
     return Plan(name, shape, workload, layers, tail=tail, window=window, schedule=schedule)
 
 
-def _read_name(name: str) -> tuple[str, float]:
-    """What kind of plan it is and its fraction, 1 where it has none."""
-    kind, colon, argument = name.partition(":")
-    if name == AUTO:
+def _read_name(name: str) -> tuple[str, float, Codec]:
+    """What kind of plan it is, its fraction, 1 where it has none, and the codec of its blocks."""
+    layout, plus, word = name.partition("+")
+    kind, colon, argument = layout.partition(":")
+    if layout == AUTO:
         raise PlanError("what plan auto is goes by the machine: use plan_for or make_plan")
     if kind not in (_WITH_FRACTION if argument else _BARE) or (colon and not argument):
         raise PlanError(f"there is no plan {name!r}; the plans are {', '.join((AUTO, *NAMES))}, with F from 0 to 1")
+    codec = next((codec for codec in CODECS if codec == (word if plus else "plain")), None)
+    if codec is None:
+        raise PlanError(f"plan {name!r}: there is no codec {word!r}; the codecs are {', '.join(CODECS)}")
     fraction = _fraction(argument) if colon else 1.0
     if fraction is None:
         raise PlanError(f"plan {name!r}: {argument!r} is not a fraction from 0 to 1")
-    return kind, fraction
+    return kind, fraction, codec
 
 
 def _runs(kind: str, fraction: float, tokens: int) -> list[tuple[Form, Memory, int]]:

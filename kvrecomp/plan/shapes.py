@@ -94,6 +94,10 @@ class LayerShape:
         """Numbers cached for one token of one row."""
         return self.hidden if form == "activations" else 2 * self.kv_heads * self.head_dim
 
+    def tensors(self, form: Form) -> int:
+        """How many tensors a block has: x, or K and V."""
+        return 1 if form == "activations" else 2
+
     def cached(self, prompt: int) -> int:
         """How many of a prompt's tokens are cached: the newest, which the next token sees, at least one, and a few more
         where that makes a multiple of ALIGNED."""

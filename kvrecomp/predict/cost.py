@@ -86,14 +86,11 @@ class StepCost(NamedTuple):
 def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
     """The tasks of one step under the plan, after that many write-outs: of one group where each takes its own."""
     order = step_order(plan, write_outs)
-    distinct = _distinct_tasks(plan, order, write_outs)
-    tasks = [[task for op in layer for task in op] for layer in distinct]
-    work, tokens, blocks, copies, copy_bytes = np.array([*itertools.chain(*tasks), _outside(plan)], float).T
+    (work, tokens, blocks, copies, copy_bytes), counts = _distinct_tasks(plan, order, write_outs)
     # What layers alike have in common is there once; `kind` lays it out for every layer.
-    starts = np.cumsum([0, *map(len, tasks)])
+    starts = np.cumsum([0, *map(sum, counts)])
     kinds = [np.arange(start, end) for start, end in itertools.pairwise(starts.tolist())]
     kind = np.concatenate([*(kinds[number] for number in order.numbers), starts[-1:]]).astype(np.int32)
-    counts = [np.array(list(map(len, layer))) for layer in distinct]
     last = np.cumsum(np.concatenate([counts[number] for number in order.numbers])) - 1  # task of each operation
     hold = np.full(len(kind), START, np.int32)
     hold[last[order.copies]] = np.append(last, START)[order.waits_for]
@@ -110,18 +107,17 @@ class Task(NamedTuple):
     copy_bytes: int = 0
 
 
-def _outside(plan: Plan) -> Task:
-    """What a step does outside its layers, after them: embedding, unembedding and sampling."""
-    return Task(len(plan.shape.distinct_layers) * len(WORKS), blocks=plan.groups_per_pass)
-
-
-def _distinct_tasks(plan: Plan, order: StepOrder, write_outs: int) -> list[list[list[Task]]]:
-    """The tasks of each operation of each of the plan's distinct layers."""
+def _distinct_tasks(plan: Plan, order: StepOrder, write_outs: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The tasks of each of the plan's distinct layers, and then what a step does outside of layers (embedding,
+    unembedding and sampling), as columns float64[5, kinds]; and how many each operation of each layer has."""
     shapes = list(plan.shape.distinct_layers)
-    return [
+    layers = [
         _layer_tasks(plan, layer, shape, shapes.index(shape), ops, write_outs)
         for (layer, shape), ops in zip(plan.distinct_layers, order.layers, strict=True)
     ]
+    outside = Task(len(shapes) * len(WORKS), blocks=plan.groups_per_pass)
+    columns = np.array([*(task for layer in layers for op in layer for task in op), outside], float).T
+    return columns, [np.array(list(map(len, layer))) for layer in layers]
 
 
 def _layer_tasks(
@@ -137,6 +133,12 @@ def _layer_tasks(
 
     def attention(block: BlockSpec) -> Attention:
         return "keys_values" if block.form == "keys_values" else layer.method
+
+    def unpack(place: int) -> list[Task]:
+        if place == TAIL or blocks[place].codec == "plain":
+            return []
+        numbers = blocks[place].tokens * shape.width(blocks[place].form)
+        return [task("unpack", numbers // shape.width("activations"))]
 
     def attend(place: int) -> list[Task]:
         if place == TAIL:  # but for its tokens it is in the time of `project`; what an odd number costs is not known
@@ -158,7 +160,7 @@ def _layer_tasks(
                 absorbs = "absorb" in map(attention, (*blocks, tail))
                 return [task("prepare")] if absorbs else []
             case "attend":
-                return [found for place in op.blocks for found in attend(place)]
+                return [found for place in op.blocks for found in (*unpack(place), *attend(place))]
             case "finish":
                 return [task("finish", groups_beside)]
 
@@ -317,10 +319,9 @@ def mean_bounds(profile: HardwareProfile, plans: Sequence[Plan]) -> np.ndarray:
     often: list[np.ndarray] = []  # how many layers have each kind of task, and for how many groups in turn
     for plan in plans:
         for write_outs in step_shares(plan):
-            layers = _distinct_tasks(plan, step_order(plan, write_outs), write_outs)
-            tasks = [[task for op in layer for task in op] for layer in layers]
-            columns.append(np.array([*itertools.chain(*tasks), _outside(plan)], float).T)
-            counts = np.repeat([*plan.distinct_layers.values(), 1], [*map(len, tasks), 1])
+            tasks, counts = _distinct_tasks(plan, step_order(plan, write_outs), write_outs)
+            columns.append(tasks)
+            counts = np.repeat([*plan.distinct_layers.values(), 1], [*map(sum, counts), 1])
             often.append(counts * (plan.groups // plan.groups_per_pass))
     work, *others = np.concatenate(columns, axis=1)
     seconds = _seconds_of_kinds(profile, work_table(profile, shape, workload), work.astype(int), *others)

@@ -22,13 +22,14 @@ from kvrecomp.predict.datasheets import DATASHEETS
 # Bytes of device memory: a budget of less or more is in the wrong unit. A toy model needs little more than the least.
 LEAST_DEVICE, LARGEST_DEVICE = 2.0**16, 1024.0 * GIB
 KNOTS = 7  # of a curve, at most
+FORMERLY = ("measured_in", "to_host")  # what older profiles say, too
 
 Attention = Literal["keys_values", "absorb", "recompute"]
 """Attention over cached tokens: over keys and values, or over activations by one of the methods."""
 
 Work = Literal[
     "project", "project_absorb", "project_recompute",
-    "finish", "prepare", "await",
+    "finish", "prepare", "await", "unpack",
     Attention, "device_keys_values", "device_absorb", "device_recompute", "uneven_absorb", "uneven_device_absorb",
 ]  # fmt: skip
 """A kind of work of a layer in a step.
@@ -36,7 +37,8 @@ Work = Literal[
 `project` computes Q, and K and V of the new token. Where the tail holds activations these two are not computed
 (`project_absorb`), or together with the tail's (`project_recompute`). `finish` is the output projection and the
 feed-forward. `prepare` absorbs the projections of K and V, once a layer that absorbs. `await` is waiting for a copy
-that has already arrived, which ends a CUDA graph.
+that has already arrived, which ends a CUDA graph. `unpack` reads a packed block, by its tokens where these are
+activations; of keys and values, by as many as have as many numbers.
 
 The others are attention over cached tokens. A block from the host has a partial result of its own, and K and V are cut
 out of it. Blocks on the device (`device_`) are attended to together with the tail; where the tail is attended to in a
@@ -176,16 +178,15 @@ class LayerTimes:
 class HardwareProfile:
     """A machine: its rates and latencies, and the layers that were timed on it.
 
-    `to_device` and `to_host` are copies of one array over the link, one after the other, by bytes. `beside_compute` is
-    the rate of copies to the device while it computes. `handoff_seconds` pass before a copy starts that waited for
-    compute or another copy, and before compute starts that waited for a copy. `kernel_seconds` is what one more small
-    kernel adds to a program. `host_bytes` None: as much as is asked for. `source` says where the numbers come from.
+    `to_device` are copies of one array over the link, one after the other, by bytes. `beside_compute` is the rate of
+    copies to the device while it computes. `handoff_seconds` pass before a copy starts that waited for compute or
+    another copy, and before compute starts that waited for a copy. `kernel_seconds` is what one more small kernel adds
+    to a program. `host_bytes` None: as much as is asked for. `source` says where the numbers come from.
     """
 
     device: str
     device_bytes: float
     to_device: Line
-    to_host: Line
     beside_compute: float
     matmul_rate: float
     memory_rate: float
@@ -223,9 +224,8 @@ class HardwareProfile:
     def from_json(cls, data: Mapping[str, Any]) -> "HardwareProfile":
         """Raises `PlanError`, TypeError, KeyError or ValueError for data that are no profile."""
         layers = tuple(map(LayerTimes.from_json, data["layers"]))
-        lines = {name: Line(**data[name]) for name in ("to_device", "to_host")}
-        fields = {name: value for name, value in data.items() if name != "measured_in"}  # which older ones have
-        return cls(**{**fields, **lines, "layers": layers})
+        fields = {name: value for name, value in data.items() if name not in FORMERLY}
+        return cls(**{**fields, "to_device": Line(**data["to_device"]), "layers": layers})
 
     @classmethod
     def from_datasheet(cls, name: str) -> "HardwareProfile":
@@ -240,7 +240,6 @@ class HardwareProfile:
             device=sheet.device,
             device_bytes=sheet.memory_gb * 1e9,
             to_device=Line(0.0, 1 / sheet.link),
-            to_host=Line(0.0, 1 / sheet.link),
             beside_compute=sheet.link,
             matmul_rate=sheet.matmul,
             memory_rate=sheet.memory_rate,

@@ -196,7 +196,7 @@ def attend(query: Query, blocks: Sequence[Block], method: Method) -> dict[Mixes,
 
     `method` says how activations are used: "absorb" what can be, or "recompute" K and V from them.
     """
-    scored = [_score(query, block, method, shared=len(blocks) > 1) for block in blocks]
+    scored = [_score(query, block.as_plain(), method, shared=len(blocks) > 1) for block in blocks]
     partials: dict[Mixes, Partial] = {}
     for mixes in MIXES:
         pieces = [(scores, mixable) for scores, mixable, mixed in scored if mixed == mixes]
@@ -244,19 +244,17 @@ def _mix(scored: Sequence[tuple[Array, Array]], mixes: Mixes) -> Partial:
     """One softmax over several pieces of scores, each with what it weighs."""
     scores = jnp.concatenate([piece for piece, _ in scored], axis=-1)
     most = scores.max(axis=-1, keepdims=True)
-    weights = jnp.exp(scores - most)
-    total = weights.sum(axis=-1, keepdims=True)
-    dtype = scored[0][1].dtype
-    # Mixed activations are hidden wide for each head, and in float32 take so long to write that XLA lets the next copy
-    # start late. bfloat16 has the range for sums of them.
-    of_activations = dtype if dtype == jnp.bfloat16 else jnp.float32
+    # Rounded before they are summed, so that they sum to one: activations have means that cancel in V, and of a mean
+    # that is weighed with a little more than one the little would be left.
+    weights = jnp.exp(scores - most).astype(scored[0][1].dtype)
+    total = weights.sum(axis=-1, keepdims=True, dtype=jnp.float32)
     mixed, start = [], 0
     for piece, mixable in scored:
-        piece_weights = weights[..., start : start + piece.shape[-1]].astype(dtype)
+        piece_weights = weights[..., start : start + piece.shape[-1]]
         if mixes == "values":
             mixed.append(_by_head("bkgs,sbkd->bkgd", piece_weights, mixable))
         else:
-            mixed.append(jnp.einsum("bkgs,sbh->bkgh", piece_weights, mixable, preferred_element_type=of_activations))
+            mixed.append(jnp.einsum("bkgs,sbh->bkgh", piece_weights, mixable, preferred_element_type=jnp.float32))
         start += piece.shape[-1]
     # Divided once mixed: dividing the weights would read and write them once more.
     return Partial((most + jnp.log(total))[..., 0], functools.reduce(jnp.add, mixed) / total)
@@ -272,6 +270,12 @@ def _by_head(subscripts: str, rows: Array, matrices: Array) -> Array:
         return jnp.einsum(subscripts, rows, matrices, preferred_element_type=jnp.float32)
     twice = jax.lax.optimization_barrier(jnp.concatenate([rows, rows], axis=2))
     return jnp.einsum(subscripts, twice, matrices, preferred_element_type=jnp.float32)[:, :, :1]
+
+
+def _parts(x: Array, dtype: jnp.dtype) -> list[Array]:
+    """Numbers of that dtype whose sum is x, in float32, to twice the bits that the dtype has or to float32's."""
+    rounded = x.astype(dtype)
+    return [rounded] if dtype == x.dtype else [rounded, (x - rounded).astype(dtype)]
 
 
 def join(partials: Mapping[Mixes, Partial], found: Mapping[Mixes, Partial]) -> dict[Mixes, Partial]:
@@ -302,7 +306,9 @@ def merge(query: Query, partials: Mapping[Mixes, Partial]) -> Array:
         values = partial.mixed
         if mixes == "activations":
             kernel, bias = query.projections.value
-            values = _by_head("bkgh,hkd->bkgd", values.astype(dtype), kernel)
+            parts = _parts(values, dtype)
+            projected = _by_head("bkgh,hkd->bkgd", jnp.concatenate(parts, axis=2), kernel)
+            values = sum(jnp.split(projected, len(parts), axis=2))
             values += 0 if bias is None else bias[:, None]
         out += share * values
     return out.astype(dtype).reshape(query.queries.shape[0], -1)

@@ -4,17 +4,19 @@
           -> Recent: the tails, and where each row is
 
 A block's arrays, tokens first, are copied whole: a slice of a host array would be read by a kernel over the link
-instead of by the copy engine. Its form and memory are static, so they select the program.
+instead of by the copy engine. Its form, memory and codec are static, so they select the program.
 
     activations              x [s, b, hidden]
     keys_values on device    K [s, b, kv_heads, head_dim] and V alike
     keys_values on host      both in one, [s, 2, b, kv_heads, head_dim]
+    packed                   bytes, uint8[n]; see `plan.codecs`
 
 A host block is one array because XLA keeps two copies under way: as two arrays, one block would be both, and the next
 block's copy would make XLA await one of them before its time. On the device K and V are two arrays because scores over
 a part of an array take longer.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -24,8 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvrecomp.plan import BlockSpec, Form, LayerShape, Memory, Plan
+from kvrecomp.plan import BlockSpec, Codec, Form, LayerShape, Memory, Plan
 from kvrecomp.run import memory
+from kvrecomp.run.codecs import pack, unpack
 
 STATIC: dict = {"static": True}  # part of the tree's structure, so it selects the program
 
@@ -33,16 +36,21 @@ STATIC: dict = {"static": True}  # part of the tree's structure, so it selects t
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Block:
-    """Consecutive cached tokens of one layer, the first of them in slot `start`, int32[] on the device."""
+    """Consecutive cached tokens of one layer, the first of them in slot `start`, int32[] on the device.
+
+    `shape` is that of x, or of K and V each.
+    """
 
     arrays: tuple[Array, ...]
     start: Array
+    shape: tuple[int, ...] = field(metadata=STATIC)
     form: Form = field(metadata=STATIC)
     memory: Memory = field(metadata=STATIC)
+    codec: Codec = field(default="plain", metadata=STATIC)
 
     @property
     def tokens(self) -> int:
-        return self.arrays[0].shape[0]
+        return self.shape[0]
 
     @property
     def nbytes(self) -> int:
@@ -56,10 +64,16 @@ class Block:
     @property
     def tensors(self) -> tuple[Array, ...]:
         """x [s, b, h], or K and V [s, b, k, d]."""
+        if self.codec == "packed":
+            return unpack(*self.arrays, self.shape, 1 if self.form == "activations" else 2)
         if self.form == "keys_values" and self.memory == "host":
             (both,) = self.arrays
             return both[:, 0], both[:, 1]
         return self.arrays
+
+    def as_plain(self) -> "Block":
+        """The block, on the device, with its numbers as they are."""
+        return self if self.codec == "plain" else replace(self, arrays=self.tensors, memory="device", codec="plain")
 
 
 @jax.tree_util.register_dataclass
@@ -80,7 +94,8 @@ class Recent:
 
     def tail(self, layer: int) -> Block:
         """The tail of a layer, as a block."""
-        return Block(self.tails[layer], self.start, self.forms[layer], "device")
+        tail = self.tails[layer]
+        return Block(tail, self.start, tail[0].shape, self.forms[layer], "device")
 
     @property
     def positions(self) -> Array:
@@ -106,21 +121,30 @@ def tensors_of(form: Form, x: Array, key: Array, value: Array) -> tuple[Array, .
     return (x,) if form == "activations" else (key, value)
 
 
-def make_block(form: Form, memory: Memory, tensors: Sequence[Array], start: Array) -> Block:
-    """Of x [s, b, h], or K and V [s, b, k, d], arranged as in that memory."""
-    if form == "keys_values" and memory == "host":
+def make_block(spec: BlockSpec, tensors: Sequence[Array], start: Array) -> tuple[Block, Array]:
+    """Of x [s, b, h], or K and V [s, b, k, d], arranged as in that memory; and bool[]: whether they cannot be packed as
+    they should be, and the block is of no use."""
+    shape, overflowed = tensors[0].shape, jnp.bool_(False)
+    if spec.codec == "packed":
+        data, overflowed = pack(tensors)
+        tensors = (data,)
+    elif spec.form == "keys_values" and spec.memory == "host":
         tensors = (jnp.stack(tensors, axis=1),)
-    return Block(tuple(tensors), start, form, memory)
+    return Block(tuple(tensors), start, shape, spec.form, spec.memory, spec.codec), overflowed
 
 
-def cut(specs: Sequence[BlockSpec], x: Array, key: Array, value: Array) -> tuple[Block, ...]:
-    """The newest tokens of a layer's prompt, x [s, b, h] and K and V [s, b, k, d], as the blocks that a plan lists."""
-    blocks, start = [], len(x) - sum(spec.tokens for spec in specs)
+def cut(specs: Sequence[BlockSpec], x: Array, key: Array, value: Array) -> tuple[tuple[Block, ...], Array]:
+    """The newest tokens of a layer's prompt, x [s, b, h] and K and V [s, b, k, d], as the blocks that a plan lists; and
+    bool[]: whether one of them cannot be packed."""
+    blocks: list[Block] = []
+    overflowed, start = jnp.bool_(False), len(x) - sum(spec.tokens for spec in specs)
     for spec in specs:
         tensors = [tensor[start : start + spec.tokens] for tensor in tensors_of(spec.form, x, key, value)]
-        blocks.append(make_block(spec.form, spec.memory, tensors, jnp.int32(start)))
+        block, too_many = make_block(spec, tensors, jnp.int32(start))
+        blocks.append(block)
+        overflowed |= too_many
         start += spec.tokens
-    return tuple(blocks)
+    return tuple(blocks), overflowed
 
 
 def append(tail: Block, slot: Array, x: Array, key: Array, value: Array) -> Block:
@@ -135,32 +159,27 @@ def append(tail: Block, slot: Array, x: Array, key: Array, value: Array) -> Bloc
 # --- abstract arrays, to lower programs with --------------------------------------------------------------------------
 
 
-def block_shapes(spec: BlockSpec, layer: LayerShape, batch: int) -> tuple[tuple[int, ...], ...]:
-    """The shapes of a block's arrays."""
-    if spec.form == "activations":
-        return ((spec.tokens, batch, layer.hidden),)
-    heads = (batch, layer.kv_heads, layer.head_dim)
-    return ((spec.tokens, 2, *heads),) if spec.memory == "host" else ((spec.tokens, *heads),) * 2
-
-
 def describe_blocks(plan: Plan, write_outs: int) -> tuple[tuple[Block, ...], ...]:
     """The blocks of every layer after that many write-outs."""
     return tuple(
-        tuple(_describe(spec, shape, plan) for spec in specs)
+        tuple(_describe(spec, shape, plan.workload.batch, plan.shape.dtype) for spec in specs)
         for specs, shape in zip(plan.blocks(write_outs), plan.shape.layers, strict=True)
     )
 
 
-def _describe(spec: BlockSpec, shape: LayerShape, plan: Plan) -> Block:
-    shapes = block_shapes(spec, shape, plan.workload.batch)
-    arrays = tuple(memory.describe(shape, plan.shape.dtype, spec.memory) for shape in shapes)
-    return Block(arrays, describe_ints(), spec.form, spec.memory)
+@functools.lru_cache(maxsize=1024)
+def _describe(spec: BlockSpec, layer: LayerShape, batch: int, dtype: str) -> Block:
+    of_token = (layer.hidden,) if spec.form == "activations" else (layer.kv_heads, layer.head_dim)
+    tensors = [jax.ShapeDtypeStruct((spec.tokens, batch, *of_token), dtype)] * layer.tensors(spec.form)
+    block, _ = jax.eval_shape(lambda tensors: make_block(spec, tensors, jnp.int32(0)), tensors)
+    arrays = tuple(memory.describe(array.shape, array.dtype, spec.memory) for array in block.arrays)
+    return replace(block, arrays=arrays, start=describe_ints())
 
 
 def describe_recent(plan: Plan) -> Recent:
     """What is recent, at any step."""
     tails = [
-        _describe(layer.tail_block(plan.tail), shape, plan)
+        _describe(layer.tail_block(plan.tail), shape, plan.workload.batch, plan.shape.dtype)
         for layer, shape in zip(plan.layers, plan.shape.layers, strict=True)
     ]
     forms: tuple[Form, ...] = tuple(layer.tail_form for layer in plan.layers)

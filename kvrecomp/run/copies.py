@@ -1,11 +1,9 @@
-"""Copies from host memory to the device within a step, held so that they overlap with compute; and the option without
-which XLA overlaps none of them on some GPUs."""
+"""Copies from host memory to the device within a step, held so that they overlap with compute."""
 
 import itertools
-import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import jax
 from jax import Array
@@ -13,10 +11,6 @@ from jax import Array
 from kvrecomp.plan.step_order import LayerOrder
 
 Result = TypeVar("Result")  # arrays in any structure; a hold goes through all of them
-
-# Options of XLA's for programs that copy from or to host memory. What puts compute between a copy's start and its end
-# is the latency hiding scheduler, which XLA has on by itself from Hopper on, and off on older GPUs.
-OVERLAPPING: Mapping[str, Any] = types.MappingProxyType({"xla_gpu_enable_latency_hiding_scheduler": True})
 
 
 @jax.tree_util.register_dataclass

@@ -7,6 +7,8 @@
 A program is fixed by the plan and the layout (the blocks of every layer). A written-out tail makes a new layout and so
 a new step program; COMPILED_AHEAD of them are compiled in the background while the tail fills. Token ids, padding and
 the number of tokens in the tail are data: changing them compiles nothing.
+
+Where a layer's numbers cannot be packed as the plan has it, the decoder goes on with plain blocks in that layer.
 """
 
 import functools
@@ -21,10 +23,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from kvrecomp.plan import Budget, Memory, Plan, PlanError
+from kvrecomp.plan import BlockSpec, Budget, Codec, Memory, Plan, PlanError
 from kvrecomp.plan.compiling import compile_seconds
 from kvrecomp.run import memory
 from kvrecomp.run.cache import (
+    Block,
     Cache,
     describe_blocks,
     describe_ints,
@@ -32,12 +35,12 @@ from kvrecomp.run.cache import (
     make_block,
     shardings,
 )
-from kvrecomp.run.copies import OVERLAPPING
 from kvrecomp.run.limits import check_memory
 from kvrecomp.run.model import Model, check_model
 from kvrecomp.run.prefill import prefill
 from kvrecomp.run.programs import Compiled, KeptPrograms, Programs, side_by_side
 from kvrecomp.run.prompt import PromptError, check_prompt, check_step
+from kvrecomp.run.schedule import OVERLAPPING
 from kvrecomp.run.step import decode_step
 from kvrecomp.run.weights import check_placement, on_device
 
@@ -84,16 +87,22 @@ class Decoder:
                 "makes fewer and smaller ones",
                 *(plan.name, plan.write_outs + 1, seconds / 60),
             )
-        self.plan = plan
+        self._kept, self._budget = kept, budget
+        self._take_plan(plan)
         self._graph, state = nnx.split(model)
         weights, self._structure = jax.tree.flatten(state)  # a plain list: jax flattens a State in Python
         self._weights = [on_device(array) for array in weights]
-        self._programs = Programs(kept and kept.of(replace(plan, name="", reason="")))  # words are in no program
         self._precision = getattr(jax.config, PRECISION)
+
+    def _take_plan(self, plan: Plan) -> None:
+        self.plan = plan
+        kept = self._kept and self._kept.of(replace(plan, name="", reason=""))  # words are in no program
+        self._programs = Programs(kept)
 
     @property
     def compiled(self) -> dict[Hashable, Compiled]:
-        """The programs so far: ("prefill",), ("step", write-outs before it), ("write-out", memory of each layer)."""
+        """The programs so far: ("prefill",), ("step", write-outs before it), ("write-out", each layer's memory and
+        codec)."""
         return self._programs.compiled
 
     def compile(self, *, prefill: bool = True) -> None:
@@ -113,13 +122,20 @@ class Decoder:
     def prefill(self, input_ids: Any, attention_mask: Any = None) -> tuple[Cache, Array]:
         """int[batch, prompt], left-padded where `attention_mask` is 0 -> cache, logits float32[batch, vocab].
 
+        `plan` is another then where blocks of the prompt could not be packed. Caches from before are of no use.
+
         Raises `PromptError` where the shapes are not the plan's, the mask is not left-padded, a row is empty or a token
-        id is outside the vocabulary.
+        id is outside the vocabulary; `PlanError` where plain blocks do not fit in the budget.
         """
         token_ids, padding = check_prompt(input_ids, attention_mask, self.plan)
         self.compile()  # before anything runs: XLA chooses kernels by timing them, and beside other work wrongly
-        token_ids, padding = jax.device_put((np.ascontiguousarray(token_ids.T), padding), memory.sharding("device"))
-        blocks, recent, logits = self._program("prefill")(self._weights, token_ids, padding)
+        inputs = jax.device_put((np.ascontiguousarray(token_ids.T), padding), memory.sharding("device"))
+        blocks, recent, logits, overflowed = self._program("prefill")(self._weights, *inputs)
+        if layers := self._layers_where(overflowed):
+            del blocks, recent
+            self._go_on_plain(layers)
+            check_memory(self.plan, self._budget)
+            return self.prefill(input_ids, attention_mask)
         return Cache(blocks, recent, 0), logits
 
     def step(self, cache: Cache, token_ids: Array) -> tuple[Cache, Array]:
@@ -141,12 +157,15 @@ class Decoder:
         the caches are at different steps; all caches are as they were then.
         """
         self._check_step(caches, token_ids)  # of all groups, before one of them is used up
+        write_outs = self._write_outs(caches[0])
         if caches[0].in_tail == 0:  # it is the first step: the blocks of all groups' prompts are there
             self._reserve_growth()
+        if caches[0].in_tail == self.plan.tail:
+            caches, write_outs = self._write_out(caches, write_outs), write_outs + 1
         if self.plan.groups_per_pass == 1:
-            steps = [self._step([cache], [ids]) for cache, ids in zip(caches, token_ids)]
+            steps = [self._step([cache], [ids], write_outs) for cache, ids in zip(caches, token_ids)]
             return [cache for (cache,), _ in steps], [logits for _, (logits,) in steps]
-        return self._step(caches, token_ids)
+        return self._step(caches, token_ids, write_outs)
 
     def _check_step(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> None:
         """Raises `PlanError` or `PromptError` unless each group has tokens and a cache, all at one step, with room."""
@@ -158,6 +177,11 @@ class Decoder:
             )
         for cache, ids in zip(caches, token_ids):
             check_step(cache.recent.length, ids, plan)
+            if cache.in_tail == 0 and _codecs(cache.blocks) != _codecs(plan.blocks(self._write_outs(cache))):
+                raise PromptError(
+                    "the cache has packed blocks where the plan has plain ones, since others could not be packed: "
+                    "prefill again"
+                )
         cached = [self._write_outs(cache) * plan.tail + cache.in_tail for cache in caches]
         if len(set(cached)) > 1:
             raise PromptError(f"the groups' caches have {cached} new tokens: give step_groups those of the same step")
@@ -171,10 +195,10 @@ class Decoder:
         """How often the cache's tail was written out."""
         return len(cache.blocks[0]) - len(self.plan.layers[0].prompt)
 
-    def _step(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> tuple[list[Cache], list[Array]]:
-        plan, write_outs = self.plan, self._write_outs(caches[0])
-        if caches[0].in_tail == plan.tail:
-            caches, write_outs = [self._write_out(cache, write_outs) for cache in caches], write_outs + 1
+    def _step(
+        self, caches: Sequence[Cache], token_ids: Sequence[Array], write_outs: int
+    ) -> tuple[list[Cache], list[Array]]:
+        plan = self.plan
         blocks, recents = tuple(cache.blocks for cache in caches), tuple(cache.recent for cache in caches)
         recents, logits = self._program("step", write_outs)(self._weights, blocks, recents, tuple(token_ids))
         if write_outs < plan.write_outs:
@@ -185,11 +209,31 @@ class Decoder:
         after = zip(caches, recents, strict=True)
         return [replace(cache, recent=recent, in_tail=cache.in_tail + 1) for cache, recent in after], logits
 
-    def _write_out(self, cache: Cache, write_outs: int) -> Cache:
-        """The cache with its full tails as blocks, and empty tails."""
-        new, start = self._program("write-out", self.plan.written_to(write_outs))(cache.recent)
-        blocks = tuple((*layer, block) for layer, block in zip(cache.blocks, new, strict=True))
-        return Cache(blocks, replace(cache.recent, start=start), 0)
+    def _write_out(self, caches: Sequence[Cache], write_outs: int) -> list[Cache]:
+        """The caches with their full tails as blocks, and empty tails."""
+        written: list[Cache] = []
+        for cache in caches:
+            new, start, overflowed = self._program("write-out", self.plan.written_to(write_outs))(cache.recent)
+            if layers := self._layers_where(overflowed):
+                self._go_on_plain(layers, write_outs)
+                return self._write_out(caches, write_outs)
+            blocks = tuple((*layer, block) for layer, block in zip(cache.blocks, new, strict=True))
+            written.append(Cache(blocks, replace(cache.recent, start=start), 0))
+        return written
+
+    def _layers_where(self, overflowed: Array) -> list[int]:
+        """The numbers of the layers for which bool[layers] is true. Asks the device only where blocks are packed."""
+        return np.flatnonzero(jax.device_get(overflowed)).tolist() if "packed" in self.plan.codecs else []
+
+    def _go_on_plain(self, layers: Sequence[int], write_outs: int | None = None) -> None:
+        """Changes the plan to one with plain blocks in these layers, from that write-out on, or all of them."""
+        LOG.warning(
+            "plan %s: blocks of %d of %d layers are plain from here on: more of their numbers are far below the "
+            "largest of their channel than a packed block lists",
+            *(self.plan.name, len(layers), len(self.plan.layers)),
+        )
+        self._programs.cancel()
+        self._take_plan(self.plan.plain_from(layers, write_outs))
 
     def _reserve_growth(self) -> None:
         """Pins host memory for the blocks to come, of all groups."""
@@ -242,13 +286,21 @@ class Decoder:
         in_shardings = placed, (shardings(blocks),) * groups, None, None
         return jax.jit(step, in_shardings=in_shardings, donate_argnames="recent").trace(*inputs)
 
-    def _trace_write_out(self, memories: Sequence[Memory]) -> Any:
+    def _trace_write_out(self, written_to: Sequence[tuple[Memory, Codec]]) -> Any:
         def program(recent):
-            blocks = []
-            for number, where in enumerate(memories):
+            blocks, overflowed = [], []
+            for number, (where, codec) in enumerate(written_to):
                 tail = recent.tail(number)
-                blocks.append(make_block(tail.form, where, [jnp.copy(tensor) for tensor in tail.tensors], tail.start))
-            return tuple(blocks), recent.start + self.plan.tail
+                spec = BlockSpec(tail.form, where, tail.tokens, codec)
+                block, too_many = make_block(spec, [jnp.copy(tensor) for tensor in tail.tensors], tail.start)
+                blocks.append(block)
+                overflowed.append(too_many)
+            return tuple(blocks), recent.start + self.plan.tail, jnp.stack(overflowed)
 
         recent = describe_recent(self.plan)
         return jax.jit(program, out_shardings=shardings(jax.eval_shape(program, recent))).trace(recent)
+
+
+def _codecs(layers: Sequence[Sequence[Block | BlockSpec]]) -> list[list[Codec]]:
+    """Those of every layer's blocks."""
+    return [[block.codec for block in blocks] for blocks in layers]

@@ -16,10 +16,12 @@ from kvrecomp.run.weights import layer_weights
 
 def prefill(
     model: Model, plan: Plan, token_ids: Array, padding: Array
-) -> tuple[tuple[tuple[Block, ...], ...], Recent, Array]:
-    """Prompts int32[t, b], left-padded by int32[b] -> blocks, what is recent, logits float32[b, vocab]."""
+) -> tuple[tuple[tuple[Block, ...], ...], Recent, Array, Array]:
+    """Prompts int32[t, b], left-padded by int32[b] -> blocks, what is recent, logits float32[b, vocab], bool[layers]:
+    whether a layer's blocks cannot be packed as they should be."""
     hidden = model.embed(token_ids, positions_of(jnp.arange(len(token_ids)), padding))
     blocks: list[tuple[Block, ...]] = []
+    overflowed: list[Array] = []
     weights, layers = layer_weights(model, plan), Layers()
     coming = _to_device(weights[0].host_arrays)
     for layer_plan, layer, following in zip(plan.layers, weights, [*weights[1:], None], strict=True):
@@ -28,14 +30,15 @@ def prefill(
             hidden, held = jax.lax.optimization_barrier((hidden, following.host_arrays))
             coming = _to_device(held)
         attention = PromptAttention(layer_plan.prompt, plan.shape.dtype)
-        hidden, of_layer = layers.call(layer.layer, attention, hidden, layer.parameters, padding, arrived)
+        hidden, (of_layer, too_many) = layers.call(layer.layer, attention, hidden, layer.parameters, padding, arrived)
         blocks.append(of_layer)
+        overflowed.append(too_many)
         if len(blocks) > 1:
             # The layer before has left the device when this one ends; XLA would copy all layers at the end. The barrier
             # ties its copies to a zero, not to `hidden` itself, which would then live as long as they do.
             zero, blocks[-2] = jax.lax.optimization_barrier((jnp.zeros((), hidden.dtype), blocks[-2]))
             hidden += zero
-    return tuple(blocks), after_prompt(plan, padding), model.unembed(hidden[-1])
+    return tuple(blocks), after_prompt(plan, padding), model.unembed(hidden[-1]), jnp.stack(overflowed)
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,16 @@ class PromptAttention:
     specs: tuple[BlockSpec, ...]
     dtype: str
 
-    def __call__(self, padding: Array, x: Array, projections: Projections) -> tuple[Array, tuple[Block, ...]]:
-        """x [t, b, h], rows left-padded by int32[b] -> [t, b, n * d], and the blocks where the plan has them."""
+    def __call__(
+        self, padding: Array, x: Array, projections: Projections
+    ) -> tuple[Array, tuple[tuple[Block, ...], Array]]:
+        """x [t, b, h], rows left-padded by int32[b] -> [t, b, n * d], the blocks where the plan has them, and whether
+        one of them cannot be packed."""
         mixed, key, value = attend_causal(projections, x, padding)
         # Rotated in float32, K may be wider than the model's numbers.
         tensors = [tensor.astype(self.dtype) for tensor in (x, key, value)]
-        return mixed, tuple(_place(block) for block in cut(self.specs, *tensors))
+        blocks, overflowed = cut(self.specs, *tensors)
+        return mixed, (tuple(map(_place, blocks)), overflowed)
 
 
 def _to_device(arrays: list[Array]) -> list[Array]:

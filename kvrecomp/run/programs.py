@@ -19,6 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 
 from kvrecomp.plan import PlanError
+from kvrecomp.run.schedule import compile_overlapping
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -132,9 +133,9 @@ class Programs:
 
     def _compile(self, lowered: Any, options: Mapping[str, Any]) -> Any:
         if self._kept is None:
-            return lowered.compile(compiler_options=dict(options))
+            return compile_overlapping(lowered, options)
         given = lowered.as_text(), sorted(options.items()), sorted(jax.config.values.items())
         text = hashlib.sha256(repr(given).encode()).digest()
         if text not in self._kept:
-            self._kept[text] = lowered.compile(compiler_options=dict(options))
+            self._kept[text] = compile_overlapping(lowered, options)
         return self._kept[text]

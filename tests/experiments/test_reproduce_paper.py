@@ -9,7 +9,6 @@ import scripts
 import models
 from experiments import reproduce_paper as script
 from experiments.support.paper import costs, numbers, report
-from experiments.support.paper.disagreements import disagreements
 from kvrecomp.plan import GIB, MIB
 from kvrecomp.predict.datasheets import DATASHEETS
 from kvrecomp.predict.hardware import HardwareProfile
@@ -28,21 +27,30 @@ def split_of(model: str) -> float:
     return 1 / (1 + 2 * HIDDEN[model] * LINK / (2 * MATMUL))
 
 
-def predicted(name: str, rows: slice) -> costs.Compared:
+def time_saved(model: str) -> float:
+    """In percent, by the formula: b l h p + 2 b (s - l) h p of 2 b s h p are left."""
+    return 100 * split_of(model) / 2
+
+
+def tokens_gained(model: str) -> float:
+    """In percent, by the same."""
+    return 100 * (2 / (2 - split_of(model)) - 1)
+
+
+def predicted(name: str, rows: slice) -> numbers.Table:
     """Some rows of a table, predicted for the paper's machine."""
     table = PAPER.table(name)
-    small = dataclasses.replace(table, rows=table.rows[rows])
-    return costs.predict(small, table.machine, PAPER.machine(table.machine))
+    return costs.predict(dataclasses.replace(table, rows=table.rows[rows]), table.machine, table.profile)
 
 
 @pytest.fixture(scope="module")
-def latency() -> costs.Compared:
+def latency() -> numbers.Table:
     """Of Table 3: 64 x 128 + 32 and + 128."""
     return predicted("Table 3", slice(2))
 
 
 @pytest.fixture(scope="module")
-def throughput() -> costs.Compared:
+def throughput() -> numbers.Table:
     """Of Table 5: 8 x 32 x 256 + 32 and + 128, on the RTX 5000."""
     return predicted("Table 5", slice(2))
 
@@ -51,7 +59,7 @@ def throughput() -> costs.Compared:
 def command(monkeypatch, latency, throughput):
     """The script in this process, with what was predicted already for the paper's own machines."""
     known = {"Table 3": latency, "Table 5": throughput}
-    tables = tuple(known[table.name].table if table.name in known else table for table in PAPER.tables)
+    tables = tuple(known.get(table.name, table) for table in PAPER.tables)
     predict = costs.predict
 
     def predict_unless_known(table, machine, profile):
@@ -80,8 +88,9 @@ def cells(table: str) -> list[dict[str, str]]:
 @pytest.mark.parametrize("name", ["Table 3", "Table 4"])
 def test_latencies_and_sizes_are_the_tables_own_throughputs_and_caches(name):
     """The tables have both, so that a digit that was copied wrong is found."""
-    for row in PAPER.table(name).rows:
-        setting, data = row.setting, row.data
+    (table,) = [table for table in PAPER.data["tables"] if table["name"] == name]
+    for row, data in zip(PAPER.table(name).rows, numbers.records(table), strict=True):
+        setting = row.setting
         for which in ("baseline", "kvpr"):
             tokens = setting.batch * (setting.new - 1)
             assert tokens / data[which] == pytest.approx(data[f"{which}_tokens_per_second"], rel=2e-4)
@@ -99,9 +108,8 @@ def test_every_table_has_its_place_and_only_figures_lack_numbers():
     for table in PAPER.tables:
         assert table.source.startswith(table.name.partition(" (")[0]) and table.machine in DATASHEETS
         drawn = table.name.startswith("Figure")
-        assert all(set(row.times) == (set() if drawn else {"baseline", "kvpr"}) for row in table.rows)
+        assert all(set(row.times["paper"]) == (set() if drawn else {"baseline", "kvpr"}) for row in table.rows)
         assert len({row.setting for row in table.rows}) == len(table.rows)
-    assert all(claim["source"] and claim["table"] for claim in PAPER.data["claims"].values())
     for row in numbers.records(PAPER.data["layers"]):
         assert row["hidden"] == models.preset(row["model"]).shape.layers[0].hidden == HIDDEN[row["model"]]
         assert row["cache_mb"] == 2 * 32 * 1024 * row["hidden"] * 2 / MIB
@@ -118,7 +126,7 @@ def test_milliseconds_a_step_and_gains_by_hand():
 
 
 def test_the_papers_machines_have_the_rates_that_it_counts_with():
-    a100, low = PAPER.machine("a100"), PAPER.machine("rtx5000")
+    a100, low = PAPER.machines["a100"], PAPER.machines["rtx5000"]
     sheet = HardwareProfile.from_datasheet("a100")
     assert dataclasses.replace(a100, source=sheet.source) == sheet
     assert (a100.beside_compute, a100.matmul_rate) == (LINK, MATMUL)
@@ -138,12 +146,11 @@ def test_splits_and_gains_of_the_formula_in_closed_form(model):
     computing, copying = 4 * 32 * 1024 * HIDDEN[model] ** 2 / MATMUL, 2 * 32 * 1024 * HIDDEN[model] * 2 / LINK
     assert float(row["recompute, formula, ms"]) == pytest.approx(1e3 * computing, abs=0.005)
     assert float(row["copy, formula, ms"]) == pytest.approx(1e3 * copying, abs=0.05)
-    # b l h p + 2 b (s - l) h p of 2 b s h p: l / 2 s is saved.
-    setting, machine = numbers.Setting(model, 32, 8, 1024, 32), PAPER.machine("a100")
-    saved = costs.formula_gain(machine, PAPER.table("Table 3"), setting)
-    assert saved == pytest.approx(100 * split / 2, abs=0.1)
-    more = costs.formula_gain(machine, PAPER.table("Table 5"), setting)
-    assert more == pytest.approx(100 * (2 / (2 - split) - 1), abs=0.2)
+    setting = numbers.Setting(model, 32, 8, 1024, 32)
+    saved = costs.formula_gain(PAPER.table("Table 3"), setting)
+    assert saved == pytest.approx(time_saved(model), abs=0.1)
+    more = costs.formula_gain(dataclasses.replace(PAPER.table("Table 5"), profile=PAPER.machines["a100"]), setting)
+    assert more == pytest.approx(tokens_gained(model), abs=0.2)
 
 
 def test_row_order_in_closed_form(latency):
@@ -179,7 +186,7 @@ def test_column_order_in_closed_form(throughput):
 
 def test_figure_6_in_closed_form():
     """OPT-30B, 8 x 32 rows of 256 tokens and half of 32 new ones, weights of 48 layers: the link is the bound."""
-    row = costs.kept(PAPER, "Figure 6 (sequences)").rows[12]
+    row = costs.kept(PAPER.table("Figure 6 (sequences)")).rows[12]
     assert str(row.setting) == "8 x 32 x 256 + 32" and row.setting.model == "opt-30b"
     sent = LAYERS["opt-30b"] * 2 * (12 * HIDDEN["opt-30b"] ** 2 + 8 * 32 * 272 * 2 * HIDDEN["opt-30b"])
     assert row.times["predicted"]["keys_values"] == pytest.approx(1e3 * sent / LINK, rel=0.01)
@@ -198,14 +205,14 @@ def test_nothing_of_ours_where_nothing_fits():
 def test_predictions_that_are_kept_are_those_of_the_code(latency, throughput):
     """Some of them: all take a minute. `python experiments/reproduce_paper.py --out=experiments/results/paper.json`"""
     for compared in (latency, throughput, predicted("Figure 6 (sequences)", slice(12, 13))):
-        kept = {row.setting: row for row in costs.kept(PAPER, compared.table.name).rows}
+        kept = {row.setting: row for row in costs.kept(PAPER.table(compared.name)).rows}
         for row in compared.rows:
             then = kept[row.setting]
             assert row.times["predicted"] == pytest.approx(then.times["predicted"], rel=1e-4)
             assert (row.split, row.ours, row.times["paper"]) == (then.split, then.ours, then.times["paper"])
     # As the page says: so many caches fit on the card.
     for name, count in (("Table 3", 6), ("Table 4", 3)):
-        assert sum(row.ours["link_bytes"] == 0 for row in costs.kept(PAPER, name).rows) == count
+        assert sum(row.ours["link_bytes"] == 0 for row in costs.kept(PAPER.table(name)).rows) == count
 
 
 # --- what was measured ------------------------------------------------------------------------------------------------
@@ -274,24 +281,27 @@ def test_gains_have_measured_columns_where_there_are_any(latency):
 
 
 def test_disagreements_by_hand():
-    found = {row.of: (row.said, row.against) for row in disagreements(PAPER)}
-    gains = [(row.said, row.against) for row in disagreements(PAPER) if row.of.startswith("largest gain")]
-    assert gains[0] == ("35.8 % less time; 14.8 to 35.8 in Table 3", "35 %")
-    assert gains[1][1].startswith("54, 49 and 40 %")
-    assert gains[2] == ("15 % more tokens/s; 6.6 to 15.9 in Table 5", "40 %, of the cache alone")
+    """What the formula says is in closed form, and what a table says in its rows."""
+    rows = numbers.records(PAPER.data["disagreements"])
+    found = {(row["place"], row["of"].partition(",")[0]): tuple(row.values())[2:] for row in rows}
+    assert cells(report.disagreeing(PAPER)) == rows and len(found) == len(rows)
+    saved, more = ([f"{gain:.0f}" for gain in map(of_split, SPLITS)] for of_split in (time_saved, tokens_gained))
+    latency, throughput, low_end = (tuple(row.values())[2:] for row in rows if row["of"].startswith("largest gain"))
+    assert latency == ("35.8 % less time; 14.8 to 35.8 in Table 3", f"{saved[0]} %")
+    assert throughput[1].startswith(f"{more[0]}, {more[1]} and {more[2]} %")
+    assert low_end == ("15 % more tokens/s; 6.6 to 15.9 in Table 5", "40 %, of the cache alone")
     slowest = 64 * 272 * 2 * 4096 * 2 * 32 / (26.825 / 31) / 1e9
     fastest = 64 * 528 * 2 * 4096 * 2 * 32 / (24.390 / 31) / 1e9
-    links = [row.against for row in disagreements(PAPER) if row.of == "the link; what is sent over Accelerate's time"]
-    assert links[0] == f"{slowest:.1f} to {fastest:.1f} GB/s"
-    (shares,) = [words for of, words in found.items() if of.startswith("split l/s")]
+    link = found["Table 3", "the link; what is sent over Accelerate's time"]
+    assert link[1] == f"{slowest:.1f} to {fastest:.1f} GB/s"
+    shares = found["section 4.5 on Figure 10, without its workload", "split l/s: 8 % of the time are activations"]
     assert shares[0] == f"{2 * 8 / 38 / (1 + 2 * 8 / 38):.2f}" and shares[1].startswith("0.70, 0.66 and 0.58")
     first, last, longer, longest = (round(split_of("opt-6.7b") * cached) for cached in (129, 160, 257, 288))
-    assert found["split of a prompt of 128, 1 and 32 new tokens"] == (
-        "182, and increases to 128; the axis is 180 to 205",
-        f"{first} and {last}, at most the prompt (equation 11); {longer} and {longest} for a prompt of 256",
-    )
-    assert found["growth of its latencies, batch 1 to 32"][0] == "23.4 times"
-    assert all(row.times["kvpr"] < row.times["baseline"] for row in PAPER.table("Table 2").rows)  # ms: more tokens/s
+    points = f"{first} and {last}, at most the prompt (equation 11); {longer} and {longest} for a prompt of 256"
+    assert found["appendix A.4 on Figure 12", "split of a prompt of 128"][1] == points
+    assert found["Table 2", "growth of its latencies"][0] == "23.4 times"
+    small = PAPER.table("Table 2").rows
+    assert all(row.times["paper"]["kvpr"] < row.times["paper"]["baseline"] for row in small)  # ms: more tokens/s
 
 
 # --- the command ------------------------------------------------------------------------------------------------------
@@ -304,27 +314,25 @@ def test_the_command_prints_tables_and_keeps_a_document(command, capsys, tmp_pat
         (tmp_path / f"{name}.json").write_text(json.dumps({"command": "python a.py", "rows": rows}))
     command(f"--results={tmp_path / 'a.json'}")
     assert "no result is of these tables' settings" in capsys.readouterr().out
-    command(f"--results={tmp_path / 'a.json'},{tmp_path / 'b.json'}", "--json", f"--out={tmp_path / 'out.json'}")
-    *human, last = capsys.readouterr().out.splitlines()
-    document = json.loads(last)
-    assert json.loads((tmp_path / "out.json").read_text()) == document
+    command(f"--results={tmp_path / 'a.json'},{tmp_path / 'b.json'}", f"--out={tmp_path / 'out.json'}")
+    human = capsys.readouterr().out.splitlines()
+    document = json.loads((tmp_path / "out.json").read_text())
     assert [table["name"] for table in document["tables"]] == ["Table 3", "Table 5"]
     first, _ = document["tables"][0]["rows"]
     assert (first["model"], first["batch"], first["prompt"], first["new"]) == ("opt-6.7b", 64, 128, 32)
     assert first["paper_ms"] == pytest.approx({"baseline": 8905 / 31, "kvpr": 6651 / 31})
     assert first["predicted_ms"] == latency.rows[0].times["predicted"] and first["measured_ms"]["keys_values"] == 77.0
-    assert document["tables"][0]["measured_on"] == ["Some GPU"] and len(document["gains"]) == 2
-    assert document["disagreements"] and document["only_drawn"] and len(document["layers"]) == 3
+    assert document["tables"][0]["measured_on"] == ["Some GPU"]
     assert "measured on: Some GPU" in human and any(line.startswith("Only drawn in the paper") for line in human)
     assert sum(line.startswith(("Table 1:", "Table 3:", "Table 5:", "Gains", "Where")) for line in human) == 5
     tables = [line for line in human if line.startswith(" ")]
     assert max(map(len, tables)) <= script.WIDTH and not any("…" in line for line in tables)
 
 
-def test_another_machine(command, capsys, throughput):
-    command("--hardware=h200", "--tables=Table 5", "--json")
-    *human, last = capsys.readouterr().out.splitlines()
-    (table,) = json.loads(last)["tables"]
+def test_another_machine(command, capsys, tmp_path, throughput):
+    command("--hardware=h200", "--tables=Table 5", f"--out={tmp_path}/out.json")
+    human = capsys.readouterr().out.splitlines()
+    (table,) = json.loads((tmp_path / "out.json").read_text())["tables"]
     assert table["hardware"] == "NVIDIA H200"
     assert any(line.startswith("h200: NVIDIA H200, link 63 GB/s") for line in human)
     # The link is the bound on both: 63 GB/s against 16.

@@ -52,17 +52,6 @@ def test_a_table_of_the_benchmark(read):
     assert "**50.0**" in tables.benchmark(read(FAST, PEER | {"median_ms": 50.0}))
 
 
-def test_an_overview(read):
-    chosen = ROW | {"plan": "auto", "room": 50.0, "median_ms": 50.0, "batch": 7}
-    assert tables.overview(read(chosen, ROW, PEER, FAST | {"plan": "kvpr:0.75"}, DEVICE)) == (
-        "| model | rows x prompt | Hugging Face, offloaded | `keys_values` | KVPR's schedule | `activations` "
-        "| `auto` (room) | Hugging Face, on the GPU | all on the GPU |\n"
-        "|---|---|---|---|---|---|---|---|---|\n"
-        "| OPT-6.7B | 7 x 1024 | - | - | - | - | 50.0 (50 %) | - | - |\n"
-        "| OPT-6.7B | 32 x 1024 | 400.0 | 200.0 | 100.0 | - | - | - | 9.0 |"
-    )
-
-
 def test_columns_of_what_is_not_as_usual(read):
     rows = read(ROW, FAST | {"weights": "host", "groups": 4, "order": "column", "new": 24}, PEER)
     assert tables.benchmark(rows) == (
@@ -74,19 +63,6 @@ def test_columns_of_what_is_not_as_usual(read):
         "| OPT-6.7B | 32 | 1024 | 32 | device | 1 | row | `keys_values` | **200.0** | 10.00 | 1.000 |\n"
         "| OPT-6.7B | 32 | 1024 | 24 | host | 4 | column | `activations` | 100.0 | 5.00 | 1.000 |"
     )
-
-
-def test_a_table_of_the_sweep(read):
-    assert tables.sweep(read(STEP, STEP | {"plan": "split:0.5"})) == (
-        "| model | batch | cached | plan | ms a step | predicted |\n"
-        "|---|---|---|---|---|---|\n"
-        "| OPT-13B | 8 | 512 | `kvpr:0.75` (KVPR's schedule) | 20.0 | 17.0 |\n"
-        "| OPT-13B | 8 | 512 | `split:0.5` | 20.0 | 17.0 |"
-    )
-    assert tables.sweep(read(STEP | {"plan": "auto", "room": 25.0, "chosen": True})).splitlines()[::2] == [
-        "| model | batch | cached | room % | plan | ms a step | predicted |",
-        "| OPT-13B | 8 | 512 | 25 | `auto` (chosen) | 20.0 | 17.0 |",
-    ]
 
 
 @pytest.mark.parametrize(

@@ -1,27 +1,24 @@
 """Timelines of traced steps: what is read of a GPU's trace, on traces written by hand; what is said and drawn of it."""
 
-import dataclasses
 import functools
 import itertools
 import json
-import types
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import scripts
 import toy
 from hypothesis import given
 from hypothesis import strategies as st
-from jax.profiler import ProfileData
 
 import kvrecomp
 import models
 from experiments import trace
 from experiments.support.plots import png
-from experiments.support.results import predictions, tables
+from experiments.support.results import predictions
 from experiments.support.suite import step_timing
 from experiments.support.traces import timeline, xplane
-from experiments.support.traces.timeline import Timeline
 from experiments.support.traces.xplane import OUTSIDE, Span
 from kvrecomp.plan.named import named_plan
 
@@ -63,92 +60,62 @@ def test_layers_of_kernels_are_their_scopes_and_of_copies_their_first_use():
     assert "command_buffer_3" not in found
 
 
-def test_layers_of_a_compiled_step():
-    decoder = toy.named_decoder("split:0.5", batch=2, prompt=5, new=3)
-    found = xplane.layers_of(decoder.text("step", 0))
-    assert set(found.values()) == {OUTSIDE, 0, 1}
-
-
 # --- reading ----------------------------------------------------------------------------------------------------------
 
 
-def xspace(planes: dict[str, dict[str, list[tuple]]]) -> ProfileData:
-    """Planes of lines of events (name, start and length in ns, statistics), as XLA's profiler writes them.
+def recorded(planes: dict[str, dict[str, list[tuple]]]) -> SimpleNamespace:
+    """Planes of lines of events (name, start and length in ns, the instruction), with the names of `ProfileData`."""
 
-    A statistic is a string in the plane's table of names where XLA's collector has it so, or the value itself.
-    """
-    text = []
-    for plane, lines in planes.items():
-        names: dict[str, int] = {}
-        text.append(f'planes {{ name: "{plane}"')
-        for number, (line, events) in enumerate(lines.items()):
-            text.append(f'lines {{ id: {number} name: "{line}" timestamp_ns: 7000')
-            for name, start, length, stats in events:
-                offset, duration = 1000 * (start - 7000), 1000 * length  # in ps, from the line's own time
-                event = names.setdefault(name, len(names) + 1)
-                text.append(f"events {{ metadata_id: {event} offset_ps: {offset} duration_ps: {duration}")
-                for key, value in stats.items():
-                    named = names.setdefault(key, len(names) + 1)
-                    referred = f"ref_value: {names.setdefault(value, len(names) + 1)}"
-                    plain = f'str_value: "{value}"' if key == "name" else f"uint64_value: {value}"
-                    text.append(f"stats {{ metadata_id: {named} {referred if key in REFERRED else plain} }}")
-                text.append("}")
-            text.append("}")
-        for table in ("event_metadata", "stat_metadata"):
-            text += [f'{table} {{ key: {at} value {{ id: {at} name: "{name}" }} }}' for name, at in names.items()]
-        text.append("}")
-    return ProfileData.from_text_proto("\n".join(text))
+    def event(name, start, length, instruction=None):
+        stats = {"correlation_id": start, "name": "add"} | ({"hlo_op": instruction} if instruction else {})
+        return SimpleNamespace(name=name, start_ns=start, duration_ns=length, stats=stats.items())
 
-
-REFERRED = ("hlo_op", "hlo_module", "tf_op", "memcpy_details", "kernel_details")
-
-
-def copied(start: int, length: int, instruction: str, name: str = "MemcpyH2D") -> tuple:
-    details = f"kind_src:pinned kind_dst:device size:{10 * length} dest:0 async:1"
-    return name, start, length, {"correlation_id": start, "memcpy_details": details, **launched_by(instruction)}
-
-
-def ran(name: str, start: int, length: int, instruction: str) -> tuple:
-    details = "regs:32 static_shared:0 dynamic_shared:0 grid:8,1,1 block:128,1,1 occ_pct:100"
-    return name, start, length, {"correlation_id": start, "kernel_details": details, **launched_by(instruction)}
-
-
-def launched_by(instruction: str) -> dict[str, str]:
-    return {"tf_op": "XlaModule", "hlo_op": instruction, "hlo_module": "jit_program", "name": "add"}
+    return SimpleNamespace(
+        planes=[
+            SimpleNamespace(
+                name=plane,
+                lines=[
+                    SimpleNamespace(name=line, events=[event(*one) for one in events]) for line, events in lines.items()
+                ],
+            )
+            for plane, lines in planes.items()
+        ]
+    )
 
 
 def test_spans_of_a_gpu():
-    host = {"python": [("$runtime.py:227 step", 7000, 90000, {})]}
+    host = {"python": [("$runtime.py:227 step", 7000, 90000)]}
     gpu = {
         "Stream #13(Compute,Memset)": [
-            ran("loop_add_fusion_4", 8000, 500, "embed_fusion"),
-            ("Memset", 8600, 20, {}),
-            ran("void cutlass::Kernel2<128x64>(Params)", 12500, 300, "gemm.2"),
-            ran("gemm_fusion_dot_5", 16000, 250, "command_buffer_3"),
-            ("MemoryAlloc", 16300, 9000, {}),
+            ("loop_add_fusion_4", 8000, 500, "embed_fusion"),
+            ("Memset", 8600, 20),
+            ("void cutlass::Kernel2<128x64>(Params)", 12500, 300, "gemm.2"),
+            ("gemm_fusion_dot_5", 16000, 250, "command_buffer_3"),
+            ("MemoryAlloc", 16300, 9000),
         ],
-        "Stream #14(MemcpyH2D)": [copied(9000, 3000, "copy-start.4"), copied(12000, 3500, "copy-start.1.0")],
-        "Stream #15(MemcpyD2H)": [copied(17000, 100, "copy-start.9", "MemcpyD2H")],
-        "Stream #16(MemcpyD2D)": [copied(17200, 40, "copy.2", "MemcpyD2D")],
-        "CUPTI overhead": [("BUFFER_FLUSH", 10000, 5000, {})],
-        "XLA Ops": [("gemm.2", 12500, 300, {})],
-        "_counters_": [("power_mw", 9000, 0, {})],
+        "Stream #14(MemcpyH2D)": [
+            ("MemcpyH2D", 9000, 3000, "copy-start.4"),
+            ("MemcpyH2D", 12000, 3500, "copy-start.1.0"),
+        ],
+        "Stream #15(MemcpyD2H)": [("MemcpyD2H", 17000, 100, "copy-start.9")],
+        "Stream #16(MemcpyD2D)": [("MemcpyD2D", 17200, 40, "copy.2")],
+        "CUPTI overhead": [("BUFFER_FLUSH", 10000, 5000)],
+        "XLA Ops": [("gemm.2", 12500, 300)],
+        "_counters_": [("power_mw", 9000, 0)],
     }
-    other = {"Stream #13(Compute)": [ran("loop_add_fusion", 8000, 99, "embed_fusion")]}
-    spans = xplane.read_spans(xspace({"/host:CPU": host, "/device:GPU:0": gpu, "/device:GPU:1": other}), LAYERS)
-    expected = [
-        ("compute", "embed_fusion", 0, 500, OUTSIDE),
-        ("compute", "Memset", 600, 20, None),
-        ("to_device", "copy-start.4", 1000, 3000, 0),
-        ("to_device", "copy-start.1.0", 4000, 3500, 1),
-        ("compute", "gemm.2", 4500, 300, 0),
-        ("compute", "command_buffer_3", 8000, 250, None),
-        ("to_host", "copy-start.9", 9000, 100, None),
-        ("compute", "copy.2", 9200, 40, None),
+    other = {"Stream #13(Compute)": [("loop_add_fusion", 8000, 99, "embed_fusion")]}
+    spans = xplane.read_spans(recorded({"/host:CPU": host, "/device:GPU:0": gpu, "/device:GPU:1": other}), LAYERS)
+    found = [(span.kind, span.name, span.start, span.seconds, span.layer) for span in spans]
+    assert found == [
+        ("compute", "embed_fusion", 0, pytest.approx(500e-9), OUTSIDE),
+        ("compute", "Memset", pytest.approx(600e-9), pytest.approx(20e-9), None),
+        ("to_device", "copy-start.4", pytest.approx(1000e-9), pytest.approx(3000e-9), 0),
+        ("to_device", "copy-start.1.0", pytest.approx(4000e-9), pytest.approx(3500e-9), 1),
+        ("compute", "gemm.2", pytest.approx(4500e-9), pytest.approx(300e-9), 0),
+        ("compute", "command_buffer_3", pytest.approx(8000e-9), pytest.approx(250e-9), None),
+        ("to_host", "copy-start.9", pytest.approx(9000e-9), pytest.approx(100e-9), None),
+        ("compute", "copy.2", pytest.approx(9200e-9), pytest.approx(40e-9), None),
     ]
-    assert [(s.kind, s.name, s.layer) for s in spans] == [(kind, name, layer) for kind, name, _, _, layer in expected]
-    assert [s.start for s in spans] == pytest.approx([1e-9 * start for _, _, start, _, _ in expected])
-    assert [s.seconds for s in spans] == pytest.approx([1e-9 * length for _, _, _, length, _ in expected])
 
 
 @pytest.mark.parametrize(
@@ -157,12 +124,12 @@ def test_spans_of_a_gpu():
         ({}, "no plane /device:GPU:0, only none: trace a step on a GPU"),
         ({"/host:CPU": {}, "/device:TPU:0": {}}, "no plane /device:GPU:0, only /host:CPU, /device:TPU:0: trace"),
         ({"/device:GPU:0": {}}, "nothing ran on /device:GPU:0"),
-        ({"/device:GPU:0": {"XLA Ops": [("gemm.2", 12500, 300, {})]}}, "nothing ran on /device:GPU:0"),
+        ({"/device:GPU:0": {"XLA Ops": [("gemm.2", 12500, 300)]}}, "nothing ran on /device:GPU:0"),
     ],
 )
 def test_traces_without_a_gpu(planes, message):
     with pytest.raises(ValueError, match=message):
-        xplane.read_spans(xspace(planes), LAYERS)
+        xplane.read_spans(recorded(planes), LAYERS)
 
 
 # --- the step ---------------------------------------------------------------------------------------------------------
@@ -259,13 +226,13 @@ def test_what_is_kept_of_a_step():
         ("d", "y", 0.05, 0.04, 1), ("h", "z", 0.085, 0.01, None), ("c", "u", 0.07, 0.001),
     )  # fmt: skip
     row = trace.timeline_of(plan, 0.096, found, 0.1)
-    assert (row.model, row.batch, row.prompt, row.new, row.plan) == ("toy", 2, 5, 3, "activations")
-    assert (row.median_ms, row.traced_ms, row.link_bytes) == (96, 100, 5 * 2 * 21 * 4 * 2)
-    assert row.link_busy == pytest.approx(0.85) and row.gpu_busy == pytest.approx(0.0595)
-    assert row.unknown == pytest.approx(0.001 / (0.005 - 0.00005 + 0.001))
-    assert row.spans == [
-        ("compute", 0, 0, 5), ("to_device", 0, 10, 40), ("to_device", 1, 50, 40), ("compute", None, 70, 1),
-        ("to_host", None, 85, 10),
+    assert (row["model"], row["batch"], row["prompt"], row["new"], row["plan"]) == ("toy", 2, 5, 3, "activations")
+    assert (row["median_ms"], row["traced_ms"], row["link_bytes"]) == (96, 100, 5 * 2 * 21 * 4 * 2)
+    assert row["link_busy"] == pytest.approx(0.85) and row["gpu_busy"] == pytest.approx(0.0595)
+    assert row["unknown"] == pytest.approx(0.001 / (0.005 - 0.00005 + 0.001))
+    assert row["spans"] == [
+        ["compute", 0, 0, 5], ["to_device", 0, 10, 40], ["to_device", 1, 50, 40], ["compute", None, 70, 1],
+        ["to_host", None, 85, 10],
     ]  # fmt: skip
 
 
@@ -288,10 +255,11 @@ def test_a_step_is_timed_and_traced(decoder, monkeypatch):
 
     def made_up(profile, layers):
         (host,) = (plane for plane in profile.planes if plane.name == "/host:CPU")
-        events = [dict(event.stats).get("hlo_op") for line in host.lines for event in line.events]
-        assert max(map(events.count, layers)) == trace.STEPS
+        events = [event for line in host.lines for event in line.events if event.duration_ns >= 0 <= event.start_ns]
+        instructions = [dict(event.stats).get("hlo_op") for event in events]
+        assert max(map(instructions.count, layers)) == trace.STEPS
         names = [name for name in layers if "fusion" in name]
-        assert {layers[name] for name in names} >= {0, 1}
+        assert {layers[name] for name in names} >= {0, 1} and {*layers.values()} == {OUTSIDE, 0, 1}
         return [
             Span("compute", name, 100.0 * step + number, 0.5, layers[name])
             for step in range(trace.STEPS)
@@ -300,14 +268,14 @@ def test_a_step_is_timed_and_traced(decoder, monkeypatch):
 
     monkeypatch.setattr(xplane, "read_spans", made_up)
     row = trace.measure(toy.model(), decoder.plan, kvrecomp.Budget())
-    assert row.link_bytes == 2 * 5 * 2 * 21 * 4 * 2 and row.link_busy == 0
-    assert row.median_ms > 0 and 0 < row.gpu_busy <= 0.5 and row.unknown == 0
-    assert {layer for _, layer, _, _ in row.spans} >= {0, 1}
+    assert row["link_bytes"] == 2 * 5 * 2 * 21 * 4 * 2 and row["link_busy"] == 0
+    assert row["median_ms"] > 0 and 0 < row["gpu_busy"] <= 0.5 and row["unknown"] == 0
+    assert {layer for _, layer, _, _ in row["spans"]} >= {0, 1}
 
 
 def test_every_plan_that_is_asked_for_is_traced(monkeypatch, known_machine):
     """`auto` too, with this machine's profile, and with room in the tail for all steps."""
-    gpu = types.SimpleNamespace(devices=lambda: [types.SimpleNamespace(platform="gpu")])
+    gpu = SimpleNamespace(devices=lambda: [SimpleNamespace(platform="gpu")])
     monkeypatch.setattr(trace, "jax", gpu)
     monkeypatch.setitem(models.PRESETS, "toy", toy.OPT)
     monkeypatch.setattr(kvrecomp, "profile", lambda model, batch: known_machine)
@@ -328,19 +296,14 @@ SPANS = [
     ("to_device", 1, 40.5, 39.5),
     ("compute", 0, 41.0, 1.0),
 ]
-ROW = Timeline("opt-6.7b", 32, 1024, 32, "activations", 98.0, 100.0, 5_000_000, 0.795, 0.065, 0.05, SPANS)
-SLOWER = dataclasses.replace(ROW, plan="keys_values", traced_ms=200.0, spans=[*SPANS, ("compute", None, 90.0, 5.0)])
+STEP = ("opt-6.7b", 32, 1024, 32, "activations", 98.0, 100.0, 5_000_000, 0.795, 0.065, 0.05, SPANS)
+ROW = dict(zip(timeline.FIELDS, STEP, strict=True))
+SLOWER = ROW | {"plan": "keys_values", "traced_ms": 200.0, "spans": [*SPANS, ("compute", None, 90.0, 5.0)]}
 
 
-def write(path: Path, *rows: Timeline) -> Path:
-    path.write_text(json.dumps({"device": "Some GPU", "rows": [dataclasses.asdict(row) for row in rows]}))
+def write(path: Path, *rows: dict) -> Path:
+    path.write_text(json.dumps({"device": "Some GPU", "rows": rows}))
     return path
-
-
-def test_rows_are_kept_in_files(tmp_path):
-    rows = timeline.timelines(tables.read_file(write(tmp_path / "a.json", ROW, SLOWER)))
-    assert predictions.digest(rows) == predictions.digest([ROW, SLOWER])
-    assert timeline.said(rows[:1]) == "activations, 100.0 ms traced (98.0 ms not traced): link busy 79.5 %, GPU 6.5 %"
 
 
 def test_every_span_is_drawn_on_one_time_axis(tmp_path, monkeypatch):
@@ -355,7 +318,9 @@ def test_every_span_is_drawn_on_one_time_axis(tmp_path, monkeypatch):
         assert lanes == ["host to device", "compute"]
         drawn = [(path.get_extents(), bars) for bars in panel.collections for path in bars.get_paths()]
         boxes = {(round(box.x0, 6), round(box.width, 6), round(box.y0 + box.height / 2)) for box, _ in drawn}
-        assert boxes >= {(start, length, ["to_device", "compute"].index(kind)) for kind, _, start, length in row.spans}
+        assert boxes >= {
+            (start, length, ["to_device", "compute"].index(kind)) for kind, _, start, length in row["spans"]
+        }
         assert [text.get_text() for text in panel.texts] == ["0", "1"]
     labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert labels == ["even layers", "odd layers", "outside of the layers", "layer not known"]
@@ -385,26 +350,8 @@ def test_a_picture_is_drawn_again_from_its_file(tmp_path, monkeypatch, capsys):
 
 def test_unknown_layers_are_said(tmp_path, capsys):
     pytest.importorskip("matplotlib")
-    kept = write(tmp_path / "a.json", ROW, dataclasses.replace(SLOWER, unknown=0.25))
+    kept = write(tmp_path / "a.json", ROW, SLOWER | {"unknown": 0.25})
     command(f"--from={kept}", f"--plot={tmp_path}/a.png")
     said = capsys.readouterr().out
     assert said.count("no layer is known") == 1
     assert "keys_values: no layer is known of 25% of the compute" in said and "--xla_gpu_enable_command_buffer=" in said
-
-
-def test_refusals(tmp_path):
-    pytest.importorskip("matplotlib")
-    kept, empty, other = write(tmp_path / "a.json", ROW), write(tmp_path / "b.json"), tmp_path / "c.json"
-    other.write_text(json.dumps({"rows": [{"median_ms": 1.0}]}))
-    out = f"--plot={tmp_path}/a.png"
-    for arguments, message in (
-        ([out], "a trace of copies and compute needs a GPU, and jax runs on cpu: .*--from=FILE.json$"),
-        ([f"--from={kept}", out, f"--out={kept}"], "nothing is: give one of them"),
-        ([f"--from={kept}", f"--plot={tmp_path}/a.jpg"], "does not end in .png"),
-        ([f"--from={empty}", out], "no step to draw"),
-        ([f"--from={other}", out], "c.json has no model, so it is not of experiments/trace.py"),
-        ([f"--from={tmp_path}/missing.json", out], "missing.json"),
-    ):
-        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-            command(*arguments)
-    assert not (tmp_path / "a.png").exists()

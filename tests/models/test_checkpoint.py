@@ -74,6 +74,34 @@ def test_a_save_that_fails_leaves_the_old_checkpoint(tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["model"] and equal(models.load(tmp_path / "model"), model)
 
 
+SAVE_AND_DIE = """
+import os, sys, models
+folder = os.path.dirname(sys.argv[1])
+def dying(rename):
+    return lambda *paths: (rename(*paths), os.path.dirname(paths[1]) == folder and os._exit(137))
+os.replace, os.rename = dying(os.replace), dying(os.rename)
+models.save(models.create(models.OPTConfig("new", 1, 16, 2, 16, 64, 41)), sys.argv[1])
+os._exit(137)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="directories are exchanged by Linux")
+def test_a_save_that_is_killed_leaves_a_whole_checkpoint(tmp_path):
+    """After its first renaming, the one at the end included."""
+    models.save(models.create(CONFIG), tmp_path / "model")
+    done = subprocess.run([sys.executable, "-c", SAVE_AND_DIE, tmp_path / "model"], capture_output=True, text=True)
+    assert done.returncode == 137, done.stderr
+    assert models.load(tmp_path / "model").config.name in ("new", CONFIG.name)
+
+
+def test_a_save_where_directories_cannot_be_exchanged(tmp_path, monkeypatch):
+    monkeypatch.setattr(models.checkpoint.ctypes, "CDLL", lambda *_, **__: None)
+    for seed in (0, 1):
+        models.save(models.create(CONFIG, seed=seed), tmp_path / "model")
+    assert equal(models.load(tmp_path / "model"), models.create(CONFIG, seed=1))
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
 def test_ours_damaged_or_mismatched(tmp_path):
     models.save(models.create(CONFIG), tmp_path / "model")
     file = tmp_path / "model" / "config.json"
@@ -95,6 +123,10 @@ def test_ours_damaged_or_mismatched(tmp_path):
     longest = max((tmp_path / "model" / "params").rglob("?" * 32), key=lambda part: part.stat().st_size)
     longest.write_bytes(longest.read_bytes()[: longest.stat().st_size // 2])
     fails(tmp_path / "model", r'params cannot be read \(\w+: Error reading "[a-z]\w+\.')  # as its cause says
+    metadata = tmp_path / "model" / "params" / "_METADATA"
+    for text in ("", "{}", "[1]", "[" * 100_000):
+        metadata.write_text(text)
+        fails(tmp_path / "model", r"params cannot be read \(its metadata are missing or damaged\)")
     for part in (tmp_path / "model" / "params").rglob("*"):
         if part.is_file() and part.stat().st_size > 1000:
             part.write_bytes(part.read_bytes()[:100])

@@ -39,15 +39,19 @@ VARIANTS = {
     "multi-head": ("Llama", LLAMA),
     "grouped 4:1, llama3 scaling": ("Llama", FOUR_TO_ONE | {"rope_parameters": LLAMA_3}),
     "multi-query, linear scaling": ("Llama", MULTI_QUERY | {"rope_parameters": LINEAR}),
+    "llama with biases": ("Llama", GROUPED | {"attention_bias": True, "mlp_bias": True}),
     "mistral": ("Mistral", GROUPED | {"head_dim": 10, "sliding_window": 5}),
     "qwen2": ("Qwen2", GROUPED | {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1}),
     "qwen3": ("Qwen3", GROUPED | {"head_dim": 14, "tie_word_embeddings": True}),
+    "qwen3 with biases": ("Qwen3", GROUPED | {"head_dim": 14, "attention_bias": True}),
     "phi3": ("Phi3", GROUPED | {"num_attention_heads": 8, "sliding_window": 6}),
     "gemma": ("Gemma", LLAMA | {"num_key_value_heads": 1, "head_dim": 14}),
+    "gemma with biases": ("Gemma", LLAMA | {"num_key_value_heads": 1, "head_dim": 14, "attention_bias": True}),
 }
-DECODED = [variant for variant in VARIANTS if variant not in ("opt, no final norm", "opt, gelu")]  # attention is OPT's
+ALIKE = ("opt, no final norm", "opt, gelu", "qwen3 with biases", "gemma with biases")  # whose attention others have
+DECODED = [variant for variant in VARIANTS if variant not in ALIKE]
 # Both forms for each, K and V recomputed for those whose K and V are made in another way, each memory too for OPT.
-RECOMPUTED = ("opt", "opt-350m", "multi-head", "grouped 4:1, llama3 scaling", "qwen3", "gemma")
+RECOMPUTED = ("opt", "opt-350m", "multi-head", "llama with biases", "grouped 4:1, llama3 scaling", "qwen3", "gemma")
 MORE_PLANS = ("activations", "keys_values", "device:0.5")
 PROMPT, NEW, TAIL, VOCAB = 7, 14, 5, 97
 

@@ -3,15 +3,13 @@
 from dataclasses import replace
 
 import pytest
+from toy_plans import PLAIN, SHAPE, WORKLOAD
 
-from kvrecomp.plan import LayerShape, ModelShape, Workload
 from kvrecomp.plan.compiling import compile_seconds, decode_seconds, program_seconds
 from kvrecomp.plan.named import named_plan
 
-LAYER = LayerShape(hidden=35, heads=5, kv_heads=5, head_dim=7, intermediate=53)
-SHAPE = ModelShape("two", (LAYER, LAYER), vocab=97, embedding=17, positions=101)
-WORK = Workload(batch=3, prompt=11, new=29)
-PLAN = named_plan("activations", SHAPE, WORK, tail=3, window=3000)
+WORK = replace(WORKLOAD, new=29)
+PLAN = named_plan("activations", replace(SHAPE, layers=(PLAIN, PLAIN)), WORK, tail=3, window=3000)
 
 
 def test_compiling_takes_as_long_as_there_are_blocks():

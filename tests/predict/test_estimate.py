@@ -8,8 +8,7 @@ from kvrecomp.plan import GIB, LayerShape
 from kvrecomp.predict.estimate import estimate
 from kvrecomp.predict.hardware import ATTENTION, HardwareProfile, Line, attention_work
 
-LINE = Line(0.0, 1e-10)
-MACHINE = HardwareProfile("none", GIB, LINE, LINE, beside_compute=9e9, matmul_rate=1e14, memory_rate=1e12)
+MACHINE = HardwareProfile("none", GIB, Line(0.0, 1e-10), beside_compute=9e9, matmul_rate=1e14, memory_rate=1e12)
 kv = "keys_values"
 
 

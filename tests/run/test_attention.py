@@ -136,7 +136,7 @@ def blockwise(case, x, padding, slot, sizes, forms, groups, method):
         for size, form, group in zip(sizes, forms, groups, strict=True):
             whole = [x] if form == "activations" else [key, value]
             tensors = tuple(tensor[start : start + size] for tensor in whole)
-            cached.setdefault(group, []).append(Block(tensors, jnp.int32(start), form, "device"))
+            cached.setdefault(group, []).append(Block(tensors, jnp.int32(start), tensors[0].shape, form, "device"))
             start += size
         found = [attend(query, blocks, method) for blocks in cached.values()]
         return merge(query, functools.reduce(attention.join, found, {}))
@@ -204,7 +204,8 @@ def test_absorption_computes_no_keys_or_values():
             projections = case.projections(weights)
             slot, padding = jnp.int32(12), jnp.zeros(BATCH, jnp.int32)
             query = Query(projections, projections.queries(x[-1], slot - padding), slot, padding)
-            return merge(query, attend(query, [Block((x,), jnp.int32(0), "activations", "device")], method))
+            block = Block((x,), jnp.int32(0), x.shape, "activations", "device")
+            return merge(query, attend(query, [block], method))
 
         jaxpr = jax.make_jaxpr(run)(*jax.tree.map(toy.put, (activations(), case.weights)))
         products = [equation for equation in jaxpr.eqns if equation.primitive.name == "dot_general"]

@@ -1,46 +1,42 @@
 """Every plan gives the logits of the plain forward pass: for the prompt, and for each step across write-outs."""
 
 import dataclasses
-import itertools
 
-import jax
 import numpy as np
 import pytest
 import toy
+import toy_plans
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import kvrecomp
 import models
-from kvrecomp.plan import BlockSpec, LayerPlan, Plan, Workload, cutting
-from kvrecomp.run import attention
+from kvrecomp.plan import Plan, Workload, cutting
 
-WRITE_OUTS = 3
+WRITE_OUTS = 2
 
 # Shrinking would compile for hours; examples are small as they are.
 few = settings(max_examples=3, phases=(Phase.explicit, Phase.generate))
 
 
 @pytest.mark.parametrize(
-    "name", ["activations", "recompute", "keys_values", "split:0.4", "kvpr:0.6", "device", "device:0.3"]
+    ("name", "kind"),
+    [
+        *(("keys_values", "opt"), ("kvpr:0.6", "opt"), ("device:0.3", "opt")),
+        *(("recompute", "350m"), ("split:0.4", "350m")),
+        *(("activations", "grouped"), ("split:0.4", "grouped"), ("device", "grouped")),
+    ],
 )
-def test_named_plans(name):
-    kind = "350m" if name in ("recompute", "split:0.4") else "opt"
+def test_named_plans(name, kind):
+    """Of the first grouped layer, which sees seven tokens, in the end two tails are seen, and the prompt is not."""
     prompt, tail = 11, 3
-    texts = toy.texts(3, prompt + WRITE_OUTS * tail + 2, longest_padding=prompt - 1)
-    decoder = toy.named_decoder(name, kind, prompt=prompt, new=WRITE_OUTS * tail + 2, tail=tail, window=8000)
+    new = WRITE_OUTS * tail + 2
+    decoder = toy.named_decoder(name, kind, prompt=prompt, new=new, tail=tail, window=8000)
     assert decoder.plan.write_outs == WRITE_OUTS
-    toy.assert_exact(decoder, toy.model(kind), texts)
-
-
-@pytest.mark.parametrize("name", ["activations", "keys_values", "split:0.4", "device"])
-def test_blocks_that_leave_a_sliding_window(name):
-    """Of 6 tokens that are cached and four tails of 2, the last three tails are seen at the end."""
-    decoder = toy.named_decoder(name, "grouped", prompt=11, new=10, tail=2, window=8000)
-    sliding = decoder.plan.shape.layers[0]
-    in_sight = [len(sliding.in_sight(decoder.plan.blocks(write_outs)[0])) for write_outs in range(5)]
-    assert in_sight[-1] == in_sight[-2] == 3 and decoder.plan.write_outs == 4
-    toy.assert_exact(decoder, toy.model("grouped"), toy.texts(3, 21, longest_padding=10))
+    if kind == "grouped":
+        blocks = decoder.plan.blocks(WRITE_OUTS)[0]
+        assert decoder.plan.shape.layers[0].in_sight(blocks) == blocks[-WRITE_OUTS:]
+    toy.assert_exact(decoder, toy.model(kind), toy.texts(3, prompt + new, longest_padding=prompt - 1))
 
 
 @pytest.mark.parametrize("name", ["device", "keys_values"])
@@ -57,44 +53,12 @@ def test_keys_of_another_dtype_than_the_models(name):
     toy.assert_exact(kvrecomp.Decoder(model, plan), model, toy.texts(3, 18, longest_padding=10))
 
 
-def cuts(tokens, blocks):
-    """How to cut so many tokens into so many blocks."""
-    ends = st.lists(st.integers(1, tokens - 1), min_size=blocks - 1, max_size=blocks - 1, unique=True)
-    return ends.map(lambda ends: [b - a for a, b in itertools.pairwise([0, *sorted(ends), tokens])])
-
-
-@st.composite
-def layer_plans(draw, tokens):
-    forms, memories = st.sampled_from(["activations", "keys_values"]), st.sampled_from(["host", "device"])
-    sizes = draw(st.integers(1, 3).flatmap(lambda blocks: cuts(tokens, blocks)))
-    return LayerPlan(
-        prompt=tuple(BlockSpec(draw(forms), draw(memories), size) for size in sizes),
-        tail_form=draw(forms),
-        write_out_memories=tuple(draw(st.lists(memories, min_size=1, max_size=WRITE_OUTS))),
-        method=draw(st.sampled_from(["recompute", "absorb"])),
-    )
-
-
-@st.composite
-def plans(draw, shape):
-    """Plans whose layers differ, with a window that holds one block or many."""
-    prompt, tail = draw(st.integers(5, 11)), draw(st.integers(1, 3))
-    new = WRITE_OUTS * tail + draw(st.integers(1, tail))
-    layers = tuple(draw(layer_plans(layer.cached(prompt))) for layer in shape.layers)
-    work = Workload(draw(st.sampled_from([3, 2])), prompt, new)
-    wide = Plan("drawn", shape, work, layers, tail=tail)
-    blocks = [wide.bytes_of(own, block) for own, blocks in zip(shape.layers, wide.blocks(3)) for block in blocks]
-    window = round(max(blocks) * draw(st.sampled_from([1, 1.5, 3, 100])))
-    schedule = draw(st.sampled_from(["pipelined", "layerwise"]))
-    return Plan("drawn", shape, work, layers, tail=tail, window=window, schedule=schedule)
-
-
 @pytest.mark.parametrize("kind", ["opt", "grouped"])
 @few
 @given(data=st.data())
 def test_any_plan(kind, data):
     model = toy.model(kind)
-    plan = data.draw(plans(model.shape))
+    plan = data.draw(toy_plans.plans(model.shape, WRITE_OUTS))
     work = plan.workload
     padding = data.draw(st.lists(st.integers(0, work.prompt - 1), min_size=work.batch, max_size=work.batch))
     texts = toy.texts(work.batch, work.prompt + work.new, seed=data.draw(st.integers(0, 9)))
@@ -103,76 +67,45 @@ def test_any_plan(kind, data):
     toy.assert_exact(kvrecomp.Decoder(model, plan), model, texts)
 
 
-MIXED = (
-    LayerPlan(
-        prompt=(
-            BlockSpec("keys_values", "host", 2),
-            BlockSpec("activations", "device", 3),
-            BlockSpec("activations", "host", 5),
-            BlockSpec("keys_values", "device", 1),
-        ),
-        tail_form="keys_values",
-        write_out_memories=("device", "host", "device"),
-    ),
-    LayerPlan(
-        prompt=(BlockSpec("activations", "host", 4), BlockSpec("keys_values", "host", 7)),
-        tail_form="activations",
-        write_out_memories=("host", "device"),
-        method="recompute",
-    ),
-)
-
-
 @pytest.mark.parametrize(("kind", "schedule"), [("opt", "pipelined"), ("grouped", "layerwise")])
 def test_a_plan_of_everything(kind, schedule):
-    """All forms and memories within a layer, a window as large as the largest block."""
-    model = toy.model(kind)
-    work = Workload(3, 11, WRITE_OUTS * 2 + 1)
-    mixed = MIXED
+    """Both forms and memories within a layer, and a window as large as the largest block."""
+    model, mixed = toy.model(kind), toy_plans.MIXED.layers
     if kind == "grouped":  # whose first layer sees seven tokens
-        seen = [dataclasses.replace(block, tokens=tokens) for block, tokens in zip(MIXED[0].prompt, (1, 2, 2, 1))]
-        mixed = (dataclasses.replace(MIXED[0], prompt=tuple(seen)), MIXED[1])
-    wide = Plan("mixed", model.shape, work, mixed, tail=2)
-    blocks = zip(model.shape.layers, wide.blocks(WRITE_OUTS))
-    largest = max(wide.bytes_of(layer, block) for layer, own in blocks for block in own)
-    plan = Plan("mixed", model.shape, work, mixed, tail=2, window=largest, schedule=schedule)
-    toy.assert_exact(kvrecomp.Decoder(model, plan), model, toy.texts(3, 18, longest_padding=10))
+        seen = [dataclasses.replace(block, tokens=tokens) for block, tokens in zip(mixed[0].prompt, (1, 2, 3))]
+        mixed = (dataclasses.replace(mixed[0], prompt=tuple(seen)), mixed[1])
+    plan = Plan("mixed", model.shape, Workload(3, 11, WRITE_OUTS * 2 + 1), mixed, tail=2, schedule=schedule)
+    plan = dataclasses.replace(plan, window=toy_plans.largest_block(plan))
+    toy.assert_exact(kvrecomp.Decoder(model, plan), model, toy.texts(3, 16, longest_padding=10))
 
 
 @pytest.mark.parametrize("kind", ["opt", "grouped"])
 @pytest.mark.parametrize("chunk", [1, 4])
 def test_prefill_in_chunks_of_queries(kind, chunk, monkeypatch):
-    """A prompt whose length the chunk does not divide, and padding that fills whole chunks."""
-    model, texts = toy.model(kind), toy.texts(3, 12, longest_padding=10)
-    heads = max(layer.heads for layer in model.shape.layers)
+    """A prompt whose length the chunk does not divide, and padding that fills whole chunks; in a loop over these."""
+
+    def prompt_decoder():
+        decoder = toy.named_decoder("keys_values", kind, prompt=11, new=1)
+        return decoder, "scan" in str(decoder._trace("prefill").jaxpr)
+
+    _, loops_at_once = prompt_decoder()
+    heads = max(layer.heads for layer in toy.model(kind).shape.layers)
     monkeypatch.setattr(cutting, "SCORE_BYTES", chunk * 4 * 3 * heads * 11)
-    decoder = toy.named_decoder("keys_values", kind, prompt=11, new=1)
-    toy.assert_exact(decoder, model, texts)
-
-
-def test_long_enough_prompts_are_chunked(monkeypatch):
-    """What the test above relies on: a smaller SCORE_BYTES makes a program with a loop."""
-
-    def program(x, padding):
-        layer = toy.model("opt").layers[0]
-        return attention.attend_causal(layer.attention.projections(), x, padding)[0]
-
-    shapes = jax.ShapeDtypeStruct((11, 3, 21), np.float32), jax.ShapeDtypeStruct((3,), np.int32)
-    assert "scan" not in str(jax.make_jaxpr(program)(*shapes))
-    monkeypatch.setattr(cutting, "SCORE_BYTES", 4 * 4 * 3 * 3 * 11)
-    assert "scan" in str(jax.make_jaxpr(lambda *args: program(*args))(*shapes))
+    decoder, loops = prompt_decoder()
+    assert loops and not loops_at_once
+    toy.assert_exact(decoder, toy.model(kind), toy.texts(3, 12, longest_padding=10))
 
 
 def test_two_caches_of_one_decoder():
     """A cache is data: stepped in turns, two do not disturb one another."""
-    decoder, model = toy.named_decoder("split:0.5", new=7, tail=2), toy.model()
-    both = [toy.texts(3, 18, longest_padding=padding, seed=padding) for padding in (10, 3)]
+    decoder, model = toy.named_decoder("split:0.5", new=4, tail=2), toy.model()
+    both = [toy.texts(3, 15, longest_padding=padding, seed=padding) for padding in (10, 3)]
     caches, results = [], []
     for texts in both:
         cache, logits = decoder.prefill(texts.ids[:, :11], texts.mask[:, :11])
         caches.append(cache)
         results.append([logits])
-    for slot in range(11, 18):
+    for slot in range(11, 15):
         for index, texts in enumerate(both):
             caches[index], logits = decoder.step(caches[index], toy.put(texts.ids[:, slot]))
             results[index].append(logits)
@@ -181,11 +114,10 @@ def test_two_caches_of_one_decoder():
         np.testing.assert_allclose(np.stack([toy.get(each) for each in logits], axis=1), expected, atol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["keys_values", "activations", "split:0.3"])
-def test_a_long_sliding_window(name):
+def test_a_long_sliding_window():
     """Of 301 tokens 288 are cached, of which the next token sees 269."""
     config = dataclasses.replace(toy.LLAMA, sliding_window=270, positions=331)
     model = toy.randomised(models.create(config, dtype="float32"))
-    plan = kvrecomp.named_plan(name, model.shape, kvrecomp.Workload(2, 301, 13), tail=5)
+    plan = kvrecomp.named_plan("split:0.3", model.shape, Workload(2, 301, 7), tail=5)
     assert sum(block.tokens for block in plan.layers[0].prompt) == 288
-    toy.assert_exact(kvrecomp.Decoder(model, plan), model, toy.texts(2, 301 + 13, longest_padding=7))
+    toy.assert_exact(kvrecomp.Decoder(model, plan), model, toy.texts(2, 301 + 7, longest_padding=7))

@@ -1,4 +1,4 @@
-"""Several groups of rows, in both orders: the same logits, and weights copied once for all groups in column order."""
+"""Weights in host memory and several groups of rows, in both orders: the same logits, and what is copied how often."""
 
 import dataclasses
 
@@ -19,42 +19,44 @@ GROUPS = 3
 MATRICES = 4 * (4 * 28 * 28 + 2 * 28 * 44)  # bytes of a layer's
 
 
-def planned(name, order, fraction=1.0):
-    shape = dataclasses.replace(OPT.shape, dtype="float32")
+def planned(name, order, fraction=1.0, config=OPT, groups=GROUPS):
+    shape = dataclasses.replace(config.shape, dtype="float32")
     plan = kvrecomp.named_plan(name, shape, WORK, tail=2, window=2**20)
-    return dataclasses.replace(kvrecomp.with_host_weights(plan, fraction), groups=GROUPS, order=order)
+    return dataclasses.replace(kvrecomp.with_host_weights(plan, fraction), groups=groups, order=order)
 
 
-def prompts():
-    """Of six rows, left-padded by as many tokens as the row's number."""
-    ids = np.random.default_rng(7).integers(3, 97, (6, WORK.prompt))
-    return ids, np.arange(WORK.prompt) >= np.arange(6)[:, None]
+def prompts(rows=6):
+    """Of so many rows, left-padded by as many tokens as the row's number."""
+    ids = np.random.default_rng(7).integers(3, toy.VOCAB, (rows, WORK.prompt))
+    return ids, np.arange(WORK.prompt) >= np.arange(rows)[:, None]
 
 
 @pytest.mark.parametrize(
-    ("name", "order", "fraction"),
+    ("config", "name", "groups", "order", "fraction"),
     [
-        ("activations", "column", 1.0),
-        ("split:0.4", "column", 0.5),
-        ("kvpr:0.4", "column", 1.0),
-        ("keys_values", "column", 0.0),
-        ("activations", "row", 1.0),
+        (OPT, "activations", GROUPS, "column", 1.0),
+        (OPT, "split:0.4", GROUPS, "column", 0.5),
+        (OPT, "kvpr:0.4", GROUPS, "column", 1.0),
+        (toy.LLAMA, "keys_values", GROUPS, "column", 0.0),
+        (OPT, "activations", GROUPS, "row", 1.0),
+        (dataclasses.replace(OPT, layers=3), "device:0.6", 1, "row", 0.67),
+        (toy.LLAMA, "recompute", 1, "row", 1.0),
+        (toy.LLAMA, "keys_values", 1, "row", 0.5),
     ],
 )
-def test_logits_are_those_of_the_forward_pass(name, order, fraction):
-    """At every step of a run that writes the tails out twice."""
-    plan = planned(name, order, fraction)
-    model = models.create(OPT, dtype="float32", sharding=kvrecomp.placement(plan))
-    ids, mask = prompts()
+def test_logits_are_those_of_the_forward_pass(config, name, groups, order, fraction):
+    """At every step of a run that writes the tails out twice; weights in host memory cross the link as often as the
+    order says."""
+    plan = planned(name, order, fraction, config, groups)
+    model = models.create(config, dtype="float32", sharding=kvrecomp.placement(plan))
+    ids, mask = prompts(plan.rows)
     result = kvrecomp.generate(model, ids, mask, max_new_tokens=WORK.new, plan=plan, output_logits=True)
-    whole_mask = np.concatenate([mask, np.ones((6, WORK.new), bool)], axis=1)
-    whole = models.create(OPT, dtype="float32")(toy.put(result.sequences), toy.put(whole_mask))
-    expected = np.moveaxis(toy.get(whole)[:, WORK.prompt - 1 : -1], 1, 0)
-    np.testing.assert_allclose(result.logits, expected, atol=1e-4)
-    hosted = sum(layer.weights == "host" for layer in plan.layers) * MATRICES
-    weights = hosted * (1 if order == "column" else GROUPS)
+    toy.assert_generated(result, models.create(config, dtype="float32"), mask)
+    hosted = sum(array.nbytes for array in toy.hosted_parameters(model).values())
+    assert bool(hosted) == bool(fraction)
+    weights = hosted * (1 if order == "column" else groups)
     one = dataclasses.replace(plan, groups=1)
-    assert result.link_bytes == [GROUPS * one.bytes_in("host", step // 2) + weights for step in range(WORK.new - 1)]
+    assert result.link_bytes == [groups * one.bytes_in("host", step // 2) + weights for step in range(WORK.new - 1)]
 
 
 @pytest.mark.parametrize(("order", "rows"), [("column", GROUPS * WORK.batch), ("row", WORK.batch)])
@@ -88,18 +90,13 @@ def test_memory_is_counted_for_every_group():
     assert "3 groups in column order" in str(plan)
 
 
-def test_in_row_order_a_step_takes_as_often_as_there_are_groups(known_machine):
-    plan = planned("activations", "row")
-    three, one = plan_costs(known_machine, [plan, dataclasses.replace(plan, groups=1)]).seconds
-    assert three == pytest.approx(3 * one)
-
-
-def test_in_column_order_weights_are_copied_once(known_machine):
-    """Where the link is all that counts, three groups take the time of their blocks and of the weights."""
+@pytest.mark.parametrize(("order", "times"), [("row", GROUPS), ("column", 1)])
+def test_the_cost_of_weights_is_that_of_as_many_copies(known_machine, order, times):
+    """Where the link is all that counts, groups take the time of their blocks and of the weights."""
     slow = dataclasses.replace(known_machine, beside_compute=1e4, handoff_seconds=0.0)
-    (cost,) = plan_costs(slow, [planned("activations", "column")], write_outs=0).seconds
+    (cost,) = plan_costs(slow, [planned("activations", order)], write_outs=0).seconds
     blocks = GROUPS * WORK.prompt * WORK.batch * 28 * 4 * OPT.layers
-    assert cost == pytest.approx((blocks + 2 * MATRICES) / 1e4, rel=0.01)
+    assert cost == pytest.approx((blocks + times * 2 * MATRICES) / 1e4, rel=0.01)
 
 
 def test_wrong_groups_are_said(known_machine):
@@ -127,12 +124,16 @@ def test_groups_that_cannot_take_a_step_together_are_left_as_they_were(order):
     decoder = kvrecomp.Decoder(models.create(OPT, dtype="float32"), planned("activations", order, 0.0))
     ids, mask = prompts()
     size = WORK.batch
-    caches = [decoder.prefill(ids[at : at + size], mask[at : at + size])[0] for at in range(0, len(ids), size)]
+
+    def prefilled():
+        return [decoder.prefill(ids[at : at + size], mask[at : at + size])[0] for at in range(0, len(ids), size)]
+
     tokens = [jax.device_put(np.full(size, number, np.int32)) for number in range(GROUPS)]
+    caches = prefilled()
     with pytest.raises(PromptError, match=rf"token_ids is int32\[{size + 1}\]"):
         decoder.step_groups(caches, [*tokens[:-1], np.zeros(size + 1, np.int32)])
     after, logits = decoder.step_groups(caches, tokens)
-    again = [decoder.prefill(ids[at : at + size], mask[at : at + size])[0] for at in range(0, len(ids), size)]
+    again = prefilled()
     with pytest.raises(PromptError, match=r"caches have \[1, 0, 0\] new tokens: give step_groups those of the same"):
         decoder.step_groups([after[0], *again[1:]], tokens)
     _, expected = decoder.step_groups(again, tokens)
@@ -159,7 +160,4 @@ def test_auto_goes_by_where_the_weights_are(known_machine):
     plan = result.plan  # which may be in groups
     assert [layer.weights for layer in plan.layers] == ["device", "host", "host", "host", "host"]
     assert plan.rows == 6 and result.link_bytes[0] == 4 * matrices + plan.bytes_in("host")
-    whole_mask = np.concatenate([mask, np.ones((6, 6), bool)], axis=1)
-    whole = models.create(config, dtype="float32")(toy.put(result.sequences), toy.put(whole_mask))
-    expected = np.moveaxis(toy.get(whole)[:, work.prompt - 1 : -1], 1, 0)
-    np.testing.assert_allclose(result.logits, expected, atol=1e-4)
+    toy.assert_generated(result, models.create(config, dtype="float32"), mask)

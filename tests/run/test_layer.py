@@ -1,6 +1,5 @@
 """Layers that wrap themselves, or their attention, in transformations of jax's decode as they would without."""
 
-import dataclasses
 import functools
 
 import jax
@@ -47,7 +46,14 @@ class WrappedAttention(Wrapped):
         return self.layer(hidden, wrapped)
 
 
+def configured(layer):
+    """The layer with an attribute that cannot be hashed."""
+    layer.options = {"names": ["a", "b"]}
+    return layer
+
+
 WRAPPERS = {
+    "none": lambda layer: layer,
     "checkpoint": functools.partial(Wrapped, wrap=jax.checkpoint),
     "jit": functools.partial(Wrapped, wrap=jax.jit),
     "checkpoint in jit": functools.partial(Wrapped, wrap=lambda function: jax.jit(jax.checkpoint(function))),
@@ -60,7 +66,8 @@ WRAPPERS = {
 def wrapped(name):
     """A toy model with every layer wrapped."""
     model = toy.randomised(toy.OPT.build(dtype="float32", rngs=None), seed=1)
-    model.layers = nnx.List([WRAPPERS[name](layer) for layer in model.layers])
+    wrap = configured if name == "attributes" else WRAPPERS[name]
+    model.layers = nnx.List(map(wrap, model.layers))
     return model
 
 
@@ -74,62 +81,41 @@ def placed(model, plan):
     return nnx.merge(graph, nnx.from_flat_state(moved))
 
 
-@pytest.mark.parametrize("hosted", [0.0, 1.0])
-@pytest.mark.parametrize("name", WRAPPERS)
-def test_prefill_and_steps_are_exact(name, hosted):
-    """Over a cache in both forms and memories that grows by two tails, also with weights in host memory."""
-    plan = kvrecomp.with_host_weights(kvrecomp.named_plan("device:0.4", toy.OPT.shape, WORKLOAD, tail=4), hosted)
-    plan = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, dtype="float32"))
-    model = placed(wrapped(name), plan)
-    given = toy.texts(3, 11 + 9, 4)
-    np.testing.assert_allclose(
-        toy.decoded_logits(kvrecomp.Decoder(model, plan), given),
-        toy.decoded_logits(toy.named_decoder("keys_values", new=9), given),
-        atol=1e-4,
-    )
+@pytest.mark.parametrize("name", [*WRAPPERS, "attributes"])
+def test_prefill_and_steps_are_exact_and_leak_no_tracers(name):
+    """Over a cache in both forms and memories that grows by two tails, with one layer's weights in host memory."""
+    plan = kvrecomp.named_plan("device:0.4", toy.model().shape, WORKLOAD, tail=4)
+    plan = kvrecomp.with_host_weights(plan, 0.5)
+    with jax.checking_leaks():
+        decoder = kvrecomp.Decoder(placed(wrapped(name), plan), plan)
+        toy.assert_exact(decoder, toy.model(), toy.texts(3, 11 + 9, 4))
+
+
+def test_layers_with_equal_attributes_are_alike():
+    """Also where these cannot be hashed."""
+    layers = [Layer.split(layer)[0] for layer in wrapped("attributes").layers]
+    assert layers[0] == layers[1] and hash(layers[0]) == hash(layers[1])
+
+
+@functools.cache
+def gradients(name):
+    """Of the parameters of the wrapped model in a step of training."""
+    given = toy.put(toy.texts(3, 7).ids)
+    graph, state = nnx.split(wrapped(name))
+
+    def loss(state):
+        logits = nnx.merge(graph, state)(given[:, :-1])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, given[:, 1:]).mean()
+
+    return list(map(toy.get, jax.tree.leaves(jax.jit(jax.grad(loss))(state))))
 
 
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_gradients_of_the_training_pass_are_those_of_layers_that_are_not_wrapped(name):
-    given = toy.put(toy.texts(3, 7).ids)
-
-    def gradients(model):
-        def loss(model):
-            return optax.softmax_cross_entropy_with_integer_labels(model(given[:, :-1]), given[:, 1:]).mean()
-
-        graph, state = nnx.split(model)
-        return jax.tree.leaves(jax.jit(jax.grad(lambda state: loss(nnx.merge(graph, state))))(state))
-
-    found, expected = gradients(wrapped(name)), gradients(toy.model())
-    assert max(np.abs(toy.get(gradient)).max() for gradient in expected) > 1e-2
-    for one, other in zip(found, expected, strict=True):
-        np.testing.assert_allclose(toy.get(one), toy.get(other), atol=1e-5)
-
-
-@pytest.mark.parametrize("name", ["none", *WRAPPERS])
-def test_no_tracer_leaks(name):
-    """Neither of the prefill nor of a step, with weights in host memory."""
-    plan = kvrecomp.with_host_weights(kvrecomp.named_plan("split:0.4", toy.OPT.shape, WORKLOAD, tail=4), 1.0)
-    plan = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, dtype="float32"))
-    model = placed(toy.model() if name == "none" else wrapped(name), plan)
-    with jax.checking_leaks():
-        decoder = kvrecomp.Decoder(model, plan)
-        given = toy.texts(3, 11, 4)
-        cache, logits = decoder.prefill(given.ids, given.mask)
-        decoder.step(cache, jnp.argmax(logits, axis=-1).astype(jnp.int32))
-
-
-@pytest.mark.parametrize("hosted", [0.0, 1.0])
-def test_layers_may_have_attributes_that_cannot_be_hashed(hosted):
-    """Such layers are alike where these are equal."""
-    plan = kvrecomp.with_host_weights(kvrecomp.named_plan("activations", toy.OPT.shape, WORKLOAD, tail=4), hosted)
-    plan = dataclasses.replace(plan, shape=dataclasses.replace(plan.shape, dtype="float32"))
-    model = toy.randomised(toy.OPT.build(dtype="float32", rngs=None), seed=1)
-    for layer in model.layers:
-        layer.options = {"names": ["a", "b"]}
-    layers = [Layer.split(layer)[0] for layer in model.layers]
-    assert layers[0] == layers[1] and hash(layers[0]) == hash(layers[1])
-    toy.assert_exact(kvrecomp.Decoder(placed(model, plan), plan), toy.model(), toy.texts(3, 11 + 9, 4))
+    expected = gradients("none")
+    assert max(np.abs(gradient).max() for gradient in expected) > 1e-2
+    for one, other in zip(gradients(name), expected, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
 
 
 PROJECTIONS = Projections(*[Projection(np.ones((5, 2, 3), np.float32))] * 3, scale=1.0)

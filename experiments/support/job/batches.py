@@ -5,7 +5,6 @@ lengths are chosen such that the fewest tokens are padding. All of it follows fr
 """
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -87,18 +86,18 @@ def batches(lengths: Sequence[int], plans: Sequence[Plan]) -> list[tuple[Plan, l
 
 
 def plan_document(plan: Plan) -> dict[str, Any]:
-    """A plan as JSON has it, but for its model's shape; layers alike that follow each other are in one entry."""
-    document = {f.name: getattr(plan, f.name) for f in dataclasses.fields(plan) if f.name not in ("shape", "layers")}
-    runs = [(len(list(run)), dataclasses.asdict(layer)) for layer, run in itertools.groupby(plan.layers)]
-    return document | {"workload": dataclasses.asdict(plan.workload), "layers": runs}
+    """A plan as JSON has it, but for its model's shape."""
+    document = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan) if field.name != "shape"}
+    layers = [dataclasses.asdict(layer) for layer in plan.layers]
+    return document | {"workload": dataclasses.asdict(plan.workload), "layers": layers}
 
 
 def plan_from(document: Mapping[str, Any], shape: ModelShape) -> Plan:
     """The plan that `plan_document` made it of."""
-    layers: list[LayerPlan] = []
-    for count, fields in document["layers"]:
+    layers = []
+    for fields in document["layers"]:
         blocks: Any = tuple(BlockSpec(**block) for block in fields["prompt"])
-        layers += [LayerPlan(**_with_tuples(fields) | {"prompt": blocks})] * count
+        layers.append(LayerPlan(**_with_tuples(fields) | {"prompt": blocks}))
     rest: dict[str, Any] = {"workload": Workload(**document["workload"]), "layers": tuple(layers)}
     return Plan(shape=shape, **_with_tuples(document) | rest)
 

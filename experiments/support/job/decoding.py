@@ -5,14 +5,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from tokenizers import Tokenizer
-
 import kvrecomp
 import models
 from experiments.support.job.meter import Meter
 from experiments.support.job.output import Record
 from experiments.support.job.reader import Line
-from experiments.support.prompts import ENDS, PADS, pad_left, special_tokens
+from experiments.support.prompts import pad_left
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import Plan
 from kvrecomp.run.sampling import Sampling
@@ -33,7 +31,7 @@ class Decoding:
     """Decodes batches, with a decoder for each plan, made when it is first needed."""
 
     model: models.CausalLM
-    tokenizer: Tokenizer | None
+    text: models.TextProcessor
     sampling: Sampling
     meter: Meter
     budget: kvrecomp.Budget | None = None
@@ -54,17 +52,17 @@ class Decoding:
     def _records(self, plan: Plan, lines: Sequence[Line]) -> list[Record]:
         if plan not in self.decoders:
             self.decoders[plan] = kvrecomp.Decoder(self.model, plan, budget=self.budget)
-        ends, pads = special_tokens(self.tokenizer, ENDS), special_tokens(self.tokenizer, PADS)
         # Rows that are wanting are copies of the first: they end when it does.
         rows = [*lines, *itertools.repeat(lines[0], plan.rows - len(lines))]
         ids, mask = pad_left([line.ids for line in rows], plan.workload.prompt)
+        ends = self.text.eos_token_ids
         self.meter.begin(len(lines), ends)
-        loop = TokenLoop(self.decoders[plan], self.sampling, ends, (*pads, *ends, 0)[0], self.meter, progress=False)
+        loop = TokenLoop(self.decoders[plan], self.sampling, ends, self.text.pad_token_id, self.meter, progress=False)
         result = loop.run(ids, mask, plan.workload.new, [line.index for line in rows])
         records = []
         for line, row, count in zip(lines, result.sequences, result.new_tokens):
             new = row[plan.workload.prompt :][:count].tolist()
-            text = None if self.tokenizer is None else self.tokenizer.decode(new)
+            text = None if self.text.tokenizer is None else self.text.decode(new, line.ids.tolist())
             reason = "stop" if new[-1] in ends else "length"
             records.append({"id": line.id, "prompt": line.prompt, "text": text, "tokens": new, "finish_reason": reason})
         self.meter.prompts += len(lines)

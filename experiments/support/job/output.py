@@ -18,8 +18,7 @@ from typing import Any
 
 from kvrecomp.files import write_json
 
-FORMAT = 4  # of the description and the plans in it; 2 had other blocks of sliding windows, others other names in plans
-CHUNK = 2**20  # bytes read at once
+FORMAT = 5  # of the description and the plans in it; 2 had other blocks of sliding windows, others other names in plans
 
 Record = dict[str, Any]
 
@@ -118,18 +117,12 @@ class Output:
                 f"{self.description_path} does not describe a job ({error}): give another --output, or remove both"
             ) from error
         self._written_file = self._files.enter_context(self.path.open("r+b", buffering=0))
-        for file in (self._written_file, self._waiting_file):
-            size = file.seek(0, os.SEEK_END)
-            if (whole := _line_start(file, size)) < size:
-                file.truncate(whole)
-        self.written = sum(chunk.count(b"\n") for chunk in _chunks(self._written_file))
-        end = self._written_file.seek(0, os.SEEK_END)
+        last = b"{}"
         try:
-            if self.written:
-                self._written_file.seek(_line_start(self._written_file, end - 1))
-                self.last = dict(json.loads(self._written_file.read()))
-            self._waiting_file.seek(0)
-            done = dict(json.loads(line) for line in self._waiting_file.read().splitlines())
+            for line in _whole_lines(self.path, self._written_file):
+                self.written, last = self.written + 1, line
+            self.last = dict(json.loads(last))
+            done = dict(map(json.loads, _whole_lines(self.waiting_path, self._waiting_file)))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{self.path} or {self.waiting_path.name} was changed: {error}") from error
         self.waiting = {index: record for index, record in done.items() if index >= self.written}
@@ -146,19 +139,14 @@ class Output:
             raise OSError(error.errno, told, str(path)) from error
 
 
-def _chunks(file: FileIO) -> Iterator[bytes]:
-    file.seek(0)
-    while chunk := file.read(CHUNK):
-        yield chunk
-
-
-def _line_start(file: FileIO, end: int) -> int:
-    """Where the line that ends before byte `end` begins."""
-    while end > 0:
-        start = max(0, end - CHUNK)
-        file.seek(start)
-        found = file.read(end - start).rfind(b"\n")
-        if found >= 0:
-            return start + found + 1
-        end = start
-    return 0
+def _whole_lines(path: Path, file: FileIO) -> Iterator[bytes]:
+    """The lines at `path`, but for one that a kill has cut short: `file`, open there too, goes on in its place."""
+    end = 0
+    with path.open("rb") as opened:
+        for line in opened:
+            if line.endswith(b"\n"):
+                end += len(line)
+                yield line
+    if end < file.seek(0, os.SEEK_END):
+        file.truncate(end)
+        file.seek(end)

@@ -2,10 +2,11 @@
 
     {"id": "a", "prompt": "Return the "}
     {"prompt": [5, 17, 2]}
+    {"messages": [{"role": "user", "content": "Hello"}]}
 
-A prompt is text or a list of token ids. An id is a string or a whole number; a prompt without one gets the number of
-its line, counted from 1. Other keys are ignored, blank lines skipped. A line that cannot be continued is a `Line` with
-an `error`.
+A prompt is text, a list of token ids or, of a chat, its messages. An id is a string or a whole number; a prompt without
+one gets the number of its line, counted from 1. Other keys are ignored, blank lines skipped. A line that cannot be
+continued is a `Line` with an `error`.
 """
 
 import codecs
@@ -18,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Tokenizer
 
 from experiments.support.prompts import encode_one, is_ids
 from kvrecomp.plan import MIB, ModelShape
+from models import TextProcessor
 
 NO_IDS = np.zeros(0, np.int32)
 PIECES = 64  # of a MiB, of each file of a checkpoint, that its fingerprint reads
@@ -42,7 +43,7 @@ class Line:
     index: int
     number: int
     id: str | int | None
-    prompt: str | list[int] | None = None
+    prompt: str | list[int] | list[dict[str, Any]] | None = None
     ids: np.ndarray = field(default_factory=lambda: NO_IDS)
     error: str = ""
 
@@ -51,14 +52,16 @@ class Line:
 class Reader:
     """Reads a file as prompts of one model that `new` tokens are to follow.
 
-    Without a tokenizer text is an error, but for ids in digits; `any_text` takes its bytes for random weights.
+    Without a tokenizer text is an error, but for ids in digits; `any_text` takes its bytes for random weights. With
+    `chat` text is a user's message, and there may be `messages` instead.
     """
 
     path: Path
     shape: ModelShape
-    tokenizer: Tokenizer | None
+    text: TextProcessor
     new: int
     any_text: bool = False
+    chat: bool = False
 
     def lines(self, skip: int = 0) -> Iterator[Line]:
         """The lines of the file but for the first `skip`. Raises OSError where the file cannot be read."""
@@ -82,13 +85,20 @@ class Reader:
             ids = self._ids(given)
         except LineError as error:
             return Line(index, number, name, error=str(error))
-        return Line(index, number, number if name is None else name, given["prompt"], ids)
+        prompt = given["messages"] if given.get("prompt") is None else given["prompt"]
+        return Line(index, number, number if name is None else name, prompt, ids)
 
     def _ids(self, given: dict[str, Any]) -> np.ndarray:
-        if given.get("prompt") is None:
-            raise LineError("it has no prompt")
-        prompt, vocab = given["prompt"], self.shape.vocab
-        if isinstance(prompt, str):
+        prompt, messages, vocab = given.get("prompt"), given.get("messages"), self.shape.vocab
+        if self.chat and messages is not None:
+            if prompt is not None:
+                raise LineError("it has both a prompt and messages")
+            if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+                raise LineError('its messages are not a list such as [{"role": "user", "content": "Hello"}]')
+            ids = self._encoded(messages)
+        elif prompt is None:
+            raise LineError("it has no prompt" if messages is None else "it has messages, which --chat is for")
+        elif isinstance(prompt, str):
             ids = self._encoded(prompt)
         elif isinstance(prompt, list) and all(type(token) is int for token in prompt):
             ids = prompt
@@ -106,11 +116,12 @@ class Reader:
             )
         return np.array(ids, np.int32)
 
-    def _encoded(self, prompt: str) -> list[int]:
-        if self.tokenizer is None and not self.any_text and prompt and not is_ids(prompt):
+    def _encoded(self, prompt: str | list[dict[str, Any]]) -> list[int]:
+        needs_tokenizer = isinstance(prompt, str) and bool(prompt) and not is_ids(prompt)
+        if self.text.tokenizer is None and not self.any_text and needs_tokenizer:
             raise LineError("the checkpoint has no tokenizer.json, so its prompt must be ids, such as [5, 17, 2]")
         try:
-            return encode_one(self.tokenizer, prompt) if prompt else []
+            return encode_one(self.text, prompt, self.chat) if prompt else []
         except UnicodeEncodeError:
             raise LineError("its prompt has half a surrogate pair, which is not text") from None
         except ValueError as error:  # digits without end

@@ -16,7 +16,6 @@ import dataclasses
 import itertools
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -60,6 +59,7 @@ class Settings:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
+    chat: bool = False
 
     @property
     def sampling(self) -> Sampling:
@@ -134,8 +134,8 @@ def run(
             if output.written == known["records"]:
                 return _summary(output, known)
             warn_of_another_machine(target, known)
-        shape, tokenizer = model_source.describe()
-        reader = Reader(source, shape, tokenizer, settings.max_new_tokens, any_text)
+        shape, text = model_source.describe()
+        reader = Reader(source, shape, text, settings.max_new_tokens, any_text, settings.chat)
         if known is None:
             known = describe(reader, settings, given, budget)
             output.begin(known)
@@ -144,8 +144,9 @@ def run(
         plans = [plan_from(plan, shape) for plan in known["plans"]]
         model = model_source.load(plans[0] if plans else None)
         summary = _summary(output, known)
-        with Meter(known["records"], settings.max_new_tokens) as meter:
-            decoding = Decoding(model, tokenizer, sampling, meter, budget)
+        earlier = output.written + len(output.waiting)
+        with Meter(known["records"], settings.max_new_tokens, earlier) as meter:
+            decoding = Decoding(model, text, sampling, meter, budget)
             for stretch in _stretches(reader, output.written, known["stretch"]):
                 if _state(source) != state:
                     raise ValueError(f"{source} was changed since it was begun with: put back what it was")
@@ -168,8 +169,7 @@ def describe(
     """Surveys the input and makes the plans: all that a restart must not decide again."""
     shape, new = reader.shape, settings.max_new_tokens
     kvrecomp.named_plan("device", shape, kvrecomp.Workload(1, 1, new))  # raises where no prompt has the positions
-    console = Console(stderr=True)
-    with console.status(f"reading {reader.path}") if console.is_terminal else nullcontext():
+    with Console(stderr=True).status(f"reading {reader.path}"):
         found = survey(reader, report)
     prompts = found.lengths.total()
     most = min(settings.batch, prompts)

@@ -1,10 +1,10 @@
 """What the cost function predicts for the settings of the paper KVPR, and what was measured of them.
 
 paper = read()
-compared = predict(paper.table("Table 3"), "a100", paper.machine("a100"))    # takes a second a row; or, as it was kept,
-compared = kept(paper, "Table 3")
-compared = measured(compared, tables.read_file("experiments/results/h100_suite.json"))
-compared.gains("opt-6.7b", "measured", "activations")
+table = predict(paper.table("Table 3"), "a100", paper.machine("a100"))    # takes a second a row; or, as it was kept,
+table = kept(paper.table("Table 3"))
+table = measured(table, tables.read_file("experiments/results/h100_suite.json"))
+table.gains("opt-6.7b", "measured", "activations")
 
 A prediction is of the step in the middle of the generation, when the prompt and half of the new tokens are cached: what
 the paper gives are averages over all steps.
@@ -14,11 +14,10 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from experiments.support.paper.numbers import Paper, PaperRow, PaperTable, Setting
+from experiments.support.paper.numbers import Row, Setting, Source, Table, Times
 from experiments.support.results import tables
 from kvrecomp.plan import AUTO, GIB, Memory, Plan, PlanError, Workload
 from kvrecomp.plan.named import named_plan, with_host_weights
@@ -34,69 +33,26 @@ KEPT = Path(__file__).parent.parent.parent / "results" / "paper.json"  # predict
 EVEN, NEAR = 8, (0.92, 0.94, 0.96, 0.98, 1.0)
 WHOLE = 64 * GIB  # a window in which each run of tokens is one block, as the paper copies them
 
-Source = Literal["paper", "predicted", "measured"]
-Times = dict[str, float]  # milliseconds a step by plan: those by name, `kvpr` at its best split, and AUTO for ours
 SETTING_FIELDS = [field.name for field in dataclasses.fields(Setting)]
-BASELINES: dict[Source, str] = {"paper": "baseline", "predicted": "keys_values", "measured": "keys_values"}
-
-
-@dataclass(frozen=True)
-class Row:
-    """A setting's times by source; predicted ones have `sum`, that of keys_values without any overlap.
-
-    `split` is the fraction of the cached tokens that KVPR's schedule recomputes at its predicted best. `ours` says of
-    the plan of AUTO its `link_bytes` a step, and the fraction of layers with `weights_in_host`; it is None where
-    nothing fits in the machine's memory.
-    """
-
-    setting: Setting
-    times: dict[Source, Times]
-    split: float
-    ours: dict[str, Any] | None
-
-
-@dataclass(frozen=True)
-class Compared:
-    """A table of the paper, predicted for a machine, by its name and profile; and the `devices` that were measured."""
-
-    table: PaperTable
-    machine: str
-    profile: HardwareProfile
-    rows: tuple[Row, ...]
-    devices: tuple[str, ...] = ()
-
-    @property
-    def models(self) -> tuple[str, ...]:
-        """Each once."""
-        return tuple(dict.fromkeys(row.setting.model for row in self.rows))
-
-    def gain(self, row: Row, source: Source, plan: str) -> float | None:
-        """A plan's gain over the source's baseline in percent, None without both."""
-        times = row.times[source]
-        return self.table.gain(times.get(BASELINES[source]), times.get(plan))
-
-    def gains(self, model: str, source: Source, plan: str) -> list[float]:
-        """Those of the model's rows that have both."""
-        gains = [self.gain(row, source, plan) for row in self.rows if row.setting.model == model]
-        return [gain for gain in gains if gain is not None]
 
 
 # --- predictions ------------------------------------------------------------------------------------------------------
 
 
-def predict(table: PaperTable, machine: str, profile: HardwareProfile) -> Compared:
-    """The table's rows, each predicted for the machine."""
-    return Compared(table, machine, profile, tuple(_predict(row, table.weights, profile) for row in table.rows))
+def predict(table: Table, machine: str, profile: HardwareProfile) -> Table:
+    """The table with its rows predicted for the machine."""
+    rows = tuple(_predict(row, table.weights, profile) for row in table.rows)
+    return dataclasses.replace(table, machine=machine, profile=profile, rows=rows)
 
 
-def _predict(row: PaperRow, weights: Memory, profile: HardwareProfile) -> Row:
+def _predict(row: Row, weights: Memory, profile: HardwareProfile) -> Row:
     times, split = by_name(row.setting, weights, profile)
     plan, ours = best_plan(row.setting, weights, profile), None
     if plan is not None:
         times[AUTO] = 1e3 * float(mean_costs(profile, [plan]).seconds[0])
         hosted = sum(layer.weights == "host" for layer in plan.layers) / len(plan.layers)
         ours = {"plan": plan.name, "weights_in_host": hosted, "link_bytes": plan.link_bytes()}
-    return Row(row.setting, {"paper": row.times, "predicted": times, "measured": {}}, split, ours)
+    return Row(row.setting, {**row.times, "predicted": times}, split, ours)
 
 
 def by_name(setting: Setting, weights: Memory, profile: HardwareProfile) -> tuple[Times, float]:
@@ -133,10 +89,10 @@ def best_plan(setting: Setting, weights: Memory, profile: HardwareProfile) -> Pl
         return None
 
 
-def formula_gain(profile: HardwareProfile, table: PaperTable, setting: Setting) -> float:
+def formula_gain(table: Table, setting: Setting) -> float:
     """What KVPR's formula gains over sending all keys and values at its own best split, in percent."""
-    best = kvpr_split(profile, setting.shape, setting.middle)
-    nothing, split = (kvpr_seconds(profile, setting.shape, setting.middle, tokens) for tokens in (0, best))
+    best = kvpr_split(table.profile, setting.shape, setting.middle)
+    nothing, split = (kvpr_seconds(table.profile, setting.shape, setting.middle, tokens) for tokens in (0, best))
     gain = table.gain(nothing, split)
     assert gain is not None
     return gain
@@ -145,50 +101,50 @@ def formula_gain(profile: HardwareProfile, table: PaperTable, setting: Setting) 
 # --- predictions in a file --------------------------------------------------------------------------------------------
 
 
-def record(compared: Compared) -> dict[str, Any]:
+def record(table: Table) -> dict[str, Any]:
     """A table as JSON has it; times are milliseconds a step."""
     rows = []
-    for row in compared.rows:
+    for row in table.rows:
         times = {f"{source}_ms": times for source, times in row.times.items()}
         rows.append({**dataclasses.asdict(row.setting), **times, "split": row.split, "ours": row.ours})
-    table = {name: getattr(compared.table, name) for name in ("name", "source", "weights", "against")}
-    return {**table, "hardware": compared.profile.device, "measured_on": list(compared.devices), "rows": rows}
+    about = {name: getattr(table, name) for name in ("name", "source", "weights", "against")}
+    return {**about, "hardware": table.profile.device, "measured_on": list(table.devices), "rows": rows}
 
 
-def kept(paper: Paper, name: str) -> Compared:
-    """The table of that name with the predictions for the paper's own machine that are in KEPT."""
-    table, rows = paper.table(name), []
+def kept(table: Table) -> Table:
+    """The table with the predictions for the paper's own machine that are in KEPT."""
     records = {table["name"]: table["rows"] for table in json.loads(KEPT.read_text(encoding="utf-8"))["tables"]}
-    found = {Setting(**{field: row[field] for field in SETTING_FIELDS}): row for row in records[name]}
+    found = {Setting(**{field: row[field] for field in SETTING_FIELDS}): row for row in records[table.name]}
+    rows = []
     for row in table.rows:
         then = found[row.setting]
-        times: dict[Source, Times] = {"paper": row.times, "predicted": then["predicted_ms"], "measured": {}}
+        times: dict[Source, Times] = {**row.times, "predicted": then["predicted_ms"]}
         rows.append(Row(row.setting, times, then["split"], then["ours"]))
-    return Compared(table, table.machine, paper.machine(table.machine), tuple(rows))
+    return dataclasses.replace(table, rows=tuple(rows))
 
 
 # --- what was measured ------------------------------------------------------------------------------------------------
 
 
-def measured(compared: Compared, results: Iterable[tables.Row]) -> Compared:
+def measured(table: Table, results: Iterable[tables.Row]) -> Table:
     """The table with the times of these rows of results files (`tables.read_file`) that are of its settings.
 
     Of several rows of a plan the fastest counts, and the best split of KVPR's schedule.
     """
     results, devices, rows = list(results), [], []
-    for row in compared.rows:
+    for row in table.rows:
         times: Times = {}
         for result in results:
-            if is_of(result, row.setting, compared):
+            if is_of(result, row.setting, table):
                 plan = str(result.get("plan"))
                 plan = "kvpr" if plan.startswith("kvpr:") else plan
                 times[plan] = min(times.get(plan, math.inf), result["median_ms"])
                 devices.append(str(result.get("device")))
         rows.append(dataclasses.replace(row, times=row.times | {"measured": times}))
-    return dataclasses.replace(compared, rows=tuple(rows), devices=tuple(dict.fromkeys(devices)))
+    return dataclasses.replace(table, rows=tuple(rows), devices=tuple(dict.fromkeys(devices)))
 
 
-def is_of(result: tables.Row, setting: Setting, compared: Compared) -> bool:
+def is_of(result: tables.Row, setting: Setting, table: Table) -> bool:
     """Whether a result is of that setting of the table.
 
     What chooses for itself, and peers, may have the weights anywhere; but what chooses must have had as much device
@@ -197,9 +153,9 @@ def is_of(result: tables.Row, setting: Setting, compared: Compared) -> bool:
     groups, sizes = result.get("groups") or 1, ("model", "batch", "prompt", "new")
     if any(result.get(name) != getattr(setting, name) for name in sizes) or groups != setting.groups:
         return False
-    if result.get("plan") == compared.table.peer:
+    if result.get("plan") == table.peer:
         return True
     if result.get("plan") == AUTO:
-        return abs((result.get("device_budget") or 0.0) / compared.profile.device_bytes - 1) <= 0.1
+        return abs((result.get("device_budget") or 0.0) / table.profile.device_bytes - 1) <= 0.1
     in_order = groups == 1 or result.get("order") == "column"
-    return in_order and (result.get("weights") or "device") == compared.table.weights
+    return in_order and (result.get("weights") or "device") == table.weights

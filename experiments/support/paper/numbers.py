@@ -1,13 +1,14 @@
 """The paper KVPR: its numbers, each with its place in the paper, from paper.json.
 
 paper = read()
-paper.table("Table 3").rows[0].times["kvpr"]  # milliseconds a step
+paper.table("Table 3").rows[0].times["paper"]["kvpr"]  # milliseconds a step
 
 What the paper says of steps, seconds of decoding or tokens/s, is made milliseconds of a step of all groups together.
 """
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,9 @@ from kvrecomp.predict.hardware import HardwareProfile, Line
 DATA = Path(__file__).with_name("paper.json")
 
 Unit = Literal["s", "tokens/s"]
+Source = Literal["paper", "predicted", "measured"]
+Times = dict[str, float]  # milliseconds a step by plan: those by name, `kvpr` at its best split, and AUTO for ours
+BASELINES: dict[Source, str] = {"paper": "baseline", "predicted": "keys_values", "measured": "keys_values"}
 
 
 @dataclass(frozen=True)
@@ -55,41 +59,61 @@ class Setting:
 
 
 @dataclass(frozen=True)
-class PaperRow:
-    """A setting and the paper's milliseconds a step of `baseline` and `kvpr`, none where it only draws them.
+class Row:
+    """A setting's times by source: the paper's are `baseline` and `kvpr`, none where it only draws them.
 
-    `data` is the row as it is in the file.
+    Predicted ones have `sum`, that of keys_values without any overlap. `split` is the fraction of the cached tokens
+    that KVPR's schedule recomputes at its predicted best. `ours` says of the plan of AUTO its `link_bytes` a step, and
+    the fraction of layers with `weights_in_host`; it is None where nothing fits in the machine's memory.
     """
 
     setting: Setting
-    times: dict[str, float]
-    data: dict[str, Any]
+    times: dict[Source, Times]
+    split: float = math.nan
+    ours: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
-class PaperTable:
-    """A table or figure, of steps.
+class Table:
+    """A table or figure, of steps: the paper's, predicted for a machine, by its name and profile, and measured.
 
     `against` is the baseline, `peer` its name in results files. `most_percent` has the largest gain by model, where
-    the paper says no more.
+    the paper says no more. `devices` are those that were measured.
     """
 
     name: str
     title: str
     source: str
     machine: str
+    profile: HardwareProfile
     weights: Memory
     unit: Unit
     against: str
-    rows: tuple[PaperRow, ...]
+    rows: tuple[Row, ...]
     peer: str = ""
     most_percent: dict[str, float] = dataclasses.field(default_factory=dict)
+    devices: tuple[str, ...] = ()
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """Each once."""
+        return tuple(dict.fromkeys(row.setting.model for row in self.rows))
 
     def gain(self, base: float | None, faster: float | None) -> float | None:
         """What is won, in percent, from milliseconds a step: time saved, or more tokens/s. None without both."""
         if base is None or faster is None:
             return None
         return 100 * (1 - faster / base if self.unit == "s" else base / faster - 1)
+
+    def gain_of(self, row: Row, source: Source, plan: str) -> float | None:
+        """A plan's gain over the source's baseline in percent, None without both."""
+        times = row.times[source]
+        return self.gain(times.get(BASELINES[source]), times.get(plan))
+
+    def gains(self, model: str, source: Source, plan: str) -> list[float]:
+        """Those of the model's rows that have both."""
+        gains = [self.gain_of(row, source, plan) for row in self.rows if row.setting.model == model]
+        return [gain for gain in gains if gain is not None]
 
     @property
     def gained(self) -> str:
@@ -99,27 +123,15 @@ class PaperTable:
 
 @dataclass(frozen=True)
 class Paper:
-    """All of paper.json: the tables of steps, and the rest as it is there."""
+    """All of paper.json: the tables of steps, the machines that it measures on, and the rest as it is there."""
 
-    tables: tuple[PaperTable, ...]
+    tables: tuple[Table, ...]
+    machines: dict[str, HardwareProfile]
     data: dict[str, Any]
 
-    def table(self, name: str) -> PaperTable:
+    def table(self, name: str) -> Table:
         """The table of that name. Raises KeyError."""
         return {table.name: table for table in self.tables}[name]
-
-    def machine(self, name: str) -> HardwareProfile:
-        """The paper's machine: a data sheet, at the rates that the paper counts with where it says them."""
-        said = self.data["machines"][name]
-        sheet, link = HardwareProfile.from_datasheet(name), Line(0.0, 1 / (1e9 * said["link_gbps"]))
-        return dataclasses.replace(
-            sheet,
-            to_device=link,
-            to_host=link,
-            beside_compute=1e9 * said["link_gbps"],
-            matmul_rate=1e12 * said["matmul_tflops"] if "matmul_tflops" in said else sheet.matmul_rate,
-            source=f"{sheet.source.partition('; link')[0]}; link: {said['link']} as KVPR counts it ({said['source']})",
-        )
 
 
 def records(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -130,15 +142,28 @@ def records(data: dict[str, Any]) -> list[dict[str, Any]]:
 def read() -> Paper:
     """The paper's numbers."""
     data = json.loads(DATA.read_text(encoding="utf-8"))
-    return Paper(tuple(map(_table, data["tables"])), data)
+    machines = {name: _machine(name, said) for name, said in data["machines"].items()}
+    return Paper(tuple(_table(table, machines) for table in data["tables"]), machines, data)
 
 
-def _table(data: dict[str, Any]) -> PaperTable:
+def _machine(name: str, said: dict[str, Any]) -> HardwareProfile:
+    """A data sheet, at the rates that the paper counts with where it says them."""
+    sheet, link = HardwareProfile.from_datasheet(name), Line(0.0, 1 / (1e9 * said["link_gbps"]))
+    return dataclasses.replace(
+        sheet,
+        to_device=link,
+        beside_compute=1e9 * said["link_gbps"],
+        matmul_rate=1e12 * said["matmul_tflops"] if "matmul_tflops" in said else sheet.matmul_rate,
+        source=f"{sheet.source.partition('; link')[0]}; link: {said['link']} as KVPR counts it ({said['source']})",
+    )
+
+
+def _table(data: dict[str, Any], machines: dict[str, HardwareProfile]) -> Table:
     rows = []
     for record in records(data):
         setting = Setting(**{field.name: record[field.name] for field in dataclasses.fields(Setting)})
         said = {name: record[name] for name in ("baseline", "kvpr") if record[name] is not None}
         times = {name: setting.milliseconds(value, data["unit"]) for name, value in said.items()}
-        rows.append(PaperRow(setting, times, record))
+        rows.append(Row(setting, {"paper": times, "predicted": {}, "measured": {}}))
     fields = {key: value for key, value in data.items() if key not in ("columns", "rows")}
-    return PaperTable(**fields, rows=tuple(rows))
+    return Table(**fields, profile=machines[data["machine"]], rows=tuple(rows))

@@ -4,9 +4,8 @@ import functools
 import operator
 from collections.abc import Callable, Sequence
 
-from experiments.support.paper.costs import BASELINES, Compared, Row, Source, formula_gain, kept, measured
-from experiments.support.paper.disagreements import disagreements
-from experiments.support.paper.numbers import Paper, Setting, read, records
+from experiments.support.paper.costs import formula_gain, kept, measured
+from experiments.support.paper.numbers import BASELINES, Paper, Row, Setting, Source, Table, read, records
 from experiments.support.results import tables
 from experiments.support.results.predictions import ends, title
 from kvrecomp.plan import AUTO
@@ -17,13 +16,13 @@ PLANS = {"keys_values": "`keys_values`", **GAINING}
 SUMMED_UP = ("Table 3", "Table 4", "Table 5", "Figure 6 (sequences)")  # the paper's results
 
 
-def steps(compared: Compared) -> str:
+def steps(table: Table) -> str:
     """A table of steps: milliseconds a step, or tokens/s of all groups, each with its gain."""
-    against = compared.table.against
+    against = table.against
     plans: dict[Source, dict[str, str]] = {
         "paper": {"baseline": against, "kvpr": "KVPR"},
         "predicted": {"sum": "no overlap", **PLANS},
-        "measured": {compared.table.peer: against, **PLANS},
+        "measured": {table.peer: against, **PLANS},
     }
     columns = [
         ("model", lambda row: title(row.setting.model)),
@@ -32,54 +31,56 @@ def steps(compared: Compared) -> str:
     ]
     for source, labels in plans.items():
         for plan, label in labels.items():
-            columns.append((f"{label}, {source}", functools.partial(_cell, compared, source, plan)))
-    return _without_empty(compared.rows, columns)
+            columns.append((f"{label}, {source}", functools.partial(_cell, table, source, plan)))
+    return _without_empty(table.rows, columns)
 
 
-def _cell(compared: Compared, source: Source, plan: str, row: Row) -> str:
+def _cell(table: Table, source: Source, plan: str, row: Row) -> str:
     """A number of three digits, and its gain."""
     milliseconds = row.times[source].get(plan)
     if milliseconds is None:
         return "-"
-    in_time = compared.table.unit == "s"
+    in_time = table.unit == "s"
     value = milliseconds if in_time else 1e3 * row.setting.groups * row.setting.batch / milliseconds
     number = f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
-    gain = None if plan == BASELINES[source] else compared.gain(row, source, plan)
+    gain = None if plan == BASELINES[source] else table.gain_of(row, source, plan)
     return number if gain is None else f"{number} ({round(-gain if in_time else gain):+d} %)"
 
 
-def heading(compared: Compared) -> str:
+def heading(table: Table) -> str:
     """What `steps` are of."""
-    table = compared.table
     unit = "ms a step" if table.unit == "s" else "tokens/s"
-    return f"{table.name}: {table.title}, weights on the {table.weights}, {unit}; predicted for {compared.machine}"
+    return f"{table.name}: {table.title}, weights on the {table.weights}, {unit}; predicted for {table.machine}"
 
 
-def summary(compared: Sequence[Compared]) -> list[dict[str, str]]:
+def gains(compared: Sequence[Table]) -> str:
     """A line a table and model: the paper's gains, what its formula allows, and the gains predicted and measured."""
-    lines = []
-    for found, model in [(table, model) for table in compared for model in table.models]:
-        table = found.table
+
+    def stated(table: Table, model: str) -> str:
         most = table.most_percent.get(model)
-        limits = [formula_gain(found.profile, table, row.setting) for row in found.rows if row.setting.model == model]
-        line = {
-            "paper": table.name,
-            "model": title(model),
-            "against": table.against,
-            "gain": table.gained,
-            "KVPR, paper": f"up to {most:.0f}" if most else _span(found.gains(model, "paper", "kvpr")),
-            "its formula": _span(limits),
-        }
-        for source in ("predicted", "measured"):
-            line |= {f"{name}, {source}": _span(found.gains(model, source, plan)) for plan, name in GAINING.items()}
-        lines.append(line)
-    return lines
+        return f"up to {most:.0f}" if most else _span(table.gains(model, "paper", "kvpr"))
+
+    def allowed(table: Table, model: str) -> str:
+        return _span([formula_gain(table, row.setting) for row in table.rows if row.setting.model == model])
+
+    columns = [
+        ("paper", lambda line: line[0].name),
+        ("model", lambda line: title(line[1])),
+        ("against", lambda line: line[0].against),
+        ("gain", lambda line: line[0].gained),
+        ("KVPR, paper", lambda line: stated(*line)),
+        ("its formula", lambda line: allowed(*line)),
+    ]
+    for source in ("predicted", "measured"):
+        for plan, name in GAINING.items():
+            cell = functools.partial(_gains_of, source, plan)
+            columns.append((f"{name}, {source}", cell))
+    return _without_empty([(table, model) for table in compared for model in table.models], columns)
 
 
-def gains(compared: Sequence[Compared]) -> str:
-    """The summary as a table."""
-    lines = summary(compared)
-    return _without_empty(lines, [(key, operator.itemgetter(key)) for key in lines[0]])
+def _gains_of(source: Source, plan: str, line: tuple[Table, str]) -> str:
+    table, model = line
+    return _span(table.gains(model, source, plan))
 
 
 def _span(values: Sequence[float]) -> str:
@@ -95,7 +96,7 @@ def _without_empty(rows: Sequence, columns: Sequence[tuple[str, Callable]]) -> s
 def layers(paper: Paper) -> str:
     """Table 1: a layer's keys and values, by the paper and by its formula, and the formula's split."""
     data = paper.data["layers"]
-    machine, tokens = paper.machine(data["machine"]), data["batch"] * data["tokens"]
+    machine, tokens = paper.machines[data["machine"]], data["batch"] * data["tokens"]
 
     def split(row: dict) -> str:
         setting = Setting(row["model"], data["batch"], 1, data["tokens"], 1)
@@ -113,14 +114,9 @@ def layers(paper: Paper) -> str:
 
 
 def disagreeing(paper: Paper) -> str:
-    """`disagreements` as a table."""
-    return tables.table(
-        disagreements(paper),
-        ("place", operator.itemgetter(0)),
-        ("of", operator.itemgetter(1)),
-        ("the paper says", operator.itemgetter(2)),
-        ("its formula or another part says", operator.itemgetter(3)),
-    )
+    """Where the paper's numbers disagree with its own formula and text, beside its table 1."""
+    data = paper.data["disagreements"]
+    return tables.table(records(data), *((heading, operator.itemgetter(heading)) for heading in data["columns"]))
 
 
 # --- for pages, of results and the predictions that are kept ----------------------------------------------------------
@@ -137,6 +133,6 @@ def all_steps(results: Sequence[tables.Row]) -> str:
     return "\n\n".join(f"**{heading(table)}.**\n\n{steps(table)}" for table in compared)
 
 
-def _compare(results: Sequence[tables.Row], names: Sequence[str]) -> list[Compared]:
+def _compare(results: Sequence[tables.Row], names: Sequence[str]) -> list[Table]:
     paper = read()
-    return [measured(kept(paper, name), results) for name in names]
+    return [measured(kept(paper.table(name)), results) for name in names]

@@ -6,16 +6,16 @@ all rows have ended, so it never runs ahead.) Loading kernels is not in it, sinc
 without padding, and with no token that ends a row.
 """
 
-import functools
 import importlib.util
 import itertools
 import math
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import models
-from experiments.support.peers.peer import Peer, Steps
+from experiments.support.peers.peer import Steps
 from kvrecomp.plan import Memory, ModelShape, Workload
 from kvrecomp.plan.footprint import prefill_bytes
 from models.config import Config
@@ -26,42 +26,49 @@ PACKAGES = ("torch", "transformers")
 PINNED = 2.4
 
 
-def unavailable(gpu: bool, offloaded: bool) -> str | None:
-    """Why it cannot be run here, on a GPU if there has to be one."""
-    for package in PACKAGES:
-        if importlib.util.find_spec(package) is None:
-            return f"{package} is not installed: pip install {' '.join(PACKAGES)}"
-    if gpu or offloaded:
+@dataclass(frozen=True)
+class HuggingFace:
+    """A `peer.Peer`: with its cache on the GPU, or `offloaded`."""
+
+    offloaded: bool
+
+    @property
+    def link_bytes(self) -> int | None:
+        """See `peer.Peer`, as all of it."""
+        return None if self.offloaded else 0
+
+    def unavailable(self, gpu: bool) -> str | None:
+        for package in PACKAGES:
+            if importlib.util.find_spec(package) is None:
+                return f"{package} is not installed: pip install {' '.join(PACKAGES)}"
+        if gpu or self.offloaded:
+            import torch
+
+            if not torch.cuda.is_available():
+                wanted = "the cache is offloaded from one" if self.offloaded else "what it is compared with has one"
+                return f"torch {torch.__version__} finds no GPU, and {wanted}: install torch with CUDA"
+        return None
+
+    def memory_needed(self, shape: ModelShape, workload: Workload) -> dict[Memory, float]:
+        """Weights, cache, and a prompt's intermediate results. A layer's cache grows by being copied. Of an offloaded
+        one, the next layer's is on the GPU as well, and in host memory a tensor takes a power of two, as PyTorch pins
+        no other sizes, and what earlier ones had is kept."""
+        token_bytes = workload.batch * (workload.prompt + workload.new) * shape.itemsize
+        layers = [token_bytes * layer.width("keys_values") for layer in shape.layers]
+        uncached = shape.parameters * shape.itemsize + prefill_bytes(shape, workload)
+        if not self.offloaded:
+            return {"device": uncached + sum(layers) + max(layers), "host": 0}
+        pinned = sum(2 * 2 ** math.ceil(math.log2(layer / 2)) for layer in layers)  # keys, and values
+        return {"device": uncached + 3 * max(layers), "host": PINNED * pinned}
+
+    def run(self, config: Config, dtype: str, workloads: Sequence[Workload], seed: int) -> Iterator[Steps]:
         import torch
 
-        if not torch.cuda.is_available():
-            reason = "and the cache is offloaded from one" if offloaded else "and what it is compared with has one"
-            return f"torch {torch.__version__} finds no GPU, {reason}: install torch with CUDA"
-    return None
-
-
-def memory_needed(shape: ModelShape, workload: Workload, offloaded: bool) -> dict[Memory, float]:
-    """An estimate: weights, cache, and a prompt's intermediate results. A layer's cache grows by being copied. Of an
-    offloaded one, the next layer's is on the GPU as well, and in host memory a tensor takes a power of two, as PyTorch
-    pins no other sizes, and what earlier ones had is kept."""
-    token_bytes = workload.batch * (workload.prompt + workload.new) * shape.itemsize
-    layers = [token_bytes * layer.width("keys_values") for layer in shape.layers]
-    uncached = shape.parameters * shape.itemsize + prefill_bytes(shape, workload)
-    if not offloaded:
-        return {"device": uncached + sum(layers) + max(layers), "host": 0}
-    pinned = sum(2 * 2 ** math.ceil(math.log2(layer / 2)) for layer in layers)  # keys, and values
-    return {"device": uncached + 3 * max(layers), "host": PINNED * pinned}
-
-
-def run(config: Config, dtype: str, workloads: Sequence[Workload], seed: int, offloaded: bool) -> Iterator[Steps]:
-    """Continues random prompts by `new` tokens of each workload; see `peer.Peer`."""
-    import torch
-
-    model = make_model(config, dtype, seed)
-    for workload in workloads:
-        if torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        yield _decode(model, workload, offloaded)
+        model = make_model(config, dtype, seed)
+        for workload in workloads:
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            yield _decode(model, workload, self.offloaded)
 
 
 def _decode(model: Any, workload: Workload, offloaded: bool) -> Steps:
@@ -106,18 +113,6 @@ def _decode(model: Any, workload: Workload, offloaded: bool) -> Steps:
         seconds=steps,
         peak_device_bytes=torch.cuda.max_memory_allocated() if gpu else None,
     )
-
-
-def _peer(offloaded: bool) -> Peer:
-    return Peer(
-        run=functools.partial(run, offloaded=offloaded),
-        unavailable=functools.partial(unavailable, offloaded=offloaded),
-        memory_needed=functools.partial(memory_needed, offloaded=offloaded),
-        link_bytes=None if offloaded else 0,
-    )
-
-
-HUGGINGFACE, HUGGINGFACE_OFFLOADED = _peer(offloaded=False), _peer(offloaded=True)
 
 
 def make_model(config: Config, dtype: str, seed: int) -> Any:

@@ -36,11 +36,14 @@ def check_path(path: str | os.PathLike) -> None:
         raise FileNotFoundError(f"there is no directory {str(path.parent)!r} to write the plot into: make it first")
 
 
-def figure() -> "Figure":
+def figure(title: str = "", height: float = INCHES[1]) -> "Figure":
     """An empty figure of that size, with room made for legends outside of axes."""
     from matplotlib.figure import Figure
 
-    return Figure(figsize=INCHES, dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(INCHES[0], height), dpi=DPI, layout="constrained")
+    if title:
+        figure.suptitle(title, x=0.012, ha="left", fontsize="medium")
+    return figure
 
 
 def grid(figure: "Figure", title: str, x: str, y: str) -> "Axes":

@@ -1,14 +1,16 @@
 """The picture of `what_if`: predicted step time against the split, one curve per schedule."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from experiments.support.plots import png
-from experiments.support.what_if import CURVES, FRACTIONS, Measured, WhatIf, sent_fraction
+from experiments.support.results.tables import Row
+from experiments.support.what_if import CURVES, FRACTIONS, WhatIf, sent_fraction
 from kvrecomp.plan import format_bytes
 from kvrecomp.predict.datasheets import DATASHEETS
 
 
-def draw_split(found: WhatIf, path: str | Path, measured: Measured | None = None) -> None:
+def draw_split(found: WhatIf, path: str | Path, measured: Sequence[Row] = ()) -> None:
     """Writes a PNG: predicted milliseconds a step against the split, one curve per schedule, and what was measured.
 
     Raises as `png.check_path`.
@@ -40,10 +42,10 @@ def draw_split(found: WhatIf, path: str | Path, measured: Measured | None = None
     chosen = 1e3 * found.chosen.seconds
     label = f"chosen plan: {_short(chosen)} ms"
     axes.axhline(chosen, color="black", linestyle=":", linewidth=2, zorder=2, label=label)
-    placed = [(sent_fraction(name), time) for name, time in (measured.points if measured else ())]
+    placed = [(sent_fraction(row["plan"]), row["median_ms"]) for row in measured]
     crosses = [(fraction, time) for fraction, time in placed if fraction is not None]
-    if measured and crosses:
-        label = f"measured on {measured.device}"
+    if crosses:
+        label = f"measured on {measured[0]['device']}"
         axes.plot(*zip(*crosses), "x", color="black", ms=9, mew=2, clip_on=False, zorder=4, label=label)
     axes.set_xlim(-0.015, 1.015)
     axes.set_ylim(bottom=0)

@@ -177,7 +177,7 @@ def draw_predictions(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     said, points = accuracy(rows), distinct(rows)
     models = ", ".join(dict.fromkeys(model_of(row) for row in points))
     batches = ", ".join(map(str, sorted({row.batch for row in points})))
-    figure = png.figure()
+    figure = png.figure(f"Predicted steps: {models}, batch {batches}\n{said}")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     _bands(axes.axhspan, axes.axhline)
@@ -196,7 +196,6 @@ def draw_predictions(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     axes.set_ylim(min(low, -12), max(high, 12))
     axes.set_xlabel("measured time of a step (ms)")
     axes.set_ylabel("predicted over measured time, less 1 (%)")
-    figure.suptitle(f"Predicted steps: {models}, batch {batches}\n{said}", **_TITLE)
     figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize="small", columnspacing=1.5)
     png.save(figure, path, digest(rows))
 
@@ -213,8 +212,8 @@ def draw_choices(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     found = choices(rows)
     names = list(dict.fromkeys(described(choice.chosen) for choice in found))
     rooms = sorted({choice.chosen.room or 0.0 for choice in found})
-    figure = png.figure()
-    figure.set_figheight(1.8 + 0.3 * len(names))
+    title = f"Chosen plans, by the keys and values that the device may hold\n{said}"
+    figure = png.figure(title, height=1.8 + 0.3 * len(names))
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     _bands(axes.axvspan, axes.axvline)
@@ -231,7 +230,6 @@ def draw_choices(rows: Sequence[Measured], path: str | os.PathLike) -> None:
     axes.set_xlim(min(low, -6), max(high, 11))
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=(1, 2, 5, 10)))
     axes.set_xlabel("time of the chosen plan over the best by hand, less 1 (%)")
-    figure.suptitle(f"Chosen plans, by the keys and values that the device may hold\n{said}", **_TITLE)
     figure.legend(loc="outside lower left", ncols=len(rooms), frameon=False, fontsize="small")
     png.save(figure, path, digest(rows))
 
@@ -243,11 +241,8 @@ def kind_of(plan: str) -> str:
 
 
 def digest(rows: Sequence[Any]) -> str:
-    """Of dataclasses. Says in a picture's file what was drawn, so that a picture of older numbers is found out."""
-    return hashlib.sha256(json.dumps([dataclasses.asdict(row) for row in rows]).encode()).hexdigest()
-
-
-_TITLE = {"x": 0.012, "ha": "left", "fontsize": "medium"}
+    """Says in a picture's file what was drawn, so that a picture of older numbers is found out."""
+    return hashlib.sha256(json.dumps(rows, default=dataclasses.asdict).encode()).hexdigest()
 
 
 def _points(axes: "Axes", xs: list[float], ys: list[float], marker: str, colour: str, label: str, size: float) -> None:

@@ -1,4 +1,4 @@
-"""The workloads that results are quoted on, and what each is measured under.
+"""The workloads that results are quoted on, and what each is measured under: cases.json.
 
 w1 to w6    models of three families, and of sizes from 6.7 to 30 billion weights
 gemma       Gemma 7B, as w1
@@ -6,12 +6,22 @@ cached      OPT-6.7B, 32 rows, against cached tokens; with w1
 batches     OPT-6.7B, 1024 tokens, against rows; with w1 (figure 6 of the paper)
 kvpr        OPT-6.7B and 13B, 64 rows; with w2 (tables 3 and 4 of the paper)
 weights     with weights in host memory, in groups: OPT-6.7B in both orders, and budgets that weights do not fit in
+
+What needs the most host memory comes first, of plans and of cases: pinning takes longer than anything else, and what is
+pinned for one in a process serves the next. Of KVPR's splits, three quarters was the best of five on an H200. Of w5,
+activations are twice its keys and values: pinning 69 GB alone would take a minute. Where activations are half of the
+bytes, room for a quarter of keys and values is room for half of the cache.
+
+Half of a plan's steps say what one takes, but not of a peer, whose first ones are slow. The paper (kvpr) gains most
+after 128 tokens, with 128 new ones, which take a peer minutes after more; beside its table 4, what the scheduler makes
+of the memory of its card. With weights in the host, 8 GiB of the device have room for the tails of K and V, and for
+little else.
 """
 
 import dataclasses
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +32,32 @@ from kvrecomp.plan import AUTO, Order, Workload
 from kvrecomp.plan.named import named_plan, named_weights
 
 NEW = 32  # tokens
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and value >= 1
+
+
+def _is_size(value: Any) -> bool:
+    return type(value) in (int, float) and value >= 0
+
+
+# What a field of such a type has to be, and whether a value is that: of JSON, too.
+KINDS: dict[Any, tuple[str, Callable[[Any], bool]]] = {
+    str: ("a text", lambda value: isinstance(value, str)),
+    int: ("a whole number from 1 on", _is_count),
+    int | None: ("a whole number from 1 on, or null", lambda value: value is None or _is_count(value)),
+    float | None: ("a number from 0 on, or null", lambda value: value is None or _is_size(value)),
+    Order | None: ("'row' or 'column' or null", lambda value: value in ("row", "column", None)),
+    tuple[str, ...]: (
+        "a list, each a text",
+        lambda value: isinstance(value, tuple) and all(isinstance(item, str) for item in value),
+    ),
+    tuple[float, ...]: (
+        "a list, each a number from 0 on",
+        lambda value: isinstance(value, tuple) and all(map(_is_size, value)),
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -52,25 +88,21 @@ class Case:
     device_gib: float | None = None
 
     def __post_init__(self):
-        for field in ("plans", "rooms", "peers", "sets", "quick"):
-            object.__setattr__(self, field, tuple(getattr(self, field)))  # JSON has no tuples
-        shape, workload = models.preset(self.model).shape, self.workload
-        if workload.new < 2:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            value = tuple(value) if isinstance(value, list) else value  # JSON has no tuples
+            object.__setattr__(self, field.name, value)
+            expected, is_one = KINDS[field.type]
+            if not is_one(value):
+                raise ValueError(f"{self.name}: {field.name} is {value!r}; expected {expected}")
+        if self.new < 2:
             raise ValueError(f"{self.name}: new is {self.new}; the first comes with the prompt: ask for 2 or more")
+        shape = models.preset(self.model).shape
         for plan in self.plans:
             if plan != AUTO:
                 named_plan(plan, shape, Workload(1, 1, 1))  # a name that there is; it may yet not fit
         if self.weights != AUTO:
             named_weights(self.weights, len(shape.layers))
-        if self.groups < 1 or self.order not in (None, "row", "column"):
-            raise ValueError(
-                f"{self.name}: {self.groups} groups in {self.order} order; expected 1 or more, row or column"
-            )
-        if wrong := [room for room in self.rooms if room < 0]:
-            raise ValueError(f"{self.name}: there is no room for {wrong[0]:g} %; expected 0 or more")
-        for field in ("tail", "steps"):
-            if (value := getattr(self, field)) is not None and value < 1:
-                raise ValueError(f"{self.name}: {field} is {value}; expected 1 or more")
         if self.peers and (self.groups, self.weights) != (1, "device"):
             raise ValueError(f"{self.name}: peers have one group, and their weights on the device: leave them out")
         if unknown := [peer for peer in self.peers if peer not in PEERS]:
@@ -85,97 +117,12 @@ class Case:
         return Workload(self.batch, self.prompt, self.new)
 
 
-# What needs the most host memory comes first, of plans and of cases: pinning takes longer than anything else, and what
-# is pinned for one in a process serves the next. Of KVPR's splits, three quarters was the best of five on an H200.
-HOSTED = ("keys_values", "kvpr:0.75", "activations")
-PLANS = (*HOSTED, "device")
-FORMS = ("keys_values", "activations", "device")
-ENDS = ("keys_values", "device")  # w5's activations are twice its K and V: pinning 69 GB alone would take a minute
-PAIR, CHOICE = ("keys_values", AUTO), (AUTO,)
-OFFLOADED = ("huggingface_offloaded",)
-BOTH = ("huggingface", *OFFLOADED)
-# Where activations are half of the bytes, a quarter of K and V is half of the cache. Gemma's heads are wider than their
-# share of the hidden size: activations are three eighths of the bytes of K and V.
-NONE, HALF, QUARTER = (0.0,), (50.0,), (25.0,)
-CACHED, BATCHES, WEIGHTS, KVPR = ("cached",), ("batches",), ("weights",), ("kvpr",)
-W1_SETS = (*CACHED, *BATCHES)
-ALL, FEW = (*PLANS, AUTO, *BOTH), ("activations", "keys_values", *OFFLOADED)  # of a short run
-
-# Half of a plan's steps say what one takes, but not of a peer, whose first ones are slow. The paper (kvpr) gains most
-# after 128 tokens, with 128 new ones, which take a peer minutes after more; beside its table 4, what the scheduler
-# makes of the memory of its card. With weights in the host, 8 GiB of the device have room for the tails of K and V, and
-# for little else.
-# fmt: off
-CASES = (
-    #    name                  model        rows prompt new plans   rooms    peers      sets     steps, quick
-    Case("w1",                 "opt-6.7b",   32, 1024,  32, PLANS,  QUARTER, BOTH,      W1_SETS, None, ALL),
-    Case("w2",                 "opt-6.7b",   64,  512,  32, HOSTED, (),      OFFLOADED, KVPR,    16),
-    Case("w3",                 "opt-13b",    32, 1024,  32, PLANS,  QUARTER, OFFLOADED, (),      16),
-    Case("w4",                 "llama-2-7b", 32, 1024,  32, PLANS,  QUARTER, BOTH,      (),      16),
-    Case("w5",                 "llama-3-8b", 64, 4096,  32, ENDS,   HALF,    OFFLOADED, (),      16),
-    Case("w6",                 "opt-30b",    16, 1024,  32, PLANS,  QUARTER, OFFLOADED, (),      16),
-    Case("gemma",              "gemma-7b",   32, 1024,  32, FORMS,  NONE,    (),        (),      16),
-    Case("cached-1984",        "opt-6.7b",   32, 1984,  32, PLANS,  (),      BOTH,      CACHED,  16, FEW),
-    Case("cached-512",         "opt-6.7b",   32,  512,  32, PLANS,  (),      BOTH,      CACHED,  16),
-    Case("cached-128",         "opt-6.7b",   32,  128,  32, PLANS,  (),      BOTH,      CACHED,  16, FEW),
-    Case("batch-48",           "opt-6.7b",   48, 1024,  32, HOSTED, (),      (),        BATCHES, 16),
-    Case("batch-8",            "opt-6.7b",    8, 1024,  32, HOSTED, (),      (),        BATCHES, 16),
-    Case("batch-1",            "opt-6.7b",    1, 1024,  32, HOSTED, (),      (),        BATCHES, 16),
-    Case("weights-512-column", "opt-6.7b",   32,  512,  32, PAIR,   (),      (),        WEIGHTS, 16,
-         weights="host", groups=8, order="column", tail=NEW, device_gib=8),
-    Case("weights-512-row",    "opt-6.7b",   32,  512,  32, CHOICE, (),      (),        WEIGHTS, 16,
-         weights="host", groups=8, order="row", tail=NEW, device_gib=8),
-    Case("weights-256-column", "opt-6.7b",   32,  256,  32, PAIR,   (),      (),        WEIGHTS, 16,
-         quick=CHOICE, weights="host", groups=8, order="column", tail=NEW, device_gib=8),
-    Case("weights-256-row",    "opt-6.7b",   32,  256,  32, CHOICE, (),      (),        WEIGHTS, 16,
-         weights="host", groups=8, order="row", tail=NEW, device_gib=8),
-    Case("weights-6.7b-16",    "opt-6.7b",   32,  256,  32, CHOICE, (),      (),        WEIGHTS, None,
-         weights=AUTO, groups=8, device_gib=16),
-    Case("weights-30b-40",     "opt-30b",    32,  256,  32, CHOICE, (),      (),        WEIGHTS, None,
-         weights=AUTO, groups=8, device_gib=40),
-    Case("kvpr-6.7b-256-32",   "opt-6.7b",   64,  256,  32, HOSTED, (),      OFFLOADED, KVPR,    16),
-    Case("kvpr-6.7b-128-32",   "opt-6.7b",   64,  128,  32, HOSTED, (),      OFFLOADED, KVPR,    16),
-    Case("kvpr-13b-512-32",    "opt-13b",    64,  512,  32, HOSTED, (),      OFFLOADED, KVPR,    16),
-    Case("kvpr-13b-256-32",    "opt-13b",    64,  256,  32, HOSTED, (),      OFFLOADED, KVPR,    16),
-    Case("kvpr-13b-128-32",    "opt-13b",    64,  128,  32, HOSTED, (),      OFFLOADED, KVPR,    16),
-    Case("kvpr-6.7b-512-128",  "opt-6.7b",   64,  512, 128, HOSTED, (),      (),        KVPR,    64),
-    Case("kvpr-6.7b-256-128",  "opt-6.7b",   64,  256, 128, HOSTED, (),      (),        KVPR,    64),
-    Case("kvpr-6.7b-128-128",  "opt-6.7b",   64,  128, 128, HOSTED, (),      OFFLOADED, KVPR,    64),
-    Case("kvpr-13b-512-128",   "opt-13b",    64,  512, 128, HOSTED, (),      (),        KVPR,    64),
-    Case("kvpr-13b-256-128",   "opt-13b",    64,  256, 128, HOSTED, (),      (),        KVPR,    64),
-    Case("kvpr-13b-128-128",   "opt-13b",    64,  128, 128, HOSTED, (),      OFFLOADED, KVPR,    64),
-    Case("kvpr-13b-512-auto",  "opt-13b",    64,  512,  32, CHOICE, (),      (),        KVPR,    16, device_gib=40),
-    Case("kvpr-13b-256-auto",  "opt-13b",    64,  256,  32, CHOICE, (),      (),        KVPR,    16, device_gib=40),
-    Case("kvpr-13b-128-auto",  "opt-13b",    64,  128,  32, CHOICE, (),      (),        KVPR,    16, device_gib=40),
-)
-# fmt: on
-
-
 def select(cases: Sequence[Case], names: Sequence[str]) -> list[Case]:
     """The cases of these names or sets, all if there is no name, in their order; ValueError for a name of nothing."""
     known = list(dict.fromkeys(name for case in cases for name in (*case.sets, case.name)))
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"there is no workload {unknown[0]!r}; there are {', '.join(known)}")
     return [case for case in cases if not names or {case.name, *case.sets} & {*names}]
-
-
-# --- cases of a file --------------------------------------------------------------------------------------------------
-
-
-def _is_list_of(kinds: tuple[type, ...], value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) in kinds for item in value)
-
-
-# What JSON has for a field of such a type: how it is described, and whether a value is one.
-JSON_KINDS = {
-    str: ("a text", lambda value: type(value) is str),
-    int: ("a whole number", lambda value: type(value) is int),
-    int | None: ("a whole number or null", lambda value: value is None or type(value) is int),
-    float | None: ("a number or null", lambda value: value is None or type(value) in (int, float)),
-    Order | None: ("'row' or 'column' or null", lambda value: value in ("row", "column", None)),
-    tuple[str, ...]: ("a list, each a text", lambda value: _is_list_of((str,), value)),
-    tuple[float, ...]: ("a list, each a number", lambda value: _is_list_of((int, float), value)),
-}
 
 
 def read_cases(path: str | os.PathLike) -> tuple[Case, ...]:
@@ -198,17 +145,17 @@ def read_cases(path: str | os.PathLike) -> tuple[Case, ...]:
 
 
 def _read_case(given: Any) -> Case:
-    """The case of an object of JSON. Raises ValueError for fields that are missing, unknown or of another type."""
+    """The case of an object of JSON. Raises ValueError for fields that are missing or unknown, and as `Case`."""
     if not isinstance(given, dict):
         raise ValueError(f"{given!r} is no object")
-    fields = {field.name: field for field in dataclasses.fields(Case)}
-    if unknown := sorted(given.keys() - fields.keys()):
-        raise ValueError(f"{unknown[0]!r} is no field")
-    for name, field in fields.items():
-        if name not in given and field.default is dataclasses.MISSING:
+    fields = {field.name: field.default for field in dataclasses.fields(Case)}
+    for name in given:
+        if name not in fields:
+            raise ValueError(f"{name!r} is no field")
+    for name, default in fields.items():
+        if name not in given and default is dataclasses.MISSING:
             raise ValueError(f"{given.get('name', 'a workload')} has no {name}")
-    for name, value in given.items():
-        described, is_one = JSON_KINDS[fields[name].type]
-        if not is_one(value):
-            raise ValueError(f"{name} is {value!r}; expected {described}")
     return Case(**given)
+
+
+CASES = read_cases(Path(__file__).with_name("cases.json"))

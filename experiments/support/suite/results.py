@@ -11,7 +11,6 @@ from experiments.support.suite.tasks import Task
 from kvrecomp.files import write_json
 
 SAME = ("device", "driver", "jax", "versions")  # all rows of a file have these in common
-UNREADABLE = ".unreadable"  # what a file that is no JSON is called from then on
 
 Key = tuple[str, str, float | None]  # workload, plan and room
 
@@ -26,25 +25,20 @@ class Results:
         self.path, self.about = Path(path), dict(about)
         self._rows: dict[Key, dict[str, Any]] = {}
         self._notes: dict[str, dict[Key, dict[str, Any]]] = {"skipped": {}, "failed": {}}
-        self.set_aside: Path | None = None
         if self.path.exists():
             self._read()
 
     def _read(self) -> None:
         try:
             document = json.loads(self.path.read_text(encoding="utf-8"))
-        except ValueError:  # torn, as when the machine lost power: nothing in it can be trusted
-            self.set_aside = self.path.with_name(self.path.name + UNREADABLE)
-            os.replace(self.path, self.set_aside)
-            return
-        try:
             self._rows = {_key(row): dict(row) for row in document["rows"]}
             for name, notes in self._notes.items():
                 notes.update((_key(note), note) for note in document[name])
             there, here = ({name: about[name] for name in SAME} for about in (document, self.about))
-        except (KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
-                f"{self.path} is not a file of this suite ({type(error).__name__}: {error}): give another --out"
+                f"{self.path} is not a file of this suite ({type(error).__name__}: {error}): give another --out, or "
+                "move it away"
             ) from error
         if there != here:
             name = next(name for name in SAME if there[name] != here[name])

@@ -12,13 +12,13 @@ A row of experiments/trace.py has beside the usual fields
                  or kernels ran without a gap; kind as xplane.Kind; layer -1 outside of the layers, null if not known
 """
 
-import dataclasses
 import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from experiments.support.plots import png
 from experiments.support.results import predictions
+from experiments.support.results.tables import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -35,65 +35,57 @@ STYLES = {
 NUMBER_WIDTH = 0.016  # of the time axis, which a layer's number in small print needs
 
 
-@dataclasses.dataclass
-class Timeline:
-    """One step of one plan, as `experiments/trace.py` keeps it."""
-
-    model: str
-    batch: int
-    prompt: int
-    new: int
-    plan: str
-    median_ms: float
-    traced_ms: float
-    link_bytes: int
-    link_busy: float
-    gpu_busy: float
-    unknown: float
-    spans: list[Bar]
+FIELDS = (  # of a row, what is kept and drawn
+    *("model", "batch", "prompt", "new", "plan", "median_ms", "traced_ms"),
+    *("link_bytes", "link_busy", "gpu_busy", "unknown", "spans"),
+)
 
 
-def timelines(rows: Sequence[dict[str, Any]]) -> list[Timeline]:
+def timelines(rows: Sequence[Row]) -> list[Row]:
     """The rows of a results file. Raises `ValueError` where they are of another script."""
-    names = [field.name for field in dataclasses.fields(Timeline)]
     for row in rows:
-        missing = [name for name in names if name not in row]
-        if missing:
+        if missing := [name for name in FIELDS if name not in row]:
             raise ValueError(f"{row['file']} has no {missing[0]}, so it is not of experiments/trace.py --out")
-    return [Timeline(**{name: row[name] for name in names}) for row in rows]
+    return [{name: row[name] for name in FIELDS} for row in rows]
 
 
-def said(rows: Sequence[Timeline]) -> str:
+def said(rows: Sequence[Row]) -> str:
     """How busy link and GPU are, in a sentence without its full stop."""
     if not rows:
         raise ValueError("there is no step to say anything of")
     return "; ".join(map(_described, rows))
 
 
-def _described(row: Timeline) -> str:
-    link, gpu = (f"{100 * share:.1f} %" for share in (row.link_busy, row.gpu_busy))
-    return f"{row.plan}, {row.traced_ms:.1f} ms traced ({row.median_ms:.1f} ms not traced): link busy {link}, GPU {gpu}"
+def _described(row: Row) -> str:
+    link, gpu = (f"{100 * row[name]:.1f} %" for name in ("link_busy", "gpu_busy"))
+    times = f"{row['traced_ms']:.1f} ms traced ({row['median_ms']:.1f} ms not traced)"
+    return f"{row['plan']}, {times}: link busy {link}, GPU {gpu}"
 
 
-def draw(rows: Sequence[Timeline], path: str | os.PathLike) -> None:
+def _workload(row: Row) -> str:
+    return f"{predictions.title(row['model'])}, batch {row['batch']}, {row['prompt']} cached"
+
+
+def draw(rows: Sequence[Row], path: str | os.PathLike) -> None:
     """Writes a PNG: a panel for every row, all on one time axis. Raises ValueError without rows, or as `check_path`."""
     png.check_path(path)
     if not rows:
         raise ValueError("there is no step to draw")
     from matplotlib.patches import Patch
 
-    lanes = [lane for lane in LANES if any(bar[0] == lane for row in rows for bar in row.spans)]
-    figure = png.figure()
-    figure.set_figheight(1.05 + (0.55 + 0.33 * len(lanes)) * len(rows))
+    lanes = [lane for lane in LANES if any(bar[0] == lane for row in rows for bar in row["spans"])]
+    workloads = dict.fromkeys(
+        f"{predictions.title(row['model'])}, batch {row['batch']}, {row['prompt']} cached" for row in rows
+    )
+    title = f"A decode step, traced: {'; '.join(workloads)}"
+    figure = png.figure(title, height=1.05 + (0.55 + 0.33 * len(lanes)) * len(rows))
     panels = figure.subplots(len(rows), sharex=True, squeeze=False)[:, 0]
-    longest = max(row.traced_ms for row in rows)
+    longest = max(row["traced_ms"] for row in rows)
     for panel, row in zip(panels, rows):
         _panel(panel, row, lanes, longest)
     panels[-1].set_xlim(0, longest * 1.005)
     panels[-1].set_xlabel("time since the start of the step (ms)")
-    workloads = dict.fromkeys(f"{predictions.title(row.model)}, batch {row.batch}, {row.prompt} cached" for row in rows)
-    figure.suptitle(f"A decode step, traced: {'; '.join(workloads)}", x=0.012, ha="left", fontsize="medium")
-    drawn = {_style(layer) for row in rows for _, layer, _, _ in row.spans}
+    drawn = {_style(layer) for row in rows for _, layer, _, _ in row["spans"]}
     patches = [
         Patch(facecolor=face, hatch=hatch, edgecolor="0.4" if hatch else face, label=label)
         for key, (label, face, hatch) in STYLES.items()
@@ -108,17 +100,17 @@ def _style(layer: int | None) -> int | None:
     return layer % 2 if layer is not None and layer >= 0 else layer
 
 
-def _panel(axes: "Axes", row: Timeline, lanes: Sequence[str], longest: float) -> None:
+def _panel(axes: "Axes", row: Row, lanes: Sequence[str], longest: float) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.set_title(_described(row), loc="left", fontsize="small")
     axes.set_yticks(range(len(lanes)), [LANES[lane] for lane in lanes], fontsize="small")
     axes.set_ylim(len(lanes) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
-    axes.hlines(range(len(lanes)), 0, row.traced_ms, "0.8", linewidth=0.8, zorder=1)  # where a lane rests
-    axes.axvline(row.traced_ms, color="0.4", linewidth=1, linestyle="--", zorder=1)
+    axes.hlines(range(len(lanes)), 0, row["traced_ms"], "0.8", linewidth=0.8, zorder=1)  # where a lane rests
+    axes.axvline(row["traced_ms"], color="0.4", linewidth=1, linestyle="--", zorder=1)
     for number, lane in enumerate(lanes):
         for key, (_, face, hatch) in STYLES.items():
-            bars = [bar for bar in row.spans if bar[0] == lane and _style(bar[1]) == key]
+            bars = [bar for bar in row["spans"] if bar[0] == lane and _style(bar[1]) == key]
             if bars:
                 extents = [(start, length) for _, _, start, length in bars]
                 edge = "0.4" if hatch else face

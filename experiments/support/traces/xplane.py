@@ -129,11 +129,8 @@ def last_step(spans: Sequence[Span], steps: int) -> tuple[list[Span], float]:
 
 def busy_seconds(spans: Iterable[Span], *kinds: Kind) -> float:
     """Seconds in which at least one span of these kinds runs."""
-    busy, until = 0.0, float("-inf")
-    for span in sorted((span for span in spans if span.kind in kinds), key=lambda span: span.start):
-        busy += max(0.0, span.end - max(span.start, until))
-        until = max(until, span.end)
-    return busy
+    alike = [dataclasses.replace(span, kind="compute", layer=None) for span in spans if span.kind in kinds]
+    return sum(span.seconds for span in merged(alike, 0))
 
 
 def unknown_share(spans: Iterable[Span]) -> float:

@@ -1,0 +1,97 @@
+"""Writes and reads the numbers of blocks; `plan.codecs` says how, and in how many bytes.
+
+A packed block is one array of bytes, so that it is one copy. All of this is elementwise but for the list of numbers
+apart: those are found by counting, and put back by one small scatter.
+"""
+
+import itertools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from kvrecomp.plan.codecs import ESCAPE, packed
+
+_EXPONENT = 255  # a mask; and the exponent of infinities and of what is no number
+_CHUNK = 32  # numbers, whose escapes are counted together; and so many chunks again
+
+
+def pack(tensors: Sequence[Array]) -> tuple[Array, Array]:
+    """bfloat16 tensors [s, b, ...], of one shape -> uint8[bytes], bool[]: whether the lists had no room for all.
+
+    Numbers that the lists had no room for are lost.
+    """
+    written, overflowed = zip(*map(_pack, tensors))
+    return jnp.concatenate(written), jnp.any(jnp.stack(overflowed))
+
+
+def unpack(data: Array, shape: Sequence[int], tensors: int) -> tuple[Array, ...]:
+    """The tensors that `pack` has written, each of that shape."""
+    return tuple(_unpack(part, shape) for part in jnp.split(data, tensors))
+
+
+def _pack(x: Array) -> tuple[Array, Array]:
+    rows = x.reshape(*x.shape[:2], -1)
+    parts = packed(rows.size, rows.shape[-1])
+    bits = jax.lax.bitcast_convert_type(rows, jnp.uint16)
+    exponents = (bits >> 7) & _EXPONENT
+    # Of what is finite: beside one infinity all other numbers of its channel would be listed apart.
+    tops = jnp.where(exponents == _EXPONENT, 0, exponents).max(axis=(0, 1))
+    apart = ((exponents > tops) | (tops - exponents >= ESCAPE)).reshape(-1)
+    codes = jnp.where(apart, ESCAPE, (tops - exponents).reshape(-1)).astype(jnp.uint8)
+    half = parts.codes - parts.rest
+    low, high = codes[:half], jnp.pad(codes[half:], (0, 2 * half - codes.size))
+    count, places = _first_true(apart, parts.escapes)
+    values = jnp.take(rows.reshape(-1), places, mode="clip")
+    rest = ((bits >> 8) & 128) | (bits & 127)
+    written = [
+        rest.astype(jnp.uint8),
+        low | (high << 4),
+        tops.astype(jnp.uint8),
+        jax.lax.bitcast_convert_type(places, jnp.uint8),
+        jax.lax.bitcast_convert_type(values, jnp.uint8),
+        jnp.zeros(parts.nbytes - parts.values, jnp.uint8),
+    ]
+    return jnp.concatenate([part.reshape(-1) for part in written]), count > parts.escapes
+
+
+def _unpack(data: Array, shape: Sequence[int]) -> Array:
+    numbers, channels = int(np.prod(shape)), int(np.prod(shape[2:]))
+    parts = packed(numbers, channels)
+    rest, pairs, tops, places, values = (data[start:end] for start, end in itertools.pairwise((0, *parts[:5])))
+    codes = jnp.concatenate([pairs & ESCAPE, pairs >> 4])[:numbers].reshape(-1, channels)
+    rest, codes, tops = (part.astype(jnp.uint16) for part in (rest.reshape(-1, channels), codes, tops))
+    bits = ((rest & 128) << 8) | ((tops - codes) << 7) | (rest & 127)
+    x = jax.lax.bitcast_convert_type(bits, jnp.bfloat16).reshape(-1)
+    places = jax.lax.bitcast_convert_type(places.reshape(-1, 4), jnp.int32)
+    values = jax.lax.bitcast_convert_type(values.reshape(-1, 2), jnp.bfloat16)
+    return x.at[places].set(values, mode="drop", unique_indices=True, indices_are_sorted=True).reshape(shape)
+
+
+def _first_true(flags: Array, room: int) -> tuple[Array, Array]:
+    """How many of bool[n] are true, int32[], and the places of the first of them, int32[room], in order; where there
+    are fewer, places from n on.
+
+    Found by counts of chunks, and of chunks of chunks: a running count of all flags takes longer than all else here.
+    """
+    padded = jnp.pad(flags, (0, -flags.size % _CHUNK**2)).reshape(-1, _CHUNK, _CHUNK).astype(jnp.int32)
+    chunks = padded.sum(axis=2)
+    ends = jnp.cumsum(chunks.sum(axis=1))
+    wanted = jnp.arange(room, dtype=jnp.int32)
+    outer = jnp.minimum(jnp.searchsorted(ends, wanted, side="right", method="scan_unrolled"), len(ends) - 1)
+    left = wanted - (ends[outer] - chunks[outer].sum(axis=1))
+    inner, left = _chunk_of(chunks[outer], left)
+    place, _ = _chunk_of(padded[outer, inner], left)
+    places = (outer * _CHUNK + inner) * _CHUNK + place
+    return ends[-1], jnp.where(wanted < ends[-1], places, flags.size + wanted)
+
+
+def _chunk_of(counts: Array, number: Array) -> tuple[Array, Array]:
+    """Which of the chunks, by counts int32[n, chunks], has the true flag of that number, int32[n], and which it is
+    there."""
+    ends = jnp.cumsum(counts, axis=1)
+    chunk = jnp.minimum((ends <= number[:, None]).sum(axis=1), counts.shape[1] - 1)
+    found = jnp.take_along_axis(ends - counts, chunk[:, None], axis=1)[:, 0]
+    return chunk, number - found
