@@ -23,6 +23,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from absl import flags
 from rich import box
 from rich.console import Console
@@ -188,6 +189,8 @@ def main(given: flags.FlagValues) -> None:
     workload = Workload(given.batch, given.prompt, given.new)
     budget, window = read_budget(given.device_memory_gib, given.host_memory_gib), script.window_bytes(given.window_mib)
     rows = None if given.measured is None else tables.read_file(given.measured)
+    if given.hardware != THIS:
+        jax.config.update("jax_platforms", "cpu")  # where predictions are computed: no other device is needed
     profile = read_hardware(given.hardware)
     if given.hardware == THIS:
         budget = Budget(**limits(budget))  # what is free, as no weights are there

@@ -24,6 +24,7 @@ from absl import app, flags
 from absl import logging as absl_logging
 
 from kvrecomp.plan import MIB, Workload
+from kvrecomp.run import memory
 
 # The user's: unknown flags, a plan that does not fit, a missing file or package, sizes or losses beyond floating point.
 # PlanError, PromptError and CheckpointError are ValueErrors.
@@ -36,6 +37,12 @@ def in_one_line() -> Iterator[None]:
     """A context that ends the program with a mistake's message, or word of an interruption, as one line."""
     try:
         yield
+    except (RuntimeError, AssertionError):  # of jax's where it has no device
+        try:
+            memory.device()
+        except OSError as error:
+            sys.exit(f"error: {error}")
+        raise
     except MISTAKES as error:
         text = str(error)
         if isinstance(error, flags.Error):

@@ -229,7 +229,7 @@ def step_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload
     computing, copying = _seconds_of_kinds(profile, work_table(profile, shape, workload), *plan_arrays[:5])
     arrays = computing, copying, plan_arrays.copies > 0, plan_arrays.kind, plan_arrays.hold
     found: list[StepCost] = []
-    with jax.default_device(_cpu()):
+    with jax.default_device(_cpu()), jax.disable_jit(False):  # step by step it takes for ever
         handoff = jax.device_put(np.float32(profile.handoff_seconds))
         for start in range(0, len(computing), PLANS):
             part = jax.device_put([column[start : start + PLANS] for column in arrays])
