@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from kvrecomp.plan import (
     AUTO,
+    CODECS,
     FORMS,
     LEAST_ALIGNED,
     MEMORIES,
@@ -151,7 +152,7 @@ def _layer_plan(
             problem.shape.itemsize,
         )
         for form in FORMS
-        for codec in ("plain", settings.codec("device"))
+        for codec in CODECS
     }
     on_device: dict[Form, float] = {form: sizes[form, settings.codec("device")][0] for form in FORMS}
     of_block = sum(sizes[form, settings.codec("device")][1] for form in FORMS)
@@ -170,7 +171,7 @@ def _layer_plan(
     memories: list[Memory] = ["device"] * stay
     memories.append("host" if some_leave else "device")
     blocks = _cut(problem, layer, settings, window, split)
-    codecs = tuple(map(settings.codec, memories))
+    codecs: tuple[Codec, ...] = tuple(map(settings.codec, memories))
     return LayerPlan(blocks, settings.tail_form, tuple(memories), settings.method, write_out_codecs=codecs)
 
 

@@ -72,7 +72,7 @@ def _moves(problem: Problem) -> list[Move]:
 
 
 def _absorbing(problem: Problem) -> list[Settings]:
-    alike = [(codec, codec) for codec in problem.codecs]
+    alike: list[tuple[Codec, Codec]] = [(codec, codec) for codec in problem.codecs]
     return _settings_grid("absorb", (0.0, 0.5, 1.0) if problem.write_outs else (0.0,), _unit(problem), alike)
 
 
