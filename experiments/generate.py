@@ -279,6 +279,8 @@ def main(given: flags.FlagValues) -> None:
         print(summary)
         if given.json:
             print(json.dumps(run_info() | dataclasses.asdict(summary)))
+        if summary.errors == summary.records > 0:
+            sys.exit(f"error: {given.output}: all {summary.records} records are errors")
         return
     run = continue_given(given, source, budget)
     show(run)

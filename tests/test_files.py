@@ -1,7 +1,9 @@
 """Files in one piece, whoever else writes them."""
 
 import json
+import os
 import threading
+import time
 
 import pytest
 
@@ -36,3 +38,23 @@ def test_an_error_leaves_the_old_file_alone(tmp_path):
         beside.write_text("new")
         raise ZeroDivisionError
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_is_named(tmp_path):
+    """Not the file beside it."""
+    with pytest.raises(OSError, match=r"No space left on device: '.*/a'$"), replacing(tmp_path / "a") as beside:
+        os.symlink("/dev/full", beside)
+        beside.write_text("new")
+    with pytest.raises(FileNotFoundError, match=r": '.*/b/c'$"), replacing(tmp_path / "b" / "c") as beside:
+        beside.write_text("new")
+
+
+def test_what_killed_writers_left_is_removed_when_none_can_be_at_it(tmp_path):
+    long_ago, now = (tmp_path / f"a[1].{digit * 32}.partial" for digit in "0a")
+    other = tmp_path / f"a1.{'0' * 32}.partial"
+    for path in (long_ago, now, other):
+        path.write_text("half")
+    for path in (long_ago, other):
+        os.utime(path, times=(time.time() - 7200,) * 2)
+    write_json(tmp_path / "a[1]", 1)
+    assert set(tmp_path.iterdir()) == {now, other, tmp_path / "a[1]"}
