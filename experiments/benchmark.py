@@ -19,6 +19,12 @@ import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from experiments.support import script
+from experiments.support.results import tables
+from experiments.support.results.report import after_warm_up, run_info
+from experiments.support.suite import machine_lock
+from experiments.support.suite.row import Row, step_times
+
 import jax
 import numpy as np
 from absl import flags
@@ -27,11 +33,6 @@ from rich.markdown import Markdown
 
 import kvrecomp
 import models
-from experiments.support import script
-from experiments.support.results import tables
-from experiments.support.results.report import after_warm_up, run_info
-from experiments.support.suite import machine_lock
-from experiments.support.suite.row import Row, step_times
 from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
 from kvrecomp.measure.machine import copy_rate

@@ -26,12 +26,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from rich.console import Console
-from rich.text import Text
-
-import kvrecomp
-import models
 from experiments.support import script
 from experiments.support.check import Check, check_logits
 from experiments.support.job import runner
@@ -40,6 +34,13 @@ from experiments.support.job.runner import BATCH
 from experiments.support.prompts import PROMPTS, encode, is_ids, read_prompts
 from experiments.support.results.report import run_info
 from experiments.support.source import SHIPPED, Source
+
+from absl import flags
+from rich.console import Console
+from rich.text import Text
+
+import kvrecomp
+import models
 from kvrecomp.plan import AUTO, format_bytes
 from kvrecomp.plan.footprint import check_within
 from kvrecomp.plan.named import NAMES

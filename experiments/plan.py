@@ -23,12 +23,6 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from absl import flags
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
-import models
 from experiments.support import script
 from experiments.support.plots import png
 from experiments.support.plots.split import draw_split
@@ -36,6 +30,13 @@ from experiments.support.results import tables
 from experiments.support.results.report import run_info
 from experiments.support.results.tables import Row
 from experiments.support.what_if import FRACTIONS, Alternative, WhatIf, measured_as, median_ms, what_if
+
+from absl import flags
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+import models
 from kvrecomp.plan import GIB, MEMORIES, Budget, PlanError, Workload, format_bytes
 from kvrecomp.predict.datasheets import DATASHEETS
 from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile

@@ -14,16 +14,17 @@ import functools
 import sys
 from collections.abc import Sequence
 
-from absl import flags
-from rich.console import Console
-from rich.markdown import Markdown
-
 from experiments.plan import read_hardware
 from experiments.support import script
 from experiments.support.paper import costs, report
 from experiments.support.paper.numbers import Paper, Table, read
 from experiments.support.results import tables
 from experiments.support.results.report import run_info
+
+from absl import flags
+from rich.console import Console
+from rich.markdown import Markdown
+
 from kvrecomp.files import write_json
 from kvrecomp.predict.datasheets import DATASHEETS
 

@@ -28,10 +28,6 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from absl import flags
-from rich.console import Console
-from rich.markdown import Markdown
-
 from experiments.support import script
 from experiments.support.peers import PEERS
 from experiments.support.results import tables
@@ -41,6 +37,11 @@ from experiments.support.suite.machine import Machine, look
 from experiments.support.suite.process import ProcessFailed, run_process
 from experiments.support.suite.results import Results
 from experiments.support.suite.tasks import Task, check_fits, make_tasks, processes
+
+from absl import flags
+from rich.console import Console
+from rich.markdown import Markdown
+
 from kvrecomp.run import memory
 from models.checkpoint import DTYPES
 

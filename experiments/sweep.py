@@ -25,13 +25,6 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.progress import track
-
-import kvrecomp
-import models
 from experiments.support import script
 from experiments.support.plots import png
 from experiments.support.results import predictions, tables
@@ -39,6 +32,14 @@ from experiments.support.results.predictions import Measured
 from experiments.support.results.report import run_info
 from experiments.support.suite import machine_lock
 from experiments.support.suite.step_timing import NEW, device_bytes_with_room, step_seconds, with_positions
+
+from absl import flags
+from rich.console import Console
+from rich.markdown import Markdown
+from rich.progress import track
+
+import kvrecomp
+import models
 from kvrecomp.files import write_json
 from kvrecomp.plan import (
     DEFAULT_WINDOW,

@@ -24,6 +24,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.support import script
+from experiments.support.plots import png
+from experiments.support.results import tables
+from experiments.support.results.report import run_info
+from experiments.support.results.tables import Row
+from experiments.support.suite import machine_lock, step_timing
+from experiments.support.traces import timeline, xplane
+
 import jax
 import numpy as np
 from absl import flags
@@ -33,13 +41,6 @@ from rich.markdown import Markdown
 
 import kvrecomp
 import models
-from experiments.support import script
-from experiments.support.plots import png
-from experiments.support.results import tables
-from experiments.support.results.report import run_info
-from experiments.support.results.tables import Row
-from experiments.support.suite import machine_lock, step_timing
-from experiments.support.traces import timeline, xplane
 from kvrecomp.files import write_json
 from kvrecomp.plan import AUTO
 from kvrecomp.run import memory

@@ -25,6 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.support import corpus, script
+from experiments.support.results.report import run_info, versions
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,8 +39,6 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import models
-from experiments.support import corpus, script
-from experiments.support.results.report import run_info, versions
 from kvrecomp.files import replacing, write_json
 from kvrecomp.run.attention import causal
 from models.checkpoint import is_ours

@@ -413,7 +413,9 @@ def test_an_input_that_changes_while_it_is_surveyed_leaves_no_job(files, monkeyp
     assert files.run().prompts == 8
 
 
-@pytest.mark.parametrize("waits", ["[150, {}]", "[7, {}]", '[7, {"id": "p6", "finish_reason": "stop"}]', '[7, {"id": "p7"}]'])
+@pytest.mark.parametrize(
+    "waits", ["[150, {}]", "[7, {}]", '[7, {"id": "p6", "finish_reason": "stop"}]', '[7, {"id": "p7"}]']
+)
 def test_what_somebody_wrote_into_the_waiting_file_is_not_believed(files, waits):
     files.killed(1)
     with files.target.with_name("out.jsonl.waiting.jsonl").open("a") as file:

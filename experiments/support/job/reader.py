@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.support.prompts import encode_one, is_ids
+
 import numpy as np
 
-from experiments.support.prompts import encode_one, is_ids
 from kvrecomp.plan import MIB, ModelShape
 from models import TextProcessor
 

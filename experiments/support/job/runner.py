@@ -21,10 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-from rich.console import Console
-
-import kvrecomp
 from experiments.support.job.batches import batches, largest_plan, padded_lengths, plan_document, plan_from
 from experiments.support.job.decoding import Decoding, error_record, report
 from experiments.support.job.meter import Meter
@@ -32,6 +28,11 @@ from experiments.support.job.output import Output
 from experiments.support.job.reader import Line, Reader, file_hash, survey
 from experiments.support.script import window_bytes
 from experiments.support.source import Source
+
+import jax
+from rich.console import Console
+
+import kvrecomp
 from kvrecomp.plan import AUTO, Memory, Plan
 from kvrecomp.plan.footprint import check_within
 from kvrecomp.run.limits import limits

@@ -26,8 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import models
 from experiments.support.peers import PEERS
+
+import models
 from kvrecomp.plan import AUTO, Order, Workload
 from kvrecomp.plan.named import named_plan, named_weights
 

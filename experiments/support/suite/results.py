@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.support.suite.tasks import Task
+
 from kvrecomp.files import write_json
 
 SAME = ("device", "driver", "jax", "versions")  # all rows of a file have these in common
