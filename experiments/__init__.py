@@ -38,5 +38,8 @@ def _say_interrupted(kind: type[BaseException], error: BaseException, traceback:
 
 sys.meta_path.insert(0, _Beside())
 if _is_script():
+    for _name in ("stdout", "stderr"):
+        if getattr(sys, _name) is None:  # it was closed, and files that are opened would get its number
+            setattr(sys, _name, open(os.devnull, "w"))
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     sys.excepthook = _say_interrupted

@@ -35,7 +35,7 @@ def define_flags(into: flags.FlagValues) -> None:
     define.list("prompt", ["256"], "Tokens in each prompt, or several such numbers.")
     define.integer("new", 32, "New tokens per row.", lower_bound=1)
     define.enum("dtype", "bfloat16", list(DTYPES), "Of weights and cache.")
-    define.integer("seed", 0, "Of weights and prompts.")
+    define.seed("Of weights and prompts.")
     define.string("out", None, "Also write the JSON document to this file.")
     define.string("commit", "", "Recorded as the commit, where git cannot be asked.")
 

@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import models
-from kvrecomp.files import replacing, write_json
+from kvrecomp.files import check_writable, replacing, write_json
 from kvrecomp.run.attention import causal
 from models.checkpoint import is_ours
 from models.config import check_size
@@ -309,10 +309,12 @@ def train(
 
 
 def check_paths(output: str | os.PathLike[str], work_dir: str | os.PathLike[str] | None) -> None:
-    """Makes the work_dir. Raises ValueError where a path has what is no checkpoint, or no state, of ours."""
+    """Makes the work_dir. Raises ValueError where a path has what is no checkpoint, or no state, of ours, and OSError
+    where none can be written."""
     output = Path(output)
     if output.exists() and not is_ours(output) and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"output {str(output)!r} is not a checkpoint of ours; choose another directory or remove it")
+    check_writable(output)
     if work_dir is None:
         return
     work_dir = Path(work_dir)
@@ -323,6 +325,7 @@ def check_paths(output: str | os.PathLike[str], work_dir: str | os.PathLike[str]
         raise ValueError(
             f"work_dir {work_dir} is not a training run's: it has {min(other)}; choose an empty or a new directory"
         )
+    check_writable(work_dir / STATE)
 
 
 def _best(curve: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -23,18 +23,34 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """
     path = pathlib.Path(path)
     remove_partial(path)
-    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # nobody else's, on any machine
-    try:
+    with _beside(path) as beside:
         yield beside
         sync(beside)
         os.replace(beside, path)
         sync(path.parent)
+
+
+@contextlib.contextmanager
+def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """A file for `path`, removed at the end; errors of it are of `path`."""
+    beside = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")  # nobody else's, on any machine
+    try:
+        yield beside
     except OSError as error:
         if error.filename not in (None, str(beside)):
             raise
         raise type(error)(error.errno, error.strerror, str(path)) from error
     finally:
-        beside.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            beside.unlink()
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Makes the directories above, and raises OSError where `write_text` could not write: before there is a text."""
+    path = pathlib.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _beside(path) as beside:
+        beside.touch()
 
 
 def remove_partial(path: str | os.PathLike, seconds: float = 3600) -> None:

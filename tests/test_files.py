@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from kvrecomp.files import replacing, write_json
+from kvrecomp.files import check_writable, replacing, write_json
 
 
 def test_writers_at_once_leave_one_whole_file(tmp_path):
@@ -47,6 +47,16 @@ def test_what_cannot_be_written_is_named(tmp_path):
         beside.write_text("new")
     with pytest.raises(FileNotFoundError, match=r": '.*/b/c'$"), replacing(tmp_path / "b" / "c") as beside:
         beside.write_text("new")
+
+
+def test_what_could_be_written_is_known_before(tmp_path):
+    check_writable(tmp_path / "a" / "b")
+    check_writable(tmp_path / "a" / "b")
+    assert [path.name for path in tmp_path.rglob("*")] == ["a"]
+    for wrong in ("/proc/a/b", "/proc/a", str(tmp_path / ("x" * 250))):
+        with pytest.raises(OSError) as refusal:
+            check_writable(wrong)
+        assert wrong.startswith(refusal.value.filename)
 
 
 def test_what_killed_writers_left_is_removed_when_none_can_be_at_it(tmp_path):

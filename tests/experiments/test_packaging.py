@@ -1,4 +1,4 @@
-"""What is installed: a wheel has all that the scripts need, and other packages of our packages' names stand in no way."""
+"""What is installed: a wheel has all that the scripts need, and what else has our packages' names is not in the way."""
 
 import os
 import shutil

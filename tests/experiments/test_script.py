@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -119,6 +120,80 @@ def test_a_process_that_is_interrupted():
     warning, interruption = told.splitlines()
     assert said == "" and warning.endswith("] of kvrecomp") and interruption == "interrupted"
     assert process.returncode == 130
+
+
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def run(command, **environment):
+    """What a command of a shell, in which `$PLAN` is the quickest script, ends with: status, and what it says."""
+    words = "--hardware=t4 --model=opt-125m --batch=2 --prompt=64 --new=3"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PLAN": f"{sys.executable} experiments/plan.py {words}",
+    } | environment
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_help_is_no_failure():
+    status, said, told = run("$PLAN --help")
+    assert status == 0 and "--device_memory_gib: Device memory to use" in said and not told
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "told"),
+    [
+        ("$PLAN >&-", 0, ""),
+        ("$PLAN >/dev/full", 1, "error: standard output: No space left on device\n"),
+        ("set -o pipefail; $PLAN | true", 1, ""),
+    ],
+)
+def test_an_output_that_cannot_be_written(command, status, told):
+    assert run(command) == (status, "", told)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "gpu", "foo"])
+def test_a_machine_without_the_device_that_is_asked_for(platform):
+    """Other machines are predicted without one."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("there is a GPU")
+    status, said, told = run("$PLAN; $PLAN --hardware=this", JAX_PLATFORMS=platform)
+    assert status == 1 and "NVIDIA T4" in said
+    assert told.splitlines()[-1] == (
+        f"error: jax finds no device for JAX_PLATFORMS={platform}: leave it out, or give cpu, or cuda where a GPU is"
+    )
+    assert "plan.py" not in told  # a traceback's; jax's plugins write their own
+
+
+def test_an_interruption_while_a_script_imports_is_a_line(tmp_path):
+    """Here by what it imports; another module of a script's is not the one that is imported."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'jax':\n"
+        "            raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+    )
+    status, said, told = run("$PLAN", PYTHONPATH=f"{tmp_path}:{ROOT}")
+    assert (status, said, told) == (-signal.SIGINT, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "3"), ("0", "0")])
+def test_what_xla_says_is_what_the_user_asks_for(tmp_path, given, found):
+    (tmp_path / "kvrecomp").mkdir()
+    (tmp_path / "kvrecomp" / "__init__.py").write_text(
+        "import os; raise ValueError(os.environ['TF_CPP_MIN_LOG_LEVEL'])\n"
+    )
+    shutil.copytree(
+        ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("checkpoints", "results")
+    )
+    environment = {} if given is None else {"TF_CPP_MIN_LOG_LEVEL": given}
+    unset = "unset TF_CPP_MIN_LOG_LEVEL; " if given is None else ""
+    _, _, told = run(f"cd {tmp_path}; {unset}$PLAN", PYTHONPATH=str(tmp_path), **environment)
+    assert told.splitlines()[-1] == f"ValueError: {found}"
 
 
 def test_values():

@@ -567,7 +567,8 @@ def test_results_of_a_device_have_its_name(benchmark, command, tmp_path, monkeyp
         device: f"{name}_suite.json" for device, name in names.items()
     }
     (tmp_path / "mine.json").write_text(json.dumps([dataclasses.asdict(small("device"))]))
-    monkeypatch.setattr(suite, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path / "results")
     command(f"--workloads={tmp_path}/mine.json")
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["some_gpu_suite.json"]
 

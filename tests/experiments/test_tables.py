@@ -50,6 +50,7 @@ def test_a_table_of_the_benchmark(read):
         "| Llama-2-7B | 32 | 1024 | - | `keys_values` | 200.0 | 10.00 | 1.000 |"
     )
     assert "**50.0**" in tables.benchmark(read(FAST, PEER | {"median_ms": 50.0}))
+    assert "| `device` (all on the CPU) | 9.0 |" in tables.benchmark(read(DEVICE, device="cpu"))
 
 
 def test_columns_of_what_is_not_as_usual(read):

@@ -19,6 +19,8 @@ from typing import Any
 
 from experiments.support.results import predictions
 
+from kvrecomp.files import check_writable
+
 Row = dict[str, Any]  # a row of a results file, with what the file says of all its rows, and `file` and `off`
 Column = tuple[str, Callable[[Any], str]]  # a heading, and a row's cell
 
@@ -63,15 +65,19 @@ def read_file(path: str | os.PathLike) -> list[Row]:
 
 
 def check_out(path: str | os.PathLike | None, field: str) -> None:
-    """Raises ValueError where results would replace something else: before they are measured, and it is lost.
+    """Raises OSError where a file cannot be written, and ValueError where results would replace something else: before
+    they are measured, and it is lost.
 
     What is alike has the `field` in its rows; those of other scripts do not. The suite's, which adds to its file, may
     have it, and say their workload.
     """
-    if path is None or not Path(path).exists():
+    if path is None:
         return
     if Path(path).is_dir():
         raise ValueError(f"--out: {path} is a folder; give the name of a file in it")
+    check_writable(path)
+    if not Path(path).exists():
+        return
     try:
         rows = read_file(path)
     except ValueError as error:
@@ -223,7 +229,8 @@ def sweep(rows: Sequence[Row]) -> str:
 
 
 def _plan(row: Row) -> str:
-    return noted(row["plan"], word("plan", row["plan"])) + (" (chosen)" if row.get("chosen") else "")
+    name = noted(row["plan"], word("plan", row["plan"])) + (" (chosen)" if row.get("chosen") else "")
+    return name.replace("the GPU", "the CPU") if row.get("device") == "cpu" else name
 
 
 def noted(plan: str, written: str = "") -> str:
