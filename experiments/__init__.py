@@ -30,10 +30,12 @@ def _is_script() -> bool:
 
 
 def _say_interrupted(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        print("interrupted", file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, traceback)
+    cause: BaseException | None = error
+    while cause is not None:  # a library that is interrupted may say that it cannot be imported
+        if isinstance(cause, KeyboardInterrupt):
+            return print("interrupted", file=sys.stderr)
+        cause = cause.__cause__ or cause.__context__
+    sys.__excepthook__(kind, error, traceback)
 
 
 sys.meta_path.insert(0, _Beside())
