@@ -27,6 +27,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.support import script
 from experiments.support.peers import PEERS
@@ -46,7 +47,7 @@ from kvrecomp.run import memory
 from models.checkpoint import DTYPES
 
 TIMEOUT = 1200.0
-PLAIN = {"markup": False, "highlight": False, "soft_wrap": True}  # how lines with names are printed
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}  # how lines with names are printed
 
 
 def define_flags(into: flags.FlagValues) -> None:

@@ -16,11 +16,12 @@ SOURCES = {
 # Each package, and those that it may import: everything below it.
 BELOW = {
     "kvrecomp.files": set(),
+    "kvrecomp.progress": set(),
     "kvrecomp.plan": set(),
     "kvrecomp.predict": {"kvrecomp.plan"},
     "kvrecomp.run": {"kvrecomp.plan"},
-    "kvrecomp.measure": {"kvrecomp.files", "kvrecomp.plan", "kvrecomp.predict", "kvrecomp.run"},
-    "kvrecomp": {"kvrecomp.plan", "kvrecomp.predict", "kvrecomp.run", "kvrecomp.measure"},
+    "kvrecomp.measure": {"kvrecomp.files", "kvrecomp.progress", "kvrecomp.plan", "kvrecomp.predict", "kvrecomp.run"},
+    "kvrecomp": {"kvrecomp.progress", "kvrecomp.plan", "kvrecomp.predict", "kvrecomp.run", "kvrecomp.measure"},
     "models": {"kvrecomp.plan", "kvrecomp.run"},
 }
 BELOW["experiments.support"] = {*BELOW}

@@ -64,8 +64,45 @@ def test_texts_are_the_same(expected, name, value):
 
 
 def test_without_compiling_there_is_no_decoding():
+    for plan in ("device", "auto"):
+        with switched("jax_disable_jit", True), pytest.raises(PlanError, match=r"jax_disable_jit is on.*turn it off"):
+            kvrecomp.generate(toy.model(), GIVEN.ids, max_new_tokens=2, plan=plan)
     with switched("jax_disable_jit", True), pytest.raises(PlanError, match=r"jax_disable_jit is on.*turn it off"):
-        kvrecomp.generate(toy.model(), GIVEN.ids, max_new_tokens=2, plan="device")
+        kvrecomp.profile(refresh=True)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "gpu", "foo"])
+def test_a_platform_without_a_device_is_told_in_one_line(platform):
+    """By the library, from what asks for a device first; plans for other machines need none of it."""
+    if platform != "foo" and jax.default_backend() == "gpu":
+        pytest.skip("there is one")
+    code = """
+import jax
+import kvrecomp
+shape = kvrecomp.ModelShape("one", (kvrecomp.LayerShape(8, 2, 2, 4, 8),), vocab=7, embedding=8, positions=99)
+for use in (
+    kvrecomp.profile,
+    lambda: kvrecomp.plan_for("auto", shape, kvrecomp.Workload(1, 2, 3)),
+    lambda: kvrecomp.placement(kvrecomp.named_plan("device", shape, kvrecomp.Workload(1, 2, 3)))("tokens", (7, 8)),
+):
+    try:
+        use()
+    except OSError as error:
+        print(error)
+jax.config.update("jax_platforms", "cpu")
+print(kvrecomp.make_plan(shape, kvrecomp.Workload(1, 2, 3), kvrecomp.HardwareProfile.from_datasheet("h100")).name)
+"""
+    paths = os.pathsep.join(sys.path)
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "JAX_PLATFORMS": platform, "PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+    )
+    *told, name = run.stdout.splitlines()
+    assert len(told) == 3 and name.startswith("auto"), run.stderr
+    for line in told:
+        assert line.startswith(f"jax has no device where JAX_PLATFORMS is {platform!r}") and "set it to cpu" in line
 
 
 def test_texts_are_the_same_on_the_first_of_two_devices():

@@ -18,7 +18,6 @@ import functools
 import itertools
 import logging
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
@@ -28,6 +27,7 @@ from absl import logging as absl_logging
 
 from kvrecomp.plan import GIB, MIB, Workload
 from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE
+from kvrecomp.run import memory
 
 flags.disclaim_key_flags()  # flags are those of the script that defines them here, and --help lists them
 
@@ -52,25 +52,17 @@ def in_one_line() -> Iterator[None]:
         if isinstance(error, OSError) and error.strerror:  # Python's own begins with a number
             text = f"{error.filename or 'standard output'}: {error.strerror}"  # files that are written have names
         sys.exit("error: " + " ".join(text.split()))
-    except (RuntimeError, AssertionError) as error:
-        if why := _without_device(error):
-            sys.exit(f"error: {why}")
+    except (RuntimeError, AssertionError) as error:  # of jax's, where a memory is full or there is no device
+        if "RESOURCE_EXHAUSTED" in str(error):
+            sys.exit(f"error: a memory is full ({str(error).splitlines()[0]}): ask for less, or let a plan use less")
+        try:
+            memory.device()
+        except OSError as missing:
+            sys.exit(f"error: {missing}")
         raise
     except KeyboardInterrupt as interruption:
         print(f"interrupted{interruption}", file=sys.stderr)  # it may say how to go on
         sys.exit(INTERRUPTED)
-
-
-def _without_device(error: Exception) -> str:
-    """What the user can do about the error, where it is that jax has no device, or that a memory is full."""
-    if "RESOURCE_EXHAUSTED" in str(error):
-        return f"a memory is full ({str(error).splitlines()[0]}): ask for less, or limit what is used by a flag"
-    try:
-        jax.devices()
-    except (RuntimeError, AssertionError):
-        platforms = os.environ.get("JAX_PLATFORMS", "")
-        return f"jax finds no device for JAX_PLATFORMS={platforms}: leave it out, or give cpu, or cuda where a GPU is"
-    return ""
 
 
 def call(main: Callable[[flags.FlagValues], None], given: flags.FlagValues, words: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from flax import nnx
 from jax import Array
 
 from kvrecomp.measure.timing import device_timer, median_seconds, random, random_maker
-from kvrecomp.plan import BlockSpec, Form, LayerPlan, Memory, Method, Plan, Workload
+from kvrecomp.plan import BlockSpec, Codec, Form, LayerPlan, Memory, Method, Plan, Workload
 from kvrecomp.predict.hardware import Attention
 from kvrecomp.run import memory
 from kvrecomp.run.cache import Block, allocate_recent, describe_blocks, describe_ints, describe_recent, shardings
@@ -41,6 +41,7 @@ class Run(NamedTuple):
     memory: Memory = "host"
     blocks: int = 1
     copied: bool = False
+    codec: Codec = "plain"
 
 
 class Finish(NamedTuple):
@@ -142,7 +143,7 @@ class LayerBench:
 
     def _plan(self, run: Run) -> Plan:
         shape, numbers = self._model.shape, self._numbers[: run.layers]
-        block = BlockSpec(_form_of(run.kind), run.memory, run.tokens)
+        block = BlockSpec(_form_of(run.kind), run.memory, run.tokens, run.codec)
         method: Method = "recompute" if "recompute" in (run.tail, run.kind) else "absorb"
         layer = LayerPlan((block,) * run.blocks, _form_of(run.tail), (run.memory,), method)
         # Sliding windows may be shorter than the blocks that are to be timed; a step's time does not go by positions.

@@ -16,6 +16,7 @@ from typing import NamedTuple
 from kvrecomp.measure.layer_bench import TAIL, Finish, LayerBench, Run
 from kvrecomp.measure.timing import least_seconds
 from kvrecomp.plan import DEFAULT_WINDOW, LEAST_ALIGNED, MEMORIES, LayerShape, Memory, ModelShape, uneven
+from kvrecomp.plan.codecs import PACKED_DTYPE
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW
 from kvrecomp.predict.hardware import ATTENTION, Attention, Curve, LayerTimes, Work, attention_work, project_work
 from kvrecomp.run.memory import free_device_bytes
@@ -30,6 +31,7 @@ MORE_RECOMPUTED = 2  # half and an eighth of the longest: between the others ker
 WHOLE = 8  # quarters of the window: 2 GiB, which is 4096 tokens' activations of 32 rows of OPT-13B, and some
 AWAITED, AWAITED_BYTES = 4, 2**17  # blocks of a layer that are copied: short, to be there before they are used
 UNEVEN_TOKENS = LEAST_ALIGNED + 1
+NEVER = 1e9  # seconds a token, of what cannot be
 SURELY_UNEVEN, MOST_UNEVEN = 1.25, 10.0  # times as long: less is noise, and so is more; 5.8 was seen
 
 
@@ -45,11 +47,12 @@ class Runs(NamedTuple):
     waiting: tuple[Run, Run]  # AWAITED blocks of keys and values, on the device before the step
     copied: tuple[Run, Run]  # the same, copied in the step
     uneven: dict[Memory, Run]  # the longest block that is absorbed, less one token, where that is uneven
+    packed: tuple[Run, ...]  # the longest block of the host that is absorbed, packed, where it may be
 
     def every(self) -> list[Run | Finish]:
         lists = (*self.one_block.values(), *self.two_blocks.values())
         pairs = (*self.layers, *self.finish, *self.waiting, *self.copied)
-        return [*pairs, self.absorbed, *self.uneven.values(), *itertools.chain(*lists)]
+        return [*pairs, self.absorbed, *self.uneven.values(), *self.packed, *itertools.chain(*lists)]
 
 
 def measure_layer(model: Model, layer: LayerShape, batch: int) -> LayerTimes:
@@ -101,6 +104,7 @@ def choose_runs(shape: ModelShape, layer: LayerShape, batch: int) -> Runs:
         waiting=few_and_more(short, AWAITED),
         copied=few_and_more(short, AWAITED, copied=True),
         uneven={memory: run for memory, run in less_one.items() if uneven(run.tokens)},
+        packed=(longest["host"]._replace(codec="packed"),) if shape.dtype == PACKED_DTYPE else (),
     )
 
 
@@ -133,7 +137,11 @@ def solve(runs: Runs, seconds: Mapping[Run | Finish, float]) -> tuple[dict[Work,
         tail = work[attention_work(kind, "device")]
         project = before - (tail(TAIL) - tail(0)) - (prepare if kind == "absorb" else 0)
         work[project_work(kind)] = Curve.line(max(0.0, project))
+    # What is the same of a packed block and a plain one is not in the difference.
+    unpacked = [(run, block_seconds(run) - block_seconds(run._replace(codec="plain"))) for run in runs.packed]
+    unpack = max((seconds / run.tokens for run, seconds in unpacked), default=NEVER)
     work |= {"prepare": Curve.line(prepare), "finish": Curve.line(finish), "await": Curve.line(awaiting)}
+    work["unpack"] = Curve.line(0.0, max(0.0, unpack))
     return work, max(0.0, bare["keys_values"] - ATTENDING_LAYERS * dense)
 
 

@@ -27,8 +27,8 @@ Timer = Callable[..., float]
 
 
 def this_machine() -> dict[str, Any]:
-    """What a profile holds for."""
-    device = jax.devices()[0]
+    """What a profile holds for. Raises OSError where jax has no device."""
+    device = memory.device()
     driver = pathlib.Path("/proc/driver/nvidia/version")
     if device.platform == "gpu" and driver.exists():
         version = re.search(r"\d+\.\d+(\.\d+)?", driver.read_text())
@@ -40,7 +40,7 @@ def this_machine() -> dict[str, Any]:
 
 def measure_machine() -> HardwareProfile:
     """The profile of this machine, with no layers timed. Programs are compiled side by side before one is timed."""
-    device = jax.devices()[0]
+    device = memory.device()
     gpu = device.platform == "gpu"
     dtype = _rate_dtype()
     sizes = [2**16, 2**19, 2**22, 2**25, 2**29] if gpu else [2**16, 2**19, 2**22, 2**24]
@@ -78,7 +78,7 @@ def measure_machine() -> HardwareProfile:
 
 def _rate_dtype() -> Any:
     """What models are computed in here: 16 bits on a GPU, as it has them, 32 elsewhere."""
-    device = jax.devices()[0]
+    device = memory.device()
     if device.platform != "gpu":
         return jnp.float32
     old = float(getattr(device, "compute_capability", "8.0")) < 8  # bfloat16 began with Ampere

@@ -16,7 +16,7 @@ from kvrecomp.progress import waiting
 from kvrecomp.run.model import Model
 
 LOG = logging.getLogger("kvrecomp")
-FORMAT = 13  # of the file, and of what its numbers mean; another one is measured anew
+FORMAT = 14  # of the file, and of what its numbers mean; another one is measured anew
 
 
 def profile(model: Model | None = None, *, batch: int = 1, refresh: bool = False) -> HardwareProfile:

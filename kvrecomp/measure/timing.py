@@ -134,12 +134,17 @@ def measured_line(what: str, sizes: Sequence[float], timers: Sequence[Callable[[
 def random_maker(shape: tuple[int, ...], dtype: Any) -> Callable[[], jax.Array]:
     """The program, compiled, that `random` executes."""
 
-    def make():
-        return jax.random.normal(jax.random.key(0), shape, dtype) * shape[-1] ** -0.5
-
+    make = functools.partial(draw, shape, dtype)
     return jax.jit(make, out_shardings=memory.sharding("device")).lower().compile()
 
 
 def random(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Random numbers that stay of order one in a product: a GPU multiplies zeros faster than it does real data."""
+    """What `draw` gives, on the device."""
     return random_maker(shape, dtype)()
+
+
+def draw(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Random numbers that stay of order one in a product, or any bytes: a GPU multiplies zeros faster than data."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return jax.random.bits(jax.random.key(0), shape, dtype)
+    return jax.random.normal(jax.random.key(0), shape, dtype) * shape[-1] ** -0.5

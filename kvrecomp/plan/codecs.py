@@ -47,6 +47,15 @@ def packed(numbers: int, channels: int) -> Packed:
     return Packed(numbers, codes, tops, places, values, values + -values % _ALIGNED, escapes)
 
 
+def token_bytes(codec: Codec, tensors: int, batch: int, channels: int, itemsize: int) -> tuple[float, int]:
+    """What a block takes at most: bytes for each token of so many tensors [batch, channels], and for the block."""
+    numbers = batch * channels
+    if codec == "plain":
+        return float(tensors * numbers * itemsize), 0
+    parts = packed(numbers * NUMBERS_PER_ESCAPE, channels)
+    return tensors * (parts.values - channels) / NUMBERS_PER_ESCAPE, tensors * (channels + 1 + 6 + _ALIGNED)
+
+
 def codec_bytes(codec: Codec, tensors: int, rows: int, channels: int, itemsize: int) -> int:
     """Bytes of a block of so many tensors [rows, channels] of numbers of `itemsize` bytes."""
     if codec == "plain":

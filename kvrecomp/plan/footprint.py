@@ -77,12 +77,11 @@ def recomputed_bytes(plan: Plan, write_outs: int) -> int:
 
 
 def packing_bytes(plan: Plan) -> int:
-    """An estimate of what packing a prompt's blocks takes, from above, of one layer at a time: the numbers' codes, and
-    the packed blocks in parts and as wholes; tests compare it with what XLA needs for an H200."""
+    """What packing a prompt's blocks takes, of one layer at a time: their parts, before they are one array."""
     most = 0
     for layer, layer_shape in plan.distinct_layers:
         sizes = [plan.bytes_of(layer_shape, block) for block in layer.prompt if block.codec == "packed"]
-        most = max(most, 3 * sum(sizes))
+        most = max(most, sum(sizes))
     return most
 
 

@@ -53,7 +53,8 @@ def _read_name(name: str) -> tuple[str, float, Codec]:
         raise PlanError("what plan auto is goes by the machine: use plan_for or make_plan")
     if kind not in (_WITH_FRACTION if argument else _BARE) or (colon and not argument):
         raise PlanError(f"there is no plan {name!r}; the plans are {', '.join((AUTO, *NAMES))}, with F from 0 to 1")
-    codec = next((codec for codec in CODECS if codec == (word if plus else "plain")), None)
+    codecs: dict[str, Codec] = {codec: codec for codec in CODECS}
+    codec = codecs.get(word) if plus else "plain"
     if codec is None:
         raise PlanError(f"plan {name!r}: there is no codec {word!r}; the codecs are {', '.join(CODECS)}")
     fraction = _fraction(argument) if colon else 1.0

@@ -7,6 +7,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
+from kvrecomp.plan.codecs import CODECS, Codec
 from kvrecomp.plan.shapes import FORMS, MEMORIES
 
 
@@ -28,12 +29,19 @@ def plan_table(plan: Any) -> Table:
         cells = []
         for form, memory in columns:
             blocks = [b for b in layer.prompt if (b.form, b.memory) == (form, memory)]
-            tokens, size = sum(b.tokens for b in blocks), sum(plan.bytes_of(layer_shape, b) for b in blocks)
-            cells.append(f"{tokens} ({format_bytes(size)})" if blocks else "-")
+            written = [
+                _cell(codec, [b.tokens for b in of_codec], [plan.bytes_of(layer_shape, b) for b in of_codec])
+                for codec in CODECS
+                if (of_codec := [b for b in blocks if b.codec == codec])
+            ]
+            cells.append("\n".join(written) or "-")
         tail_size = plan.bytes_of(layer_shape, layer.tail_block(plan.tail))
-        cells += [f"{plan.tail} ({format_bytes(tail_size)})", layer.method, *([layer.weights] if hosted else [])]
+        cells += [_cell("plain", [plan.tail], [tail_size]), layer.method, *([layer.weights] if hosted else [])]
         table.add_row(_spans(numbers), *cells)
     total = [f"{format_bytes(plan.bytes_in(memory))} in blocks on the {memory}" for memory in MEMORIES]
+    if plan.write_outs and plan.codecs != ("plain",):
+        codecs = {layer.written_to(number)[1] for layer, _ in plan.distinct_layers for number in range(plan.write_outs)}
+        total.append(f"tails written out {' and '.join(sorted(codecs))}")
     if hosted:
         layers = f"{hosted} layer{'s' if hosted > 1 else ''} ({format_bytes(plan.host_weight_bytes)})"
         total.append(f"weights of {layers} in host memory")
@@ -43,6 +51,11 @@ def plan_table(plan: Any) -> Table:
     table.caption = f"{caption}\n{plan.reason}" if plan.reason else caption
     table.caption_justify = "left"
     return table
+
+
+def _cell(codec: Codec, tokens: Sequence[int], sizes: Sequence[int]) -> str:
+    """Tokens and bytes of blocks, and their codec where it says anything."""
+    return f"{sum(tokens)} ({format_bytes(sum(sizes))}{'' if codec == 'plain' else f', {codec}'})"
 
 
 def _spans(numbers: Sequence[int]) -> str:

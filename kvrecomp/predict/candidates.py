@@ -4,7 +4,22 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from kvrecomp.plan import AUTO, FORMS, LEAST_ALIGNED, BlockSpec, Form, LayerPlan, LayerShape, Memory, Method, Plan
+from kvrecomp.plan import (
+    AUTO,
+    CODECS,
+    FORMS,
+    LEAST_ALIGNED,
+    MEMORIES,
+    BlockSpec,
+    Codec,
+    Form,
+    LayerPlan,
+    LayerShape,
+    Memory,
+    Method,
+    Plan,
+)
+from kvrecomp.plan.codecs import token_bytes
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
 from kvrecomp.plan.footprint import memory_needed, recomputed_bytes
 from kvrecomp.plan.step_order import in_flight_bytes
@@ -20,6 +35,7 @@ class Settings:
     is activations. `tail_form` is the form of generated tokens, and `growth` the fraction of the written-out tails that
     could stay on the device for which room is kept before any of the prompt gets some. Parts of a prompt of
     LEAST_ALIGNED tokens or more are multiples of `unit`, but for the last, the rest of which is a block of its own.
+    `codecs` are those of blocks on the device and on the host.
     """
 
     on_device: float | None
@@ -28,6 +44,10 @@ class Settings:
     tail_form: Form
     growth: float
     unit: int = 1
+    codecs: tuple[Codec, Codec] = ("plain", "plain")
+
+    def codec(self, memory: Memory) -> Codec:
+        return self.codecs[MEMORIES.index(memory)]
 
 
 @dataclass(frozen=True)
@@ -47,12 +67,13 @@ def smaller_form(layer: LayerShape) -> Form:
     return "activations" if layer.width("activations") < layer.width("keys_values") else "keys_values"
 
 
-def least_candidate(problem: Problem) -> Candidate:
-    """The candidate that needs the least memory: each layer shape in its smaller form. It fits if any does."""
+def least_candidate(problem: Problem, codec: Codec = "plain") -> Candidate:
+    """The candidate that needs the least memory of those with that codec: each layer shape in its smaller form. One of
+    these fits if any does."""
     settings = {}
     for layer in problem.layer_shapes:
         form = smaller_form(layer)
-        settings[layer] = Settings(None, float(form == "activations"), "absorb", form, 0.0)
+        settings[layer] = Settings(None, float(form == "activations"), "absorb", form, 0.0, codecs=(codec, codec))
     return Candidate(problem.windows[-1], settings)
 
 
@@ -61,11 +82,18 @@ def candidate_plan(problem: Problem, candidate: Candidate) -> Plan:
 
     Raises `PlanError` if a block or a tail is larger than the window.
     """
-    plan = _whole_plan(problem, candidate.window, layer_plans(problem, candidate))
-    if recomputed_bytes(plan, plan.write_outs):  # which no room was left for
+    plan, reserved = _whole_plan(problem, candidate.window, layer_plans(problem, candidate)), 0.0
+    widths = [layer.width(smaller_form(layer)) * count for layer, count in problem.shape.distinct_layers.items()]
+    a_token = sum(widths) * problem.workload.batch * problem.shape.itemsize
+    # No room was left for what is recomputed, packed or unpacked, and blocks that leave the device may be, too.
+    for rounding in (0, a_token):
+        if not recomputed_bytes(plan, plan.write_outs) and "packed" not in plan.codecs:
+            break
         excess = sum(memory_needed(plan)["device"].values()) - (problem.budget.device or 0.0)
-        if excess > 0:
-            plan = _whole_plan(problem, candidate.window, layer_plans(problem, candidate, excess))
+        if excess <= 0:
+            break
+        reserved += excess + rounding
+        plan = _whole_plan(problem, candidate.window, layer_plans(problem, candidate, reserved))
     return plan
 
 
@@ -115,27 +143,40 @@ def _layer_plan(
     workload = problem.workload
     prompt = layer.cached(workload.prompt)
     write_outs = problem.write_outs
-    row_bytes = workload.batch * problem.shape.itemsize
-    token_bytes: dict[Form, int] = {form: row_bytes * layer.width(form) for form in FORMS}
-    tail_bytes = problem.tail_tokens * token_bytes[settings.tail_form]  # written out or not
+    sizes = {
+        (form, codec): token_bytes(
+            codec,
+            layer.tensors(form),
+            workload.batch,
+            layer.width(form) // layer.tensors(form),
+            problem.shape.itemsize,
+        )
+        for form in FORMS
+        for codec in CODECS
+    }
+    on_device: dict[Form, float] = {form: sizes[form, settings.codec("device")][0] for form in FORMS}
+    of_block = sum(sizes[form, settings.codec("device")][1] for form in FORMS)
+    tail_bytes = problem.tail_tokens * sizes[settings.tail_form, "plain"][0]
+    written_bytes = problem.tail_tokens * on_device[settings.tail_form] + of_block
 
-    all_fits = prompt * token_bytes[smaller_form(layer)] + (1 + write_outs) * tail_bytes <= room
-    free = max(0.0, (room if all_fits else beside_window) - tail_bytes)
-    could_stay = min(write_outs, int(free / tail_bytes))
+    all_fits = prompt * on_device[smaller_form(layer)] + tail_bytes + write_outs * written_bytes + of_block <= room
+    free = max(0.0, (room if all_fits else beside_window) - tail_bytes - 2 * of_block)
+    could_stay = min(write_outs, int(free / written_bytes))
     reserved = could_stay if all_fits else int(settings.growth * could_stay)
-    split = _split_prompt(layer, settings, prompt, token_bytes, free - reserved * tail_bytes)
-    free -= sum(split[form, "device"] * token_bytes[form] for form in FORMS)
-    stay = min(write_outs, int(free / tail_bytes))
+    split = _split_prompt(layer, settings, prompt, on_device, free - reserved * written_bytes)
+    free -= sum(split[form, "device"] * on_device[form] for form in FORMS)
+    stay = min(write_outs, int(free / written_bytes))
 
     some_leave = stay < write_outs or any(split[form, "host"] for form in FORMS)
     memories: list[Memory] = ["device"] * stay
     memories.append("host" if some_leave else "device")
-    blocks = _cut(problem, layer, settings.unit, window, split)
-    return LayerPlan(blocks, settings.tail_form, tuple(memories), settings.method)
+    blocks = _cut(problem, layer, settings, window, split)
+    codecs: tuple[Codec, ...] = tuple(map(settings.codec, memories))
+    return LayerPlan(blocks, settings.tail_form, tuple(memories), settings.method, write_out_codecs=codecs)
 
 
 def _split_prompt(
-    layer: LayerShape, settings: Settings, prompt: int, token_bytes: Mapping[Form, int], free: float
+    layer: LayerShape, settings: Settings, prompt: int, token_bytes: Mapping[Form, float], free: float
 ) -> Split:
     """Where the prompt's tokens go: as many to the device as fit in `free` bytes, first those as keys and values."""
     smaller = smaller_form(layer)
@@ -167,14 +208,15 @@ def _split_prompt(
     return split
 
 
-def _cut(problem: Problem, layer: LayerShape, unit: int, window: int, split: Split) -> tuple[BlockSpec, ...]:
+def _cut(problem: Problem, layer: LayerShape, settings: Settings, window: int, split: Split) -> tuple[BlockSpec, ...]:
     """A split prompt as blocks. Where activations are no multiple of the unit, the rest is a block of its own."""
 
     def cut(form: Form, memory: Memory) -> tuple[BlockSpec, ...]:
         tokens = split[form, memory]
-        rest = tokens % unit if form == "activations" and tokens >= LEAST_ALIGNED else 0
+        rest = tokens % settings.unit if form == "activations" and tokens >= LEAST_ALIGNED else 0
         runs: list[tuple[Form, Memory, int]] = [(form, memory, tokens - rest), (form, memory, rest)]
-        return cut_runs(runs, layer, problem.shape, problem.workload, window // BLOCKS_PER_WINDOW)
+        most_bytes = window // BLOCKS_PER_WINDOW
+        return cut_runs(runs, layer, problem.shape, problem.workload, most_bytes, settings.codec(memory))
 
     from_host = _interleave(cut("activations", "host"), cut("keys_values", "host"))
     return (*cut("keys_values", "device"), *cut("activations", "device"), *from_host)

@@ -134,6 +134,12 @@ def _layer_tasks(
     def attention(block: BlockSpec) -> Attention:
         return "keys_values" if block.form == "keys_values" else layer.method
 
+    def unpack(place: int) -> list[Task]:
+        if place == TAIL or blocks[place].codec == "plain":
+            return []
+        numbers = blocks[place].tokens * shape.width(blocks[place].form)
+        return [task("unpack", numbers // shape.width("activations"))]
+
     def attend(place: int) -> list[Task]:
         if place == TAIL:  # but for its tokens it is in the time of `project`; what an odd number costs is not known
             return [task(attention_work(attention(tail), "device"), tail.tokens, 0)]
@@ -154,7 +160,7 @@ def _layer_tasks(
                 absorbs = "absorb" in map(attention, (*blocks, tail))
                 return [task("prepare")] if absorbs else []
             case "attend":
-                return [found for place in op.blocks for found in attend(place)]
+                return [found for place in op.blocks for found in (*unpack(place), *attend(place))]
             case "finish":
                 return [task("finish", groups_beside)]
 
@@ -223,7 +229,7 @@ def step_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload
     computing, copying = _seconds_of_kinds(profile, work_table(profile, shape, workload), *plan_arrays[:5])
     arrays = computing, copying, plan_arrays.copies > 0, plan_arrays.kind, plan_arrays.hold
     found: list[StepCost] = []
-    with jax.default_device(_cpu()):
+    with jax.default_device(_cpu()), jax.disable_jit(False):  # step by step it takes for ever
         handoff = jax.device_put(np.float32(profile.handoff_seconds))
         for start in range(0, len(computing), PLANS):
             part = jax.device_put([column[start : start + PLANS] for column in arrays])

@@ -45,6 +45,7 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
         "project_recompute": over_weights(layer.projecting, 3),
         "finish": over_weights(layer.parameters - layer.projecting, 5),
         "prepare": Curve.line((1 + layer.absorbs_keys) * (absorbing + profile.kernel_seconds)),
+        "unpack": Curve.line(2 * profile.kernel_seconds, kernel(0, 1.75 * b * h)),  # 12 bits read and 16 written
         "await": Curve.line(profile.handoff_seconds),  # which is measured of a machine; up to three times as long
         "keys_values": over_tokens(by_keys, by_values),
         "absorb": absorb,

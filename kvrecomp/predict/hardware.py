@@ -29,7 +29,7 @@ Attention = Literal["keys_values", "absorb", "recompute"]
 
 Work = Literal[
     "project", "project_absorb", "project_recompute",
-    "finish", "prepare", "await",
+    "finish", "prepare", "await", "unpack",
     Attention, "device_keys_values", "device_absorb", "device_recompute", "uneven_absorb", "uneven_device_absorb",
 ]  # fmt: skip
 """A kind of work of a layer in a step.
@@ -37,7 +37,8 @@ Work = Literal[
 `project` computes Q, and K and V of the new token. Where the tail holds activations these two are not computed
 (`project_absorb`), or together with the tail's (`project_recompute`). `finish` is the output projection and the
 feed-forward. `prepare` absorbs the projections of K and V, once a layer that absorbs. `await` is waiting for a copy
-that has already arrived, which ends a CUDA graph.
+that has already arrived, which ends a CUDA graph. `unpack` reads a packed block, by its tokens where these are
+activations; of keys and values, by as many as have as many numbers.
 
 The others are attention over cached tokens. A block from the host has a partial result of its own, and K and V are cut
 out of it. Blocks on the device (`device_`) are attended to together with the tail; where the tail is attended to in a

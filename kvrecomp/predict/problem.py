@@ -9,6 +9,7 @@ from kvrecomp.plan import (
     GIB,
     MEMORIES,
     Budget,
+    Codec,
     LayerShape,
     Memory,
     ModelShape,
@@ -18,6 +19,7 @@ from kvrecomp.plan import (
     Workload,
     format_bytes,
 )
+from kvrecomp.plan.codecs import PACKED_DTYPE
 from kvrecomp.plan.cutting import default_tail
 from kvrecomp.plan.footprint import MARGIN, memory_needed, prefill_bytes, weights_in
 from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
@@ -87,6 +89,11 @@ class Problem:
             return min(self.tail, self.workload.new)
         most_bytes = min(MOST_TAIL_BYTES, self.beside_weights * TAIL_SHARE) / self.groups
         return default_tail(self.shape, self.workload, self.windows[-1], most_bytes)
+
+    @cached_property
+    def codecs(self) -> tuple[Codec, ...]:
+        """The codecs to choose from, all of them lossless."""
+        return ("plain", "packed") if self.shape.dtype == PACKED_DTYPE else ("plain",)
 
     @cached_property
     def write_outs(self) -> int:

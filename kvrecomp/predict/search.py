@@ -10,7 +10,7 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from kvrecomp.plan import ALIGNED, FORMS, MEMORIES, BlockSpec, Method, Plan, PlanError
+from kvrecomp.plan import ALIGNED, FORMS, MEMORIES, BlockSpec, Codec, Method, Plan, PlanError
 from kvrecomp.plan.footprint import check_within
 from kvrecomp.predict.candidates import Candidate, Settings, candidate_plan, layer_plans, least_candidate
 from kvrecomp.predict.cost import MOST_LENGTHS, PLANS, mean_bounds, mean_costs
@@ -48,28 +48,32 @@ def search(problem: Problem) -> Prediction:
 
 def _first_candidates(problem: Problem) -> list[Candidate]:
     """A coarse grid in which all layer shapes have the same settings, and the candidates of the least memory."""
-    least = least_candidate(problem).settings
-    even = {layer: replace(settings, unit=_unit(problem)) for layer, settings in least.items()}
     coarse = [dict.fromkeys(problem.layer_shapes, settings) for settings in _absorbing(problem)]
     candidates = [Candidate(problem.windows[0], settings) for settings in coarse]
-    return candidates + [Candidate(window, settings) for window in problem.windows for settings in (least, even)]
+    for window, codec in itertools.product(problem.windows, problem.codecs):
+        least = least_candidate(problem, codec).settings
+        even = {layer: replace(settings, unit=_unit(problem)) for layer, settings in least.items()}
+        candidates += Candidate(window, least), Candidate(window, even)
+    return candidates
 
 
 def _moves(problem: Problem) -> list[Move]:
     """The moves for each layer shape, in order."""
     return [
         *([lambda _: _absorbing(problem)] if len(problem.layer_shapes) > 1 else []),
+        lambda best: [replace(best, codecs=codecs) for codecs in itertools.product(problem.codecs, repeat=2)],
         partial(_near, "activations", 1 / GRID**2),
         partial(_near, "on_device", 4 / GRID**2),
         *([partial(_near, "growth", 4 / GRID**2)] if problem.write_outs else []),
-        lambda best: _settings_grid("recompute", (best.growth,), _unit(problem)),
+        lambda best: _settings_grid("recompute", (best.growth,), _unit(problem), [best.codecs]),
         partial(_near, "activations", 1 / GRID**2),
         lambda best: [replace(best, unit=unit) for unit in (1, ALIGNED)],
     ]
 
 
 def _absorbing(problem: Problem) -> list[Settings]:
-    return _settings_grid("absorb", (0.0, 0.5, 1.0) if problem.write_outs else (0.0,), _unit(problem))
+    alike: list[tuple[Codec, Codec]] = [(codec, codec) for codec in problem.codecs]
+    return _settings_grid("absorb", (0.0, 0.5, 1.0) if problem.write_outs else (0.0,), _unit(problem), alike)
 
 
 def _unit(problem: Problem) -> int:
@@ -79,9 +83,11 @@ def _unit(problem: Problem) -> int:
     return ALIGNED if any(map(slow_if_uneven, times)) else 1
 
 
-def _settings_grid(method: Method, growths: Sequence[float], unit: int) -> list[Settings]:
+def _settings_grid(
+    method: Method, growths: Sequence[float], unit: int, codecs: Sequence[tuple[Codec, Codec]]
+) -> list[Settings]:
     """The coarse grid of settings."""
-    choices = itertools.product(ON_DEVICE, FRACTIONS, (method,), FORMS, growths, (unit,))
+    choices = itertools.product(ON_DEVICE, FRACTIONS, (method,), FORMS, growths, (unit,), codecs)
     return [Settings(*choice) for choice in choices]
 
 

@@ -65,7 +65,8 @@ class Block:
     def tensors(self) -> tuple[Array, ...]:
         """x [s, b, h], or K and V [s, b, k, d]."""
         if self.codec == "packed":
-            return unpack(*self.arrays, self.shape, 1 if self.form == "activations" else 2)
+            (data,) = self.arrays
+            return unpack(data, self.shape, 1 if self.form == "activations" else 2)
         if self.form == "keys_values" and self.memory == "host":
             (both,) = self.arrays
             return both[:, 0], both[:, 1]

@@ -73,8 +73,6 @@ class Decoder:
         Raises `PlanError` if the plan is for another model, or does not fit in `budget` (default: what is free), or
         the model is not what its shape says.
         """
-        if jax.config.jax_disable_jit:
-            raise PlanError("jax_disable_jit is on, and what decodes are compiled programs: turn it off")
         check_model(model)
         if model.shape != plan.shape:
             raise PlanError(

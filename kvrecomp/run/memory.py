@@ -31,8 +31,19 @@ _KINDS = {"device": "device", "host": "pinned_host"}
 
 
 def sharding(memory: Memory) -> Sharding:
-    """Where arrays of that memory live, those of `device` on the one that computes: jax's first."""
-    return SingleDeviceSharding(jax.devices()[0], memory_kind=_KINDS[memory])
+    """Where arrays of that memory live, those of `device` on the one that computes."""
+    return SingleDeviceSharding(device(), memory_kind=_KINDS[memory])
+
+
+def device() -> Any:
+    """The device that computes: jax's first. Raises OSError where jax has none of the kind that it was told to use."""
+    try:
+        return jax.devices()[0]
+    except (RuntimeError, AssertionError) as error:  # the second, which says nothing, where a plugin finds no GPU
+        raise OSError(
+            f"jax has no device where JAX_PLATFORMS is {jax.config.values['jax_platforms']!r}: set it to cpu, to cuda "
+            "on a machine with an NVIDIA GPU, or unset it"
+        ) from error
 
 
 def backend_started() -> bool:
@@ -183,5 +194,5 @@ def free_device_bytes() -> int:
 
 def _device_limits() -> dict[str, int]:
     """What XLA says of device memory; nothing for a CPU."""
-    stats = jax.devices()[0].memory_stats() or {}
+    stats = device().memory_stats() or {}
     return stats if "bytes_limit" in stats else {}

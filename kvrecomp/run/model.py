@@ -36,7 +36,7 @@ class Model(Protocol):
 def check_parts(model: Any) -> None:
     """Raises `PlanError` unless this is a module with the names of `Model`, and as many layers as its shape says."""
     missing = [name for name in ("shape", "layers", "embed", "unembed") if not hasattr(model, name)]
-    if missing or not isinstance(model, nnx.Module):
+    if missing or not issubclass(type(model), nnx.Module):
         lacks = f" without {', '.join(missing)}" if missing else ", no module"
         raise PlanError(
             f"the model is a {type(model).__name__}{lacks}; expected a flax.nnx module with shape, layers, embed and "

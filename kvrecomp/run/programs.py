@@ -7,10 +7,8 @@ before anything runs.
 
 import collections
 import contextlib
-import gc
 import hashlib
 import os
-import sys
 import threading
 import time
 import types
@@ -20,39 +18,27 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 
+from kvrecomp.plan import PlanError
 from kvrecomp.run.schedule import compile_overlapping
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 NO_OPTIONS: Mapping[str, Any] = types.MappingProxyType({})
+UNCOMPILED = "jax_disable_jit"  # a switch of jax's
 MOST_SIDE_BY_SIDE = 8  # tracing and lowering need the interpreter, some 15 % of the time that a program takes
-TURN_SECONDS = 0.0005  # Python's own is ten times as long
-_BACKGROUND = ThreadPoolExecutor(1, thread_name_prefix="compile")  # more would keep the interpreter from the steps
-
-
-@contextlib.contextmanager
-def _short_turns() -> Iterator[None]:
-    """A context for the background in which threads that wait for the interpreter get it sooner.
-
-    A step dispatched beside tracing asks for the interpreter many times. Tracing makes so many objects that Python goes
-    through all there are, and every other thread stands still meanwhile; that is left for later.
-    """
-    interval, collecting = sys.getswitchinterval(), gc.isenabled()
-    sys.setswitchinterval(TURN_SECONDS)
-    gc.disable()
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(interval)
-        if collecting:
-            gc.enable()
+# More would keep the interpreter from the steps. On an H200's machine tracing makes single steps of 165 ms up to 250
+# longer; up to 50, with shorter turns and no garbage collection meanwhile, but these settings are the user's.
+_BACKGROUND = ThreadPoolExecutor(1, thread_name_prefix="compile")
 
 
 @contextlib.contextmanager
 def as_by_default() -> Iterator[None]:
     """A context in which jax traces as it does by default: switches of a user's that forbid what is implicit, or draw
-    other random numbers, are for the user's own code. It holds for one thread."""
+    other random numbers, are for the user's own code. It holds for one thread. Raises `PlanError` where jax was told to
+    compile nothing."""
+    if getattr(jax.config, UNCOMPILED):
+        raise PlanError(f"{UNCOMPILED} is on, and what decodes are compiled programs: turn it off")
     with contextlib.ExitStack() as switches:
         switches.enter_context(jax.numpy_rank_promotion("allow"))
         switches.enter_context(jax.numpy_dtype_promotion("standard"))
@@ -122,7 +108,7 @@ class Programs:
         begun = self._begun.get(name)
         failed = begun is not None and begun.done() and (begun.cancelled() or begun.exception() is not None)
         if name not in self._made and (begun is None or failed):
-            self._begun[name] = _BACKGROUND.submit(self._get_beside_steps, name, trace, options)
+            self._begun[name] = _BACKGROUND.submit(self.get, name, trace, options)
 
     def cancel(self) -> None:
         """Gives up the programs whose compilation was asked for and has not begun."""
@@ -153,7 +139,3 @@ class Programs:
         if text not in self._kept:
             self._kept[text] = compile_overlapping(lowered, options)
         return self._kept[text]
-
-    def _get_beside_steps(self, name: Hashable, trace: Callable[[], Any], options: Mapping[str, Any]) -> None:
-        with _short_turns():
-            self.get(name, trace, options)

@@ -46,7 +46,7 @@ class Sampling:
             try:
                 object.__setattr__(self, name, number(getattr(self, name)))  # of NumPy's and jax's, Python's own
             except (TypeError, ValueError, OverflowError):
-                raise ValueError(f"{name} is {getattr(self, name)!r}; expected {kind}") from None
+                raise ValueError(f"{name} is {getattr(self, name)!r:.60}; expected {kind}") from None
         if not 0 < self.temperature < math.inf:
             raise ValueError(
                 f"temperature is {self.temperature}; it must be above zero and finite (greedy: do_sample=False)"

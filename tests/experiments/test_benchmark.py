@@ -43,7 +43,7 @@ def test_a_row(name, known_machine):
         assert row.link_efficiency is None and row.link_bytes == 0
     else:
         assert row.link_efficiency == pytest.approx(row.link_bytes / row.median_ms * 1e3 / 2e9)
-    assert f"| toy | 3 | 11 | {name} | {row.median_ms:.2f} |" in benchmark.table([row])
+    assert f"| toy | 3 | 11 | {name} | plain | {row.median_ms:.2f} |" in benchmark.table([row])
 
 
 def test_some_of_the_steps(known_machine):

@@ -19,12 +19,12 @@ HOST = 2.0**40  # bytes: none of these plans was short of host memory
 
 
 def profile_of(document):
-    """What the file has of its machine. What profiles did not have then takes nothing more."""
-    nothing = {"sizes": [0, 1], "seconds": [0, 0]}
+    """What the file has of its machine. What profiles did not have then takes nothing more, or is never chosen."""
+    nothing, never = {"sizes": [0, 1], "seconds": [0, 0]}, {"sizes": [0, 1], "seconds": [1e9, 1e9]}
     for times in document["profile"]["layers"]:
         work = times["work"]
         evenly = {f"uneven_{kind}": work[kind] for kind in ("absorb", "device_absorb")}
-        times["work"] = {"await": nothing, **evenly, **work}
+        times["work"] = {"await": nothing, "unpack": never, **evenly, **work}
         times.setdefault("positions", None)
     return HardwareProfile.from_json(document["profile"])
 

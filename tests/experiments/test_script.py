@@ -70,6 +70,12 @@ def test_flags_are_what_main_is_given(capsys):
         (raising(OSError("no space")), [], "no space"),
         (raising(ModuleNotFoundError("install it")), [], "install it"),
         (raising(OverflowError("too large")), [], "too large"),
+        (raising(MemoryError()), [], "MemoryError"),
+        (
+            raising(RuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nBuffers: ...")),
+            [],
+            "a memory is full (RESOURCE_EXHAUSTED: Out of memory.): ask for less, or let a plan use less",
+        ),
     ],
 )
 def test_a_mistake_is_a_line_and_status_1(called, words, message):
@@ -161,9 +167,7 @@ def test_a_machine_without_the_device_that_is_asked_for(platform):
         pytest.skip("there is a GPU")
     status, said, told = run("$PLAN; $PLAN --hardware=this", JAX_PLATFORMS=platform)
     assert status == 1 and "NVIDIA T4" in said
-    assert told.splitlines()[-1] == (
-        f"error: jax finds no device for JAX_PLATFORMS={platform}: leave it out, or give cpu, or cuda where a GPU is"
-    )
+    assert told.splitlines()[-1].startswith("error: jax has no device where JAX_PLATFORMS is ")
     assert "plan.py" not in told  # a traceback's; jax's plugins write their own
 
 

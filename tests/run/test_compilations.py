@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import gc
+import sys
 import threading
 import time
 
@@ -227,6 +229,21 @@ def test_what_waits_in_the_background_is_compiled_by_whoever_needs_it():
     traced.go.set()
     programs.get("first", lambda: begun.append("again") or traced)
     assert (traced.count, needed.count) == (1, 1) and begun == ["first"]
+
+
+def test_pythons_garbage_collection_and_turns_are_the_users():
+    """Beside what is compiled in the background, and after it."""
+    before, seen = (gc.isenabled(), sys.getswitchinterval()), []
+
+    def trace():
+        seen.append((gc.isenabled(), sys.getswitchinterval()))
+        return jax.jit(lambda x: x + x).trace(jax.ShapeDtypeStruct((), np.float32))
+
+    programs = Programs()
+    programs.start("sum", trace)
+    while not programs.compiled:
+        time.sleep(0.01)
+    assert seen == [before] and (gc.isenabled(), sys.getswitchinterval()) == before
 
 
 def test_what_failed_is_said_to_who_needs_it_and_tried_again():

@@ -15,9 +15,10 @@ class Row:
     """Milliseconds are per decode step, bytes are bytes. None is what has no meaning, or is not known.
 
     `asked` is the plan's name as it was given, and `device_budget` the device memory in bytes that it was to keep to,
-    None for what was free. `compile_s` are the seconds that the step's program took, compiled beside others, and
-    `prefill_s` those until all rows have their first token. `peak_device_bytes` is the most that the process has used
-    by then, earlier plans included. `step_ms` has every step that was run.
+    None for what was free. `codec` says how its blocks are written, "plain, packed" where both are. `compile_s` are the
+    seconds that the step's program took, compiled beside others, and `prefill_s` those until all rows have their first
+    token. `peak_device_bytes` is the most that the process has used by then, earlier plans included. `step_ms` has
+    every step that was run.
     """
 
     model: str
@@ -26,6 +27,7 @@ class Row:
     new: int
     asked: str
     plan: str
+    codec: str = "plain"
     dtype: str
     weights: str | None = None
     groups: int | None = None

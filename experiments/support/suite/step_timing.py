@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 import kvrecomp
+from kvrecomp.measure.timing import draw
 from kvrecomp.plan import Memory, Plan
 from kvrecomp.run.cache import Block, Cache, allocate_recent, describe_blocks
 from kvrecomp.run.memory import sharding
@@ -47,7 +48,7 @@ def _random_block(block: Block, start: int) -> Block:
 
 @functools.cache
 def _random_array(shape: tuple[int, ...], dtype: np.dtype, memory: Memory):
-    return jax.jit(lambda: jax.random.normal(jax.random.key(0), shape, dtype), out_shardings=sharding(memory))
+    return jax.jit(functools.partial(draw, shape, dtype), out_shardings=sharding(memory))
 
 
 def step_seconds(decoder: kvrecomp.Decoder) -> float:
