@@ -20,6 +20,8 @@ import math
 import os
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -345,11 +347,15 @@ def save(work_dir: Path, identity: dict[str, Any], curve: list[dict[str, Any]], 
 
 
 def restore(work_dir: Path, identity: dict[str, Any], like: Any) -> tuple[list[dict[str, Any]], Any]:
-    """The loss curve and the arrays that were saved last, in a tree like this. Raises ValueError for another run's."""
+    """The loss curve and the arrays that were saved last, in a tree like this. Raises ValueError for another run's, and
+    for what cannot be read."""
     leaves, structure = jax.tree.flatten(like)
-    with np.load(work_dir / STATE) as file:
-        record = json.loads(str(file["record"]))
-        arrays = [file[f"arr_{number}"] for number in range(len(leaves))]
+    try:
+        with np.load(work_dir / STATE) as file:
+            record = json.loads(str(file["record"]))
+            arrays = [file[f"arr_{number}"] for number in range(len(leaves))]
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, TypeError) as error:
+        raise ValueError(f"{work_dir / STATE} cannot be read ({error}): remove it, to begin anew") from error
     for name, value in identity.items():
         if (saved := record["identity"].get(name)) != value:
             raise ValueError(

@@ -137,7 +137,7 @@ def read_cases(path: str | os.PathLike) -> tuple[Case, ...]:
         if not isinstance(given, list) or not given:
             raise ValueError(f"it is {'an empty list' if given == [] else type(given).__name__}")
         cases = tuple(map(_read_case, given))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fields = ", ".join(field.name for field in dataclasses.fields(Case))
         raise ValueError(f"{path}: {error}; expected a JSON list of objects with {fields}") from error
     names = [case.name for case in cases]
