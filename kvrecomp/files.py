@@ -21,7 +21,7 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
 
     Raises OSError, which names `path`, where it cannot be written.
     """
-    path = pathlib.Path(path)
+    path = _target(path)
     remove_partial(path)
     with _beside(path) as beside:
         yield beside
@@ -47,10 +47,19 @@ def _beside(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 def check_writable(path: str | os.PathLike) -> None:
     """Makes the directories above, and raises OSError where `write_text` could not write: before there is a text."""
-    path = pathlib.Path(path)
+    path = _target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with _beside(path) as beside:
         beside.touch()
+
+
+def _target(path: str | os.PathLike) -> pathlib.Path:
+    """What is replaced: where `path` is a link, what it leads to. Raises OSError where that is a directory, a device or
+    a pipe, which would be none any more."""
+    target = pathlib.Path(os.path.realpath(path))
+    if target.exists() and not target.is_file():
+        raise OSError(errno.EINVAL, "it is there, and no file that can be replaced", str(path))
+    return target
 
 
 def remove_partial(path: str | os.PathLike, seconds: float = 3600) -> None:

@@ -59,6 +59,19 @@ def test_what_could_be_written_is_known_before(tmp_path):
         assert wrong.startswith(refusal.value.filename)
 
 
+def test_a_link_stays_and_what_is_no_file_too(tmp_path):
+    (tmp_path / "link").symlink_to("file")
+    for text in (1, 2):
+        write_json(tmp_path / "link", text)
+        assert (tmp_path / "link").is_symlink() and json.loads((tmp_path / "file").read_text()) == text
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        for attempt in (check_writable, lambda path: write_json(path, 1)):
+            with pytest.raises(OSError, match=f"no file that can be replaced: '{path}'"):
+                attempt(path)
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_what_killed_writers_left_is_removed_when_none_can_be_at_it(tmp_path):
     long_ago, now = (tmp_path / f"a[1].{digit * 32}.partial" for digit in "0a")
     other = tmp_path / f"a1.{'0' * 32}.partial"

@@ -152,8 +152,9 @@ class Define:
 
 
 def whole_numbers(flag: str, words: Sequence[str]) -> list[int]:
-    """The values of a flag that takes several numbers. Raises ValueError unless all are whole, from 1 on, and any."""
-    wrong = [word for word in words or [""] if not word.strip().isdecimal() or int(word) < 1]
+    """The values of a flag that takes several numbers. Raises ValueError unless all are whole, from 1 on, and any, and
+    of a size that arrays can have."""
+    wrong = [word for word in words or [""] if not (word.strip().isdecimal() and 1 <= int(word) < 2**31)]
     if wrong:
         raise ValueError(f"--{flag} has {wrong[0]!r}; expected whole numbers from 1 on, with commas between them")
     return [int(word) for word in words]

@@ -118,6 +118,7 @@ MISTAKES = {
         ("--seed=-1", "flag --seed=-1: -1 is not an integer in the range"),
         ("--out=/proc/a.json", "/proc/a.json: "),
         ("--out={tmp}", "is a folder; give the name of a file in it"),
+        ("--out=/dev/zero", "/dev/zero: it is there, and no file that can be replaced"),
     ),
     peers: (
         "--model=tiny --batch=3 --prompt=7 --new=11",

@@ -213,6 +213,7 @@ def test_values():
     [
         (script.whole_numbers, "sizes", ["7", "0"], f"--sizes has '0'; {WHOLE}"),
         (script.whole_numbers, "sizes", ["7", "-1"], f"--sizes has '-1'; {WHOLE}"),
+        (script.whole_numbers, "sizes", ["9" * 20], f"--sizes has '{'9' * 20}'; {WHOLE}"),
         (script.whole_numbers, "sizes", ["2.5"], f"--sizes has '2.5'; {WHOLE}"),
         (script.whole_numbers, "sizes", [], f"--sizes has ''; {WHOLE}"),
         (script.percentages, "rooms", ["5", "x"], f"--rooms has '5,x'; {PER_CENT}"),
