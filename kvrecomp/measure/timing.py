@@ -134,17 +134,19 @@ def measured_line(what: str, sizes: Sequence[float], timers: Sequence[Callable[[
 def random_maker(shape: tuple[int, ...], dtype: Any) -> Callable[[], jax.Array]:
     """The program, compiled, that `random` executes."""
 
-    make = functools.partial(draw, shape, dtype)
+    def make():
+        numbers = draw(shape, dtype)
+        return numbers if jnp.issubdtype(dtype, jnp.integer) else numbers * shape[-1] ** -0.5
+
     return jax.jit(make, out_shardings=memory.sharding("device")).lower().compile()
 
 
 def random(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """What `draw` gives, on the device."""
+    """Random numbers that stay of order one in a product, or any bytes: a GPU multiplies zeros faster than data."""
     return random_maker(shape, dtype)()
 
 
 def draw(shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Random numbers that stay of order one in a product, or any bytes: a GPU multiplies zeros faster than data."""
-    if jnp.issubdtype(dtype, jnp.integer):
-        return jax.random.bits(jax.random.key(0), shape, dtype)
-    return jax.random.normal(jax.random.key(0), shape, dtype) * shape[-1] ** -0.5
+    """Normal random numbers, or any bytes, within a program."""
+    make = jax.random.bits if jnp.issubdtype(dtype, jnp.integer) else jax.random.normal
+    return make(jax.random.key(0), shape, dtype)

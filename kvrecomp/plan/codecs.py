@@ -4,9 +4,9 @@ plain     as they are
 packed    in 12 bits a number, losslessly, of bfloat16: a sign, 8 bits of exponent and 7 of mantissa
 
 Packed numbers keep sign and mantissa as a byte. Of the exponent 4 bits are kept: how far below the largest of its
-channel it is, a channel being a place in `hidden`, or in [kv_heads, head_dim] of K or of V. What that cannot say, of
-zeros and infinities too, is listed apart, as a place and a value, in a list of fixed room. A block that needs more
-room cannot be packed.
+channel it is, a channel being a place in `hidden`, or in [kv_heads, head_dim] of K or of V. What that cannot say is
+listed apart, as a place and a value, in a list of fixed room, and its code is that of a zero: sums that cancel make
+many zeros, and these need no list. A block that needs more room cannot be packed.
 """
 
 from typing import Literal, NamedTuple, get_args
@@ -16,7 +16,7 @@ CODECS: tuple[Codec, ...] = get_args(Codec)
 
 PACKED_DTYPE = "bfloat16"
 NUMBERS_PER_ESCAPE = 1024  # the list has room for one in so many
-ESCAPE = 15  # the code of what is listed apart
+ESCAPE = 15  # the code of zeros, and of what is listed apart
 _ALIGNED = 128  # bytes; a tensor begins at a multiple
 
 

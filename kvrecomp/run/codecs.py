@@ -15,6 +15,7 @@ from jax import Array
 from kvrecomp.plan.codecs import ESCAPE, packed
 
 _EXPONENT = 255  # a mask; and the exponent of infinities and of what is no number
+_MAGNITUDE = 0x7FFF  # a mask: all but the sign
 _CHUNK = 32  # numbers, whose escapes are counted together; and so many chunks again
 
 
@@ -36,11 +37,9 @@ def _pack(x: Array) -> tuple[Array, Array]:
     rows = x.reshape(*x.shape[:2], -1)
     parts = packed(rows.size, rows.shape[-1])
     bits = jax.lax.bitcast_convert_type(rows, jnp.uint16)
-    exponents = (bits >> 7) & _EXPONENT
-    # Of what is finite: beside one infinity all other numbers of its channel would be listed apart.
-    tops = jnp.where(exponents == _EXPONENT, 0, exponents).max(axis=(0, 1))
-    apart = ((exponents > tops) | (tops - exponents >= ESCAPE)).reshape(-1)
-    codes = jnp.where(apart, ESCAPE, (tops - exponents).reshape(-1)).astype(jnp.uint8)
+    tops, codes = _code(bits)
+    codes = codes.reshape(-1).astype(jnp.uint8)
+    apart = (codes == ESCAPE) & (bits & _MAGNITUDE > 0).reshape(-1)
     half = parts.codes - parts.rest
     low, high = codes[:half], jnp.pad(codes[half:], (0, 2 * half - codes.size))
     count, places = _first_true(apart, parts.escapes)
@@ -57,13 +56,28 @@ def _pack(x: Array) -> tuple[Array, Array]:
     return jnp.concatenate([part.reshape(-1) for part in written]), count > parts.escapes
 
 
+def escapes(x: Array) -> Array:
+    """How many numbers of bfloat16 [s, b, ...] are listed apart where they are packed as one block, int32[]."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint16)
+    return ((_code(bits)[1] == ESCAPE) & (bits & _MAGNITUDE > 0)).sum()
+
+
+def _code(bits: Array) -> tuple[Array, Array]:
+    """The largest exponents of the channels of uint16[s, b, ...], uint16[...], and how far below them each number is;
+    ESCAPE for what is further."""
+    exponents = (bits >> 7) & _EXPONENT
+    # Of what is finite: beside one infinity all other numbers of its channel would be listed apart.
+    tops = jnp.where(exponents == _EXPONENT, 0, exponents).max(axis=(0, 1))
+    return tops, jnp.where(exponents > tops, ESCAPE, jnp.minimum(tops - exponents, ESCAPE))
+
+
 def _unpack(data: Array, shape: Sequence[int]) -> Array:
     numbers, channels = int(np.prod(shape)), int(np.prod(shape[2:]))
     parts = packed(numbers, channels)
     rest, pairs, tops, places, values = (data[start:end] for start, end in itertools.pairwise((0, *parts[:5])))
     codes = jnp.concatenate([pairs & ESCAPE, pairs >> 4])[:numbers].reshape(-1, channels)
     rest, codes, tops = (part.astype(jnp.uint16) for part in (rest.reshape(-1, channels), codes, tops))
-    bits = ((rest & 128) << 8) | ((tops - codes) << 7) | (rest & 127)
+    bits = ((rest & 128) << 8) | jnp.where(codes == ESCAPE, 0, ((tops - codes) << 7) | (rest & 127))
     x = jax.lax.bitcast_convert_type(bits, jnp.bfloat16).reshape(-1)
     places = jax.lax.bitcast_convert_type(places.reshape(-1, 4), jnp.int32)
     values = jax.lax.bitcast_convert_type(values.reshape(-1, 2), jnp.bfloat16)

@@ -17,7 +17,7 @@ import kvrecomp
 from kvrecomp.plan import BlockSpec, LayerPlan, Plan, PlanError, Workload
 from kvrecomp.plan.codecs import ESCAPE, NUMBERS_PER_ESCAPE
 from kvrecomp.run.cache import describe_blocks
-from kvrecomp.run.codecs import pack, unpack
+from kvrecomp.run.codecs import escapes, pack, unpack
 
 SPECIAL = [
     0x0000,
@@ -42,13 +42,13 @@ def unpacked(data, shape, count):
     return [toy.get(tensor).view(np.uint16) for tensor in tensors]
 
 
-def escapes(bits):
+def count_apart(bits):
     """How many numbers of uint16[s, b, channels] 4 bits cannot say: more than 14 below the largest finite exponent of
-    their channel, or above it."""
+    their channel, or above it, but for zeros."""
     exponents = (bits.astype(int) >> 7) & 255
     finite = np.where(exponents == 255, 0, exponents)
     tops = finite.max(axis=(0, 1))
-    return int(((exponents > tops) | (exponents <= tops - ESCAPE)).sum())
+    return int((((exponents > tops) | (exponents <= tops - ESCAPE)) & (bits % 2**15 > 0)).sum())
 
 
 @st.composite
@@ -74,7 +74,9 @@ def test_bit_for_bit_or_overflow(patterns, twice):
     tensors = [bits, bits[::-1].copy()] if twice else [bits]
     data, overflowed = packed(*(tensor.view(jnp.bfloat16) for tensor in tensors))
     room = math.ceil(bits.size / NUMBERS_PER_ESCAPE)
-    assert bool(overflowed) == (escapes(bits.reshape(*bits.shape[:2], -1)) > room)
+    apart = count_apart(bits.reshape(*bits.shape[:2], -1))
+    assert bool(overflowed) == (apart > room)
+    assert int(toy.get(jax.jit(escapes)(toy.put(bits.view(jnp.bfloat16))))) == apart
     if not overflowed:
         for tensor, found in zip(tensors, unpacked(data, bits.shape, len(tensors)), strict=True):
             np.testing.assert_array_equal(found, tensor)
@@ -86,12 +88,21 @@ def test_a_list_that_is_full_holds_every_place(count):
     rng = np.random.default_rng(count)
     x = rng.uniform(1, 2, size=(64, 2, 256)).astype(jnp.bfloat16)
     places = np.concatenate([[0, x.size - 1], rng.choice(np.arange(1, x.size - 1), 30, replace=False)])[:count]
-    x.reshape(-1)[places] = 0
+    x.reshape(-1)[places] = 2.0**-20
     data, overflowed = packed(x)
     assert not overflowed
     np.testing.assert_array_equal(unpacked(data, x.shape, 1)[0], x.view(np.uint16))
-    x.reshape(-1)[np.setdiff1d(np.arange(x.size), places)[: 33 - count]] = 0
+    x.reshape(-1)[np.setdiff1d(np.arange(x.size), places)[: 33 - count]] = -(2.0**-20)
     assert packed(x)[1]
+
+
+def test_zeros_are_not_listed():
+    """Of either sign, as many as there are."""
+    rng = np.random.default_rng(2)
+    x = (rng.normal(size=(40, 3, 16)) * rng.integers(0, 2, size=(40, 3, 16))).astype(jnp.bfloat16)
+    data, overflowed = packed(x)
+    assert not overflowed and (x.view(np.uint16) == 0x8000).any() and (x.view(np.uint16) == 0).any()
+    np.testing.assert_array_equal(unpacked(data, x.shape, 1)[0], x.view(np.uint16))
 
 
 def test_uniform_exponents_overflow():
