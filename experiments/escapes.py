@@ -10,6 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments.support import script
+from experiments.support.results.report import run_info
+from experiments.support.results.tables import table
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,9 +23,6 @@ from rich.console import Console
 from rich.markdown import Markdown
 
 import models
-from experiments.support import script
-from experiments.support.results.report import run_info
-from experiments.support.results.tables import table
 from kvrecomp.files import write_json
 from kvrecomp.plan.codecs import NUMBERS_PER_ESCAPE, PACKED_DTYPE
 from kvrecomp.run.attention import Projections, attend_causal
