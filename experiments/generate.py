@@ -63,7 +63,8 @@ def define_flags(into: flags.FlagValues) -> None:
     define.string("input", None, "Instead of prompts, a file of them: lines of JSON, with a prompt and maybe an id.")
     define.string("output", None, "Where to write records of an input; one that is there is gone on with.")
     define.integer("batch", BATCH, "Most prompts of an input decoded at once.", lower_bound=1)
-    define.string("plan", AUTO, f"What is cached how and where: {AUTO}, the fastest; or {', '.join(NAMES)}.")
+    plans = f"What is cached how and where: {AUTO}, the fastest; {', '.join(NAMES)}; or one of these with +packed."
+    define.string("plan", AUTO, plans)
     define.window("as the plan needs")
     define.integer("tail", None, "Tokens in the tail; default: as the plan needs.", lower_bound=1)
     define.device_memory()

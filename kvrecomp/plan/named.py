@@ -20,7 +20,7 @@ from kvrecomp.plan.layout import AUTO, DEFAULT_WINDOW, LayerPlan, Plan
 from kvrecomp.plan.shapes import Form, LayerShape, Memory, ModelShape, PlanError
 from kvrecomp.plan.workload import Workload
 
-NAMES = ("activations", "recompute", "keys_values", "split:F", "kvpr:F", "device[:F]")  # and each with "+packed"
+NAMES = ("activations", "recompute", "keys_values", "split:F", "kvpr:F", "device[:F]")
 _BARE = ("activations", "recompute", "keys_values", "device")
 _WITH_FRACTION = ("split", "kvpr", "device")
 
@@ -52,7 +52,10 @@ def _read_name(name: str) -> tuple[str, float, Codec]:
     if layout == AUTO:
         raise PlanError("what plan auto is goes by the machine: use plan_for or make_plan")
     if kind not in (_WITH_FRACTION if argument else _BARE) or (colon and not argument):
-        raise PlanError(f"there is no plan {name!r}; the plans are {', '.join((AUTO, *NAMES))}, with F from 0 to 1")
+        raise PlanError(
+            f"there is no plan {name!r}; the plans are {', '.join((AUTO, *NAMES))}, with F from 0 to 1, and all but "
+            f"{AUTO} with +packed behind the name"
+        )
     codecs: dict[str, Codec] = {codec: codec for codec in CODECS}
     codec = codecs.get(word) if plus else "plain"
     if codec is None:

@@ -27,7 +27,8 @@ from kvrecomp.predict.search import SURE, fast_ones, search
 SPLITS = (1, 2, 4, 8, 16)  # groups that rows are split into: a program of column order has the attention of each
 ALIKE = 1.03  # times the shortest workload, with fewer groups or in row order, whose program is smaller, is as good
 SMALL_PREFILL = 1 / 16  # of the device memory
-RIVALS = ("activations", "recompute", "keys_values", "split:0.5", "device")  # what the choice is compared with
+# What the choice is compared with.
+RIVALS = ("activations", "recompute", "keys_values", "split:0.5", "device", "activations+packed", "keys_values+packed")
 
 
 def make_plan(

@@ -227,13 +227,14 @@ class Decoder:
 
     def _go_on_plain(self, layers: Sequence[int], write_outs: int | None = None) -> None:
         """Changes the plan to one with plain blocks in these layers, from that write-out on, or all of them."""
-        LOG.warning(
-            "plan %s: blocks of %d of %d layers are plain from here on: more of their numbers are far below the "
-            "largest of their channel than a packed block lists",
-            *(self.plan.name, len(layers), len(self.plan.layers)),
+        plan = self.plan.plain_from(layers, write_outs)
+        why = (
+            f"blocks of {len(layers)} of {len(plan.layers)} layers are plain from here on: more of their numbers are "
+            "far below the largest of their channel than a packed block lists"
         )
+        LOG.warning("plan %s: %s", plan.name, why)
         self._programs.cancel()
-        self._take_plan(self.plan.plain_from(layers, write_outs))
+        self._take_plan(replace(plan, reason=f"{plan.reason}; {why}" if plan.reason else why))
 
     def _reserve_growth(self) -> None:
         """Pins host memory for the blocks to come, of all groups."""

@@ -175,6 +175,7 @@ def test_what_cannot_be_packed_is_kept_plain(name, caplog):
     np.testing.assert_array_equal(found, toy.decoded_logits(plain, texts))
     assert decoder.plan.layers[0].prompt[0].codec == "plain"
     assert len([record for record in caplog.records if "plain from here on" in record.message]) == 1
+    assert "plain from here on" in str(decoder.plan)
 
 
 def test_a_tail_that_cannot_be_packed_is_written_out_plain():
