@@ -19,23 +19,22 @@ import statistics
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-from absl import flags
-from rich.console import Console
-from rich.markdown import Markdown
-
-import kvrecomp
-import models
 from experiments.support import script
-from experiments.support.results import tables
+from experiments.support.results import tables, terminal
 from experiments.support.results.report import after_warm_up, run_info
 from experiments.support.suite import machine_lock
 from experiments.support.suite.row import Row, step_times
+
+import jax
+import numpy as np
+from absl import flags
+
+import kvrecomp
+import models
 from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
 from kvrecomp.measure.machine import copy_rate
-from kvrecomp.plan import AUTO, GIB, MIB, Memory, PlanError
+from kvrecomp.plan import AUTO, GIB, MIB, Memory, PlanError, format_bytes
 from kvrecomp.plan.named import named_weights
 from kvrecomp.predict.cost import median_write_outs, plan_costs
 from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
@@ -62,14 +61,14 @@ def define_flags(into: flags.FlagValues) -> None:
     order = "Groups one after the other, or all of them through a layer before the next; default: chosen."
     define.enum("order", None, ["row", "column"], order)
     define.string("dtype", "bfloat16", "Of weights and cache.")
-    define.number("window_mib", None, "Bytes from the host in flight or in use, in MiB; default: chosen.")
+    define.window("chosen")
     define.integer("tail", None, "Tokens in the tail; default: by their bytes.", lower_bound=1)
-    define.number("device_memory_gib", None, "Device memory to use, weights included; default: free.")
-    define.number("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
+    define.device_memory()
+    define.host_memory()
     define.number("copy_gib", 2, "Pinned memory to measure the copies-only rate with, in GiB.", lower_bound=0.5)
     timed = "Time the model's layers first, to predict better: up to a minute on a GPU, minutes on a CPU."
     define.boolean("time_layers", True, timed)
-    define.integer("seed", 0, "Of weights and prompts.")
+    define.seed("Of weights and prompts.")
     define.string("out", None, "Also write the JSON document to this file.")
     define.string("commit", "", "Recorded as the commit, where git cannot be asked.")
 
@@ -200,6 +199,9 @@ def main(given: flags.FlagValues) -> None:
     window = script.window_bytes(given.window_mib)
     shape = dataclasses.replace(models.preset(given.model).shape, dtype=given.dtype)
     tables.check_out(given.out, "link_efficiency")
+    if given.copy_gib * GIB > memory.total_host_bytes():
+        there = format_bytes(memory.total_host_bytes())
+        raise ValueError(f"--copy_gib is {given.copy_gib:g}: this machine has {there} of host memory, give less")
     budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
     plan_for = functools.partial(
         kvrecomp.plan_for, budget=budget, groups=given.groups, order=given.order, tail=given.tail, window=window
@@ -251,7 +253,8 @@ def main(given: flags.FlagValues) -> None:
         document = about | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}
         if given.out:
             write_json(given.out, document)  # what was measured is not lost with what comes after
-    Console(width=150).print(f"decode steps; copies alone reach {rate / 1e9:.1f} GB/s", Markdown(table(rows)))
+    print(f"decode steps; copies alone reach {rate / 1e9:.1f} GB/s")
+    terminal.show(terminal.standard_output(), table(rows))
     print(json.dumps(document))
 
 

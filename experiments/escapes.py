@@ -10,19 +10,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+from experiments.support import script
+from experiments.support.results import terminal
+from experiments.support.results.report import run_info
+from experiments.support.results.tables import table
+from experiments.support.source import SHIPPED
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from jax import Array
-from rich.console import Console
-from rich.markdown import Markdown
 
 import models
-from experiments.support import script
-from experiments.support.results.report import run_info
-from experiments.support.results.tables import table
-from kvrecomp.files import write_json
+from kvrecomp.files import check_writable, write_json
 from kvrecomp.plan.codecs import NUMBERS_PER_ESCAPE, PACKED_DTYPE
 from kvrecomp.run.attention import Projections, attend_causal
 from kvrecomp.run.codecs import escapes
@@ -32,7 +33,7 @@ TENSORS = ("activations", "keys", "values")
 
 def define_flags(into: flags.FlagValues) -> None:
     define = script.Define(into)
-    define.string("checkpoint", "experiments/checkpoints/pydoc", "Model directory.")
+    define.string("checkpoint", str(SHIPPED), "Directory of a model: Hugging Face's format, or models.save's.")
     define.list("texts", ["README.md"], "Text files, a row each.")
     define.integer("tokens", 1024, "Tokens of each text.", lower_bound=1)
     define.integer("block", 256, "Tokens of a block.", lower_bound=1)
@@ -68,7 +69,11 @@ def count(model: Any, ids: np.ndarray, block: int) -> dict[str, np.ndarray]:
 def main(given: flags.FlagValues) -> None:
     if given.block > given.tokens:
         raise ValueError(f"--block is {given.block}, more than the {given.tokens} of --tokens: no block is full")
+    if given.out:
+        check_writable(given.out)
     tokenizer = models.load_tokenizer(given.checkpoint)
+    if tokenizer is None:
+        raise models.CheckpointError(f"{given.checkpoint} has no tokenizer.json, which texts are read with")
     rows = []
     for path in script.names("texts", given.texts):
         ids = tokenizer.encode(Path(path).read_text(encoding="utf-8")).ids[: given.tokens]
@@ -89,7 +94,7 @@ def main(given: flags.FlagValues) -> None:
         ("all", lambda row: f"{1e4 * row['mean']:.2f}"),
         ("a block, at most", lambda row: f"{1e4 * row['largest']:.2f}"),
     )
-    Console().print(Markdown(table(found, *columns)))
+    terminal.show(terminal.standard_output(), table(found, *columns))
     document = run_info(given.commit) | {"model": model.shape.name, "block": given.block, "shares": found}
     if given.out:
         write_json(given.out, document)

@@ -26,20 +26,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from rich.console import Console
-from rich.text import Text
-
-import kvrecomp
-import models
 from experiments.support import script
 from experiments.support.check import Check, check_logits
 from experiments.support.job import runner
 from experiments.support.job.reader import checkpoint_hash
 from experiments.support.job.runner import BATCH
 from experiments.support.prompts import PROMPTS, encode, is_ids, read_prompts
+from experiments.support.results import terminal
 from experiments.support.results.report import run_info
 from experiments.support.source import SHIPPED, Source
+
+from absl import flags
+from rich.console import Console
+from rich.text import Text
+
+import kvrecomp
+import models
 from kvrecomp.plan import AUTO, format_bytes
 from kvrecomp.plan.footprint import check_within
 from kvrecomp.plan.named import NAMES
@@ -47,7 +49,6 @@ from kvrecomp.run.limits import limits
 from kvrecomp.run.sampling import Sampling
 
 NEW_TOKENS = 200
-WIDTH = 120  # of what is printed into a file or a pipe
 SAMPLING = {"do_sample": True, "temperature": 0.7, "top_k": 0, "top_p": 0.9}  # where flags and checkpoint are silent
 SILENT = "Default: as the checkpoint says, else {}."
 
@@ -64,18 +65,18 @@ def define_flags(into: flags.FlagValues) -> None:
     define.integer("batch", BATCH, "Most prompts of an input decoded at once.", lower_bound=1)
     plans = f"What is cached how and where: {AUTO}, the fastest; {', '.join(NAMES)}; or one of these with +packed."
     define.string("plan", AUTO, plans)
-    define.number("window_mib", None, "Bytes from the host in flight or in use, in MiB; default: as the plan needs.")
+    define.window("as the plan needs")
     define.integer("tail", None, "Tokens in the tail; default: as the plan needs.", lower_bound=1)
-    define.number("device_memory_gib", None, "Device memory to use, weights included; default: what is free.")
-    define.number("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
+    define.device_memory()
+    define.host_memory()
     define.boolean("chat", False, "Prompts are messages of a user: the checkpoint's chat template makes text of them.")
     define.boolean("do_sample", None, f"Sample; --nodo_sample takes the likeliest token. {SILENT.format('sample')}")
     define.number("temperature", None, f"Logits are divided by it. {SILENT.format(0.7)}")
     top_k = f"Sample from so many of the likeliest tokens; 0: all. {SILENT.format('all')}"
-    define.integer("top_k", None, top_k)
+    define.integer("top_k", None, top_k, lower_bound=0, upper_bound=2**31 - 1)
     top_p = f"Sample from the fewest tokens that have this probability together. {SILENT.format(0.9)}"
     define.number("top_p", None, top_p)
-    define.integer("seed", 0, "Of sampling, and of random weights.", lower_bound=0, upper_bound=2**32 - 1)
+    define.seed("Of sampling, and of random weights.")
     define.string("dtype", None, "Of weights and cache; default: float32 on a CPU, else as stored or bfloat16.")
     define.boolean("check", True, "Compare the logits with those of a plan with the cache in the other memory.")
     define.boolean("json", False, "Print a JSON document as the last line of standard output.")
@@ -147,14 +148,14 @@ def continue_prompts(
 
 def show(run: Run, console: Console | None = None) -> None:
     """Prints texts, plan, times, bytes and the check."""
-    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = console or terminal.standard_output()
     for number, prompt in enumerate(run.prompts):
         new = run.continuations[number]
         console.rule(f"prompt {number + 1}: {run.prompt_tokens[number]} tokens, {len(new)} new", align="left")
         text = " " + " ".join(map(str, new)) if run.texts is None else run.texts[number]
         console.print(Text.assemble((printable(prompt), "bold"), printable(text)), soft_wrap=True)
     console.rule()
-    console.print(run.result.plan.table())
+    terminal.show(console, run.result.plan.table())
     sent = run.result.link_bytes
     if sent:
         span = format_bytes(sent[0]) if sent[0] == sent[-1] else f"{format_bytes(sent[0])} to {format_bytes(sent[-1])}"
@@ -280,6 +281,8 @@ def main(given: flags.FlagValues) -> None:
         print(summary)
         if given.json:
             print(json.dumps(run_info() | dataclasses.asdict(summary)))
+        if summary.errors == summary.records > 0:
+            sys.exit(f"error: {given.output}: all {summary.records} records are errors")
         return
     run = continue_given(given, source, budget)
     show(run)

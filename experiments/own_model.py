@@ -14,6 +14,8 @@ import dataclasses
 import functools
 from pathlib import Path
 
+from experiments.support import script
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,7 +25,6 @@ from flax import nnx
 from jax import Array
 
 import kvrecomp
-from experiments.support import script
 from kvrecomp.run.attention import Attend, causal
 
 PROMPT, NEW, CONTEXT = 24, 16, 64  # tokens, which are bytes: of a prompt, decoded, of a row in training

@@ -10,9 +10,6 @@ several batches and prompts each is measured with each, as there. Only decode st
 import dataclasses
 import json
 
-from absl import flags
-
-import models
 from experiments.support import script
 from experiments.support.peers import PEERS
 from experiments.support.peers.peer import Steps
@@ -20,6 +17,10 @@ from experiments.support.results import tables
 from experiments.support.results.report import run_info, versions
 from experiments.support.suite import machine_lock
 from experiments.support.suite.row import Row, step_times
+
+from absl import flags
+
+import models
 from kvrecomp.files import write_json
 from kvrecomp.plan import Workload
 from kvrecomp.plan.named import named_plan
@@ -34,7 +35,7 @@ def define_flags(into: flags.FlagValues) -> None:
     define.list("prompt", ["256"], "Tokens in each prompt, or several such numbers.")
     define.integer("new", 32, "New tokens per row.", lower_bound=1)
     define.enum("dtype", "bfloat16", list(DTYPES), "Of weights and cache.")
-    define.integer("seed", 0, "Of weights and prompts.")
+    define.seed("Of weights and prompts.")
     define.string("out", None, "Also write the JSON document to this file.")
     define.string("commit", "", "Recorded as the commit, where git cannot be asked.")
 

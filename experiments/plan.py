@@ -19,31 +19,29 @@ import difflib
 import functools
 import json
 import math
-import sys
 from collections.abc import Sequence
 from typing import Any
 
-import jax
+from experiments.support import script
+from experiments.support.plots import png
+from experiments.support.plots.split import draw_split
+from experiments.support.results import tables, terminal
+from experiments.support.results.report import run_info
+from experiments.support.results.tables import Row
+from experiments.support.what_if import FRACTIONS, Alternative, WhatIf, measured_as, median_ms, what_if
+
 from absl import flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 import models
-from experiments.support import script
-from experiments.support.plots import png
-from experiments.support.plots.split import draw_split
-from experiments.support.results import tables
-from experiments.support.results.report import run_info
-from experiments.support.results.tables import Row
-from experiments.support.what_if import FRACTIONS, Alternative, WhatIf, measured_as, median_ms, what_if
 from kvrecomp.plan import GIB, MEMORIES, Budget, PlanError, Workload, format_bytes
 from kvrecomp.predict.datasheets import DATASHEETS
-from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
+from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.run.limits import limits
 
 THIS = "this"
-WIDTH = 120  # of what is printed into a file or a pipe
 
 
 def define_flags(into: flags.FlagValues) -> None:
@@ -56,14 +54,11 @@ def define_flags(into: flags.FlagValues) -> None:
     define.string("dtype", "bfloat16", "Of weights and cache.")
     hardware = f"The machine: {THIS}, which is measured, or a data sheet: {', '.join(DATASHEETS)}."
     define.string("hardware", THIS, hardware)
-    device = "Device memory to use, weights included; default: what is free, or the data sheet's."
-    define.number("device_memory_gib", None, device)
-    host = "Pinned host memory to use; default: what is free, or as much as is asked for."
-    define.number("host_memory_gib", None, host)
-    window = "Bytes in flight or in use, in MiB, of the plans by name; default: as the chosen plan."
-    define.number("window_mib", None, window)
+    define.device_memory("what is free, or the data sheet's")
+    define.host_memory("what is free, or as much as is asked for")
+    define.window("as the chosen plan; of the plans by name")
     define.string("plot", None, "Write a PNG: predicted step time against the split.")
-    define.string("measured", None, "Results of experiments/benchmark.py, to show those of the same workload beside.")
+    define.list("measured", [], "Results files of experiments/benchmark.py, to show rows of the same workload beside.")
     define.boolean("json", False, "Print a JSON document as the last line of standard output.")
 
 
@@ -81,26 +76,15 @@ def read_hardware(name: str) -> HardwareProfile:
     return HardwareProfile.from_datasheet(name)
 
 
-def read_budget(device_gib: float | None, host_gib: float | None) -> Budget:
-    """The budget from flags. Raises `PlanError` for what is no size, or not one in GiB."""
-    for flag, size in (("device_memory_gib", device_gib), ("host_memory_gib", host_gib)):
-        if size is not None and not (math.isfinite(size) and size >= 0):
-            raise PlanError(f"--{flag} is {size:g}; it must be a size in GiB")
-    if device_gib is not None and not LEAST_DEVICE <= device_gib * GIB <= LARGEST_DEVICE:
-        than = "more" if device_gib > 1 else "less"
-        raise PlanError(f"--device_memory_gib is {device_gib:g}, {than} than any device has: it is in GiB")
-    return Budget.of_gib(device_gib, host_gib)
-
-
 def show(found: WhatIf, measured: Sequence[Row] | None = None, console: Console | None = None) -> None:
     """Prints the plan with its reason, the alternatives, and the split of KVPR's formula; `measured` rows beside."""
-    console = console or Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = console or terminal.standard_output()
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     say(f"{found.profile.device}: {_budget_text(found.budget)}")
     if found.profile.source:
         say(found.profile.source)
-    console.print(found.chosen.plan.table())
-    console.print(table(found, measured))
+    terminal.show(console, found.chosen.plan.table())
+    terminal.show(console, table(found, measured))
     prompt = found.chosen.plan.workload.prompt
     say(
         f"KVPR's own formula, attention alone: best at {found.kvpr_tokens} of {prompt} tokens recomputed "
@@ -187,10 +171,11 @@ def main(given: flags.FlagValues) -> None:
         png.check_path(given.plot)
     shape = dataclasses.replace(models.preset(given.model).shape, dtype=given.dtype)
     workload = Workload(given.batch, given.prompt, given.new)
-    budget, window = read_budget(given.device_memory_gib, given.host_memory_gib), script.window_bytes(given.window_mib)
-    rows = None if given.measured is None else tables.read_file(given.measured)
+    budget = Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
+    window = script.window_bytes(given.window_mib)
+    rows = [row for path in given.measured for row in tables.read_file(path)] if given.measured else None
     if given.hardware != THIS:
-        jax.config.update("jax_platforms", "cpu")  # where predictions are computed: no other device is needed
+        script.use_no_device()
     profile = read_hardware(given.hardware)
     if given.hardware == THIS:
         budget = Budget(**limits(budget))  # what is free, as no weights are there

@@ -45,8 +45,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from absl import flags
-
 from experiments.support import script
 from experiments.support.paper import report as paper
 from experiments.support.paper.numbers import read
@@ -54,6 +52,9 @@ from experiments.support.plots import bars, curves
 from experiments.support.results import predictions, tables
 from experiments.support.results.tables import Row
 from experiments.support.traces import timeline
+
+from absl import flags
+
 from kvrecomp.files import write_text
 
 ROOT = Path(__file__).parent.parent

@@ -1,7 +1,7 @@
 """The paper KVPR, recomputed: a table for each of its tables, and where its numbers and its formula disagree.
 
     python experiments/reproduce_paper.py
-    python experiments/reproduce_paper.py --results=experiments/results/h100_suite.json,other.json
+    python experiments/reproduce_paper.py --measured=experiments/results/h100_suite.json,other.json
     python experiments/reproduce_paper.py --tables="Table 3,Table 4" --hardware=h200
     python experiments/reproduce_paper.py --out=experiments/results/paper.json      what experiments/readme.py takes
 
@@ -11,23 +11,20 @@ numbers are in experiments/support/paper/paper.json.
 """
 
 import functools
-import sys
 from collections.abc import Sequence
 
-from absl import flags
-from rich.console import Console
-from rich.markdown import Markdown
-
-from experiments.plan import read_hardware
+from experiments.plan import THIS, read_hardware
 from experiments.support import script
 from experiments.support.paper import costs, report
 from experiments.support.paper.numbers import Paper, Table, read
-from experiments.support.results import tables
+from experiments.support.results import tables, terminal
 from experiments.support.results.report import run_info
-from kvrecomp.files import write_json
+
+from absl import flags
+
+from kvrecomp.files import check_writable, write_json
 from kvrecomp.predict.datasheets import DATASHEETS
 
-WIDTH = 160
 LEGEND = (
     "In brackets are gains: the paper's over its baseline, others over keys_values. keys_values: all keys and values "
     "from host memory, copied under compute, or without overlap; KVPR: the paper's schedule at its best split (l/s); "
@@ -37,7 +34,7 @@ LEGEND = (
 
 def define_flags(into: flags.FlagValues) -> None:
     define = script.Define(into)
-    define.list("results", [], "Results files of experiments/benchmark.py, to show beside.")
+    define.list("measured", [], "Results files of experiments/benchmark.py, to show rows of the same settings beside.")
     define.list("tables", [], "The paper's tables of steps, by name; default: all.")
     sheets = ", ".join(DATASHEETS)
     define.string("hardware", None, f"Predict for another machine: this, which is measured, or a data sheet: {sheets}.")
@@ -56,7 +53,7 @@ def chosen(paper: Paper, names: Sequence[str]) -> list[Table]:
 
 def show(paper: Paper, compared: Sequence[Table], results: Sequence[tables.Row]) -> None:
     """Prints all of it."""
-    console = Console(width=None if sys.stdout.isatty() else WIDTH)
+    console = terminal.standard_output()
     say = functools.partial(console.print, highlight=False, markup=False, soft_wrap=True)
     say(paper.data["paper"])
     for name, profile in {table.machine: table.profile for table in compared}.items():
@@ -75,7 +72,7 @@ def show(paper: Paper, compared: Sequence[Table], results: Sequence[tables.Row])
     say(LEGEND)
     for title, table in shown.items():
         say(f"\n{title}")
-        console.print(Markdown(table))
+        terminal.show(console, table)
     drawn = ", ".join(paper.data["only_drawn"])
     say(f"Only drawn in the paper, so not here: {drawn}. Numbers read off a figure go into paper.json.")
 
@@ -83,9 +80,13 @@ def show(paper: Paper, compared: Sequence[Table], results: Sequence[tables.Row])
 def main(given: flags.FlagValues) -> None:
     paper = read()
     asked = chosen(paper, given.tables)
+    if given.out:
+        check_writable(given.out)
+    if given.hardware != THIS:
+        script.use_no_device()
     profile = None if given.hardware is None else read_hardware(given.hardware)
     compared = [costs.predict(table, given.hardware or table.machine, profile or table.profile) for table in asked]
-    results = [row for path in given.results for row in tables.read_file(path)]
+    results = [row for path in given.measured for row in tables.read_file(path)]
     compared = [costs.measured(table, results) for table in compared]
     show(paper, compared, results)
     if given.out:

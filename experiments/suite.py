@@ -27,25 +27,27 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-
-from absl import flags
-from rich.console import Console
-from rich.markdown import Markdown
+from typing import Any
 
 from experiments.support import script
 from experiments.support.peers import PEERS
-from experiments.support.results import tables
+from experiments.support.results import tables, terminal
 from experiments.support.results.report import command
 from experiments.support.suite.cases import CASES, read_cases, select
 from experiments.support.suite.machine import Machine, look
 from experiments.support.suite.process import ProcessFailed, run_process
 from experiments.support.suite.results import Results
 from experiments.support.suite.tasks import Task, check_fits, make_tasks, processes
+
+from absl import flags
+from rich.console import Console
+
+from kvrecomp.files import check_writable
 from kvrecomp.run import memory
 from models.checkpoint import DTYPES
 
-RESULTS = Path(__file__).parent / "results"
 TIMEOUT = 1200.0
+PLAIN: dict[str, Any] = {"markup": False, "highlight": False, "soft_wrap": True}  # how lines with names are printed
 
 
 def define_flags(into: flags.FlagValues) -> None:
@@ -54,9 +56,9 @@ def define_flags(into: flags.FlagValues) -> None:
     define.list("only", [], "Workloads, or sets of them, by name; default: all.")
     define.list("peers", list(PEERS), "Other programs to measure; --peers= for none.")
     define.string("workloads", None, "JSON file of workloads of your own, in place of ours.")
-    define.string("out", None, "The results file; default: with ours, by the device.")
+    define.string("out", None, "The results file; default: one in this folder, by the name of the device.")
     define.enum("dtype", "bfloat16", list(DTYPES), "Of all.")
-    define.number("host_memory_gib", None, "Host memory to use; default: what is free.")
+    define.host_memory()
     define.number("timeout_s", TIMEOUT, "Most seconds from row to row.", lower_bound=1)
     define.string("commit", "", "Recorded as the commit, where git cannot be asked.")
 
@@ -103,13 +105,13 @@ def measure(
                         if left:
                             status.update(f"{left[0]}; {sum(map(len, waiting), len(left))} rows are left")
                         for task, row in new.items():
-                            console.print(f"{task}: {row['median_ms']:.1f} ms a step", highlight=False)
+                            console.print(f"{task}: {row['median_ms']:.1f} ms a step", **PLAIN)
             except ProcessFailed as error:
                 why = str(error)
             if left:
                 task = left.pop(0)
                 results.note("failed", task, why)
-                console.print(f"{task}: failed: {why}", markup=False, highlight=False)
+                console.print(f"{task}: failed: {why}", **PLAIN)
                 waiting.extendleft(reversed(processes(left)))
 
 
@@ -134,14 +136,14 @@ def show(tasks: Sequence[Task], results: Results, console: Console) -> list[str]
     """Prints what was measured, and what was not; returns what failed."""
     rows = [row for row in map(results.row, tasks) if row is not None]
     if rows:
-        console.print(Markdown(tables.benchmark(rows)))
+        terminal.show(console, tables.benchmark([results.about | row for row in rows]))
         seconds = [row["seconds"] for row in rows if "seconds" in row]
         console.print(f"{len(seconds)} rows took {sum(seconds):.0f} s")
     failed = []
     for task in tasks:
         for kind in ("skipped", "failed"):
             if why := results.noted(kind, task):
-                console.print(f"{kind}: {task}: {why}", markup=False, highlight=False)
+                console.print(f"{kind}: {task}: {why}", **PLAIN)
                 failed += [str(task)] if kind == "failed" else []
     return failed
 
@@ -155,14 +157,15 @@ def main(given: flags.FlagValues) -> None:
     if memory.GIVEN_LIMIT is None:  # each process finds out itself what is free when it starts
         os.environ.pop(memory.LIMIT_VARIABLE, None)
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that a process is not left behind
-    console = Console(width=None if sys.stdout.isatty() else 150)
+    console = terminal.standard_output()
     if unknown := [name for name in given.peers if name not in PEERS]:
         raise ValueError(f"--peers: there is no peer {unknown[0]!r}; there are {', '.join(PEERS)}")
     cases = select(read_cases(given.workloads) if given.workloads else CASES, given.only)
     tasks = make_tasks(cases, given.peers, given.quick, given.dtype, given.host_memory_gib)
     if not tasks:
         raise ValueError("--quick leaves nothing of --only: ask for other workloads, or leave one of the flags out")
-    folder = Path(given.out).parent if given.out else RESULTS
+    folder = Path(given.out).parent if given.out else Path()
+    check_writable(given.out or folder / default_name(""))  # before anything is measured
     with alone(folder, console) as lock:
         machine = look(given.peers, given.host_memory_gib, given.commit)
         path = given.out or folder / default_name(machine.about["device"])
@@ -171,7 +174,7 @@ def main(given: flags.FlagValues) -> None:
         console.print(f"{machine.about['device']}: {len(tasks)} rows, of which {len(left)} are to be measured")
         measure(left, results, console, lock, given.commit, given.timeout_s)
     failed = show(tasks, results, console)
-    console.print(f"written to {results.path}")
+    console.print(f"written to {results.path}", **PLAIN)
     if failed:
         sys.exit(f"error: {len(failed)} of {len(tasks)} rows failed: {', '.join(failed)}")
 

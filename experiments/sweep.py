@@ -1,6 +1,6 @@
 """Measures single steps under many plans, to check what the cost function predicts and what the scheduler chooses.
 
-    python experiments/sweep.py --models=opt-1.3b,opt-6.7b --batches=1,8,32 --cached=512,1024 --out=predictions.json
+    python experiments/sweep.py --model=opt-1.3b,opt-6.7b --batch=1,8,32 --prompt=512,1024 --out=predictions.json
     python experiments/sweep.py --rooms=0,25,50,100 --out=choices.json
     python experiments/sweep.py --from=predictions.json --plot=predictions.png
 
@@ -25,21 +25,21 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-from rich.console import Console
-from rich.markdown import Markdown
-from rich.progress import track
-
-import kvrecomp
-import models
 from experiments.support import script
 from experiments.support.plots import png
-from experiments.support.results import predictions, tables
+from experiments.support.results import predictions, tables, terminal
 from experiments.support.results.predictions import Measured
 from experiments.support.results.report import run_info
 from experiments.support.suite import machine_lock
 from experiments.support.suite.step_timing import NEW, device_bytes_with_room, step_seconds, with_positions
-from kvrecomp.files import write_json
+
+from absl import flags
+from rich.console import Console
+from rich.progress import track
+
+import kvrecomp
+import models
+from kvrecomp.files import check_writable, write_json
 from kvrecomp.plan import (
     DEFAULT_WINDOW,
     FORMS,
@@ -250,12 +250,12 @@ def summary(rows: list[Measured]) -> str:
 
 def define_flags(into: flags.FlagValues) -> None:
     define = script.Define(into)
-    define.list("models", ["opt-1.3b", "opt-6.7b", "opt-13b"], "Presets.")
-    define.list("batches", ["1", "8", "32"], "Rows decoded together.")
-    define.list("cached", ["512", "1024", "4096"], "Cached tokens of a row.")
+    define.list("model", ["opt-1.3b", "opt-6.7b", "opt-13b"], "Presets.")
+    define.list("batch", ["1", "8", "32"], "Rows decoded together.")
+    define.list("prompt", ["512", "1024", "4096"], "Cached tokens of a row.")
     define.list("rooms", [], "Per cent of the keys and values that the device may hold.")
     define.integer("layers", None, "Cut the models to so many layers.", lower_bound=1)
-    define.number("host_memory_gib", 72, "Most pinned memory of a plan.")
+    define.number("host_memory_gib", 72, "Most pinned memory of a plan.", lower_bound=2**-10)
     define.list("from", [], "Results of this script, read instead of measuring.")
     define.string("plot", None, "Write a PNG: how far predictions are off.")
     define.string("plot_choices", None, "Write a PNG: chosen plans against the best by hand.")
@@ -269,7 +269,7 @@ def define_flags(into: flags.FlagValues) -> None:
 def read_rows(paths: Sequence[str], console: Console) -> list[Measured]:
     """The rows of results files, which are said."""
     rows = [row for path in paths for row in tables.predicted(tables.read_file(path))]
-    console.print(Markdown(summary(rows)))
+    terminal.show(console, summary(rows))
     return rows
 
 
@@ -278,31 +278,31 @@ def measure_rows(given: flags.FlagValues, console: Console) -> tuple[list[Measur
 
     What was measured is not lost with what comes after. The profile in the document says what predictions came of.
     """
-    batches, cached = (script.whole_numbers(name, getattr(given, name)) for name in ("batches", "cached"))
+    batches, cached = (script.whole_numbers(name, getattr(given, name)) for name in ("batch", "prompt"))
     rooms = script.percentages("rooms", given.rooms)
-    configs = [models.preset(name) for name in script.names("models", given.models)]  # a mistake is said first
+    configs = [models.preset(name) for name in script.names("model", given.model)]  # a mistake is said first
     configs = [with_positions(config, max(cached) + NEW) for config in configs]
-    if not given.host_memory_gib > 0:
-        raise ValueError(f"--host_memory_gib is {given.host_memory_gib:g}; it must be a size in GiB above zero")
+    if given.out:
+        check_writable(given.out)
     host = given.host_memory_gib * GIB
     memory.limit_pinned(host)
     about = run_info(given.commit)
     rows, commands = measured_before(given.out, about)
     about["command"] = AND.join(dict.fromkeys([*commands, about["command"]]))
     if rows:
-        console.print(Markdown(summary(rows)))
+        terminal.show(console, summary(rows))
     document = about | {"profile": None, "rows": [dataclasses.asdict(row) for row in rows]}
     for machine, measured in run(configs, batches, cached, rooms, given.layers, host, console, list(rows)):
         rows += measured
         document = about | {"profile": machine.to_json(), "rows": [dataclasses.asdict(row) for row in rows]}
         if given.out:
             write_json(given.out, document)
-        console.print(Markdown(summary(measured)))
+        terminal.show(console, summary(measured))
     return rows, document
 
 
 def main(given: flags.FlagValues) -> None:
-    console = Console(width=150)
+    console = terminal.standard_output()
     old = given["from"].value
     if old and given.out:
         raise ValueError("--out is for what is measured, and with --from nothing is: give one of them")

@@ -24,22 +24,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-from absl import flags
-from jax.profiler import ProfileData, ProfileOptions
-from rich.console import Console
-from rich.markdown import Markdown
-
-import kvrecomp
-import models
 from experiments.support import script
 from experiments.support.plots import png
-from experiments.support.results import tables
+from experiments.support.results import tables, terminal
 from experiments.support.results.report import run_info
 from experiments.support.results.tables import Row
 from experiments.support.suite import machine_lock, step_timing
 from experiments.support.traces import timeline, xplane
+
+import jax
+import numpy as np
+from absl import flags
+from jax.profiler import ProfileData, ProfileOptions
+
+import kvrecomp
+import models
 from kvrecomp.files import write_json
 from kvrecomp.plan import AUTO
 from kvrecomp.run import memory
@@ -58,8 +57,8 @@ def define_flags(into: flags.FlagValues) -> None:
     define.list("plans", ["activations"], "Plans: auto, or as named_plan has them.")
     define.boolean("compare", False, f"Short for --plans={','.join(COMPARED)}.")
     define.string("dtype", "bfloat16", "Of weights and cache.")
-    define.number("device_memory_gib", None, "Device memory to use, weights included; default: free.")
-    define.number("host_memory_gib", None, "Pinned host memory to use; default: what is free.")
+    define.device_memory()
+    define.host_memory()
     define.string("plot", "trace.png", "Write the picture to this PNG.")
     define.string("out", None, "Also write the JSON document to this file.")
     define.string("from", None, "A JSON document of this script, drawn without tracing.")
@@ -167,7 +166,7 @@ def summary(rows: Sequence[Row]) -> str:
 
 
 def main(given: flags.FlagValues) -> None:
-    console, old = Console(width=150), given["from"].value
+    console, old = terminal.standard_output(), given["from"].value
     if old and given.out:
         raise ValueError("--out is for what is traced, and with --from nothing is: give one of them")
     png.check_path(given.plot)
@@ -177,7 +176,7 @@ def main(given: flags.FlagValues) -> None:
     if given.out:
         write_json(given.out, document)
     timeline.draw(rows, given.plot)
-    console.print(Markdown(summary(rows)))
+    terminal.show(console, summary(rows))
     console.print(f"drawn to {given.plot}", markup=False, highlight=False, soft_wrap=True)
     for row in rows:
         if row["unknown"] > 0.05:

@@ -20,10 +20,15 @@ import math
 import os
 import sys
 import time
+import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from experiments.support import corpus, script
+from experiments.support.results.report import run_info, versions
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +41,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 import models
-from experiments.support import corpus, script
-from experiments.support.results.report import run_info, versions
-from kvrecomp.files import replacing, write_json
+from kvrecomp.files import check_writable, replacing, write_json
 from kvrecomp.run.attention import causal
 from models.checkpoint import is_ours
 from models.config import check_size
@@ -308,10 +311,12 @@ def train(
 
 
 def check_paths(output: str | os.PathLike[str], work_dir: str | os.PathLike[str] | None) -> None:
-    """Makes the work_dir. Raises ValueError where a path has what is no checkpoint, or no state, of ours."""
+    """Makes the work_dir. Raises ValueError where a path has what is no checkpoint, or no state, of ours, and OSError
+    where none can be written."""
     output = Path(output)
     if output.exists() and not is_ours(output) and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"output {str(output)!r} is not a checkpoint of ours; choose another directory or remove it")
+    check_writable(output)
     if work_dir is None:
         return
     work_dir = Path(work_dir)
@@ -322,6 +327,7 @@ def check_paths(output: str | os.PathLike[str], work_dir: str | os.PathLike[str]
         raise ValueError(
             f"work_dir {work_dir} is not a training run's: it has {min(other)}; choose an empty or a new directory"
         )
+    check_writable(work_dir / STATE)
 
 
 def _best(curve: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -341,11 +347,15 @@ def save(work_dir: Path, identity: dict[str, Any], curve: list[dict[str, Any]], 
 
 
 def restore(work_dir: Path, identity: dict[str, Any], like: Any) -> tuple[list[dict[str, Any]], Any]:
-    """The loss curve and the arrays that were saved last, in a tree like this. Raises ValueError for another run's."""
+    """The loss curve and the arrays that were saved last, in a tree like this. Raises ValueError for another run's, and
+    for what cannot be read."""
     leaves, structure = jax.tree.flatten(like)
-    with np.load(work_dir / STATE) as file:
-        record = json.loads(str(file["record"]))
-        arrays = [file[f"arr_{number}"] for number in range(len(leaves))]
+    try:
+        with np.load(work_dir / STATE) as file:
+            record = json.loads(str(file["record"]))
+            arrays = [file[f"arr_{number}"] for number in range(len(leaves))]
+    except (zipfile.BadZipFile, zlib.error, ValueError, KeyError, EOFError, TypeError) as error:
+        raise ValueError(f"{work_dir / STATE} cannot be read ({error}): remove it, to begin anew") from error
     for name, value in identity.items():
         if (saved := record["identity"].get(name)) != value:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""How a script starts: mistakes, words that are not flags, and Ctrl-C end it with one line.
+"""How a script starts, and ends: mistakes, words that are not flags, and Ctrl-C end it with one line.
 
     def define_flags(into: flags.FlagValues) -> None:
         define = script.Define(into)
@@ -17,18 +17,23 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 
+import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from kvrecomp.plan import MIB, Workload
+from kvrecomp.plan import GIB, MIB, Workload
+from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE
 from kvrecomp.run import memory
+
+flags.disclaim_key_flags()  # flags are those of the script that defines them here, and --help lists them
 
 # The user's: unknown flags, a plan that does not fit, a missing file or package, sizes or losses beyond floating point.
 # PlanError, PromptError and CheckpointError are ValueErrors.
-MISTAKES = (flags.Error, ValueError, OSError, ImportError, ArithmeticError)
+MISTAKES = (flags.Error, ValueError, OSError, ImportError, ArithmeticError, MemoryError)
 INTERRUPTED = 130  # the exit status that shells give to Ctrl-C
 
 
@@ -37,19 +42,24 @@ def in_one_line() -> Iterator[None]:
     """A context that ends the program with a mistake's message, or word of an interruption, as one line."""
     try:
         yield
-    except (RuntimeError, AssertionError):  # of jax's where it has no device
-        try:
-            memory.device()
-        except OSError as error:
-            sys.exit(f"error: {error}")
-        raise
+        sys.stdout.flush()
     except MISTAKES as error:
-        text = str(error)
+        if isinstance(error, BrokenPipeError):  # whoever reads has read enough
+            sys.exit(1)
+        text = str(error) or type(error).__name__
         if isinstance(error, flags.Error):
             text += "; --help lists the flags"
-        if isinstance(error, OSError) and error.filename is not None:
-            text = f"{error.filename}: {error.strerror}"  # Python's own begins with a number
+        if isinstance(error, OSError) and error.strerror:  # Python's own begins with a number
+            text = f"{error.filename or 'standard output'}: {error.strerror}"  # files that are written have names
         sys.exit("error: " + " ".join(text.split()))
+    except (RuntimeError, AssertionError) as error:  # of jax's, where a memory is full or there is no device
+        if "RESOURCE_EXHAUSTED" in str(error):
+            sys.exit(f"error: a memory is full ({str(error).splitlines()[0]}): ask for less, or let a plan use less")
+        try:
+            memory.device()
+        except OSError as missing:
+            sys.exit(f"error: {missing}")
+        raise
     except KeyboardInterrupt as interruption:
         print(f"interrupted{interruption}", file=sys.stderr)  # it may say how to go on
         sys.exit(INTERRUPTED)
@@ -69,25 +79,82 @@ def run(main: Callable[[flags.FlagValues], None], define_flags: Callable[[flags.
     """Reads the flags, calls `main` with them and ends the program."""
     define_flags(flags.FLAGS)
     with in_one_line():  # flags_parser: absl's own says more than a line
-        app.run(lambda words: call(main, flags.FLAGS, words), flags_parser=flags.FLAGS)
+        app.run(lambda words: call(main, flags.FLAGS, words), flags_parser=_parse)
+
+
+def _parse(words: Sequence[str]) -> list[str]:
+    """What is no flag of these words; the only one that ends the program is --help."""
+    try:
+        return flags.FLAGS(words)
+    except SystemExit:  # with a status that says that it failed
+        sys.exit(0)
+
+
+def use_no_device() -> None:
+    """For scripts that only predict: the CPU does that, whatever devices jax would look for."""
+    jax.config.update("jax_platforms", "cpu")
+
+
+class FiniteParser(flags.FloatParser):
+    """Reads numbers, but for NaN, which is outside of no bounds, and infinities."""
+
+    def convert(self, argument: str | float) -> float:
+        number = super().convert(argument)
+        if not math.isfinite(number):
+            raise ValueError(f"{number} is not a finite number")
+        return number
 
 
 class Define:
-    """absl's functions that define flags, for the flags of one script: `define.string(name, default, help)`."""
+    """absl's functions that define flags, for the flags of one script: `define.string(name, default, help)`.
+
+    Flags that several scripts have are defined here, and so are the same in all.
+    """
 
     def __init__(self, into: flags.FlagValues):
+        self._into = into
         self.string = functools.partial(flags.DEFINE_string, flag_values=into)
         self.integer = functools.partial(flags.DEFINE_integer, flag_values=into)
-        self.number = functools.partial(flags.DEFINE_float, flag_values=into)
         self.boolean = functools.partial(flags.DEFINE_bool, flag_values=into)
         self.list = functools.partial(flags.DEFINE_list, flag_values=into)
         self.strings = functools.partial(flags.DEFINE_multi_string, flag_values=into)
         self.enum = functools.partial(flags.DEFINE_enum, flag_values=into)
 
+    def number(
+        self,
+        name: str,
+        default: float | None,
+        help: str,
+        lower_bound: float | None = None,
+        upper_bound: float | None = None,
+    ) -> None:
+        """A finite number within the bounds."""
+        parser = FiniteParser(lower_bound, upper_bound)
+        flags.DEFINE(parser, name, default, help, self._into, flags.ArgumentSerializer())
+
+    def device_memory(self, otherwise: str = "what is free") -> None:
+        """--device_memory_gib, of a size that a device may have."""
+        help = f"Device memory to use, weights included; default: {otherwise}."
+        self.number("device_memory_gib", None, help, LEAST_DEVICE / GIB, LARGEST_DEVICE / GIB)
+
+    def host_memory(self, otherwise: str = "what is free") -> None:
+        """--host_memory_gib."""
+        self.number("host_memory_gib", None, f"Pinned host memory to use; default: {otherwise}.", 0)
+
+    def window(self, otherwise: str) -> None:
+        """--window_mib, of a size that a device may have."""
+        help = f"Bytes from the host in flight or in use, in MiB; default: {otherwise}."
+        self.number("window_mib", None, help, 1 / MIB, LARGEST_DEVICE / MIB)
+
+    def seed(self, help: str) -> None:
+        """--seed, as jax and numpy take it."""
+        self.integer("seed", 0, help, lower_bound=0, upper_bound=2**32 - 1)
+
 
 def whole_numbers(flag: str, words: Sequence[str]) -> list[int]:
-    """The values of a flag that takes several numbers. Raises ValueError unless all are whole, from 1 on, and any."""
-    wrong = [word for word in words or [""] if not word.strip().isdecimal() or int(word) < 1]
+    """The values of a flag that takes several numbers. Raises ValueError unless all are whole, from 1 on, and any, and
+    of a size that arrays can have."""
+    wrong = [word for word in words or [""] if not (word.strip().isdecimal() and 1 <= int(word) < 2**31)]
     if wrong:
         raise ValueError(f"--{flag} has {wrong[0]!r}; expected whole numbers from 1 on, with commas between them")
     return [int(word) for word in words]
@@ -122,7 +189,5 @@ def workloads(batches: Sequence[str], prompts: Sequence[str], new: int) -> list[
 
 
 def window_bytes(mib: float | None) -> int | None:
-    """Bytes of --window_mib, None where it was not given. Raises ValueError for what is no size."""
-    if mib is not None and not 1 <= mib * MIB < float("inf"):
-        raise ValueError(f"--window_mib is {mib:g}; it must be a size in MiB")
+    """Bytes of --window_mib, None where it was not given."""
     return None if mib is None else int(mib * MIB)

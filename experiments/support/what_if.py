@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from experiments.support.results import tables
+
 from kvrecomp.plan import AUTO, MEMORIES, Budget, Memory, Method, ModelShape, Plan, Workload, format_bytes
 from kvrecomp.plan.cutting import default_tail
 from kvrecomp.plan.footprint import memory_needed

@@ -301,7 +301,7 @@ def test_program_prints_all_and_json_last(checkpoint):
         (["--max_new_tokens=0"], "flag --max_new_tokens=0: 0 is not a positive integer"),
         (["--temperature=0"], "temperature is 0.0; it must be above zero"),
         (["--plan=activations", "--window_mib=0.00005"], "is smaller than a block"),
-        (["--plan=activations", "--window_mib=nan"], "--window_mib is nan; it must be a size in MiB"),
+        (["--plan=activations", "--window_mib=nan"], "flag --window_mib=nan: nan is not a finite number"),
         (["--prompt=" + "x" * 55, "--plan=device", "--device_memory_gib=0.000062"], "of device memory"),
         (["--dtype=int8"], "dtype is int8; expected one of float32"),
         (["--checkpoint=/nowhere"], "/nowhere is not a directory"),

@@ -221,6 +221,7 @@ def test_a_prompt_whose_logits_are_nan_is_an_error_and_the_others_are_not(files,
     assert records.pop(2) == {"id": "p2", "line": 3, "error": told, "finish_reason": "error"}
     assert records == expected[:2] + expected[3:]
     assert capsys.readouterr().err == f"line 3: {told}\n"
+    assert (files.summary.errors, files.run().errors) == (1, 1)
 
 
 def test_weights_that_do_not_fit_are_in_host_memory(files):
@@ -393,6 +394,36 @@ def test_an_input_that_changes_meanwhile_is_an_error(files, monkeypatch):
     assert len(files.records()) == 3
 
 
+@pytest.mark.parametrize("lines", [[{"prompt": [1, 2]}] * 3, LINES[:-1], [{"prompt": [7] * 40}]])
+def test_an_input_that_changes_while_it_is_surveyed_leaves_no_job(files, monkeypatch, lines):
+    """And is put back then, with its times: what was surveyed is what counts."""
+    surveyed, whole, stat = runner.survey, files.source.read_bytes(), files.source.stat()
+
+    def survey(*given):
+        files.write(*lines)
+        found = surveyed(*given)
+        files.source.write_bytes(whole)
+        os.utime(files.source, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+        return found
+
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="was changed since"):
+        patch.setattr(runner, "survey", survey)
+        files.run()
+    assert list(files.path.iterdir()) == [files.source]
+    assert files.run().prompts == 8
+
+
+@pytest.mark.parametrize(
+    "waits", ["[150, {}]", "[7, {}]", '[7, {"id": "p6", "finish_reason": "stop"}]', '[7, {"id": "p7"}]']
+)
+def test_what_somebody_wrote_into_the_waiting_file_is_not_believed(files, waits):
+    files.killed(1)
+    with files.target.with_name("out.jsonl.waiting.jsonl").open("a") as file:
+        file.write(f"{waits}\n")
+    with pytest.raises(ValueError, match=r"waiting.jsonl was changed: (its record 7 is|the input has no line 150)"):
+        files.run()
+
+
 def test_another_machine_is_warned_of(files, monkeypatch, capsys):
     files.killed(1)
     monkeypatch.setattr(runner, "machine", lambda: {"device": "another", "jax": "0.0"})
@@ -452,6 +483,16 @@ def test_the_command_runs_the_job_and_prints_a_summary(files, checkpoint, capsys
         SystemExit, match=r"error: .* was begun with dtype float32, not float16, top_p 1\.0, not 0\.9: "
     ):
         command(*given, *options[:4], *options[5:], "--dtype=float16")
+
+
+@pytest.mark.parametrize("lines", [["nonsense", "{}"], [{"prompt": "x" * 90}]])
+def test_a_job_of_errors_alone_fails(files, checkpoint, lines):
+    """When it is run, and when it is complete."""
+    files.write(*lines)
+    given = [f"--checkpoint={checkpoint}", f"--input={files.source}", f"--output={files.target}"]
+    for _ in range(2):
+        with pytest.raises(SystemExit, match=rf"^error: {files.target}: all {len(lines)} records are errors$"):
+            command(*given, "--max_new_tokens=7")
 
 
 def test_random_weights_take_any_text(files, monkeypatch):

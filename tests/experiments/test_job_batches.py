@@ -107,3 +107,9 @@ def test_a_plan_survives_json(name, kind):
     plan = kvrecomp.plan_for(name, shape, Workload(3, 11, 17), budget=budget, tail=4)
     again = plan_from(json.loads(json.dumps(plan_document(plan))), shape)
     assert again == plan and hash(again) == hash(plan)
+
+
+def test_a_prompt_that_no_plan_has_room_for():
+    plans = [kvrecomp.named_plan("device", SHAPE, Workload(2, length, 3)) for length in (3, 5)]
+    with pytest.raises(ValueError, match="a prompt is 7 tokens, more than any was when the output was begun"):
+        batches([3, 7, 5], plans)

@@ -1,13 +1,16 @@
 """A job's files: a kill at any byte leaves them fit to be continued, and nobody else's output is touched."""
 
+import fcntl
 import itertools
 import json
+import os
 import resource
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from experiments.support.job import output as output_module
 from experiments.support.job.output import FORMAT, Output
 
 DESCRIPTION = {"records": 7, "settings": {"seed": 1}}
@@ -44,8 +47,8 @@ def killed_after(path: Path, size: int) -> int | None:
         if len(line) > left:
             file.write(line[:left])
             raise Killed
-        append(file, name, document)
         left -= len(line)
+        return append(file, name, document)
 
     output._append = cut
     output.__enter__()
@@ -122,7 +125,8 @@ def test_a_kill_before_the_output_is_there_begins_anew(tmp_path):
     with Output(tmp_path / "out") as output:
         assert list(write_all(output)) == BATCHES
     assert (tmp_path / "out").read_bytes() == EXPECTED
-    assert json.loads((tmp_path / "out.job.json").read_text()) == {"format": FORMAT, **DESCRIPTION}
+    description = json.loads((tmp_path / "out.job.json").read_text())
+    assert len(description.pop("sha256")) == 64 and description == {"format": FORMAT, **DESCRIPTION}
 
 
 @pytest.mark.parametrize("limit", [1, 60, 90, len(EXPECTED) - 1])
@@ -157,13 +161,27 @@ def test_an_output_that_no_job_wrote_is_left_alone(tmp_path, content):
     assert files(tmp_path / "out") == {"out": content}
 
 
-@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 4}', '{"format": 99}'])
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": 4}', '{"format": 99}', "[" * 99_999])
 def test_a_description_that_is_none(tmp_path, content):
     (tmp_path / "out").write_bytes(b'{"id": 1}\n{"id"')
     (tmp_path / "out.job.json").write_text(content)
+    before = files(tmp_path / "out")
     with pytest.raises(ValueError, match="does not describe a job"), Output(tmp_path / "out"):
         pass
-    assert (tmp_path / "out").read_bytes() == b'{"id": 1}\n{"id"'
+    assert files(tmp_path / "out") == before
+
+
+@pytest.mark.parametrize("edit", [("7", "8"), ('"seed": 1', '"seed": 1.0'), ('"records": 7,\n', "")])
+def test_a_description_that_somebody_edited(tmp_path, edit):
+    killed_after(tmp_path / "out", 200)
+    path = tmp_path / "out.job.json"
+    path.write_text(json.dumps(json.loads(path.read_text()), indent=3))  # other spaces change nothing
+    with Output(tmp_path / "out"):
+        pass
+    assert edit[0] in path.read_text()
+    path.write_text(path.read_text().replace(*edit))
+    with pytest.raises(ValueError, match=r"does not describe a job \(it was changed\)"), Output(tmp_path / "out"):
+        pass
 
 
 @pytest.mark.parametrize("changed", ["out", "out.waiting.jsonl"])
@@ -184,3 +202,73 @@ def test_one_process_at_a_time(tmp_path):
         output.add({1: RECORDS[1]})
     with Output(tmp_path / "out") as output:
         assert output.written == 2 and output.waiting == {3: RECORDS[3]}
+
+
+def test_a_lock_on_a_file_that_is_removed_meanwhile_excludes_others(tmp_path, monkeypatch):
+    """The second process has opened the file, and not locked it yet, when the first one removes it."""
+    first, second = (Output(tmp_path / "out") for _ in range(2))
+    first.__enter__().begin(DESCRIPTION)
+    lock = fcntl.flock
+
+    def late(*given):
+        monkeypatch.setattr(output_module.fcntl, "flock", lock)
+        first.__exit__()
+        lock(*given)
+
+    monkeypatch.setattr(output_module.fcntl, "flock", late)
+    with second:
+        with pytest.raises(ValueError, match="another process is writing"), Output(tmp_path / "out"):
+            pass
+        second.add({0: RECORDS[0]})
+    assert set(files(tmp_path / "out")) == {"out", "out.job.json"}
+
+
+# --- crashes of the machine -------------------------------------------------------------------------------------------
+
+
+def test_what_a_crash_would_lose_is_on_the_disk_in_time(tmp_path, monkeypatch):
+    """The description before it has its name, both names before the first record, records before what waits goes."""
+    done, path = [], tmp_path / "out"
+
+    def noted(name, call, of):
+        def noting(*given):
+            done.append((name, of(given[0]).name.partition(".job.json.")[0]))
+            return call(*given)
+
+        monkeypatch.setattr(os, name, noting)
+
+    noted("fsync", os.fsync, lambda opened: Path(os.readlink(f"/proc/self/fd/{opened}")))
+    noted("replace", os.replace, Path)
+    noted("ftruncate", os.ftruncate, lambda opened: Path(os.readlink(f"/proc/self/fd/{opened}")))
+    with Output(path) as output:
+        output.begin(DESCRIPTION)
+        folder, waiting = tmp_path.name, "out.waiting.jsonl"
+        written = [("fsync", "out"), ("replace", "out"), ("fsync", folder), ("ftruncate", waiting), ("fsync", folder)]
+        assert done == written
+        done.clear()
+        output.add(dict(enumerate(RECORDS)))
+        output.settle()
+        assert done == [("fsync", "out"), ("ftruncate", waiting)]
+
+
+@pytest.mark.parametrize("name", ["out", "out.waiting.jsonl"])
+def test_zeros_that_a_crash_has_left_are_a_line_cut_short(tmp_path, name):
+    path = tmp_path / "out"
+    killed_after(path, 200)
+    whole = (tmp_path / name).read_bytes()
+    (tmp_path / name).write_bytes(whole[:-9] + b"\0" * 9 + b"\n" + whole)
+    with Output(path) as output:
+        list(write_all(output))
+    assert path.read_bytes() == EXPECTED
+
+
+def test_nothing_is_left_of_a_kill_while_files_are_put_in_place(tmp_path):
+    path, partial = tmp_path / "out", f"out.job.json.{'0' * 32}.partial"
+    for name in (partial, partial.replace(".job", "")):
+        (tmp_path / name).write_text("{")
+    with Output(path) as output:
+        list(write_all(output))
+    (tmp_path / "out.waiting.jsonl").write_text('[3, {"id": "it is written already"}]\n')
+    with Output(path) as output:
+        assert output.written == 7 and not output.waiting
+    assert set(files(path)) == {"out", "out.job.json", partial.replace(".job", "")}  # which is nobody's, here

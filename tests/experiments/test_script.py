@@ -2,6 +2,7 @@
 
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,6 +70,12 @@ def test_flags_are_what_main_is_given(capsys):
         (raising(OSError("no space")), [], "no space"),
         (raising(ModuleNotFoundError("install it")), [], "install it"),
         (raising(OverflowError("too large")), [], "too large"),
+        (raising(MemoryError()), [], "MemoryError"),
+        (
+            raising(RuntimeError("RESOURCE_EXHAUSTED: Out of memory.\nBuffers: ...")),
+            [],
+            "a memory is full (RESOURCE_EXHAUSTED: Out of memory.): ask for less, or let a plan use less",
+        ),
     ],
 )
 def test_a_mistake_is_a_line_and_status_1(called, words, message):
@@ -121,6 +128,80 @@ def test_a_process_that_is_interrupted():
     assert process.returncode == 130
 
 
+# --- processes --------------------------------------------------------------------------------------------------------
+
+
+def run(command, **environment):
+    """What a command of a shell, in which `$PLAN` is the quickest script, ends with: status, and what it says."""
+    words = "--hardware=t4 --model=opt-125m --batch=2 --prompt=64 --new=3"
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "PLAN": f"{sys.executable} experiments/plan.py {words}",
+    } | environment
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, env=environment, capture_output=True, text=True)
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_help_is_no_failure():
+    status, said, told = run("$PLAN --help")
+    assert status == 0 and "--device_memory_gib: Device memory to use" in said and not told
+
+
+@pytest.mark.parametrize(
+    ("command", "status", "told"),
+    [
+        ("$PLAN >&-", 0, ""),
+        ("$PLAN >/dev/full", 1, "error: standard output: No space left on device\n"),
+        ("set -o pipefail; $PLAN | true", 1, ""),
+    ],
+)
+def test_an_output_that_cannot_be_written(command, status, told):
+    assert run(command) == (status, "", told)
+
+
+@pytest.mark.parametrize("platform", ["cuda", "foo"])
+def test_a_machine_without_the_device_that_is_asked_for(platform):
+    """Other machines are predicted without one."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        pytest.skip("there is a GPU")
+    status, said, told = run("$PLAN; $PLAN --hardware=this", JAX_PLATFORMS=platform)
+    assert status == 1 and "NVIDIA T4" in said
+    assert told.splitlines()[-1].startswith("error: jax has no device where JAX_PLATFORMS is ")
+    assert "plan.py" not in told  # a traceback's; jax's plugins write their own
+
+
+@pytest.mark.parametrize(
+    ("raised", "status"), [("KeyboardInterrupt", -signal.SIGINT), ("ImportError from KeyboardInterrupt()", 1)]
+)
+def test_an_interruption_while_a_script_imports_is_a_line(tmp_path, raised, status):
+    """Here by what it imports, which may make something else of it."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Interrupted:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'jax':\n"
+        f"            raise {raised}\n"
+        "sys.meta_path.insert(0, Interrupted())\n"
+    )
+    assert run("$PLAN", PYTHONPATH=f"{tmp_path}:{ROOT}") == (status, "", "interrupted\n")
+
+
+@pytest.mark.parametrize(("given", "found"), [(None, "3"), ("0", "0")])
+def test_what_xla_says_is_what_the_user_asks_for(tmp_path, given, found):
+    (tmp_path / "kvrecomp").mkdir()
+    (tmp_path / "kvrecomp" / "__init__.py").write_text(
+        "import os; raise ValueError(os.environ['TF_CPP_MIN_LOG_LEVEL'])\n"
+    )
+    shutil.copytree(
+        ROOT / "experiments", tmp_path / "experiments", ignore=shutil.ignore_patterns("checkpoints", "results")
+    )
+    environment = {} if given is None else {"TF_CPP_MIN_LOG_LEVEL": given}
+    unset = "unset TF_CPP_MIN_LOG_LEVEL; " if given is None else ""
+    _, _, told = run(f"cd {tmp_path}; {unset}$PLAN", PYTHONPATH=str(tmp_path), **environment)
+    assert told.splitlines()[-1] == f"ValueError: {found}"
+
+
 def test_values():
     assert script.whole_numbers("sizes", ["1", " 23"]) == [1, 23]
     assert script.percentages("rooms", ["0", "12.5"]) == [0.0, 12.5] and script.percentages("rooms", []) == []
@@ -132,6 +213,7 @@ def test_values():
     [
         (script.whole_numbers, "sizes", ["7", "0"], f"--sizes has '0'; {WHOLE}"),
         (script.whole_numbers, "sizes", ["7", "-1"], f"--sizes has '-1'; {WHOLE}"),
+        (script.whole_numbers, "sizes", ["9" * 20], f"--sizes has '{'9' * 20}'; {WHOLE}"),
         (script.whole_numbers, "sizes", ["2.5"], f"--sizes has '2.5'; {WHOLE}"),
         (script.whole_numbers, "sizes", [], f"--sizes has ''; {WHOLE}"),
         (script.percentages, "rooms", ["5", "x"], f"--rooms has '5,x'; {PER_CENT}"),

@@ -8,6 +8,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -265,6 +266,10 @@ FINE = {"name": "a", "model": "opt-125m", "batch": 2, "prompt": 5, "plans": ["de
         ({"prompt": 5.5}, "prompt is 5.5; expected a whole number"),
         ({"plans": "device"}, "plans is 'device'; expected a list, each a text"),
         ({"rooms": [50, "half"]}, r"rooms is \(50, 'half'\); expected a list, each a number"),
+        ({"rooms": [math.nan]}, r"rooms is \(nan,\); expected a list, each a number from 0 on"),
+        ({"rooms": [math.inf]}, r"rooms is \(inf,\); expected a list, each a number from 0 on"),
+        ({"device_gib": -1}, "device_gib is -1; expected a number from 0 on, or null"),
+        ({"device_gib": math.nan}, "device_gib is nan; expected a number from 0 on, or null"),
         ({"device_gib": "16"}, "device_gib is '16'; expected a number from 0 on, or null"),
         ({"order": "rows"}, "order is 'rows'; expected 'row' or 'column' or null"),
         ({"model": None}, "model is None; expected a text"),
@@ -567,7 +572,8 @@ def test_results_of_a_device_have_its_name(benchmark, command, tmp_path, monkeyp
         device: f"{name}_suite.json" for device, name in names.items()
     }
     (tmp_path / "mine.json").write_text(json.dumps([dataclasses.asdict(small("device"))]))
-    monkeypatch.setattr(suite, "RESULTS", tmp_path / "results")
+    (tmp_path / "results").mkdir()
+    monkeypatch.chdir(tmp_path / "results")
     command(f"--workloads={tmp_path}/mine.json")
     assert [path.name for path in (tmp_path / "results").iterdir()] == ["some_gpu_suite.json"]
 

@@ -201,8 +201,8 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch, known_machine):
     monkeypatch.setattr(sweep.kvrecomp, "profile", lambda *_, **__: known_machine)
     monkeypatch.setattr(sweep.memory, "limit_pinned", lambda _: None)
     monkeypatch.setattr(sweep, "measure_workload", measure)
-    monkeypatch.setattr(sys, "argv", ["sweep.py", "--batches=3"])
-    flags_given = ["--models=a,b", "--batches=3", "--cached=5,7", f"--out={tmp_path}/rows.json", "--commit=1234567"]
+    monkeypatch.setattr(sys, "argv", ["sweep.py", "--batch=3"])
+    flags_given = ["--model=a,b", "--batch=3", "--prompt=5,7", f"--out={tmp_path}/rows.json", "--commit=1234567"]
     with pytest.raises(RuntimeError, match="killed"):
         command(*flags_given)
     command(*flags_given)
@@ -210,12 +210,12 @@ def test_a_sweep_goes_on_where_it_was(tmp_path, monkeypatch, known_machine):
     assert made == ["a", "b", "b"]
     assert asked == [("a", 3, 7, []), ("a", 3, 5, []), ("b", 3, 7, []), ("b", 3, 7, []), ("b", 3, 5, [])]
     monkeypatch.setattr(sys, "argv", ["sweep.py", "--rooms=0,50"])
-    command(*flags_given, "--rooms=0,50", "--models=b", "--cached=5")
-    command(*flags_given, "--rooms=25,50", "--models=b", "--cached=5")
+    command(*flags_given, "--rooms=0,50", "--model=b", "--prompt=5")
+    command(*flags_given, "--rooms=25,50", "--model=b", "--prompt=5")
     assert asked[5:] == [("b", 3, 5, [0.0, 50.0]), ("b", 3, 5, [25.0])]
     path = tmp_path / "rows.json"
     document = json.loads(path.read_text())
-    assert document["command"] == "python sweep.py --batches=3 && python sweep.py --rooms=0,50"
+    assert document["command"] == "python sweep.py --batch=3 && python sweep.py --rooms=0,50"
     rows = [(row["model"], row["prompt"], row["room"]) for row in document["rows"]]
     assert rows == [*((m, p, None) for m in "ab" for p in (7, 5)), *(("b", 5, room) for room in (0.0, 50.0, 25.0))]
     written = path.read_text()

@@ -301,6 +301,18 @@ ROW = dict(zip(timeline.FIELDS, STEP, strict=True))
 SLOWER = ROW | {"plan": "keys_values", "traced_ms": 200.0, "spans": [*SPANS, ("compute", None, 90.0, 5.0)]}
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"link_busy": None}, {"unknown": "x"}, {"spans": 5}, {"spans": [5]}, {"spans": [["up", 0, 1.0, 2.0]]}]
+    + [{"spans": [["compute", *rest]]} for rest in ([0, 1.0], ["x", 1.0, 2.0], [0, None, 2.0])],
+)
+def test_rows_that_cannot_be_drawn_are_said(wrong):
+    row = json.loads(json.dumps(SLOWER)) | {"file": "a.json"}
+    assert len(timeline.timelines([row])) == 1
+    with pytest.raises(ValueError, match=rf"^a\.json: {next(iter(wrong))}"):
+        timeline.timelines([row | wrong])
+
+
 def write(path: Path, *rows: dict) -> Path:
     path.write_text(json.dumps({"device": "Some GPU", "rows": rows}))
     return path

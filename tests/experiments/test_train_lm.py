@@ -182,6 +182,19 @@ def test_resumed_run_equals_an_uninterrupted_one(trained, tmp_path, monkeypatch)
         train(TINY, *paths, documents=DOCUMENTS[1:])
 
 
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: b"text", lambda whole: whole[:-99], "record"])
+def test_a_state_that_is_damaged_is_said(tmp_path, damage):
+    tree = {"a": np.arange(997.0)}
+    train_lm.save(tmp_path, {"seed": 1}, [{"step": 5}], tree)
+    path = tmp_path / train_lm.STATE
+    if damage == "record":
+        np.savez(path, arr_0=tree["a"])
+    else:
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match=r"state.npz cannot be read \(.*\): remove it, to begin anew"):
+        train_lm.restore(tmp_path, {"seed": 1}, tree)
+
+
 def test_calls_of_any_length_are_one_program_and_change_nothing(trained, tmp_path, monkeypatch):
     compiled = train_lm.train_steps._cache_size()
     monkeypatch.setattr(train_lm, "STEPS_PER_CALL", 3)

@@ -75,11 +75,18 @@ def batches(lengths: Sequence[int], plans: Sequence[Plan]) -> list[tuple[Plan, l
     """Prompts of these lengths in batches, by index: the longest first, each under the plan that its longest needs.
 
     `plans` ascend in prompt length. A batch is filled up with prompts that need less, so only the last is not full.
+    Raises ValueError for a prompt that no plan has room for.
     """
     left = sorted(range(len(lengths)), key=lambda index: -lengths[index])
     made = []
     while left:
-        plan = next(plan for plan in plans if plan.workload.prompt >= lengths[left[0]])
+        longest = lengths[left[0]]
+        plan = next((plan for plan in plans if plan.workload.prompt >= longest), None)
+        if plan is None:
+            raise ValueError(
+                f"a prompt is {longest} tokens, more than any was when the output was begun: the tokenizer, or what "
+                "reads it, has changed; give another --output"
+            )
         made.append((plan, left[: plan.rows]))
         left = left[plan.rows :]
     return made

@@ -5,12 +5,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-import kvrecomp
-import models
 from experiments.support.job.meter import Meter
 from experiments.support.job.output import Record
 from experiments.support.job.reader import Line
 from experiments.support.prompts import pad_left
+
+import kvrecomp
+import models
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import Plan
 from kvrecomp.run.sampling import Sampling

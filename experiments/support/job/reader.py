@@ -18,9 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from experiments.support.prompts import encode_one, is_ids
+
 import numpy as np
 
-from experiments.support.prompts import encode_one, is_ids
 from kvrecomp.plan import MIB, ModelShape
 from models import TextProcessor
 
@@ -63,11 +64,16 @@ class Reader:
     any_text: bool = False
     chat: bool = False
 
-    def lines(self, skip: int = 0) -> Iterator[Line]:
-        """The lines of the file but for the first `skip`. Raises OSError where the file cannot be read."""
+    def lines(self, skip: int = 0, digest: Any = None) -> Iterator[Line]:
+        """The lines of the file but for the first `skip`; `digest`, of hashlib, is updated with what is read.
+
+        Raises OSError where the file cannot be read.
+        """
         index = -1
         with self.path.open("rb") as file:
             for number, raw in enumerate(file, 1):
+                if digest is not None:
+                    digest.update(raw)
                 if number == 1:
                     raw = raw.removeprefix(codecs.BOM_UTF8)
                 raw = raw.rstrip()
@@ -157,22 +163,21 @@ def _short(value: Any) -> str:
 
 @dataclass(frozen=True)
 class Survey:
-    """How many lines there are that are not blank, how many of them are errors, and how many prompts of each length."""
+    """How many lines there are that are not blank, how many prompts of each length, and the SHA-256 of all that."""
 
     records: int
-    errors: int
     lengths: Counter[int]
+    sha256: str
 
 
 def survey(reader: Reader, report: Callable[[Line], None]) -> Survey:
     """Reads all lines, and reports those with errors. Raises ValueError where two have the same id, and OSError."""
-    records, errors, lengths = 0, 0, Counter[int]()
+    records, lengths, digest = 0, Counter[int](), hashlib.sha256()
     numbers: dict[bytes, int] = {}  # of the line that an id, kept as its hash, was last seen in
     doubled = ""
-    for line in reader.lines():
+    for line in reader.lines(digest=digest):
         records += 1
         if line.error:
-            errors += 1
             report(line)
         else:
             lengths[len(line.ids)] += 1
@@ -183,7 +188,7 @@ def survey(reader: Reader, report: Callable[[Line], None]) -> Survey:
             numbers[name] = line.number
     if doubled:
         raise ValueError(f"{reader.path}: {doubled} (a line without an id has its number): give every line its own")
-    return Survey(records, errors, lengths)
+    return Survey(records, lengths, digest.hexdigest())
 
 
 def file_hash(path: Path) -> str:

@@ -21,10 +21,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jax
-from rich.console import Console
-
-import kvrecomp
 from experiments.support.job.batches import batches, largest_plan, padded_lengths, plan_document, plan_from
 from experiments.support.job.decoding import Decoding, error_record, report
 from experiments.support.job.meter import Meter
@@ -32,6 +28,11 @@ from experiments.support.job.output import Output
 from experiments.support.job.reader import Line, Reader, file_hash, survey
 from experiments.support.script import window_bytes
 from experiments.support.source import Source
+
+import jax
+from rich.console import Console
+
+import kvrecomp
 from kvrecomp.plan import AUTO, Memory, Plan
 from kvrecomp.plan.footprint import check_within
 from kvrecomp.run.limits import limits
@@ -132,7 +133,7 @@ def run(
         if known is not None:
             check_same(target, known, given)
             if output.written == known["records"]:
-                return _summary(output, known)
+                return _summary(output, known, output.written)
             warn_of_another_machine(target, known)
         shape, text = model_source.describe()
         reader = Reader(source, shape, text, settings.max_new_tokens, any_text, settings.chat)
@@ -143,14 +144,14 @@ def run(
             _check_last(output, reader, known)
         plans = [plan_from(plan, shape) for plan in known["plans"]]
         model = model_source.load(plans[0] if plans else None)
-        summary = _summary(output, known)
-        earlier = output.written + len(output.waiting)
+        already, earlier = output.written, output.written + len(output.waiting)
         with Meter(known["records"], settings.max_new_tokens, earlier) as meter:
             decoding = Decoding(model, text, sampling, meter, budget)
             for stretch in _stretches(reader, output.written, known["stretch"]):
                 if _state(source) != state:
-                    raise ValueError(f"{source} was changed since it was begun with: put back what it was")
+                    raise _changed(source)
                 _continue_stretch(stretch, plans, output, decoding)
+        summary = _summary(output, known, already)
         return dataclasses.replace(summary, prompts=meter.prompts, tokens=meter.tokens, seconds=meter.seconds)
 
 
@@ -160,17 +161,26 @@ def _state(source: Path) -> tuple[int, int]:
     return stat.st_size, stat.st_mtime_ns
 
 
+def _changed(source: Path) -> ValueError:
+    return ValueError(f"{source} was changed since it was begun with: put back what it was")
+
+
 # --- the description --------------------------------------------------------------------------------------------------
 
 
 def describe(
     reader: Reader, settings: Settings, given: dict[str, Any], budget: kvrecomp.Budget | None
 ) -> dict[str, Any]:
-    """Surveys the input and makes the plans: all that a restart must not decide again."""
+    """Surveys the input and makes the plans: all that a restart must not decide again.
+
+    Raises ValueError where the input is not the one that was `given`.
+    """
     shape, new = reader.shape, settings.max_new_tokens
     kvrecomp.named_plan("device", shape, kvrecomp.Workload(1, 1, new))  # raises where no prompt has the positions
     with Console(stderr=True).status(f"reading {reader.path}"):
         found = survey(reader, report)
+    if found.sha256 != given["input"]:
+        raise _changed(reader.path)
     prompts = found.lengths.total()
     most = min(settings.batch, prompts)
 
@@ -193,7 +203,6 @@ def describe(
         "settings": given,
         "machine": machine(),
         "records": found.records,
-        "errors": found.errors,
         "stretch": STRETCH * max(1, most),
         "plans": [plan_document(plan) for plan in reversed(plans)],
     }
@@ -232,11 +241,14 @@ def _check_last(output: Output, reader: Reader, known: dict[str, Any]) -> None:
         line = next(reader.lines(skip=output.written - 1), None)
         if output.written > known["records"] or line is None or output.last.get("id") != line.id:
             raise ValueError(f"{output.path} was changed: its record {output.written} is not the one of its line")
+    if max(output.waiting, default=0) >= known["records"]:
+        raise ValueError(f"{output.waiting_path} was changed: the input has no line {max(output.waiting)}")
 
 
-def _summary(output: Output, known: dict[str, Any]) -> Summary:
+def _summary(output: Output, known: dict[str, Any], already: int) -> Summary:
+    """Of an output in which `already` so many records were written before this run."""
     shapes = [[plan["groups"] * plan["workload"]["batch"], plan["workload"]["prompt"]] for plan in known["plans"]]
-    return Summary(str(output.path), known["records"], known["errors"], output.written, shapes)
+    return Summary(str(output.path), known["records"], output.errors, already, shapes)
 
 
 # --- stretches --------------------------------------------------------------------------------------------------------
@@ -250,7 +262,14 @@ def _stretches(reader: Reader, written: int, size: int) -> Iterator[list[Line]]:
 
 
 def _continue_stretch(stretch: Sequence[Line], plans: Sequence[Plan], output: Output, decoding: Decoding) -> None:
-    """Decodes the batches of a stretch that are not done, and writes its records."""
+    """Decodes the batches of a stretch that are not done, and writes its records.
+
+    Raises ValueError where one that waits is not of its line.
+    """
+    for line in stretch:
+        record = output.waiting.get(line.index)
+        if record is not None and (record.get("id") != line.id or "finish_reason" not in record):
+            raise ValueError(f"{output.waiting_path} was changed: its record {line.index} is not the one of its line")
     wrong = {line.index: error_record(line, line.error) for line in stretch if line.error}
     output.add({index: record for index, record in wrong.items() if not output.has(index)})
     good = [line for line in stretch if not line.error]

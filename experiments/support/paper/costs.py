@@ -19,6 +19,7 @@ from typing import Any
 
 from experiments.support.paper.numbers import Row, Setting, Source, Table, Times
 from experiments.support.results import tables
+
 from kvrecomp.plan import AUTO, GIB, Memory, Plan, PlanError, Workload
 from kvrecomp.plan.named import named_plan, with_host_weights
 from kvrecomp.predict import scheduler

@@ -8,6 +8,7 @@ from experiments.support.paper.costs import formula_gain, kept, measured
 from experiments.support.paper.numbers import BASELINES, Paper, Row, Setting, Source, Table, read, records
 from experiments.support.results import tables
 from experiments.support.results.predictions import ends, title
+
 from kvrecomp.plan import AUTO
 from kvrecomp.predict.kvpr import kvpr_split
 

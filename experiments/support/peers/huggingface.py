@@ -14,8 +14,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import models
 from experiments.support.peers.peer import Steps
+
+import models
 from kvrecomp.plan import Memory, ModelShape, Workload
 from kvrecomp.plan.footprint import prefill_bytes
 from models.config import Config

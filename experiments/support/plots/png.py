@@ -5,7 +5,7 @@ import os
 import pathlib
 from typing import TYPE_CHECKING, Any
 
-from kvrecomp.files import replacing
+from kvrecomp.files import check_writable, replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -23,7 +23,7 @@ def check_path(path: str | os.PathLike) -> None:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
         ValueError: the name does not end in .png.
-        OSError: there is no such directory, or the path is one.
+        OSError: there is no such directory, the path is one, or a file cannot be written there.
     """
     path = pathlib.Path(path)
     if importlib.util.find_spec("matplotlib") is None:
@@ -34,6 +34,7 @@ def check_path(path: str | os.PathLike) -> None:
         raise IsADirectoryError(f"{str(path)!r} is a directory; a plot is a file in one")
     if not path.parent.is_dir():
         raise FileNotFoundError(f"there is no directory {str(path.parent)!r} to write the plot into: make it first")
+    check_writable(path)
 
 
 def figure(title: str = "", height: float = INCHES[1]) -> "Figure":

@@ -6,6 +6,7 @@ from pathlib import Path
 from experiments.support.plots import png
 from experiments.support.results.tables import Row
 from experiments.support.what_if import CURVES, FRACTIONS, WhatIf, sent_fraction
+
 from kvrecomp.plan import format_bytes
 from kvrecomp.predict.datasheets import DATASHEETS
 

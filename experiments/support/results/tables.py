@@ -18,9 +18,19 @@ from pathlib import Path
 from typing import Any
 
 from experiments.support.results import predictions
+from experiments.support.results.predictions import Measured
+from experiments.support.suite import row as results_row
+
+from kvrecomp.files import check_writable
 
 Row = dict[str, Any]  # a row of a results file, with what the file says of all its rows, and `file` and `off`
 Column = tuple[str, Callable[[Any], str]]  # a heading, and a row's cell
+
+# Where a file does not say it.
+ABOUT: Row = dict.fromkeys(("device", "driver", "jax", "commit", "command"), "unknown")
+# Of what rows have, of any script, but for the list of steps.
+FIELDS = (*dataclasses.fields(Measured), *dataclasses.fields(results_row.Row))
+TYPES: dict[str, Any] = dict.fromkeys(ABOUT, str) | {of.name: of.type for of in FIELDS if of.name != "step_ms"}
 
 NOTES = {  # what the name of a plan does not say
     "device": "all on the GPU",
@@ -49,29 +59,49 @@ def read_file(path: str | os.PathLike) -> list[Row]:
     """
     path = Path(path)
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        of_all = {key: value for key, value in document.items() if key != "rows"} | {"file": path.name}
-        rows = [of_all | row for row in document["rows"]]
+        document = json.loads(path.read_text(encoding="utf-8"), parse_constant=_no_number)
+        of_all = ABOUT | {key: value for key, value in document.items() if key != "rows"} | {"file": path.name}
+        rows = [{"link_bytes": None} | of_all | row for row in document["rows"]]
         for row in rows:
+            _check_types(row)
             time, prediction = row["median_ms"], row.get("predicted_ms")
             if not (0 < time < math.inf and (prediction is None or 0 < prediction < math.inf)):
                 raise ValueError(f"{time} ms measured, {prediction} ms predicted")
             row["off"] = None if prediction is None else prediction / time - 1
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ValueError(f"{path} is not a results file ({type(error).__name__}: {error})") from error
     return rows
 
 
+def _no_number(word: str) -> None:
+    raise ValueError(f"it has {word}")
+
+
+def _check_types(row: Row) -> None:
+    """Raises KeyError for what all rows say and this one does not, and TypeError for a field of another type."""
+    for name in ("model", "batch", "prompt", "new", "plan", "median_ms"):
+        row[name]
+    for name, expected in TYPES.items():
+        value = row.get(name)
+        value = float(value) if type(value) is int and expected in (float, float | None) else value
+        if name in row and not isinstance(value, expected):
+            raise TypeError(f"{name} is {value!r:.60}")
+
+
 def check_out(path: str | os.PathLike | None, field: str) -> None:
-    """Raises ValueError where results would replace something else: before they are measured, and it is lost.
+    """Raises OSError where a file cannot be written, and ValueError where results would replace something else: before
+    they are measured, and it is lost.
 
     What is alike has the `field` in its rows; those of other scripts do not. The suite's, which adds to its file, may
     have it, and say their workload.
     """
-    if path is None or not Path(path).exists():
+    if path is None:
         return
     if Path(path).is_dir():
         raise ValueError(f"--out: {path} is a folder; give the name of a file in it")
+    check_writable(path)
+    if not Path(path).exists():
+        return
     try:
         rows = read_file(path)
     except ValueError as error:
@@ -145,7 +175,7 @@ def machine(rows: Sequence[Row]) -> str:
 def script(command: str) -> str:
     """The program that a command runs."""
     words = shlex.split(command)
-    return next((argument for argument in words if argument.endswith(".py")), words[0])
+    return next((argument for argument in words if argument.endswith(".py")), command)
 
 
 def predicted(rows: Sequence[Row]) -> list[predictions.Measured]:
@@ -223,7 +253,8 @@ def sweep(rows: Sequence[Row]) -> str:
 
 
 def _plan(row: Row) -> str:
-    return noted(row["plan"], word("plan", row["plan"])) + (" (chosen)" if row.get("chosen") else "")
+    name = noted(row["plan"], word("plan", row["plan"])) + (" (chosen)" if row.get("chosen") else "")
+    return name.replace("the GPU", "the CPU") if row.get("device") == "cpu" else name
 
 
 def noted(plan: str, written: str = "") -> str:

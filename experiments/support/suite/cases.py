@@ -20,14 +20,16 @@ little else.
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import models
 from experiments.support.peers import PEERS
+
+import models
 from kvrecomp.plan import AUTO, Order, Workload
 from kvrecomp.plan.named import named_plan, named_weights
 
@@ -39,7 +41,7 @@ def _is_count(value: Any) -> bool:
 
 
 def _is_size(value: Any) -> bool:
-    return type(value) in (int, float) and value >= 0
+    return type(value) in (int, float) and 0 <= value < math.inf
 
 
 # What a field of such a type has to be, and whether a value is that: of JSON, too.
@@ -135,7 +137,7 @@ def read_cases(path: str | os.PathLike) -> tuple[Case, ...]:
         if not isinstance(given, list) or not given:
             raise ValueError(f"it is {'an empty list' if given == [] else type(given).__name__}")
         cases = tuple(map(_read_case, given))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         fields = ", ".join(field.name for field in dataclasses.fields(Case))
         raise ValueError(f"{path}: {error}; expected a JSON list of objects with {fields}") from error
     names = [case.name for case in cases]

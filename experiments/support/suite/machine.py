@@ -8,6 +8,7 @@ from typing import Any
 
 from experiments.support.peers import PEERS
 from experiments.support.results.report import output, run_info, versions
+
 from kvrecomp.plan import MIB, Budget, Memory
 from kvrecomp.run.limits import MARGIN, limits
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.support.suite.tasks import Task
+
 from kvrecomp.files import write_json
 
 SAME = ("device", "driver", "jax", "versions")  # all rows of a file have these in common
@@ -35,7 +36,7 @@ class Results:
             for name, notes in self._notes.items():
                 notes.update((_key(note), note) for note in document[name])
             there, here = ({name: about[name] for name in SAME} for about in (document, self.about))
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{self.path} is not a file of this suite ({type(error).__name__}: {error}): give another --out, or "
                 "move it away"

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from experiments.support.results.report import after_warm_up
+
+import numpy as np
 
 
 @dataclass(kw_only=True)

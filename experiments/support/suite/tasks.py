@@ -11,10 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import models
 from experiments.support.peers import PEERS
 from experiments.support.suite.cases import Case
 from experiments.support.suite.step_timing import device_bytes_with_room
+
+import models
 from kvrecomp.auto import plan_for
 from kvrecomp.plan import AUTO, GIB, MEMORIES, Memory, ModelShape, Plan, PlanError, format_bytes
 from kvrecomp.plan.footprint import check_within, memory_needed

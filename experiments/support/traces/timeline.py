@@ -39,6 +39,7 @@ FIELDS = (  # of a row, what is kept and drawn
     *("model", "batch", "prompt", "new", "plan", "median_ms", "traced_ms"),
     *("link_bytes", "link_busy", "gpu_busy", "unknown", "spans"),
 )
+NUMBERS = ("traced_ms", "link_bytes", "link_busy", "gpu_busy", "unknown")
 
 
 def timelines(rows: Sequence[Row]) -> list[Row]:
@@ -46,7 +47,19 @@ def timelines(rows: Sequence[Row]) -> list[Row]:
     for row in rows:
         if missing := [name for name in FIELDS if name not in row]:
             raise ValueError(f"{row['file']} has no {missing[0]}, so it is not of experiments/trace.py --out")
+        if wrong := [name for name in NUMBERS if type(row[name]) not in (int, float)]:
+            raise ValueError(f"{row['file']}: {wrong[0]} is {row[wrong[0]]!r:.60}; expected a number")
+        if not (isinstance(row["spans"], list) and all(map(_is_bar, row["spans"]))):
+            raise ValueError(f"{row['file']}: spans are no list of kind, layer, start and length")
     return [{name: row[name] for name in FIELDS} for row in rows]
+
+
+def _is_bar(bar: Any) -> bool:
+    """Of JSON, which has a list where a `Bar` is a tuple."""
+    if not (isinstance(bar, list) and len(bar) == 4 and bar[0] in LANES):
+        return False
+    layer, *times = bar[1:]
+    return (layer is None or type(layer) is int) and all(type(time) in (int, float) for time in times)
 
 
 def said(rows: Sequence[Row]) -> str:
