@@ -28,7 +28,7 @@ from kvrecomp.predict.datasheets import DATASHEETS
 LEGEND = (
     "In brackets are gains: the paper's over its baseline, others over keys_values. keys_values: all keys and values "
     "from host memory, copied under compute, or without overlap; KVPR: the paper's schedule at its best split (l/s); "
-    "activations: all of them, absorbed; ours: what is chosen within the machine's device memory."
+    "activations: all of them, absorbed; ours: what is chosen within the device memory, packed where that is faster."
 )
 
 
