@@ -9,7 +9,6 @@ from kvrecomp.plan import (
     CODECS,
     FORMS,
     LEAST_ALIGNED,
-    MEMORIES,
     BlockSpec,
     Codec,
     Form,
@@ -47,7 +46,8 @@ class Settings:
     codecs: tuple[Codec, Codec] = ("plain", "plain")
 
     def codec(self, memory: Memory) -> Codec:
-        return self.codecs[MEMORIES.index(memory)]
+        device, host = self.codecs
+        return device if memory == "device" else host
 
 
 @dataclass(frozen=True)
@@ -171,8 +171,8 @@ def _layer_plan(
     memories: list[Memory] = ["device"] * stay
     memories.append("host" if some_leave else "device")
     blocks = _cut(problem, layer, settings, window, split)
-    codecs: tuple[Codec, ...] = tuple(map(settings.codec, memories))
-    return LayerPlan(blocks, settings.tail_form, tuple(memories), settings.method, write_out_codecs=codecs)
+    codecs: list[Codec] = [settings.codec(memory) for memory in memories]
+    return LayerPlan(blocks, settings.tail_form, tuple(memories), settings.method, write_out_codecs=tuple(codecs))
 
 
 def _split_prompt(

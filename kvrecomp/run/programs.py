@@ -60,9 +60,9 @@ def side_by_side(make: Callable[[Item], Result], items: Iterable[Item]) -> list[
 class KeptPrograms:
     """Compiled programs for later decoders, of so many sets of programs: of the plans used last.
 
-    A program is found again by what XLA was given, its text, which has whatever of a model is in a program; weights are
-    its arguments. So a model that was changed has other programs, and one that was trained the same; nothing of either
-    is kept.
+    A program is found again by its name and by what XLA was given, its text, which has whatever of a model is in a
+    program; weights are its arguments. So a model that was changed has other programs, and one that was trained the
+    same; nothing of either is kept.
     """
 
     def __init__(self, sets: int):
@@ -125,16 +125,18 @@ class Programs:
             if name not in self._made:
                 start = time.perf_counter()
                 with as_by_default():
-                    program = self._compile(trace().lower(), options)
+                    program = self._compile(name, trace().lower(), options)
                 temp_bytes = getattr(program.memory_analysis(), "temp_size_in_bytes", 0)
                 self.compiled[name] = Compiled(time.perf_counter() - start, temp_bytes)
                 self._made[name] = program
             return self._made[name]
 
-    def _compile(self, lowered: Any, options: Mapping[str, Any]) -> Any:
+    def _compile(self, name: Hashable, lowered: Any, options: Mapping[str, Any]) -> Any:
         if self._kept is None:
             return compile_overlapping(lowered, options)
-        given = lowered.as_text(), sorted(options.items()), sorted(jax.config.values.items())
+        # Arguments that are not used are in no text, and programs that differ in these alone, of blocks out of sight,
+        # are not called alike.
+        given = name, lowered.as_text(), sorted(options.items()), sorted(jax.config.values.items())
         text = hashlib.sha256(repr(given).encode()).digest()
         if text not in self._kept:
             self._kept[text] = compile_overlapping(lowered, options)

@@ -27,7 +27,7 @@ class Row:
     new: int
     asked: str
     plan: str
-    codec: str = "plain"
+    codec: str | None = None
     dtype: str
     weights: str | None = None
     groups: int | None = None
