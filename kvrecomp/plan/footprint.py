@@ -8,7 +8,7 @@ from kvrecomp.plan.cutting import chunk_of_queries
 from kvrecomp.plan.layout import Plan
 from kvrecomp.plan.pinned import LIMIT_VARIABLE, pinned_limit
 from kvrecomp.plan.shapes import GIB, MEMORIES, Memory, ModelShape, PlanError
-from kvrecomp.plan.step_order import step_order
+from kvrecomp.plan.step_order import high_water
 from kvrecomp.plan.table import format_bytes
 from kvrecomp.plan.workload import Workload
 
@@ -31,7 +31,7 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
             "tail": plan.tail_bytes,
             "prefill or step": max(
                 prefill_bytes(shape, plan.workload) + 2 * plan.most_weight_bytes + packing_bytes(plan),
-                step_order(plan, write_outs).high_water
+                high_water(plan, write_outs)
                 + recomputed_bytes(plan, write_outs)
                 + unpacked_bytes(plan, write_outs),
             ),
