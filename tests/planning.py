@@ -82,11 +82,11 @@ def tokens(layer):
 
 
 def least(shape, workload, tail=16):
-    """Device bytes of weights, prefill and tails of that many tokens in the form that takes more, and no blocks."""
+    """Device bytes of weights, logits, prefill and tails of that many tokens in the form that takes more, and no blocks."""
     needed = memory_needed(named_plan("device", shape, workload))["device"]
     widest = sum(max(layer.width(form) for form in (kv, acts)) for layer in shape.layers)
     tails = min(tail, workload.new) * workload.batch * widest * shape.itemsize
-    return needed["weights"] + needed["prefill or step"] + tails
+    return needed["weights"] + needed["logits"] + needed["prefill or step"] + tails
 
 
 def cache_bytes(shape, workload, form=kv):

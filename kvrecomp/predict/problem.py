@@ -19,7 +19,7 @@ from kvrecomp.plan import (
     format_bytes,
 )
 from kvrecomp.plan.cutting import default_tail
-from kvrecomp.plan.footprint import MARGIN, memory_needed, prefill_bytes, weights_in
+from kvrecomp.plan.footprint import MARGIN, logits_bytes, memory_needed, prefill_bytes, sampling_bytes, weights_in
 from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 
 WINDOWS = tuple(DEFAULT_WINDOW >> shift for shift in (0, 2, 4, 6))
@@ -66,8 +66,15 @@ class Problem:
 
     @cached_property
     def prefill(self) -> int:
-        """Bytes of device memory that a prompt takes for a while; it is over when a step needs its window."""
-        return prefill_bytes(self.shape, self.workload) + 2 * self.largest_hosted[0]
+        """Bytes of device memory that a prompt or choosing tokens takes for a while; it is over when a step needs its
+        window."""
+        prefill = prefill_bytes(self.shape, self.workload) + 2 * self.largest_hosted[0]
+        return max(prefill, sampling_bytes(self.shape, self.workload))
+
+    @cached_property
+    def logits(self) -> int:
+        """Bytes of the logits of all groups, which are on the device from one step to the next."""
+        return self.groups * logits_bytes(self.shape, self.workload)
 
     @cached_property
     def windows(self) -> tuple[int, ...]:

@@ -227,7 +227,7 @@ def _score(query: Query, block: Block, method: Method, shared: bool) -> tuple[Ar
         recompute = method == "recompute"
         if projections.encode_key is not None:
             # XLA would compute what positions are encoded with for the blocks of all layers at the start of the step.
-            heads, start = jax.lax.optimization_barrier((heads, block.start))
+            heads, x, start = jax.lax.optimization_barrier((heads, x, block.start))
             block = replace(block, start=start)
         positions = positions_of(block.slots, query.padding)
         key = projections.keys(x, positions) if recompute or projections.encode_key is not None else None
