@@ -39,6 +39,7 @@ Order = Literal["row", "column"]
 
 AUTO = "auto"  # the name of the plan that the scheduler makes
 DEFAULT_WINDOW = GIB
+MOST_BLOCKS = 4096  # of a layer's prompt, and as many written out: a program of so many takes hours to compile
 
 
 @dataclass(frozen=True)
@@ -144,6 +145,11 @@ class Plan:
             raise PlanError(
                 f"a prompt of {self.workload.prompt} and {self.workload.new} new tokens need {total} positions; "
                 f"{self.shape.name} has {self.shape.positions}: shorten one of them"
+            )
+        if self.write_outs > MOST_BLOCKS:
+            raise PlanError(
+                f"plan {self.name}: {self.workload.new} new tokens fill a tail of {self.tail} {self.write_outs} times; "
+                f"{MOST_BLOCKS} may be written out: use a longer tail"
             )
         if "packed" in self.codecs and self.shape.dtype != PACKED_DTYPE:
             raise PlanError(

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from kvrecomp.plan import AUTO, FORMS, LEAST_ALIGNED, BlockSpec, Form, LayerPlan, LayerShape, Memory, Method, Plan
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
 from kvrecomp.plan.footprint import memory_needed
-from kvrecomp.plan.step_order import in_flight_bytes
+from kvrecomp.plan.step_order import high_water, in_flight_bytes
 from kvrecomp.predict.problem import Problem, default_order
 
 
@@ -62,10 +62,12 @@ def candidate_plan(problem: Problem, candidate: Candidate) -> Plan:
     Raises `PlanError` if a block or a tail is larger than the window.
     """
     plan = _whole_plan(problem, candidate.window, layer_plans(problem, candidate))
-    # What a step's attention computes goes by the blocks, and no room was left for it.
-    excess = sum(memory_needed(plan)["device"].values()) - (problem.budget.device or 0.0)
-    if excess > 0:
-        plan = _whole_plan(problem, candidate.window, layer_plans(problem, candidate, excess))
+    needed = memory_needed(plan)["device"]
+    if sum(needed.values()) > (problem.budget.device or 0.0):
+        # What a step's attention computes goes by the blocks, and no room was left for it.
+        computed = needed["prefill or step"] - max(problem.prefill, high_water(plan, plan.write_outs))
+        if computed > 0:
+            plan = _whole_plan(problem, candidate.window, layer_plans(problem, candidate, computed))
     return plan
 
 
@@ -74,7 +76,7 @@ def layer_plans(problem: Problem, candidate: Candidate, reserved: float = 0.0) -
     the others; `reserved` bytes of device memory are left free."""
     window = candidate.window
     hosted_layer, hosted_matrix = problem.largest_hosted
-    for_cache = (problem.beside_weights - reserved - problem.logits - problem.prefill) / problem.groups
+    for_cache = (problem.for_cache - reserved) / problem.groups
     largest_copy = max(window // BLOCKS_PER_WINDOW, hosted_matrix)
     in_flight = in_flight_bytes(window + 2 * hosted_layer, largest_copy, hosted_layer)
     beside_window = for_cache - max(0, in_flight - problem.prefill) / problem.groups

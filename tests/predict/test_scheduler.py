@@ -33,7 +33,7 @@ import models
 from kvrecomp.plan import GIB, MIB, Budget, PlanError, Workload
 from kvrecomp.plan.compiling import decode_seconds
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW
-from kvrecomp.plan.footprint import prefill_bytes
+from kvrecomp.plan.footprint import logits_bytes, prefill_bytes
 from kvrecomp.plan.named import named_plan, spread
 from kvrecomp.predict import scheduler
 from kvrecomp.predict.cost import plan_costs
@@ -336,7 +336,8 @@ def test_no_weights_leave_where_they_just_fit():
     """A third of a layer is left over. One layer in host memory would not fit: two have room on their way to it."""
     workload = Workload(32, 512, 32)
     tail = 16 * 32 * 2 * 4096 * 32  # of 16 tokens, as activations
-    budget = Budget(RESIDENT + prefill_bytes(OPT, workload) + tail + OPT_LAYER // 3, 1e12)
+    needed = RESIDENT + prefill_bytes(OPT, workload) + logits_bytes(OPT, workload) + tail
+    budget = Budget(needed + OPT_LAYER // 3, 1e12)
     assert hosted(scheduler.make_plan(OPT, workload, machine(), budget)) == 0
     with pytest.raises(PlanError, match="of device memory"):
         scheduler.make_plan(OPT, workload, machine(), budget, weights=spread(1, 32))
