@@ -163,6 +163,18 @@ def weights_in(shape: ModelShape, memories: Sequence[Memory]) -> dict[Memory, in
     return {"device": (shape.parameters - hosted) * shape.itemsize, "host": hosted * shape.itemsize}
 
 
+def check_weights(shape: ModelShape, memories: Sequence[Memory], allowed: Mapping[Memory, float]) -> None:
+    """Raises `PlanError` if the weights alone, each layer's in its memory, need more bytes than are allowed: no plan
+    fits then, and they need not be made."""
+    for memory, needed in weights_in(shape, memories).items():
+        if needed > allowed[memory]:
+            ways = "put them into host memory, or " if memory == "device" and "device" in memories else ""
+            raise PlanError(
+                f"the weights of {shape.name} need {format_bytes(needed)} of {memory} memory; "
+                f"{format_bytes(allowed[memory])} may be used: {ways}use a smaller model or more memory"
+            )
+
+
 def check_within(plan: Plan, allowed: Mapping[Memory, float]) -> None:
     """Raises `PlanError`, with sizes and with what would fit, if the plan needs more bytes than are allowed."""
     needed = memory_needed(plan)
