@@ -89,8 +89,14 @@ def test_what_does_not_fit_or_compile_is_said_when_its_turn_comes(known_machine,
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--model=opt-175b"], "the weights of opt-175b need 325.15 GiB of device memory; 2.50 GiB may be used: put them"),
-        (["--model=opt-175b", "--weights=host"], "the weights of opt-175b need 324.00 GiB of host memory; 3.50 GiB may"),
+        (
+            ["--model=opt-175b"],
+            "the weights of opt-175b need 325.15 GiB of device memory; 2.50 GiB may be used: put them",
+        ),
+        (
+            ["--model=opt-175b", "--weights=host"],
+            "the weights of opt-175b need 324.00 GiB of host memory; 3.50 GiB may",
+        ),
         (["--plans=device", "--prompt=1024", "--batch=3000"], "plan device needs "),
         (["--plans=auto:0.5,device", "--model=opt-1.3b"], "opt-1.3b need 2.44 GiB of device memory; 512.0 MiB may be"),
     ],

@@ -319,7 +319,10 @@ def test_plans_are_compared_by_what_is_in_them():
         (lambda: BlockSpec("activations", "host", 0), "tokens is 0; it must be greater than zero"),
         (lambda: replace(MIXED, tail=0), "tail is 0"),
         (lambda: replace(MIXED, tail=2.0), "tail is 2.0; it must be a whole number"),
-        (lambda: Workload(1, 10**12, 8), "Workload: prompt is 1000000000000; it may be 2147483647, as many as int32 counts"),
+        (
+            lambda: Workload(1, 10**12, 8),
+            "Workload: prompt is 1000000000000; it may be 2147483647, as many as int32 counts",
+        ),
         (lambda: Workload(2**31, 3, 8), "Workload: batch is 2147483648; it may be 2147483647"),
         (lambda: replace(WORKLOAD, new=int("1" * 30)), "Workload: new is 111111111111111111111111111111; it may be"),
         (lambda: replace(WORKLOAD, batch="2"), "batch is '2'; it must be a whole number"),
@@ -343,6 +346,14 @@ def test_plans_are_compared_by_what_is_in_them():
         (lambda: named_plan("activations:0.5", SHAPE, WORKLOAD), "there is no plan 'activations:0.5'"),
         (lambda: named_plan("split:nan", SHAPE, WORKLOAD), "plan 'split:nan': 'nan' is not a fraction from 0 to 1"),
         (lambda: named_plan("auto", SHAPE, WORKLOAD), "auto is goes by the machine: use plan_for or make_plan"),
+        (
+            lambda: named_plan("keys_values", replace(SHAPE, positions=10**8), Workload(3, 10**6, 8), window=4200),
+            "1000000 tokens of 420 B in host memory are 500000 blocks of a layer, of at most 1.0 KiB each; 4096 are the",
+        ),
+        (
+            lambda: named_plan("device", replace(SHAPE, positions=10**9), Workload(3, 7, 10**6), tail=100),
+            "plan device: 1000000 new tokens fill a tail of 100 9999 times; 4096 may be written out: use a longer tail",
+        ),
         (lambda: replace(MIXED, window=2099), "layer 0: the window of 2.0 KiB is smaller than a block of 5 tokens, "),
     ],
 )

@@ -359,7 +359,9 @@ def test_a_step_has_what_it_computes_of_one_layer_on_the_device(config, form, me
     assert temporary <= kvrecomp.memory_needed(plan, 2)["device"]["prefill or step"]
 
 
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.7}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 7, "top_p": 0.5}])
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 7, "top_p": 0.5}]
+)
 @pytest.mark.parametrize(("rows", "vocab"), [(509, 32_003), (7, 1009)])
 def test_choosing_tokens_takes_what_is_said_beside_the_logits(options, rows, vocab):
     shape = dataclasses.replace(CONFIG, vocab=vocab).shape
