@@ -292,7 +292,7 @@ def try_benchmark(case: Case) -> None:
 
 def try_train(case: Case) -> None:
     """train_lm.py: one step of a tiny model."""
-    sizes = ["--steps=1", "--batch=2", "--context=8", "--positions=16", "--layers=1", "--hidden=8", "--heads=2"]
+    sizes = ["--steps=1", "--batch=2", "--context=128", "--positions=128", "--layers=1", "--hidden=8", "--heads=2"]
     printed, _ = call(case, "train_lm", [*sizes, "--dtype=float32", "--eval_every=1", "--output=model"], most=2)
     last_line(printed)
 

@@ -348,7 +348,7 @@ def test_plans_are_compared_by_what_is_in_them():
         (lambda: named_plan("auto", SHAPE, WORKLOAD), "auto is goes by the machine: use plan_for or make_plan"),
         (
             lambda: named_plan("keys_values", replace(SHAPE, positions=10**8), Workload(3, 10**6, 8), window=4200),
-            "1000000 tokens of 420 B in host memory are 500000 blocks of a layer, of at most 1.0 KiB each; 4096 are the",
+            "1000000 tokens of 420 B in host memory are 500000 blocks of a layer, of at most 1.0 KiB each; 4096",
         ),
         (
             lambda: named_plan("device", replace(SHAPE, positions=10**9), Workload(3, 7, 10**6), tail=100),
