@@ -89,7 +89,7 @@ class StepCost(NamedTuple):
 def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
     """The tasks of one step under the plan, after that many write-outs: of one group where each takes its own."""
     order = step_order(plan, write_outs, groups=len(_groups(plan)))
-    (work, *columns), counts = _distinct_tasks(plan, order, write_outs)
+    (work, tokens, blocks, copies, copy_bytes, times), counts = _distinct_tasks(plan, order, write_outs)
     # What layers alike have in common is there once; `kind` lays it out for every layer.
     starts = np.cumsum([0, *map(sum, counts)])
     kinds = [np.arange(start, end) for start, end in itertools.pairwise(starts.tolist())]
@@ -97,7 +97,7 @@ def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
     last = np.cumsum(np.concatenate([counts[number] for number in order.numbers])) - 1  # task of each operation
     hold = np.full(len(kind), START, np.int32)
     hold[last[order.copies]] = np.append(last, START)[order.waits_for]
-    return Tasks(work.astype(np.int32), *columns, kind, hold)
+    return Tasks(work.astype(np.int32), tokens, blocks, copies, copy_bytes, times, kind, hold)
 
 
 class Task(NamedTuple):
