@@ -22,6 +22,7 @@ from kvrecomp.plan.shapes import (
     GIB,
     MEMORIES,
     METHODS,
+    MOST_NUMBERS,
     Form,
     LayerShape,
     Memory,
@@ -163,6 +164,11 @@ class Plan:
                 raise PlanError(f"layer {number}: its blocks hold {tokens} tokens; of the prompt {cached} are cached")
             for block in layer.blocks(self.write_outs, self.tail):
                 size = self.bytes_of(layer_shape, block)
+                if self.groups * size > MOST_NUMBERS:
+                    raise PlanError(
+                        f"layer {number}: a block of {block.tokens} tokens in {self.groups} groups of "
+                        f"{self.workload.batch} rows takes more bytes than any memory has: use less of one of these"
+                    )
                 if block.memory == "host" and size > self.window:
                     raise PlanError(
                         f"layer {number}: the window of {format_bytes(self.window)} is smaller than a block of "

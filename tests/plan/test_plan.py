@@ -354,6 +354,15 @@ def test_plans_are_compared_by_what_is_in_them():
             lambda: named_plan("device", replace(SHAPE, positions=10**9), Workload(3, 7, 10**6), tail=100),
             "plan device: 1000000 new tokens fill a tail of 100 9999 times; 4096 may be written out: use a longer tail",
         ),
+        (
+            lambda: replace(MIXED, groups=10**30),
+            f"layer 0: a block of 4 tokens in {10**30} groups of 3 rows takes more bytes than",
+        ),
+        (
+            lambda: replace(SHAPE, vocab=10**15),
+            "ModelShape: its weights are more than 1000000000000000, which no machine",
+        ),
+        (lambda: replace(SHAPE, embedding=0), "ModelShape: embedding is 0; it must be greater than zero"),
         (lambda: replace(MIXED, window=2099), "layer 0: the window of 2.0 KiB is smaller than a block of 5 tokens, "),
     ],
 )
