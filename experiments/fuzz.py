@@ -413,7 +413,7 @@ def try_sizes(case: Case) -> None:
     profile = HardwareProfile.from_datasheet(sheet)
     if name == "auto":
         plan = make_plan(shape, workload, profile, budget, groups=groups, tail=tail)
-        for memory, limit in (("device", device), ("host", host)):
+        for memory, limit in zip(MEMORIES, (device, host), strict=True):
             needed = sum(memory_needed(plan)[memory].values())
             check(limit is None or needed <= limit, f"{memory}: {needed} bytes of {limit}")
         check(not plan.reason.startswith(("nan", "inf", "-")), plan.reason)
