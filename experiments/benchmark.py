@@ -35,10 +35,12 @@ from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
 from kvrecomp.measure.machine import copy_rate
 from kvrecomp.plan import AUTO, GIB, MIB, Memory, PlanError, format_bytes
+from kvrecomp.plan.footprint import check_weights, check_within
 from kvrecomp.plan.named import named_weights
 from kvrecomp.predict.cost import median_write_outs, plan_costs
 from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 from kvrecomp.run import memory
+from kvrecomp.run.limits import limits
 from kvrecomp.run.programs import side_by_side
 from kvrecomp.run.sampling import Sampling
 
@@ -224,6 +226,11 @@ def main(given: flags.FlagValues) -> None:
         with machine_lock.exclusive():  # for a machine that was never measured
             machine = kvrecomp.profile()
         weights = tuple(layer.weights for layer in plan_for(AUTO, shape, workloads[0], profile=machine).layers)
+    for plan in asked:
+        check_weights(shape, weights, limits(plan.budget))
+    if asked[0].plan != AUTO:  # whether `auto` fits is known when the machine is
+        first = plan_for(asked[0].plan, shape, workloads[0], weights=weights)
+        check_within(first, limits(budget))
     sharding = kvrecomp.placement(plan_for("device", shape, workloads[0], weights=weights))  # the same for all plans
     with machine_lock.shared():
         model = models.create(given.model, dtype=given.dtype, seed=given.seed, sharding=sharding)

@@ -54,10 +54,12 @@ from kvrecomp.plan import (
     format_bytes,
 )
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
+from kvrecomp.plan.footprint import check_weights
 from kvrecomp.plan.named import named_plan
 from kvrecomp.predict.cost import make_tasks, plan_costs
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.run import memory
+from kvrecomp.run.limits import limits
 from kvrecomp.run.programs import side_by_side
 
 # The most host memory first: pinning it takes long, and what is pinned for one plan serves the next.
@@ -142,6 +144,7 @@ def run(
                 if not {*(rooms or [None])} - done:
                     continue
                 if model is None:
+                    check_weights(config.shape, ["device"] * len(config.shape.layers), limits(kvrecomp.Budget()))
                     with machine_lock.shared():
                         model = models.create(config)
                 if machine is None:

@@ -41,8 +41,10 @@ import kvrecomp
 import models
 from kvrecomp.files import write_json
 from kvrecomp.plan import AUTO
+from kvrecomp.plan.footprint import check_weights
 from kvrecomp.run import memory
 from kvrecomp.run.cache import Cache
+from kvrecomp.run.limits import limits
 
 COMPARED = ("kvpr:0.75", "keys_values", "activations")
 WARM_UP, STEPS = 3, 2
@@ -133,9 +135,10 @@ def run(given: flags.FlagValues) -> list[Row]:
     for name in names:  # mistakes are said before the weights are made
         if name != AUTO:
             kvrecomp.plan_for(name, shape, workload, tail=step_timing.NEW)
+    budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
+    check_weights(shape, ["device"] * len(shape.layers), limits(budget))
     with machine_lock.shared():
         model = models.create(config, dtype=given.dtype)
-    budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
     with machine_lock.exclusive():
         machine = kvrecomp.profile(model, batch=given.batch) if AUTO in names else None
     rows, weights = [], kvrecomp.weight_memories(model)

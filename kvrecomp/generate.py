@@ -198,6 +198,7 @@ class TokenLoop:
             if decoder.plan is not plan and len(prefilled) > 1:  # blocks could not be packed; those before were
                 prefilled.clear()
         caches, logits = map(list, zip(*prefilled))
+        del prefilled  # and the logits with it, once they are used
         eos, pad, seed, names = jax.device_put(
             (
                 np.asarray(self.eos, np.int32),
@@ -219,6 +220,7 @@ class TokenLoop:
             jax.tree.map(lambda array: array.copy_to_host_async(), arriving)
             yield _Dispatched(*arriving, sent)
             if index + 1 < max_new_tokens:
+                del logits, arriving  # or the step's own would be beside them
                 caches, logits = decoder.step_groups(caches, tokens)
                 sent = decoder.plan.link_bytes(index // decoder.plan.tail)
 

@@ -82,11 +82,12 @@ def tokens(layer):
 
 
 def least(shape, workload, tail=16):
-    """Device bytes of weights, prefill and tails of that many tokens in the form that takes more, and no blocks."""
-    needed = memory_needed(named_plan("device", shape, workload))["device"]
+    """Device bytes of weights, logits and tails of that many tokens in the form that takes more, and of a prefill or
+    step that keeps what is cached anywhere in any form; no blocks."""
+    needed = [memory_needed(named_plan(name, shape, workload))["device"] for name in ("device", kv, acts)]
     widest = sum(max(layer.width(form) for form in (kv, acts)) for layer in shape.layers)
     tails = min(tail, workload.new) * workload.batch * widest * shape.itemsize
-    return needed["weights"] + needed["prefill or step"] + tails
+    return needed[0]["weights"] + needed[0]["logits"] + max(plan["prefill or step"] for plan in needed) + tails
 
 
 def cache_bytes(shape, workload, form=kv):

@@ -44,6 +44,21 @@ def test_greedy_is_the_likeliest_of_the_plain_forward_pass(decoder):
     assert result.plan is decoder.plan and result.new_tokens.tolist() == [NEW] * BATCH
 
 
+def test_logits_are_gone_when_a_step_makes_others(decoder, monkeypatch):
+    """They are counted once, and there may be 500 MiB of them."""
+    there, step = [], decoder.step_groups
+
+    def step_groups(*given):
+        live = [array for array in jax.live_arrays() if array.shape == (BATCH, toy.VOCAB)]
+        there.append(len(set(map(id, live)) - before))
+        return step(*given)
+
+    monkeypatch.setattr(decoder, "step_groups", step_groups)
+    before = {id(array) for array in jax.live_arrays()}
+    run(decoder)
+    assert there == [0] * (NEW - 1)
+
+
 def test_times_and_bytes_of_each_step(decoder):
     result, plan = run(decoder), decoder.plan
     assert result.logits is None

@@ -4,8 +4,9 @@ for."""
 from collections.abc import Sequence
 
 from kvrecomp.plan.codecs import Codec
-from kvrecomp.plan.layout import BlockSpec
-from kvrecomp.plan.shapes import ALIGNED, FORMS, GIB, LEAST_ALIGNED, Form, LayerShape, Memory, ModelShape
+from kvrecomp.plan.layout import MOST_BLOCKS, BlockSpec
+from kvrecomp.plan.shapes import ALIGNED, FORMS, GIB, LEAST_ALIGNED, Form, LayerShape, Memory, ModelShape, PlanError
+from kvrecomp.plan.table import format_bytes
 from kvrecomp.plan.workload import Workload
 
 BLOCKS_PER_WINDOW = 4  # so that copies of the next blocks run while one is in use
@@ -26,6 +27,8 @@ def cut_runs(
     A run on the device is one block. On the host there are as few as `most_bytes` of plain numbers a block allow, equal
     within one token. Where LEAST_ALIGNED tokens fit in a block, and not all do, blocks are multiples of ALIGNED, equal
     within one of these, and the last has what is left.
+
+    Raises `PlanError` for more than MOST_BLOCKS.
     """
     blocks: list[BlockSpec] = []
     for form, memory, tokens in runs:
@@ -34,6 +37,11 @@ def cut_runs(
         unit = ALIGNED if LEAST_ALIGNED <= largest < tokens else 1
         units = -(-tokens // unit)
         count = -(-units // max(1, largest // unit))
+        if count > MOST_BLOCKS:
+            raise PlanError(
+                f"{tokens} tokens of {format_bytes(token_bytes)} in host memory are {count} blocks of a layer, of at "
+                f"most {format_bytes(most_bytes)} each; {MOST_BLOCKS} are the most: use a larger window"
+            )
         for number in range(count):
             size = min(tokens, unit * (units // count + (number < units % count)))
             blocks.append(BlockSpec(form, memory, size, codec))

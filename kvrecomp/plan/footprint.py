@@ -5,21 +5,24 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from kvrecomp.plan.cutting import chunk_of_queries
-from kvrecomp.plan.layout import Plan
+from kvrecomp.plan.layout import BlockSpec, LayerPlan, Plan
 from kvrecomp.plan.pinned import LIMIT_VARIABLE, pinned_limit
-from kvrecomp.plan.shapes import GIB, MEMORIES, Memory, ModelShape, PlanError
-from kvrecomp.plan.step_order import step_order
+from kvrecomp.plan.shapes import GIB, MEMORIES, LayerShape, Memory, ModelShape, PlanError
+from kvrecomp.plan.step_order import high_water
 from kvrecomp.plan.table import format_bytes
 from kvrecomp.plan.workload import Workload
 
+SCORE = 12  # bytes of a score: in float32, before and after the softmax, and once more in the model's numbers, or apart
+MERGED_BYTES = 2**25  # of matrices that XLA makes one product of, at most
 MARGIN = 0.05  # of what is free: fragmentation, and the programs themselves
 
 
 def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dict[str, int]]:
     """Bytes by memory and item, after that many write-outs (default: at the end of the workload).
 
-    A prefill and a step do not happen at the same time; the larger one counts. A prefill has the host weights of two
-    layers on the device at once, and what it packs; a step its window, and what it unpacks and recomputes.
+    A prefill, a step and the choice of tokens do not happen at the same time; the largest counts. A prefill has the
+    host weights of two layers on the device at once, and what it packs; a step its window, and what it unpacks and
+    computes. Logits are there from one step to the next; those that `output_logits` asks for are not counted.
     """
     write_outs = plan.write_outs if write_outs is None else write_outs
     shape = plan.shape
@@ -29,15 +32,31 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
             "weights": weights["device"],
             "blocks": plan.bytes_in("device", write_outs),
             "tail": plan.tail_bytes,
+            "logits": plan.groups * logits_bytes(shape, plan.workload),
             "prefill or step": max(
+                sampling_bytes(shape, plan.workload),
                 prefill_bytes(shape, plan.workload) + 2 * plan.most_weight_bytes + packing_bytes(plan),
-                step_order(plan, write_outs).high_water
-                + recomputed_bytes(plan, write_outs)
+                high_water(plan, write_outs)
+                + rows_bytes(plan)
+                + attention_bytes(plan, write_outs)
                 + unpacked_bytes(plan, write_outs),
             ),
         },
         "host": {"weights": weights["host"], "blocks": plan.bytes_in("host", write_outs)},
     }
+
+
+def logits_bytes(shape: ModelShape, workload: Workload) -> int:
+    """Bytes of the logits of one group, float32."""
+    return 4 * workload.batch * shape.vocab
+
+
+def sampling_bytes(shape: ModelShape, workload: Workload) -> int:
+    """An estimate of what choosing a group's tokens takes beside their logits, from above: where `top_k` or `top_p` are
+    used, which a plan does not know, they are sorted; tests compare it with what XLA needs for an H200. A small
+    vocabulary takes some KiB a row more.
+    """
+    return 7 * logits_bytes(shape, workload) // 2 + 2**12 * workload.batch
 
 
 def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
@@ -58,21 +77,52 @@ def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
     return most
 
 
-def recomputed_bytes(plan: Plan, write_outs: int) -> int:
-    """An estimate of what a step computes from the activations on the device, of one layer at a time, from above; tests
-    compare it with what XLA needs for an H200.
+def attention_bytes(plan: Plan, write_outs: int) -> int:
+    """An estimate of what a step's attention computes from the blocks of a layer, from above, of one group and layer at
+    a time; tests compare it with what XLA needs for an H200.
 
-    Where K is not absorbed, or neither K nor V is: the activations of all blocks as one, and twice K.
+    Of the blocks and the tail on the device together, and of the largest block from the host: scores in float32, before
+    and after the softmax. Where K or V are recomputed from activations, these, and where K is rotated, in float32, what
+    it is rotated with too; on the device the activations themselves, moved for that. Of keys and values from the host K
+    is moved, where several heads share it.
     """
     most = 0
     for layer, layer_shape in plan.distinct_layers:
-        if layer_shape.absorbs_keys and layer.method == "absorb":
-            continue
         blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
-        tokens = sum(block.tokens for block in blocks if (block.form, block.memory) == ("activations", "device"))
-        tokens += plan.tail * (layer.tail_form == "activations")
-        row = layer_shape.width("activations") + layer_shape.width("keys_values")
-        most = max(most, tokens * plan.workload.batch * row * plan.shape.itemsize)
+        on_device = [block for block in blocks if block.memory == "device"]
+        from_host = {block for block in blocks if block.memory == "host"}
+        of_device = sum(_attention_numbers(plan, layer, layer_shape, block) for block in on_device)
+        of_device += _attention_numbers(plan, layer, layer_shape, layer.tail_block(plan.tail))
+        of_host = max((_attention_numbers(plan, layer, layer_shape, block) for block in from_host), default=0)
+        most = max(most, plan.workload.batch * max(of_device, of_host))
+    return most
+
+
+def _attention_numbers(plan: Plan, layer: LayerPlan, shape: LayerShape, block: BlockSpec) -> int:
+    """What attention to that block computes, in bytes of one row."""
+    itemsize, key = plan.shape.itemsize, shape.kv_heads * shape.head_dim
+    of_token = SCORE * shape.heads
+    if block.form == "keys_values":
+        of_token += itemsize * key * (block.memory == "host" and shape.heads > shape.kv_heads)
+    elif layer.method == "recompute" or not shape.absorbs_keys:
+        of_token += itemsize * key * (2 if layer.method == "recompute" else 1)
+        of_token += itemsize * shape.hidden * (block.memory == "device")
+        of_token += 0 if shape.absorbs_keys else 4 * (key + shape.head_dim)
+    return block.tokens * of_token
+
+
+def rows_bytes(plan: Plan) -> int:
+    """An estimate of what a step computes of the new tokens of the groups that go through a layer together, from above.
+
+    The feed-forward's numbers and hidden states, and of each head, where V is absorbed, as many numbers as the
+    activations have. And the projections' matrices, of two layers, which XLA puts side by side where rows are few.
+    """
+    most, itemsize = 0, plan.shape.itemsize
+    for layer in plan.shape.distinct_layers:
+        feed_forward = (2 + 2 * layer.gated) * layer.intermediate + 8 * layer.hidden
+        heads = 3 * layer.heads * max(layer.hidden, layer.head_dim)
+        of_row = max(feed_forward * itemsize * plan.groups_per_pass, 4 * heads)
+        most = max(most, plan.workload.batch * of_row + min(MERGED_BYTES, 2 * layer.projecting * itemsize))
     return most
 
 
@@ -110,6 +160,18 @@ def weights_in(shape: ModelShape, memories: Sequence[Memory]) -> dict[Memory, in
         )
     hosted = sum(layer.parameters for layer, memory in zip(shape.layers, memories) if memory == "host")
     return {"device": (shape.parameters - hosted) * shape.itemsize, "host": hosted * shape.itemsize}
+
+
+def check_weights(shape: ModelShape, memories: Sequence[Memory], allowed: Mapping[Memory, float]) -> None:
+    """Raises `PlanError` if the weights alone, each layer's in its memory, need more bytes than are allowed: no plan
+    fits then, and they need not be made."""
+    for memory, needed in weights_in(shape, memories).items():
+        if needed > allowed[memory]:
+            ways = "put them into host memory, or " if memory == "device" and "device" in memories else ""
+            raise PlanError(
+                f"the weights of {shape.name} need {format_bytes(needed)} of {memory} memory; "
+                f"{format_bytes(allowed[memory])} may be used: {ways}use a smaller model or more memory"
+            )
 
 
 def check_within(plan: Plan, allowed: Mapping[Memory, float]) -> None:

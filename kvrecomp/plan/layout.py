@@ -22,6 +22,7 @@ from kvrecomp.plan.shapes import (
     GIB,
     MEMORIES,
     METHODS,
+    MOST_NUMBERS,
     Form,
     LayerShape,
     Memory,
@@ -39,6 +40,7 @@ Order = Literal["row", "column"]
 
 AUTO = "auto"  # the name of the plan that the scheduler makes
 DEFAULT_WINDOW = GIB
+MOST_BLOCKS = 4096  # of a layer's prompt, and as many written out: a program of so many takes hours to compile
 
 
 @dataclass(frozen=True)
@@ -145,6 +147,11 @@ class Plan:
                 f"a prompt of {self.workload.prompt} and {self.workload.new} new tokens need {total} positions; "
                 f"{self.shape.name} has {self.shape.positions}: shorten one of them"
             )
+        if self.write_outs > MOST_BLOCKS:
+            raise PlanError(
+                f"plan {self.name}: {self.workload.new} new tokens fill a tail of {self.tail} {self.write_outs} times; "
+                f"{MOST_BLOCKS} may be written out: use a longer tail"
+            )
         if "packed" in self.codecs and self.shape.dtype != PACKED_DTYPE:
             raise PlanError(
                 f"plan {self.name} has packed blocks, which are of {PACKED_DTYPE} numbers; {self.shape.name} is in "
@@ -157,6 +164,11 @@ class Plan:
                 raise PlanError(f"layer {number}: its blocks hold {tokens} tokens; of the prompt {cached} are cached")
             for block in layer.blocks(self.write_outs, self.tail):
                 size = self.bytes_of(layer_shape, block)
+                if self.groups * size > MOST_NUMBERS:
+                    raise PlanError(
+                        f"layer {number}: a block of {block.tokens} tokens in {self.groups} groups of "
+                        f"{self.workload.batch} rows takes more bytes than any memory has: use less of one of these"
+                    )
                 if block.memory == "host" and size > self.window:
                     raise PlanError(
                         f"layer {number}: the window of {format_bytes(self.window)} is smaller than a block of "

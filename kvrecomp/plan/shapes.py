@@ -30,6 +30,7 @@ GIB = 2**30
 # take 1.2 ms with 480 activations, absorbed, 2.4 with 481, 1.3 with 512; keys and values a tenth longer.
 ALIGNED = 32
 LEAST_ALIGNED = 8 * ALIGNED  # tokens: for fewer that is too coarse, and kernels are short
+MOST_NUMBERS = 10**15  # of a model, or of a block: their bytes are counted in 64 bits
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -154,7 +155,10 @@ class ModelShape:
     tied: bool = True
 
     def __post_init__(self):
-        check_positive(self, layers=len(self.layers), vocab=self.vocab, positions=self.positions)
+        sizes = {"layers": len(self.layers), "vocab": self.vocab, "embedding": self.embedding}
+        check_positive(self, **sizes, positions=self.positions)
+        if self.parameters > MOST_NUMBERS:
+            raise PlanError(f"ModelShape: its weights are more than {MOST_NUMBERS}, which no machine holds: use less")
         if self.dtype not in _ITEMSIZE:
             raise PlanError(f"ModelShape: dtype is {self.dtype!r}; it must be one of {', '.join(_ITEMSIZE)}")
 

@@ -31,6 +31,9 @@ from kvrecomp.plan.layout import LayerPlan, Plan, Schedule
 from kvrecomp.plan.shapes import LayerShape
 
 COPIES_IN_FLIGHT = 2  # as many as XLA keeps; see run/copies.py
+# More groups hold no more at once: a copy starts when that before the last one is in use, so there is something of so
+# many groups at most.
+GROUPS_AT_ONCE = COPIES_IN_FLIGHT + 1
 TAIL = -1  # among the blocks that an operation attends to
 START = -1  # what a copy waits for that may start with the step
 
@@ -123,11 +126,15 @@ class StepOrder:
         return orders
 
 
-def step_order(plan: Plan, write_outs: int = 0, matrices: Sequence[Matrices] | None = None) -> StepOrder:
+def step_order(
+    plan: Plan, write_outs: int = 0, matrices: Sequence[Matrices] | None = None, groups: int | None = None
+) -> StepOrder:
     """The order of a step of the groups that go through the layers together, after that many write-outs of the tail.
 
-    `matrices` has each layer's weights in host memory, by default what its shape says.
+    `matrices` has each layer's weights in host memory, by default what its shape says. `groups` None: as many as the
+    plan has; the order grows with them.
     """
+    groups = plan.groups_per_pass if groups is None else groups
     if matrices is None:
         distinct = [(layer, shape, _matrices(plan, layer, shape)) for layer, shape in plan.distinct_layers]
         numbers = plan.distinct_numbers
@@ -137,8 +144,13 @@ def step_order(plan: Plan, write_outs: int = 0, matrices: Sequence[Matrices] | N
         kinds = list(plan.distinct_layers)
         distinct = [(*kinds[number], sizes) for number, sizes in found]
         numbers = tuple(map(found.index, every))
-    layers = tuple(_layer_order(plan, *layer, write_outs) for layer in distinct)
+    layers = tuple(_layer_order(plan, *layer, write_outs, groups) for layer in distinct)
     return order_layers(layers, numbers, plan.whole_window, plan.schedule)
+
+
+def high_water(plan: Plan, write_outs: int = 0) -> int:
+    """That of the step's order, which takes no longer to find for many groups."""
+    return step_order(plan, write_outs, groups=min(plan.groups_per_pass, GROUPS_AT_ONCE)).high_water
 
 
 def _matrices(plan: Plan, layer: LayerPlan, shape: LayerShape) -> Matrices:
@@ -150,16 +162,16 @@ def _matrices(plan: Plan, layer: LayerPlan, shape: LayerShape) -> Matrices:
 
 
 def _layer_order(
-    plan: Plan, layer: LayerPlan, shape: LayerShape, matrices: Matrices, write_outs: int
+    plan: Plan, layer: LayerPlan, shape: LayerShape, matrices: Matrices, write_outs: int, groups: int
 ) -> tuple[Op, ...]:
-    """The operations of one layer."""
+    """The operations of one layer, of so many groups."""
     blocks = shape.in_sight(layer.blocks(write_outs, plan.tail))
     on_device = tuple(number for number, block in enumerate(blocks) if block.memory == "device")
     in_host = [(number, plan.bytes_of(shape, block)) for number, block in enumerate(blocks) if block.memory == "host"]
     before, after = matrices
     ops = [Op("copy", nbytes=nbytes) for nbytes in before]
     ops.append(Op("project"))
-    for group in range(plan.groups_per_pass):
+    for group in range(groups):
         ops += Op("append", group), Op("attend", group, (*on_device, TAIL))
         for number, nbytes in in_host:
             ops += Op("copy", group, (number,), nbytes), Op("attend", group, (number,), frees=nbytes)

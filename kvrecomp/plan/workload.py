@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 from kvrecomp.plan.shapes import GIB, PlanError, check_positive
 
+MOST = 2**31 - 1  # rows, or tokens of one: a device counts them in int32
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -15,7 +17,11 @@ class Workload:
     new: int
 
     def __post_init__(self):
-        check_positive(self, batch=self.batch, prompt=self.prompt, new=self.new)
+        sizes = {"batch": self.batch, "prompt": self.prompt, "new": self.new}
+        check_positive(self, **sizes)
+        for name, size in sizes.items():
+            if size > MOST:
+                raise PlanError(f"Workload: {name} is {size}; it may be {MOST}, as many as int32 counts: use less")
 
     def __str__(self) -> str:
         return f"batch {self.batch}, prompt {self.prompt}, {self.new} new"

@@ -20,8 +20,8 @@ from kvrecomp.plan import (
 )
 from kvrecomp.plan.codecs import token_bytes
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
-from kvrecomp.plan.footprint import memory_needed, recomputed_bytes
-from kvrecomp.plan.step_order import in_flight_bytes
+from kvrecomp.plan.footprint import memory_needed
+from kvrecomp.plan.step_order import high_water, in_flight_bytes
 from kvrecomp.predict.problem import Problem, default_order
 
 
@@ -85,14 +85,15 @@ def candidate_plan(problem: Problem, candidate: Candidate) -> Plan:
     plan, reserved = _whole_plan(problem, candidate.window, layer_plans(problem, candidate)), 0.0
     widths = [layer.width(smaller_form(layer)) * count for layer, count in problem.shape.distinct_layers.items()]
     a_token = sum(widths) * problem.workload.batch * problem.shape.itemsize
-    # No room was left for what is recomputed, packed or unpacked, and blocks that leave the device may be, too.
+    # What is computed, packed or unpacked goes by the blocks, and no room was left for it; nor for that of blocks that
+    # leave the device for it.
     for rounding in (0, a_token):
-        if not recomputed_bytes(plan, plan.write_outs) and "packed" not in plan.codecs:
+        needed = memory_needed(plan)["device"]
+        excess = sum(needed.values()) - (problem.budget.device or 0.0)
+        computed = needed["prefill or step"] - max(problem.prefill, high_water(plan, plan.write_outs))
+        if excess <= 0 or computed <= 0:
             break
-        excess = sum(memory_needed(plan)["device"].values()) - (problem.budget.device or 0.0)
-        if excess <= 0:
-            break
-        reserved += excess + rounding
+        reserved += min(excess, computed) + rounding
         plan = _whole_plan(problem, candidate.window, layer_plans(problem, candidate, reserved))
     return plan
 
@@ -102,7 +103,7 @@ def layer_plans(problem: Problem, candidate: Candidate, reserved: float = 0.0) -
     the others; `reserved` bytes of device memory are left free."""
     window = candidate.window
     hosted_layer, hosted_matrix = problem.largest_hosted
-    for_cache = (problem.beside_weights - reserved - problem.prefill) / problem.groups
+    for_cache = (problem.for_cache - reserved) / problem.groups
     largest_copy = max(window // BLOCKS_PER_WINDOW, hosted_matrix)
     in_flight = in_flight_bytes(window + 2 * hosted_layer, largest_copy, hosted_layer)
     beside_window = for_cache - max(0, in_flight - problem.prefill) / problem.groups

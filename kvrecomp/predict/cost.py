@@ -38,6 +38,7 @@ from kvrecomp.predict.hardware import (
 
 PLANS, KINDS, TASKS = 64, 64, 1024  # of what is predicted in one call; of the last two at least
 MOST_LENGTHS = 4  # of a cache that grows, for which a step is predicted
+OWN_GROUPS, SHARED_GROUPS = 2, 12  # see `_groups`
 
 
 class Tasks(NamedTuple):
@@ -45,7 +46,8 @@ class Tasks(NamedTuple):
 
     Of each kind of task, [..., kinds]: `work` int32 is the row of the `WorkTable`, `tokens` the size there and `blocks`
     what its base is multiplied with; work on weights has other groups than the first in place of tokens. `copies`
-    counts the blocks awaited, none or one, of `copy_bytes`. Layers alike have tasks of the same kinds.
+    counts the blocks awaited, none or one, of `copy_bytes`. `times` is how often all of that is done, as one. Layers
+    alike have tasks of the same kinds.
 
     Of each task, in the order of compute, int32[..., tasks]: its `kind`, and as `hold` the task whose end lets the copy
     start, -1 for the start of the step.
@@ -56,6 +58,7 @@ class Tasks(NamedTuple):
     blocks: np.ndarray
     copies: np.ndarray
     copy_bytes: np.ndarray
+    times: np.ndarray
     kind: np.ndarray
     hold: np.ndarray
 
@@ -85,8 +88,8 @@ class StepCost(NamedTuple):
 
 def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
     """The tasks of one step under the plan, after that many write-outs: of one group where each takes its own."""
-    order = step_order(plan, write_outs)
-    (work, tokens, blocks, copies, copy_bytes), counts = _distinct_tasks(plan, order, write_outs)
+    order = step_order(plan, write_outs, groups=len(_groups(plan)))
+    (work, tokens, blocks, copies, copy_bytes, times), counts = _distinct_tasks(plan, order, write_outs)
     # What layers alike have in common is there once; `kind` lays it out for every layer.
     starts = np.cumsum([0, *map(sum, counts)])
     kinds = [np.arange(start, end) for start, end in itertools.pairwise(starts.tolist())]
@@ -94,7 +97,7 @@ def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
     last = np.cumsum(np.concatenate([counts[number] for number in order.numbers])) - 1  # task of each operation
     hold = np.full(len(kind), START, np.int32)
     hold[last[order.copies]] = np.append(last, START)[order.waits_for]
-    return Tasks(work.astype(np.int32), tokens, blocks, copies, copy_bytes, kind, hold)
+    return Tasks(work.astype(np.int32), tokens, blocks, copies, copy_bytes, times, kind, hold)
 
 
 class Task(NamedTuple):
@@ -105,11 +108,25 @@ class Task(NamedTuple):
     blocks: int = 1
     copies: int = 0
     copy_bytes: int = 0
+    times: float = 1.0
+
+
+def _groups(plan: Plan) -> list[float]:
+    """Of the groups that go through a layer together, for how many each of those in the prediction stands.
+
+    All are alike. Where they are many, the first and the last ones stand for themselves, since there copies of weights
+    and of the layers before and after are under way; the others' tasks are few that take the longer.
+    """
+    groups, shared = plan.groups_per_pass, plan.groups_per_pass - 2 * OWN_GROUPS
+    if shared <= SHARED_GROUPS:
+        return [1.0] * groups
+    own = [1.0] * OWN_GROUPS
+    return [*own, *[shared / SHARED_GROUPS] * SHARED_GROUPS, *own]
 
 
 def _distinct_tasks(plan: Plan, order: StepOrder, write_outs: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """The tasks of each of the plan's distinct layers, and then what a step does outside of layers (embedding,
-    unembedding and sampling), as columns float64[5, kinds]; and how many each operation of each layer has."""
+    unembedding and sampling), as columns float64[6, kinds]; and how many each operation of each layer has."""
     shapes = list(plan.shape.distinct_layers)
     layers = [
         _layer_tasks(plan, layer, shape, shapes.index(shape), ops, write_outs)
@@ -127,6 +144,8 @@ def _layer_tasks(
     tail = layer.tail_block(plan.tail)
     blocks = shape.in_sight(layer.blocks(write_outs, plan.tail))
     groups_beside = plan.groups_per_pass - 1  # that go through the projections and the feed-forward with the first
+
+    groups = _groups(plan)
 
     def task(work: Work, *sizes: int) -> Task:
         return Task(shape_number * len(WORKS) + WORKS.index(work), *sizes)
@@ -164,7 +183,11 @@ def _layer_tasks(
             case "finish":
                 return [task("finish", groups_beside)]
 
-    return list(map(tasks, ops))
+    def of_all(op: Op) -> list[Task]:
+        of_group = op.kind in ("append", "attend") or (op.kind == "copy" and not op.copies_weights)
+        return [found._replace(times=groups[op.group]) for found in tasks(op)] if of_group else tasks(op)
+
+    return list(map(of_all, ops))
 
 
 def stack_tasks(tasks: Sequence[Tasks]) -> Tasks:
@@ -226,7 +249,7 @@ def step_seconds(profile: HardwareProfile, shape: ModelShape, workload: Workload
     A copy takes the link's latency and its bytes at the rate measured beside compute. Computed on the CPU, PLANS at a
     time; compiled once per number of tasks and of their kinds.
     """
-    computing, copying = _seconds_of_kinds(profile, work_table(profile, shape, workload), *plan_arrays[:5])
+    computing, copying = _seconds_of_kinds(profile, work_table(profile, shape, workload), *plan_arrays[:6])
     arrays = computing, copying, plan_arrays.copies > 0, plan_arrays.kind, plan_arrays.hold
     found: list[StepCost] = []
     with jax.default_device(_cpu()), jax.disable_jit(False):  # step by step it takes for ever
@@ -279,6 +302,7 @@ def _seconds_of_kinds(
     blocks: np.ndarray,
     copies: np.ndarray,
     copy_bytes: np.ndarray,
+    times: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """What each kind of task computes, and what the copy that it awaits takes, float32[..., kinds]; see `Tasks`."""
     sizes, added = table.sizes[work], table.added[work]
@@ -288,7 +312,7 @@ def _seconds_of_kinds(
     )
     computing = table.base[work] * blocks + y0 + (tokens - x0) * (y1 - y0) / (x1 - x0)
     copying = profile.to_device.base * copies + copy_bytes / profile.beside_compute
-    return np.maximum(0, computing).astype(np.float32), copying.astype(np.float32)
+    return (times * np.maximum(0, computing)).astype(np.float32), (times * copying).astype(np.float32)
 
 
 def plan_costs(profile: HardwareProfile, plans: Sequence[Plan], write_outs: int | None = None) -> StepCost:
@@ -319,7 +343,8 @@ def mean_bounds(profile: HardwareProfile, plans: Sequence[Plan]) -> np.ndarray:
     often: list[np.ndarray] = []  # how many layers have each kind of task, and for how many groups in turn
     for plan in plans:
         for write_outs in step_shares(plan):
-            tasks, counts = _distinct_tasks(plan, step_order(plan, write_outs), write_outs)
+            order = step_order(plan, write_outs, groups=len(_groups(plan)))
+            tasks, counts = _distinct_tasks(plan, order, write_outs)
             columns.append(tasks)
             counts = np.repeat([*plan.distinct_layers.values(), 1], [*map(sum, counts), 1])
             often.append(counts * (plan.groups // plan.groups_per_pass))

@@ -8,7 +8,6 @@ Times are seconds, sizes bytes, rates per second.
 import bisect
 import dataclasses
 import itertools
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -21,6 +20,7 @@ from kvrecomp.predict.datasheets import DATASHEETS
 
 # Bytes of device memory: a budget of less or more is in the wrong unit. A toy model needs little more than the least.
 LEAST_DEVICE, LARGEST_DEVICE = 2.0**16, 1024.0 * GIB
+MOST = 1e24  # bytes, seconds, or either a second: predictions are float32, in which sums of more are infinite
 KNOTS = 7  # of a curve, at most
 FORMERLY = ("measured_in", "to_host")  # what older profiles say, too
 
@@ -248,8 +248,8 @@ class HardwareProfile:
 
 
 def _check_number(thing: str, name: str, value: Any, above: bool = False) -> None:
-    """Raises `PlanError` for what is no finite number from zero on, or `above` zero."""
+    """Raises `PlanError` for what is no number from zero, or if `above` from one, to MOST."""
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not 0 <= value <= sys.float_info.max or (above and value == 0):
-        expected = "greater than zero" if above else "not negative"
+    if not number or not above <= value <= MOST:
+        expected = f"from 1 to {MOST:g}" if above else f"not negative, and at most {MOST:g}"
         raise PlanError(f"{thing}: {name} is {value!r}; it must be a finite number, {expected}")

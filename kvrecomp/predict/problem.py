@@ -20,11 +20,13 @@ from kvrecomp.plan import (
     format_bytes,
 )
 from kvrecomp.plan.codecs import PACKED_DTYPE
-from kvrecomp.plan.cutting import default_tail
-from kvrecomp.plan.footprint import MARGIN, memory_needed, prefill_bytes, weights_in
+from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, default_tail
+from kvrecomp.plan.footprint import MARGIN, logits_bytes, memory_needed, prefill_bytes, sampling_bytes, weights_in
+from kvrecomp.plan.layout import MOST_BLOCKS
 from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 
 WINDOWS = tuple(DEFAULT_WINDOW >> shift for shift in (0, 2, 4, 6))
+FEW_BLOCKS = 256  # of a layer: the windows to choose from are so large that the prompt has no more
 WINDOW_SHARE = 1 / 8  # of the device memory beside the weights, at most, is window
 TAIL_SHARE = 1 / 8  # of the device memory beside the weights, at most, is tail
 MOST_TAIL_BYTES = 4 * GIB
@@ -68,27 +70,44 @@ class Problem:
 
     @cached_property
     def prefill(self) -> int:
-        """Bytes of device memory that a prompt takes for a while; it is over when a step needs its window."""
-        return prefill_bytes(self.shape, self.workload) + 2 * self.largest_hosted[0]
+        """Bytes of device memory that a prompt or choosing tokens takes for a while; it is over when a step needs its
+        window."""
+        prefill = prefill_bytes(self.shape, self.workload) + 2 * self.largest_hosted[0]
+        return max(prefill, sampling_bytes(self.shape, self.workload))
+
+    @cached_property
+    def logits(self) -> int:
+        """Bytes of the logits of all groups, which are on the device from one step to the next."""
+        return self.groups * logits_bytes(self.shape, self.workload)
+
+    @cached_property
+    def for_cache(self) -> float:
+        """Bytes of device memory that are left for tails, blocks and a window; nothing fits where there are none."""
+        return self.beside_weights - self.logits - self.prefill
 
     @cached_property
     def windows(self) -> tuple[int, ...]:
         """The windows to choose from: where it is open, the two largest of WINDOWS that there is room for, of at least
-        a token's bytes. A smaller window leaves more room for blocks, and cuts what is sent into more copies."""
+        a token's bytes and of what is cached of the prompt in FEW_BLOCKS. A smaller window leaves more room for
+        blocks, and cuts what is sent into more copies."""
         if self.window is not None:
             return (self.window,)
         fitting = [size for size in WINDOWS if size <= max(self.beside_weights * WINDOW_SHARE, self.prefill)]
-        widest = max(layer.width(form) for layer in self.layer_shapes for form in FORMS)
-        token_bytes = widest * self.workload.batch * self.shape.itemsize
-        return tuple(max(size, token_bytes) for size in fitting[:2] or WINDOWS[-1:])
+        row_bytes, prompt = self.workload.batch * self.shape.itemsize, self.workload.prompt
+        widths = {layer: max(map(layer.width, FORMS)) for layer in self.layer_shapes}
+        most = max(width * row_bytes * layer.cached(prompt) for layer, width in widths.items())
+        least = max(max(widths.values()) * row_bytes, BLOCKS_PER_WINDOW * most // FEW_BLOCKS)
+        return tuple(max(size, least) for size in fitting[:2] or WINDOWS[-1:])
 
     @cached_property
     def tail_tokens(self) -> int:
-        """Tokens of the tail: as many as take a small share of the memory, where it is open."""
+        """Tokens of the tail: as many as take a small share of the memory, where it is open, or as many as it takes to
+        write out no more than MOST_BLOCKS."""
         if self.tail is not None:
             return min(self.tail, self.workload.new)
         most_bytes = min(MOST_TAIL_BYTES, self.beside_weights * TAIL_SHARE) / self.groups
-        return default_tail(self.shape, self.workload, self.windows[-1], most_bytes)
+        tail = default_tail(self.shape, self.workload, self.windows[-1], most_bytes)
+        return max(tail, -(-self.workload.new // MOST_BLOCKS))
 
     @cached_property
     def codecs(self) -> tuple[Codec, ...]:

@@ -38,6 +38,8 @@ class Prediction(NamedTuple):
 
 def search(problem: Problem) -> Prediction:
     """The best candidate that fits the budget. Raises `PlanError` where none does; the message says what would."""
+    if problem.for_cache <= 0:
+        _check_within(problem, candidate_plan(problem, least_candidate(problem)))  # raises
     best = choose(problem, _first_candidates(problem))
     for layer, move in itertools.product(problem.layer_shapes, _moves(problem)):
         settings = best.candidate.settings
@@ -125,11 +127,16 @@ def choose(problem: Problem, candidates: Sequence[Candidate], best: Prediction |
     fitting = [(candidate, plan) for candidate, plan in plans if excess_bytes(plan, budget) == 0]
     if best is None and not fitting:
         closest = min((plan for _, plan in plans), key=lambda plan: excess_bytes(plan, budget))
-        check_within(closest, {memory: getattr(budget, memory) for memory in MEMORIES})  # raises
+        _check_within(problem, closest)  # raises
     predictions = [] if best is None else [best]
     seconds = fast_ones(problem.profile, [plan for _, plan in fitting], best.seconds if best else math.inf)
     predictions += [Prediction(*fitting[number], taken) for number, taken in seconds.items()]
     return _surest_of_fastest(predictions)
+
+
+def _check_within(problem: Problem, plan: Plan) -> None:
+    """Raises `PlanError` if the plan is over the budget."""
+    check_within(plan, {memory: getattr(problem.budget, memory) for memory in MEMORIES})
 
 
 def fast_ones(profile: HardwareProfile, plans: Sequence[Plan], shortest: float) -> dict[int, float]:

@@ -17,7 +17,7 @@ Tokens come first in arrays, since the blocks are token-major.
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import jax
@@ -218,13 +218,17 @@ def _score(query: Query, block: Block, method: Method, shared: bool) -> tuple[Ar
             return query_side
         return jax.lax.optimization_barrier((query_side, block.tensors[0]))[0]
 
-    projections = query.projections
+    projections, heads = query.projections, query.heads
     mixes: Mixes = "values"
     if block.form == "keys_values":
         key, mixable = block.tensors
     else:
         (x,) = block.tensors
         recompute = method == "recompute"
+        if projections.encode_key is not None:
+            # XLA would compute what positions are encoded with for the blocks of all layers at the start of the step.
+            heads, x, start = jax.lax.optimization_barrier((heads, x, block.start))
+            block = replace(block, start=start)
         positions = positions_of(block.slots, query.padding)
         key = projections.keys(x, positions) if recompute or projections.encode_key is not None else None
         mixable, mixes = (projections.values(x), "values") if recompute else (x, "activations")
@@ -234,7 +238,7 @@ def _score(query: Query, block: Block, method: Method, shared: bool) -> tuple[Ar
         scores = scores if constant is None else scores + constant[..., None]
     else:
         # Of one query a head XLA makes no product, and there is nothing to share.
-        heads = operand(query.heads) if query.heads.shape[2] > 1 else query.heads
+        heads = operand(heads) if heads.shape[2] > 1 else heads
         scores = jnp.einsum("bkgd,sbkd->bkgs", heads, key, preferred_element_type=jnp.float32)
     seen = visible(block.slots, query.padding, query.slot[None], projections.sliding_window)[0]
     return jnp.where(seen.T[:, None, None], projections.bound(scores), MASKED), mixable, mixes

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+import scripts
 import toy
 
 import kvrecomp
@@ -83,3 +84,26 @@ def test_what_does_not_fit_or_compile_is_said_when_its_turn_comes(known_machine,
     benchmark.compile_first(broken)
     with pytest.raises(ZeroDivisionError):
         benchmark.measure(broken, plan.name, None, known_machine, 2e9)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["--model=opt-175b"],
+            "the weights of opt-175b need 325.15 GiB of device memory; 2.50 GiB may be used: put them",
+        ),
+        (
+            ["--model=opt-175b", "--weights=host"],
+            "the weights of opt-175b need 324.00 GiB of host memory; 3.50 GiB may",
+        ),
+        (["--plans=device", "--prompt=1024", "--batch=3000"], "plan device needs "),
+        (["--plans=auto:0.5,device", "--model=opt-1.3b"], "opt-1.3b need 2.44 GiB of device memory; 512.0 MiB may be"),
+    ],
+)
+def test_what_does_not_fit_is_said_before_weights_are_made(monkeypatch, words, message):
+    monkeypatch.setattr(models, "create", lambda *given, **options: pytest.fail("weights are made"))
+    monkeypatch.setattr(kvrecomp, "profile", lambda *given, **options: pytest.fail("the machine is measured"))
+    with pytest.raises(SystemExit) as ended:
+        scripts.call(benchmark, "--device_memory_gib=2.5", "--host_memory_gib=3.5", *words)
+    assert message in str(ended.value) and "\n" not in str(ended.value)

@@ -13,7 +13,7 @@ import kvrecomp
 import models
 from kvrecomp.plan import GIB, MIB, BlockSpec, Budget, LayerPlan, Plan, PlanError, Workload, format_bytes, uneven
 from kvrecomp.plan.cutting import cut_runs
-from kvrecomp.plan.footprint import recomputed_bytes
+from kvrecomp.plan.footprint import attention_bytes, logits_bytes, rows_bytes, sampling_bytes
 from kvrecomp.plan.named import named_plan
 from kvrecomp.run.limits import check_memory
 
@@ -108,18 +108,48 @@ def test_memory_needed_by_hand():
     assert kvrecomp.memory_needed(more)["device"]["prefill or step"] >= GIB
 
 
-def test_what_is_recomputed_by_hand():
-    """Of activations on the device, the tail's too, where K or both are not absorbed: they as one, and twice K."""
-    rotary = replace(PLAIN, absorbs_keys=False)
-    for layer, method, expected in [(PLAIN, "absorb", 0), (PLAIN, "recompute", 1), (rotary, "absorb", 1)]:
-        blocks = BlockSpec(acts, "device", 5), BlockSpec(kv, "device", 2), BlockSpec(acts, "host", 4)
-        layer_plan = LayerPlan(blocks, acts, ("device", "host"), method)
-        plan = Plan("some", replace(SHAPE, layers=(layer,)), WORKLOAD, (layer_plan,), tail=3)
-        row = layer.width("activations") + layer.width("keys_values")
-        for write_outs, tokens in ((0, 5 + 3), (1, 5 + 3 + 3), (2, 5 + 3 + 3)):
-            assert recomputed_bytes(plan, write_outs) == expected * tokens * WORKLOAD.batch * row * 2
-        sent = kvrecomp.memory_needed(replace(plan, window=10**6), 0)["device"]["prefill or step"]
-        assert sent >= recomputed_bytes(plan, 0)
+def attention_by_hand(form, memory, method="absorb", layer=PLAIN, tail=kv):
+    """What attention computes for a token, in bytes of one row: of one block of 5 tokens, a tail of 3, and 3 rows."""
+    layer_plan = LayerPlan((BlockSpec(form, memory, 5),), tail, ("device",), method)
+    shape, workload = replace(SHAPE, layers=(layer,)), Workload(3, 5, 3)
+    return attention_bytes(Plan("some", shape, workload, (layer_plan,), tail=3), 0) / 3
+
+
+def test_what_attention_computes_by_hand():
+    """Scores of five heads, or of six that share two of keys, in 12 bytes; K of 35 or 8 numbers in bfloat16, V alike,
+    rotated ones and what they are rotated with in float32; activations of 35."""
+    rotated = replace(PLAIN, absorbs_keys=False)
+    assert attention_by_hand(kv, "device") == attention_by_hand(acts, "device") == (5 + 3) * 60
+    assert attention_by_hand(kv, "host") == attention_by_hand(acts, "host") == 5 * 60
+    assert attention_by_hand(kv, "host", layer=GROUPED) == 5 * (72 + 2 * 8)
+    assert attention_by_hand(acts, "host", "recompute") == 5 * (60 + 2 * 70)
+    assert attention_by_hand(acts, "device", "recompute") == 5 * (60 + 2 * (70 + 35)) + 3 * 60
+    assert attention_by_hand(acts, "device", "recompute", tail=acts) == (5 + 3) * (60 + 2 * (70 + 35))
+    assert attention_by_hand(acts, "host", layer=rotated) == 5 * (60 + 2 * 35 + 4 * (35 + 7))
+    assert attention_by_hand(acts, "host", layer=GROUPED) == 5 * (72 + 2 * 8 + 4 * (8 + 4))
+    assert attention_by_hand(acts, "device", layer=GROUPED) == 5 * (72 + 2 * 8 + 4 * (8 + 4) + 2 * 35) + 3 * 72
+
+
+def test_logits_of_all_groups_and_sampling_of_one_are_counted():
+    """Where a vocabulary is large, and little else: Gemma-2B with 512 rows has 500 MiB of them, and sorts them."""
+    shape, workload = models.PRESETS["gemma-2b"].shape, Workload(512, 3, 5)
+    plan = named_plan("device", shape, workload)
+    assert logits_bytes(shape, workload) == 4 * 512 * 256_000 == 500 * MIB
+    for groups in (1, 7):
+        needed = kvrecomp.memory_needed(replace(plan, groups=groups))["device"]
+        assert needed["logits"] == groups * 500 * MIB
+        assert needed["prefill or step"] == sampling_bytes(shape, workload) > 1700 * MIB
+
+
+def test_groups_alike_take_no_longer():
+    """As many bytes with ever so many groups; each has its tails, blocks and logits."""
+    plan = replace(kvrecomp.with_host_weights(named_plan("split:0.5", SHAPE, WORKLOAD), 1.0), order="column")
+    few, many = (kvrecomp.memory_needed(replace(plan, groups=groups)) for groups in (10, 10**9))
+    for item in ("tail", "logits"):
+        assert many["device"][item] == 10**8 * few["device"][item]
+    assert many["host"]["weights"] == few["host"]["weights"]
+    rows = rows_bytes(replace(plan, groups=10**9)) - rows_bytes(replace(plan, groups=10))
+    assert many["device"]["prefill or step"] - few["device"]["prefill or step"] <= rows
 
 
 @pytest.mark.parametrize("name", ["device", "activations", "device:0.5"])
@@ -289,6 +319,12 @@ def test_plans_are_compared_by_what_is_in_them():
         (lambda: BlockSpec("activations", "host", 0), "tokens is 0; it must be greater than zero"),
         (lambda: replace(MIXED, tail=0), "tail is 0"),
         (lambda: replace(MIXED, tail=2.0), "tail is 2.0; it must be a whole number"),
+        (
+            lambda: Workload(1, 10**12, 8),
+            "Workload: prompt is 1000000000000; it may be 2147483647, as many as int32 counts",
+        ),
+        (lambda: Workload(2**31, 3, 8), "Workload: batch is 2147483648; it may be 2147483647"),
+        (lambda: replace(WORKLOAD, new=int("1" * 30)), "Workload: new is 111111111111111111111111111111; it may be"),
         (lambda: replace(WORKLOAD, batch="2"), "batch is '2'; it must be a whole number"),
         (lambda: replace(MIXED, window=-1), "window is -1"),
         (lambda: replace(MIXED, layers=MIXED.layers[:1]), "1 layer plans for a model of 2 layers"),
@@ -310,6 +346,23 @@ def test_plans_are_compared_by_what_is_in_them():
         (lambda: named_plan("activations:0.5", SHAPE, WORKLOAD), "there is no plan 'activations:0.5'"),
         (lambda: named_plan("split:nan", SHAPE, WORKLOAD), "plan 'split:nan': 'nan' is not a fraction from 0 to 1"),
         (lambda: named_plan("auto", SHAPE, WORKLOAD), "auto is goes by the machine: use plan_for or make_plan"),
+        (
+            lambda: named_plan("keys_values", replace(SHAPE, positions=10**8), Workload(3, 10**6, 8), window=4200),
+            "1000000 tokens of 420 B in host memory are 500000 blocks of a layer, of at most 1.0 KiB each; 4096",
+        ),
+        (
+            lambda: named_plan("device", replace(SHAPE, positions=10**9), Workload(3, 7, 10**6), tail=100),
+            "plan device: 1000000 new tokens fill a tail of 100 9999 times; 4096 may be written out: use a longer tail",
+        ),
+        (
+            lambda: replace(MIXED, groups=10**30),
+            f"layer 0: a block of 4 tokens in {10**30} groups of 3 rows takes more bytes than",
+        ),
+        (
+            lambda: replace(SHAPE, vocab=10**15),
+            "ModelShape: its weights are more than 1000000000000000, which no machine",
+        ),
+        (lambda: replace(SHAPE, embedding=0), "ModelShape: embedding is 0; it must be greater than zero"),
         (lambda: replace(MIXED, window=2099), "layer 0: the window of 2.0 KiB is smaller than a block of 5 tokens, "),
     ],
 )

@@ -5,11 +5,21 @@ import dataclasses
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from toy_plans import plans
 
 import models
 from kvrecomp.plan import Workload
 from kvrecomp.plan.named import named_plan, with_host_weights
-from kvrecomp.plan.step_order import COPIES_IN_FLIGHT, START, TAIL, Op, order_layers, step_order
+from kvrecomp.plan.step_order import (
+    COPIES_IN_FLIGHT,
+    GROUPS_AT_ONCE,
+    START,
+    TAIL,
+    Op,
+    high_water,
+    order_layers,
+    step_order,
+)
 
 OPT = models.OPTConfig("toy", layers=3, hidden=28, heads=4, intermediate=44, vocab=61, positions=1200)
 WORKLOAD = Workload(batch=5, prompt=101, new=11)
@@ -139,3 +149,14 @@ def test_kvprs_schedule_has_two_blocks_in_flight(order, groups):
     sent = 4 * 199 * (404 * 28 + 605 * 56)  # bytes of a layer and group: activations, then keys and values
     found = step_order(dataclasses.replace(plan, groups=groups, order=order))
     assert found.high_water == sent + 3 * 4 * 28 * 28
+
+
+@many
+@given(plans(), st.integers(1, 9))
+def test_many_groups_hold_no_more_at_once_than_a_few(plan, groups):
+    """By the order of all of them."""
+    plan = dataclasses.replace(plan, groups=groups, order="column")
+    for write_outs in (0, plan.write_outs):
+        assert high_water(plan, write_outs) == step_order(plan, write_outs).high_water
+    few = step_order(plan, 0, groups=min(groups, GROUPS_AT_ONCE))
+    assert sum(op.kind == "append" for op in few.layers[0]) == min(groups, GROUPS_AT_ONCE)

@@ -7,13 +7,23 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planning import LEARNED, model
 from toy_plans import GROUPED, MIXED, PLAIN, SHAPE, WORKLOAD, acts, kv, plans
 
-from kvrecomp.plan import GIB, BlockSpec, LayerPlan, Plan, PlanError, Workload
+from kvrecomp.plan import GIB, MIB, BlockSpec, LayerPlan, Plan, PlanError, Workload
 from kvrecomp.plan.named import named_plan, with_host_weights
 from kvrecomp.plan.step_order import COPIES_IN_FLIGHT, START, TAIL, step_order
 from kvrecomp.predict import cost
-from kvrecomp.predict.cost import Tasks, make_tasks, mean_costs, plan_costs, stack_tasks, step_seconds, work_table
+from kvrecomp.predict.cost import (
+    Tasks,
+    make_tasks,
+    mean_bounds,
+    mean_costs,
+    plan_costs,
+    stack_tasks,
+    step_seconds,
+    work_table,
+)
 from kvrecomp.predict.hardware import KNOTS, WORKS, Curve, HardwareProfile, LayerTimes, Line, project_work
 
 LATENCY = 1e-7  # longer than some of the copies below, shorter than others
@@ -101,11 +111,12 @@ def task_lists(draw):
                 draw(st.integers(0, 2)),
                 copies,
                 draw(st.integers(1, 10**8)) if copies else 0,
+                draw(st.sampled_from([1, 1, 2.5])),
                 draw(st.integers(-1, number - 1)),
             )
         )
-    work, tokens, blocks, copies, copy_bytes, hold = map(np.array, zip(*rows))
-    floats = (column.astype(float) for column in (tokens, blocks, copies, copy_bytes))
+    work, *columns, hold = map(np.array, zip(*rows))
+    floats = (column.astype(float) for column in columns)
     return Tasks(work.astype(np.int32), *floats, np.arange(count, dtype=np.int32), hold.astype(np.int32))
 
 
@@ -150,12 +161,12 @@ def test_as_an_event_simulation(machine, tasks):
         curves[number] = Curve.line(curves[number](0), 2 * 3 * weights / machine.matmul_rate)
     for number, plan in enumerate(tasks):
         computing = [
-            max(0.0, seconds_at(curves[work], tokens) + (blocks - 1) * curves[work].seconds[0])
-            for work, tokens, blocks in zip(plan.work, plan.tokens, plan.blocks)
+            often * max(0.0, seconds_at(curves[work], tokens) + (blocks - 1) * curves[work].seconds[0])
+            for work, tokens, blocks, often in zip(plan.work, plan.tokens, plan.blocks, plan.times)
         ]
         copying = [
-            machine.to_device.base + size / machine.beside_compute if count else None
-            for count, size in zip(plan.copies, plan.copy_bytes)
+            often * (machine.to_device.base + size / machine.beside_compute) if count else None
+            for count, size, often in zip(plan.copies, plan.copy_bytes, plan.times)
         ]
         assert predicted.seconds[number] == pytest.approx(
             simulate(computing, copying, plan.hold, machine.handoff_seconds), rel=1e-5
@@ -187,6 +198,25 @@ def test_every_rate_counts(what):
     assert (np.diff(costs, axis=0) >= 0).all() and (costs[2] > 1.1 * costs[0]).any()
     if what in LINK:
         assert costs[2][NAMES.index("device")] == costs[0][NAMES.index("device")]
+
+
+@pytest.mark.parametrize("name", ["activations", "keys_values", "split:0.5", "kvpr:0.7", "device:0.3", "device"])
+@pytest.mark.parametrize("hosted", [0.0, 0.5, 1.0])
+def test_many_groups_alike_are_predicted_as_if_one_by_one(monkeypatch, name, hosted):
+    """Copies and compute to the byte; the step within a few percent; and as fast to predict as few."""
+    shape = model(*[LEARNED] * 5)
+    plan = with_host_weights(named_plan(name, shape, Workload(5, 301, 3), window=64 * MIB), hosted)
+    plan = replace(plan, groups=101, order="column")
+    profile = HardwareProfile.from_datasheet("a100")
+    found, bound, tasks = plan_costs(profile, [plan], 0), mean_bounds(profile, [plan]), make_tasks(plan)
+    assert len(tasks.kind) == len(make_tasks(replace(plan, groups=10**6)).kind)
+    monkeypatch.setattr(cost, "SHARED_GROUPS", 101)
+    expected, expected_bound = plan_costs(profile, [plan], 0), mean_bounds(profile, [plan])
+    assert len(make_tasks(plan).kind) > 5 * len(tasks.kind)
+    assert found.seconds == pytest.approx(expected.seconds, rel=0.04)
+    assert found.copying == pytest.approx(expected.copying, rel=1e-5)
+    assert found.computing == pytest.approx(expected.computing, rel=1e-5)
+    assert bound == pytest.approx(expected_bound, rel=1e-5)
 
 
 def uniform(layers, blocks, ahead, schedule="pipelined"):

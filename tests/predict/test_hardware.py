@@ -107,6 +107,14 @@ def test_corrupt_data_are_refused(data):
     [
         (lambda: replace(PROFILE, memory_rate=0.0), "HardwareProfile: memory_rate is 0.0; it must be a finite number"),
         (lambda: replace(PROFILE, host_bytes=-7.0), "HardwareProfile: host_bytes is -7.0; it must be a finite number"),
+        (
+            lambda: replace(PROFILE, kernel_seconds=10**40),
+            f"kernel_seconds is {10**40}; it must be a finite number, not",
+        ),
+        (
+            lambda: replace(PROFILE, beside_compute=1e-300),
+            "beside_compute is 1e-300; it must be a finite number, from 1",
+        ),
         (lambda: Line(-1e-9, 0.0), "Line: base is -1e-09; it must be a finite number, not negative"),
         (lambda: Line(0.0, float("nan")), "Line: each is nan; it must be a finite number, not negative"),
         (lambda: Curve((0, 1), (1.0, float("nan"))), "Curve: seconds is nan; it must be a finite number, not negative"),

@@ -33,9 +33,10 @@ import models
 from kvrecomp.plan import GIB, MIB, Budget, PlanError, Workload
 from kvrecomp.plan.compiling import decode_seconds
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW
-from kvrecomp.plan.footprint import prefill_bytes
+from kvrecomp.plan.footprint import logits_bytes, prefill_bytes
+from kvrecomp.plan.layout import MOST_BLOCKS
 from kvrecomp.plan.named import named_plan, spread
-from kvrecomp.predict import scheduler
+from kvrecomp.predict import scheduler, search
 from kvrecomp.predict.cost import plan_costs
 from kvrecomp.predict.estimate import estimate
 from kvrecomp.predict.hardware import WORKS, Curve, LayerTimes, attention_work
@@ -336,7 +337,8 @@ def test_no_weights_leave_where_they_just_fit():
     """A third of a layer is left over. One layer in host memory would not fit: two have room on their way to it."""
     workload = Workload(32, 512, 32)
     tail = 16 * 32 * 2 * 4096 * 32  # of 16 tokens, as activations
-    budget = Budget(RESIDENT + prefill_bytes(OPT, workload) + tail + OPT_LAYER // 3, 1e12)
+    needed = RESIDENT + prefill_bytes(OPT, workload) + logits_bytes(OPT, workload) + tail
+    budget = Budget(needed + OPT_LAYER // 3, 1e12)
     assert hosted(scheduler.make_plan(OPT, workload, machine(), budget)) == 0
     with pytest.raises(PlanError, match="of device memory"):
         scheduler.make_plan(OPT, workload, machine(), budget, weights=spread(1, 32))
@@ -394,3 +396,19 @@ def test_times_measured_for_one_batch_split_no_rows():
     plans = [scheduler.make_plan(OPT, workload, profile, budget, groups=None) for profile in (measured, estimated)]
     assert [plan.groups for plan in plans] == [1, 1]
     assert seconds(measured, plans[0])[0] > 1.5 * seconds(estimated, plans[1])[0]
+
+
+@pytest.mark.parametrize("sizes", [(32, 10**6, 32), (1, 2**31 - 100, 2), (2**31 - 1, 3, 2)])
+def test_what_cannot_fit_is_said_before_a_plan_is_searched_for(monkeypatch, sizes):
+    """Of OPT-175B, whose prompt alone takes more memory than any device has."""
+    monkeypatch.setattr(search, "choose", lambda *given: pytest.fail("candidates are compared"))
+    shape = replace(models.preset("opt-175b").shape, positions=2**31)
+    with pytest.raises(PlanError, match=r"GiB of device memory .* may be used: not even a batch of 1 fits|a batch of"):
+        scheduler.make_plan(shape, Workload(*sizes), machine(), Budget.of_gib(100, 10**6))
+
+
+def test_more_new_tokens_than_tails_may_be_written_out():
+    """The tail is as long as that takes."""
+    shape = replace(models.preset("opt-125m").shape, positions=10**8)
+    plan = scheduler.make_plan(shape, Workload(700, 3, 300_000), machine(), Budget.of_gib(60, 10**6), groups=3)
+    assert plan.tail >= 300_000 / MOST_BLOCKS and plan.write_outs <= MOST_BLOCKS

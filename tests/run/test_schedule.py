@@ -10,6 +10,7 @@ import itertools
 import re
 
 import jax
+import jax.numpy as jnp
 import pytest
 from described_gpu import A100, H200, Lowered, abstract_model, compile_traced
 
@@ -17,10 +18,18 @@ import kvrecomp
 from experiments.support.traces import xplane
 from kvrecomp.measure import machine as profile_machine
 from kvrecomp.plan import BlockSpec, LayerPlan, Plan, Workload
-from kvrecomp.plan.footprint import packing_bytes, prefill_bytes, recomputed_bytes, unpacked_bytes
+from kvrecomp.plan.footprint import (
+    attention_bytes,
+    packing_bytes,
+    prefill_bytes,
+    rows_bytes,
+    sampling_bytes,
+    unpacked_bytes,
+)
 from kvrecomp.plan.named import named_plan
 from kvrecomp.plan.step_order import COPIES_IN_FLIGHT, step_order
 from kvrecomp.run.decoder import Decoder
+from kvrecomp.run.sampling import Sampling, choose, start_rows
 from kvrecomp.run.schedule import OVERLAPPING
 from models import Config, LlamaConfig, OPTConfig
 
@@ -339,16 +348,43 @@ def test_a_prefill_has_the_intermediate_results_of_one_layer_on_the_device(confi
         assert least * estimate < temporary <= estimate
 
 
-@pytest.mark.parametrize(("config", "method"), [(LLAMA, "absorb"), (LLAMA, "recompute"), (CONFIG, "recompute")])
-def test_what_is_recomputed_on_the_device_is_of_one_layer(config, method):
-    """A short prompt, and many tokens written out: what is said is enough."""
-    config = dataclasses.replace(config, layers=3)
-    layer = LayerPlan((BlockSpec("activations", "device", 64),), "activations", ("device",), method)
-    plan = Plan("some", config.shape, Workload(8, 64, 1400), (layer,) * 3, tail=512)
+@pytest.mark.parametrize("memory", ["device", "host"])
+@pytest.mark.parametrize(
+    ("config", "form", "method"),
+    [
+        (LLAMA, "activations", "absorb"),
+        (LLAMA, "activations", "recompute"),
+        (LLAMA, "keys_values", "absorb"),
+        (CONFIG, "activations", "recompute"),
+        (CONFIG, "keys_values", "absorb"),
+    ],
+)
+def test_a_step_has_what_it_computes_of_one_layer_on_the_device(config, form, method, memory):
+    """Not of eight: what is said, of many tokens written out, is enough."""
+    config = dataclasses.replace(config, layers=8)
+    layer = LayerPlan((BlockSpec(form, memory, 64),), form, (memory,), method)
+    plan = Plan("some", config.shape, Workload(23, 64, 1400), (layer,) * 8, tail=509)
     _, temporary = compile_plan(config, plan, 2)
-    estimate = recomputed_bytes(plan, 2)
-    assert 0.4 * estimate < temporary <= estimate
-    assert estimate <= kvrecomp.memory_needed(plan)["device"]["prefill or step"]
+    computed = temporary - step_order(plan, 2).high_water
+    attention = attention_bytes(plan, 2)
+    assert 0.25 * attention < computed <= attention + rows_bytes(plan)
+    assert temporary <= kvrecomp.memory_needed(plan, 2)["device"]["prefill or step"]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7}, {"top_k": 50}, {"top_p": 0.9}, {"top_k": 7, "top_p": 0.5}]
+)
+@pytest.mark.parametrize(("rows", "vocab"), [(509, 32_003), (7, 1009)])
+def test_choosing_tokens_takes_what_is_said_beside_the_logits(options, rows, vocab):
+    shape = dataclasses.replace(CONFIG, vocab=vocab).shape
+    abstract = jax.ShapeDtypeStruct
+    row = jax.eval_shape(start_rows, *(abstract(axes, jnp.uint32) for axes in ((), (rows,), (), (rows,))))
+    logits = abstract((rows, vocab), jnp.float32)
+    given = Sampling(bool(options), **options), abstract((3,), jnp.int32), abstract((), jnp.int32), row, logits
+    _, temporary = compile_traced(choose.trace(*given), {})
+    estimate = sampling_bytes(shape, Workload(rows, 5, 3))
+    assert temporary <= estimate
+    assert temporary > 0.8 * estimate or "top_p" not in options
 
 
 def test_what_the_profile_copies_is_copied_whole(monkeypatch):
