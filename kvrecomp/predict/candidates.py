@@ -86,14 +86,14 @@ def candidate_plan(problem: Problem, candidate: Candidate) -> Plan:
     widths = [layer.width(smaller_form(layer)) * count for layer, count in problem.shape.distinct_layers.items()]
     a_token = sum(widths) * problem.workload.batch * problem.shape.itemsize
     # What is computed, packed or unpacked goes by the blocks, and no room was left for it; nor for that of blocks that
-    # leave the device for it.
-    for rounding in (0, a_token):
+    # leave the device for it. In the end there is room for all of it.
+    for rounding, all_of_it in ((0, False), (a_token, False), (a_token, True)):
         needed = memory_needed(plan)["device"]
         excess = sum(needed.values()) - (problem.budget.device or 0.0)
         computed = needed["prefill or step"] - max(problem.prefill, high_water(plan, plan.write_outs))
         if excess <= 0 or computed <= 0:
             break
-        reserved += min(excess, computed) + rounding
+        reserved += rounding + (computed if all_of_it else excess)
         plan = _whole_plan(problem, candidate.window, layer_plans(problem, candidate, reserved))
     return plan
 
