@@ -55,7 +55,7 @@ from kvrecomp.plan import (
 )
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
 from kvrecomp.plan.footprint import check_weights
-from kvrecomp.plan.named import named_plan
+from kvrecomp.plan.named import named_plan, named_weights
 from kvrecomp.predict.cost import make_tasks, plan_costs
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.run import memory
@@ -144,7 +144,8 @@ def run(
                 if not {*(rooms or [None])} - done:
                     continue
                 if model is None:
-                    check_weights(config.shape, ["device"] * len(config.shape.layers), limits(kvrecomp.Budget()))
+                    on_device = named_weights("device", len(config.shape.layers))
+                    check_weights(config.shape, on_device, limits(kvrecomp.Budget()))
                     with machine_lock.shared():
                         model = models.create(config)
                 if machine is None:

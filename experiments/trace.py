@@ -42,6 +42,7 @@ import models
 from kvrecomp.files import write_json
 from kvrecomp.plan import AUTO
 from kvrecomp.plan.footprint import check_weights
+from kvrecomp.plan.named import named_weights
 from kvrecomp.run import memory
 from kvrecomp.run.cache import Cache
 from kvrecomp.run.limits import limits
@@ -136,7 +137,7 @@ def run(given: flags.FlagValues) -> list[Row]:
         if name != AUTO:
             kvrecomp.plan_for(name, shape, workload, tail=step_timing.NEW)
     budget = kvrecomp.Budget.of_gib(given.device_memory_gib, given.host_memory_gib)
-    check_weights(shape, ["device"] * len(shape.layers), limits(budget))
+    check_weights(shape, named_weights("device", len(shape.layers)), limits(budget))
     with machine_lock.shared():
         model = models.create(config, dtype=given.dtype)
     with machine_lock.exclusive():
