@@ -316,7 +316,10 @@ def check_paths(output: str | os.PathLike[str], work_dir: str | os.PathLike[str]
     output = Path(output)
     if output.exists() and not is_ours(output) and not (output.is_dir() and not any(output.iterdir())):
         raise ValueError(f"output {str(output)!r} is not a checkpoint of ours; choose another directory or remove it")
-    check_writable(output.with_name(f"{output.name}.json"))  # beside it: as a directory it is replaced whole
+    try:
+        check_writable(output.with_name(f"{output.name}.json"))  # beside it: a directory is replaced as a whole
+    except OSError as error:
+        raise type(error)(error.errno, error.strerror, str(output)) from error
     if work_dir is None:
         return
     work_dir = Path(work_dir)
