@@ -49,6 +49,8 @@ def _read_name(name: str) -> tuple[str, float, Codec]:
     """What kind of plan it is, its fraction, 1 where it has none, and the codec of its blocks."""
     layout, plus, word = name.partition("+")
     kind, colon, argument = layout.partition(":")
+    if layout == AUTO and plus:
+        raise PlanError(f"plan {name!r}: {AUTO} packs where that is faster: leave +{word} out")
     if layout == AUTO:
         raise PlanError("what plan auto is goes by the machine: use plan_for or make_plan")
     if kind not in (_WITH_FRACTION if argument else _BARE) or (colon and not argument):

@@ -226,6 +226,13 @@ def test_other_dtypes_are_refused(dtype):
         kvrecomp.named_plan("activations+packed", shape, toy_plans.WORKLOAD)
 
 
-def test_there_is_no_other_codec():
-    with pytest.raises(PlanError, match="there is no codec 'zip'; the codecs are plain, packed"):
-        kvrecomp.named_plan("activations+zip", toy_plans.SHAPE, toy_plans.WORKLOAD)
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("activations+zip", "there is no codec 'zip'; the codecs are plain, packed"),
+        ("auto+packed", r"auto packs where that is faster: leave \+packed out"),
+    ],
+)
+def test_codecs_that_names_cannot_have(name, message):
+    with pytest.raises(PlanError, match=message):
+        kvrecomp.named_plan(name, toy_plans.SHAPE, toy_plans.WORKLOAD)
