@@ -77,8 +77,9 @@ class Lowered:
     def compile(self, compiler_options: Mapping[str, Any]) -> Program:
         described = {"platform": "cuda", "target_config": self._target, "topology": "1x1x1"}
         (device,) = topologies.get_topology_desc("gpu", **described).devices
-        given = {"device_assignment": np.zeros((1, 1), int), "env_options_overrides": {**KERNELS, **compiler_options}}
-        options = compiler.get_compile_options(1, 1, **given)
+        given = {**KERNELS, **compiler_options}
+        profile, placed = given.pop("fdo_profile", None), np.zeros((1, 1), int)
+        options = compiler.get_compile_options(1, 1, placed, env_options_overrides=given, fdo_profile=profile)
         return Program(device.client.compile(self._module, _jax.DeviceList((device,)), options))
 
 

@@ -13,7 +13,6 @@ s where the first does in 10 to 16.
 """
 
 import re
-import tempfile
 import types
 from collections.abc import Mapping
 from typing import Any
@@ -21,35 +20,27 @@ from typing import Any
 # XLA has the scheduler on by itself from Hopper on, and off on older GPUs.
 OVERLAPPING: Mapping[str, Any] = types.MappingProxyType({"xla_gpu_enable_latency_hiding_scheduler": True})
 
-NO_TIME = 1e-6  # microseconds; XLA's own estimate of a copy is thousands of its units, which are a microsecond's part
+NO_TIME = 1e-6  # microseconds: thousands of kernels are nothing beside XLA's own estimate of a copy
+# The profile says nothing of copies, which XLA would warn of.
+_UNCHECKED = {"xla_gpu_pgle_accuracy_checker": "PGLE_STRICTNESS_LEVEL_OFF"}
 _FROM_HOST = re.compile(r"= \([^()]*, [^()]*\{[^{}]*S\(5\)\}, [^()]*\) copy-start\(")  # its destination, its source
 _INSTRUCTION = re.compile(r"^  (?:ROOT )?%(\S+) = .*? ([a-z][a-z\-]*)\(", re.MULTILINE)
 
 
 def compile_overlapping(lowered: Any, options: Mapping[str, Any]) -> Any:
-    """What `jax.jit(...).lower(...)` gives, compiled with these options of XLA's."""
+    """What `jax.jit(...).lower(...)` gives, compiled with these options of XLA's.
+
+    The profile is given as it is, not as a file: jax's persistent cache knows a program by its options.
+    """
     program = lowered.compile(compiler_options=dict(options))
-    profile = starting_profile(program.as_text())
-    if not profile:
-        return program
-    with tempfile.NamedTemporaryFile("w", suffix=".pbtxt") as file:
-        file.write(profile)
-        file.flush()
-        return lowered.compile(compiler_options={**options, **profile_options(file.name)})
+    profile = _profile(program.as_text())
+    return lowered.compile(compiler_options={**options, **_UNCHECKED, "fdo_profile": profile}) if profile else program
 
 
-def starting_profile(text: str) -> str:
-    """The profile for a program of that text, as text of XLA's format; empty where nothing is copied from the host."""
+def _profile(text: str) -> bytes:
+    """The profile for a program of that text, in XLA's format; empty where nothing is copied from the host."""
     entry = text[text.index("\nENTRY") :]
     if not _FROM_HOST.search(entry):
-        return ""
+        return b""
     names = [name for name, kind in _INSTRUCTION.findall(entry) if kind not in ("copy-start", "copy-done")]
-    return "".join(f'costs {{ name: "{name}" cost_us: {NO_TIME} }}\n' for name in names)
-
-
-def profile_options(path: str) -> Mapping[str, Any]:
-    """Options of XLA's to read the profile in that file, which says nothing of copies, without a warning for that."""
-    return {
-        "xla_gpu_pgle_profile_file_or_directory_path": path,
-        "xla_gpu_pgle_accuracy_checker": "PGLE_STRICTNESS_LEVEL_OFF",
-    }
+    return "".join(f'costs {{ name: "{name}" cost_us: {NO_TIME} }}\n' for name in names).encode()

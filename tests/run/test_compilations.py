@@ -21,7 +21,7 @@ from kvrecomp.run import programs as programs_module
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.programs import Programs, side_by_side
 from kvrecomp.run.sampling import Sampling
-from kvrecomp.run.schedule import OVERLAPPING
+from kvrecomp.run.schedule import OVERLAPPING, compile_overlapping
 
 COMPILED = []  # the seconds that XLA took for each program of this process
 BATCH, PROMPT, TAIL = 2, 5, 3
@@ -273,6 +273,31 @@ def test_programs_are_of_the_precision_that_was_asked_for():
     for name in (("prefill",), ("step", 0)):
         (said,) = side_by_side(lambda name: str(precise._trace(*name).jaxpr), [name])
         assert "HIGHEST" in said and "HIGHEST" not in str(plain._trace(*name).jaxpr)
+
+
+@pytest.mark.parametrize(("source", "times"), [("f32[7]{0:S(5)}", 2), ("f32[7]{0}", 1)])
+def test_a_program_that_copies_from_the_host_is_compiled_twice_with_options_that_do_not_change(source, times):
+    """jax's persistent cache knows a program by its options. The profile has kernels, and no copies."""
+
+    class Lowered:
+        def __init__(self):
+            self.options = []
+
+        def compile(self, compiler_options):
+            self.options.append(compiler_options)
+            return self
+
+        def as_text(self):
+            copy = f"  %copy-start.1 = (f32[7]{{0}}, {source}, u32[]) copy-start(%a)\n"
+            return f"HloModule m\n\nENTRY %main {{\n{copy}  ROOT %fusion.3 = f32[7]{{0}} fusion(%b), kind=kLoop\n}}"
+
+    first, second = Lowered(), Lowered()
+    for lowered in (first, second):
+        assert compile_overlapping(lowered, OVERLAPPING) is lowered
+    assert first.options == second.options and len(first.options) == times
+    assert [options.get("fdo_profile") for options in first.options[1:]] == [
+        b'costs { name: "fusion.3" cost_us: 1e-06 }\n'
+    ] * (times - 1)
 
 
 def test_plans_that_differ_in_words_only_are_equal_programs():
