@@ -32,7 +32,8 @@ REPEATS = 1  # of a run, in each round
 
 class Run(NamedTuple):
     """A step that is timed: of so many layers, their tails attended to as `tail` says, and `blocks` of so many `tokens`
-    each as `kind` does; those of the host are on the device before the step, unless they are `copied` in it."""
+    each as `kind` does, written as `codec` says; those of the host are on the device before the step, unless they are
+    `copied` in it."""
 
     layers: int
     tail: Attention

@@ -2,10 +2,10 @@
 
 Steps of `layer_bench` take, where each of n layers has a tail and b blocks of t tokens,
 
-    outside + n * (project + prepare + attention(tail) + b * (attention(t) + await) + finish)
+    outside + n * (project + prepare + attention(tail) + b * (attention(t) + unpack(t) + await) + finish)
 
-with `prepare` where activations are absorbed, in the tail or in a block, and `await` where blocks are copied in the
-step. `Runs` has the steps that are timed, `solve` what their differences tell.
+with `prepare` where activations are absorbed, in the tail or in a block, `unpack` where blocks are packed, and `await`
+where they are copied in the step. `Runs` has the steps that are timed, `solve` what their differences tell.
 """
 
 import itertools

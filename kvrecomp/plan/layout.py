@@ -23,6 +23,7 @@ from kvrecomp.plan.shapes import (
     MEMORIES,
     METHODS,
     MOST_NUMBERS,
+    TENSORS,
     Form,
     LayerShape,
     Memory,
@@ -203,7 +204,7 @@ class Plan:
 
     def bytes_of(self, layer_shape: LayerShape, block: BlockSpec) -> int:
         """Bytes of a block of that layer."""
-        rows, tensors = block.tokens * self.workload.batch, layer_shape.tensors(block.form)
+        rows, tensors = block.tokens * self.workload.batch, TENSORS[block.form]
         return codec_bytes(block.codec, tensors, rows, layer_shape.width(block.form) // tensors, self.shape.itemsize)
 
     @functools.cached_property

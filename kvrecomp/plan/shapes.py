@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import functools
 import numbers
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, TypeVar, get_args
 
@@ -23,6 +23,8 @@ Method = Literal["absorb", "recompute"]
 FORMS: tuple[Form, ...] = get_args(Form)
 MEMORIES: tuple[Memory, ...] = get_args(Memory)
 METHODS: tuple[Method, ...] = get_args(Method)
+
+TENSORS: Mapping[Form, int] = {"activations": 1, "keys_values": 2}  # of a block: x, or K and V
 
 MIB = 2**20
 GIB = 2**30
@@ -94,10 +96,6 @@ class LayerShape:
     def width(self, form: Form) -> int:
         """Numbers cached for one token of one row."""
         return self.hidden if form == "activations" else 2 * self.kv_heads * self.head_dim
-
-    def tensors(self, form: Form) -> int:
-        """How many tensors a block has: x, or K and V."""
-        return 1 if form == "activations" else 2
 
     def cached(self, prompt: int) -> int:
         """How many of a prompt's tokens are cached: the newest, which the next token sees, at least one, and a few more

@@ -21,6 +21,7 @@ from kvrecomp.plan import (
 from kvrecomp.plan.codecs import token_bytes
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
 from kvrecomp.plan.footprint import memory_needed
+from kvrecomp.plan.shapes import TENSORS
 from kvrecomp.plan.step_order import high_water, in_flight_bytes
 from kvrecomp.predict.problem import Problem, default_order
 
@@ -147,9 +148,9 @@ def _layer_plan(
     sizes = {
         (form, codec): token_bytes(
             codec,
-            layer.tensors(form),
+            TENSORS[form],
             workload.batch,
-            layer.width(form) // layer.tensors(form),
+            layer.width(form) // TENSORS[form],
             problem.shape.itemsize,
         )
         for form in FORMS

@@ -27,6 +27,7 @@ import numpy as np
 from jax import Array
 
 from kvrecomp.plan import BlockSpec, Codec, Form, LayerShape, Memory, Plan
+from kvrecomp.plan.shapes import TENSORS
 from kvrecomp.run import memory
 from kvrecomp.run.codecs import pack, unpack
 
@@ -66,7 +67,7 @@ class Block:
         """x [s, b, h], or K and V [s, b, k, d]."""
         if self.codec == "packed":
             (data,) = self.arrays
-            return unpack(data, self.shape, 1 if self.form == "activations" else 2)
+            return unpack(data, self.shape, TENSORS[self.form])
         if self.form == "keys_values" and self.memory == "host":
             (both,) = self.arrays
             return both[:, 0], both[:, 1]
@@ -171,7 +172,7 @@ def describe_blocks(plan: Plan, write_outs: int) -> tuple[tuple[Block, ...], ...
 @functools.lru_cache(maxsize=1024)
 def _describe(spec: BlockSpec, layer: LayerShape, batch: int, dtype: str) -> Block:
     of_token = (layer.hidden,) if spec.form == "activations" else (layer.kv_heads, layer.head_dim)
-    tensors = [jax.ShapeDtypeStruct((spec.tokens, batch, *of_token), dtype)] * layer.tensors(spec.form)
+    tensors = [jax.ShapeDtypeStruct((spec.tokens, batch, *of_token), dtype)] * TENSORS[spec.form]
     block, _ = jax.eval_shape(lambda tensors: make_block(spec, tensors, jnp.int32(0)), tensors)
     arrays = tuple(memory.describe(array.shape, array.dtype, spec.memory) for array in block.arrays)
     return replace(block, arrays=arrays, start=describe_ints())

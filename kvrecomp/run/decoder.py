@@ -141,8 +141,9 @@ class Decoder:
     def step(self, cache: Cache, token_ids: Array) -> tuple[Cache, Array]:
         """One more token of every row, int32[batch] on the device -> cache, logits float32[batch, vocab].
 
-        Returns before the step has run. Raises `PlanError` if the plan's workload is exceeded or is in several groups,
-        and `PromptError` if `token_ids` are not one per row or the cache was given to a step before.
+        Returns before the step has run, but waits for a tail that is written out packed. Raises `PlanError` if the
+        plan's workload is exceeded or is in several groups, and `PromptError` if `token_ids` are not one per row or the
+        cache was given to a step before.
         """
         (cache,), (logits,) = self.step_groups([cache], [token_ids])
         return cache, logits
