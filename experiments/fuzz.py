@@ -288,7 +288,7 @@ def try_benchmark(case: Case) -> None:
     budget = ["--device_memory_gib=4", "--host_memory_gib=4", "--notime_layers"]
     printed, _ = call(case, "benchmark", [*base, *budget])
     for row in last_line(printed)["rows"]:
-        check(row["median_ms"] > 0 and len(row["step_ms"]) == row["new"] - 1, f"a row: {row}")
+        check(row["median_ms"] > 0 and 0 < len(row["step_ms"]) < row["new"], f"a row: {row}")
 
 
 def try_train(case: Case) -> None:

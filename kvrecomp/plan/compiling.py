@@ -4,7 +4,7 @@ from kvrecomp.plan.layout import Plan
 
 # Measured on an H100's machine: a layer, and each block or tail that a group attends to in it.
 # h100_compiling_ff14225.txt has 6 to 32 s for 32 layers of 1 to 16 blocks, and 48 s for eight groups in one pass. It is
-# half as much again since steps are compiled twice (h200_schedule_de9c32d.txt).
+# half as much again since steps are compiled twice (h200_schedule.txt).
 COMPILE_LAYER_SECONDS, COMPILE_BLOCK_SECONDS = 0.13, 0.085
 
 

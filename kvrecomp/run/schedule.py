@@ -7,7 +7,7 @@ are known once the program is compiled. So a program that copies from host memor
 with a profile in which kernels take no time to speak of: a copy starts when what it waits for has ended. The kernels
 were chosen, by timing them, the first time.
 
-Measured on an H200 (h200_schedule_de9c32d.txt): OPT-13B, 64 x 512, `auto` within 40 GiB takes 31.7 ms a step where it
+Measured on an H200 (h200_schedule.txt): OPT-13B, 64 x 512, `auto` within 40 GiB takes 31.7 ms a step where it
 took 37.6, and W1's steps, which were at 97 to 100 % of the link, what they took. The second time compiles in 3.5 to 5.7
 s where the first does in 10 to 16.
 """
