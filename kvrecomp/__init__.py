@@ -19,7 +19,7 @@ _memory.limit_pinned_to_free()  # before anything below starts the backend
 from kvrecomp.auto import plan_for  # noqa: E402
 from kvrecomp.generate import Generated, generate  # noqa: E402
 from kvrecomp.measure.profiler import profile  # noqa: E402
-from kvrecomp.plan import Budget, LayerShape, ModelShape, Plan, PlanError, Workload  # noqa: E402
+from kvrecomp.plan import Budget, Drafting, LayerShape, ModelShape, Plan, PlanError, Workload  # noqa: E402
 from kvrecomp.plan.footprint import memory_needed  # noqa: E402
 from kvrecomp.plan.named import named_plan, with_host_weights  # noqa: E402
 from kvrecomp.predict.hardware import HardwareProfile  # noqa: E402
@@ -32,6 +32,7 @@ from kvrecomp.run.weights import placement, weight_memories  # noqa: E402
 __all__ = [
     "Budget",
     "Decoder",
+    "Drafting",
     "Generated",
     "HardwareProfile",
     "LayerShape",

@@ -2,9 +2,10 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Literal
 
 from kvrecomp.measure import profiler
-from kvrecomp.plan import AUTO, DEFAULT_WINDOW, Budget, Memory, ModelShape, Order, Plan, Workload
+from kvrecomp.plan import AUTO, DEFAULT_WINDOW, Budget, Drafting, Memory, ModelShape, Order, Plan, Workload
 from kvrecomp.plan.footprint import weights_in
 from kvrecomp.plan.named import named_plan, with_weights
 from kvrecomp.predict.hardware import HardwareProfile
@@ -25,12 +26,14 @@ def plan_for(
     order: Order | None = None,
     tail: int | None = None,
     window: int | None = None,
+    drafting: Drafting | Literal["auto"] | None = None,
 ) -> Plan:
     """The plan of that name for this machine.
 
     `auto` is the fastest that fits in the budget, by default what is free; see `make_plan`. `weights` is where a loaded
     model has those of each layer (`kvrecomp.weight_memories`), None if none is loaded: then `auto` chooses, and others
-    have them on the device. `groups` None lets `auto` split the rows. `profile` is measured if not given.
+    have them on the device. `groups` None lets `auto` split the rows. `profile` is measured if not given. `drafting`
+    says which drafts steps check; with `auto`, those that are predicted to pay, and plans by name have none.
 
     Raises:
         PlanError: there is no such plan, nothing fits, or the profile is of another machine.
@@ -43,11 +46,20 @@ def plan_for(
             profiler.check_profile(profile)
         budget = Budget(**limits(budget or Budget(), loaded))
         return make_plan(
-            shape, workload, profile, budget, weights=weights, groups=groups, order=order, tail=tail, window=window
+            shape,
+            workload,
+            profile,
+            budget,
+            weights=weights,
+            groups=groups,
+            order=order,
+            tail=tail,
+            window=window,
+            drafting=drafting,
         )
     plan = named_plan(name, shape, workload, tail=tail, window=DEFAULT_WINDOW if window is None else window)
     if weights is not None:
         plan = with_weights(plan, weights)
     groups = 1 if groups is None else groups
     order = order or default_order(plan.host_weight_bytes > 0, groups)
-    return dataclasses.replace(plan, groups=groups, order=order)
+    return dataclasses.replace(plan, groups=groups, order=order, drafting=None if drafting == AUTO else drafting)

@@ -4,10 +4,11 @@ Steps are dispatched in a thread of their own, before the tokens of earlier ones
 never waits for Python. Stopping is therefore seen late; the results of steps dispatched by then are dropped.
 """
 
+import collections
 import numbers
 import time
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -16,24 +17,32 @@ from jax import Array
 
 from kvrecomp.auto import plan_for
 from kvrecomp.background import BackgroundIterator
-from kvrecomp.plan import AUTO, Budget, Plan, PlanError, Workload
+from kvrecomp.drafts import as_drafting, check_drafting, make_drafter
+from kvrecomp.plan import AUTO, Budget, Drafting, Plan, PlanError, Workload
 from kvrecomp.predict.hardware import HardwareProfile
+from kvrecomp.predict.scheduler import acceptance_of
 from kvrecomp.progress import StepBar
 from kvrecomp.run import memory
-from kvrecomp.run.cache import Cache
+from kvrecomp.run.cache import Cache, describe_like
 from kvrecomp.run.decoder import Decoder
+from kvrecomp.run.drafters import Drafter, Turn
 from kvrecomp.run.model import Model, check_parts
 from kvrecomp.run.programs import KeptPrograms, as_by_default
 from kvrecomp.run.prompt import as_ids, as_mask, as_row_ids, as_token_ids, check_tokens, split_groups
-from kvrecomp.run.sampling import NO_TOKEN, Sampling, choose, start_rows
+from kvrecomp.run.round import Rounds
+from kvrecomp.run.sampling import NO_TOKEN, Rows, Sampling, choose, start_rows
 from kvrecomp.run.weights import weight_memories
 
 LEAD = 2  # unread steps: one that runs and one that waits
+FEW_TRIED = 16  # drafts, for how many of which the assumed acceptance counts
+FORGETTING = 0.9  # a round, of what was right in those before
+FEW_DRAFTS, UNPAID_ROUNDS = 4, 64  # where drafts do not pay: how many are made, and how seldom
 _KEPT = KeptPrograms(4)  # of calls with so many plans
 
 
 class Streamer(Protocol):
-    """Gets tokens as they come, as Hugging Face's streamers do: first the prompt, then int32[batch] a step."""
+    """Gets tokens as they come, as Hugging Face's streamers do: first the prompt, then int32[batch], the next token of
+    every row once all rows have theirs. Rows that have ended are padded."""
 
     def put(self, value: np.ndarray) -> None: ...
 
@@ -46,18 +55,32 @@ class Generated:
 
     `sequences` int32[batch, prompt + new] are prompts and continuations, padded where a row ended before others;
     `new_tokens` int32[batch] counts each row's, its end token included. The `plan`'s prompts may be longer than these.
-    `logits` float32[new, batch, vocab] if asked for. `prefill_seconds` includes compiling; `step_seconds` are the times
-    between tokens after the first, and `link_bytes` the bytes that each of those steps copied from the host, of blocks
-    and of weights.
+    `logits` float32[new, batch, vocab] if asked for; they mean nothing where a row had ended. `prefill_seconds`
+    includes compiling; `step_seconds` are the times of the steps, or of the rounds, and `link_bytes` the bytes that
+    each of them copied from the host, of blocks and of weights. `passes` int32[batch] counts those that each row took
+    part in, and `drafted` int32[batch] the drafts that these checked of it.
     """
 
     sequences: np.ndarray
     new_tokens: np.ndarray
     plan: Plan
+    passes: np.ndarray
+    drafted: np.ndarray
     logits: np.ndarray | None = None
     prefill_seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
     link_bytes: list[int] = field(default_factory=list)
+
+    @property
+    def tokens_per_pass(self) -> np.ndarray:
+        """float64[batch]: tokens that each row took in a pass, in the mean, after the first token."""
+        return (self.new_tokens - 1) / np.maximum(self.passes, 1)
+
+    @property
+    def acceptance(self) -> np.ndarray:
+        """float64[batch]: the share of each row's drafts that were taken; NaN where there were none."""
+        right = self.new_tokens - 1 - self.passes
+        return np.where(self.drafted > 0, right / np.maximum(self.drafted, 1), np.nan)
 
 
 def generate(
@@ -79,6 +102,10 @@ def generate(
     row_ids: Any = None,
     streamer: Streamer | None = None,
     output_logits: bool = False,
+    prompt_lookup_num_tokens: int | None = None,
+    assistant_model: Model | None = None,
+    num_assistant_tokens: int | None = None,
+    drafts: int | None = None,
 ) -> Generated:
     """Continues prompts int[batch, prompt], left-padded where `attention_mask` is 0, by up to `max_new_tokens`.
 
@@ -87,6 +114,11 @@ def generate(
     `profile` describes this machine, which is measured if it never was. `row_ids` int[batch] name the rows when
     sampling, by default 0, 1, ...: a row that keeps its id keeps its text in any batch. What is compiled is kept for
     later calls with the same plan, the weights that the model has then being used.
+
+    Several tokens are checked in a step where some are drafted: `prompt_lookup_num_tokens` that followed the newest
+    ones before in the row's text, or `num_assistant_tokens` (default 8) by an `assistant_model` of the same vocabulary,
+    which is on the device. The text is the one without drafts. `drafts` in a round, 0 for none; by default as many as
+    the plan has.
 
     Raises `PromptError` for prompts that cannot be decoded, `PlanError` for a plan that does not fit or a profile of
     another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN or
@@ -99,32 +131,42 @@ def generate(
         raise PlanError(f"the plan is {plan!r}; expected a Plan, or the name of one")
     eos, pads = as_token_ids("eos_token_id", eos_token_id), as_token_ids("pad_token_id", pad_token_id)
     check_parts(model)
+    drafting = as_drafting(prompt_lookup_num_tokens, assistant_model, num_assistant_tokens, drafts)
     ids = as_ids(input_ids)
     check_tokens(ids, as_mask(attention_mask, ids), model.shape.vocab)  # before anything that takes long
     batch, prompt = ids.shape
     if isinstance(plan, str):
         work, placed = Workload(batch, prompt, max_new_tokens), weight_memories(model)
-        plan = plan_for(plan, model.shape, work, budget=budget, profile=profile, weights=placed, groups=None)
+        options = {"budget": budget, "profile": profile, "weights": placed, "groups": None, "drafting": drafting}
+        plan = plan_for(plan, model.shape, work, **options)
+    else:
+        check_drafting(plan, drafting, drafts)
     decoder = Decoder(model, plan, budget=budget, kept=_KEPT)
-    pad = (*pads, *eos, 0)[0]
-    return TokenLoop(decoder, sampling, eos, pad, streamer, output_logits).run(
-        input_ids, attention_mask, max_new_tokens, row_ids
+    drafter = make_drafter(plan, assistant_model) if drafts != 0 else None
+    loop = TokenLoop(
+        decoder, sampling, eos, (*pads, *eos, 0)[0], streamer, output_logits, drafter=drafter, drafts=drafts
     )
+    return loop.run(input_ids, attention_mask, max_new_tokens, row_ids)
 
 
 class _Dispatched(NamedTuple):
-    """A token on its way, by group: ids int32[b], logits if asked for; and the bytes that its step copies."""
+    """Tokens on their way, by group: ids int32[b, q], of which rows take `counts` int32[b], or all where there are
+    none; logits float32[b, q, vocab] if asked for. And the bytes that their step copies, and how many drafts it checks.
+    """
 
     tokens: list[Array]
     logits: list[Array]
-    link_bytes: int
+    counts: list[Array] | None = None
+    link_bytes: int = 0
+    drafts: int = 0
 
 
 @dataclass
 class TokenLoop:
     """Prefill, then steps until every row has ended or has `max_new_tokens`; `eos` ids end a row, `pad` fills it.
 
-    `progress` shows the steps on a terminal.
+    `drafter` proposes tokens where the plan has drafts, `drafts` of them in a round, or as many as it has. `progress`
+    shows the steps on a terminal.
     """
 
     decoder: Decoder
@@ -134,6 +176,8 @@ class TokenLoop:
     streamer: Streamer | None = None
     output_logits: bool = False
     progress: bool = True
+    drafter: Drafter | None = None
+    drafts: int | None = None
 
     def run(self, input_ids: Any, attention_mask: Any, max_new_tokens: int, row_ids: Any = None) -> Generated:
         """See `generate`. Raises `PlanError` if the decoder's plan is for fewer new tokens."""
@@ -145,30 +189,25 @@ class TokenLoop:
         ids = as_ids(input_ids)
         parts, rows = split_groups(ids, attention_mask, self.decoder.plan), as_row_ids(row_ids, len(ids))
         prompt = ids.astype(np.int32)
-        new, logits, link_bytes, arrivals = [], [], [], [time.perf_counter()]
-        ended = np.zeros(len(prompt), bool)
+        texts = _Texts(len(prompt), max_new_tokens, self.eos, self.pad)
+        link_bytes, arrivals = [], [time.perf_counter()]
         if self.streamer is not None:
             self.streamer.put(prompt)
         dispatched = BackgroundIterator(self._dispatch(parts, max_new_tokens, rows), LEAD)
         try:
             with StepBar("decoding", max_new_tokens, self.progress) as advance, dispatched.reading, dispatched as steps:
                 for step in steps:
-                    tokens = np.concatenate(jax.device_get(step.tokens))
+                    tokens = _of_groups(step.tokens)
                     arrivals.append(time.perf_counter())
-                    if (tokens == NO_TOKEN).any():
-                        raise FloatingPointError(
-                            f"the logits of row {int(np.argmax(tokens == NO_TOKEN))} are NaN or infinite at new token "
-                            f"{len(new)}: check the weights, or use a dtype with a larger range"
-                        )
-                    new.append(tokens)
-                    if step.logits:
-                        logits.append(np.concatenate(jax.device_get(step.logits)))
+                    counts = _of_groups(step.counts) if step.counts else np.ones(len(tokens), int)
+                    logits = _of_groups(step.logits) if step.logits else None
+                    new = texts.add(tokens, counts, logits, step.drafts)
                     link_bytes.append(step.link_bytes)
-                    if self.streamer is not None:
-                        self.streamer.put(tokens)
-                    advance()
-                    ended |= np.isin(tokens, self.eos)
-                    if ended.all():
+                    for column in new:
+                        if self.streamer is not None:
+                            self.streamer.put(column)
+                        advance()
+                    if texts.complete:
                         break
         finally:
             self.decoder.finish()  # what was to be compiled ahead would delay others, and the exit
@@ -176,10 +215,12 @@ class TokenLoop:
             self.streamer.end()
         seconds = np.diff(arrivals)
         return Generated(
-            sequences=np.concatenate([prompt, np.stack(new, axis=1)], axis=1),
-            new_tokens=self._new_tokens(np.stack(new)),
+            sequences=np.concatenate([prompt, texts.tokens[:, : texts.longest]], axis=1),
+            new_tokens=texts.counts.astype(np.int32),
             plan=self.decoder.plan,
-            logits=np.stack(logits) if self.output_logits else None,
+            passes=texts.passes,
+            drafted=texts.drafted,
+            logits=texts.logits[: texts.longest] if texts.logits is not None else None,
             prefill_seconds=float(seconds[0]),
             step_seconds=seconds[1:].tolist(),
             link_bytes=link_bytes[1:],
@@ -188,9 +229,13 @@ class TokenLoop:
     def _dispatch(
         self, parts: Sequence[tuple[np.ndarray, np.ndarray]], max_new_tokens: int, row_ids: np.ndarray
     ) -> Generator[_Dispatched, None, None]:
-        """Prefill and steps, one item a token, as they are dispatched. Nothing here waits for the device, but for what
-        a packed prompt or tail says of itself."""
+        """Prefill, then steps or rounds, as they are dispatched. Nothing here waits for the device, but for what a
+        packed prompt or tail says of itself, and for what was taken in a round before the last one."""
         decoder = self.decoder
+        given = np.asarray(self.eos, np.int32), np.int32(self.pad), np.uint32(self.sampling.seed)
+        eos, pad, seed, names = jax.device_put((*given, np.split(row_ids, len(parts))), memory.sharding("device"))
+        rounds, kept = self._start_rounds(self.drafter, parts, eos, names[0]) if self.drafter else (None, [])
+        decoder.compile(rounds=rounds)
         prefilled: list[tuple[Cache, Array]] = []
         while len(prefilled) < len(parts):
             plan = decoder.plan
@@ -199,32 +244,164 @@ class TokenLoop:
                 prefilled.clear()
         caches, logits = map(list, zip(*prefilled))
         del prefilled  # and the logits with it, once they are used
-        eos, pad, seed, names = jax.device_put(
-            (
-                np.asarray(self.eos, np.int32),
-                np.int32(self.pad),
-                np.uint32(self.sampling.seed),
-                np.split(row_ids, len(parts)),
-            ),
-            memory.sharding("device"),
-        )
         recents = [cache.recent for cache in caches]
         with as_by_default():
-            rows = [start_rows(seed, row, recent.length, recent.padding) for row, recent in zip(names, recents)]
-        sent = 0
-        for index in range(max_new_tokens):
-            with as_by_default():
-                chosen = [choose(self.sampling, eos, pad, *group) for group in zip(rows, logits)]
-            rows, tokens, reports = map(list, zip(*chosen))
-            arriving = (reports, logits if self.output_logits else [])
-            jax.tree.map(lambda array: array.copy_to_host_async(), arriving)
-            yield _Dispatched(*arriving, sent)
-            if index + 1 < max_new_tokens:
-                del logits, arriving  # or the step's own would be beside them
-                caches, logits = decoder.step_groups(caches, tokens)
-                sent = decoder.plan.link_bytes(index // decoder.plan.tail)
+            rows = [start_rows(seed, row, recent.lengths, recent.padding) for row, recent in zip(names, recents)]
+        rows, tokens, first = self._choose(eos, pad, rows, logits, 0)
+        del logits  # or a step's own would be beside them
+        yield first
+        left = max_new_tokens - 1
+        if rounds is None:
+            yield from self._steps(caches, rows, tokens, left, eos, pad)
+        else:
+            yield from self._rounds(caches, rows, tokens, left, rounds, kept)
 
-    def _new_tokens(self, new: np.ndarray) -> np.ndarray:
-        """int32[new, batch] -> int32[batch]: how many of them are each row's own."""
-        ends = np.isin(new, self.eos)
-        return np.where(ends.any(axis=0), ends.argmax(axis=0) + 1, len(new)).astype(np.int32)
+    def _choose(
+        self, eos: Array, pad: Array, rows: Sequence[Rows], logits: Sequence[Array], sent: int
+    ) -> tuple[list[Rows], list[Array], _Dispatched]:
+        """The next token of every row, on the device and on its way to the host."""
+        with as_by_default():
+            chosen = [choose(self.sampling, eos, pad, *group) for group in zip(rows, logits)]
+        rows, tokens, reports = map(list, zip(*chosen))
+        arriving = (reports, list(logits) if self.output_logits else [])
+        jax.tree.map(lambda array: array.copy_to_host_async(), arriving)
+        return rows, tokens, _Dispatched(*arriving, link_bytes=sent)
+
+    def _steps(
+        self,
+        caches: Sequence[Cache],
+        rows: Sequence[Rows],
+        tokens: Sequence[Array],
+        left: int,
+        eos: Array,
+        pad: Array,
+    ) -> Generator[_Dispatched, None, None]:
+        """So many steps, of one token each."""
+        for number in range(left):
+            caches, logits = self.decoder.step_groups(caches, tokens)
+            sent = self.decoder.plan.link_bytes(number // self.decoder.plan.tail)
+            rows, tokens, dispatched = self._choose(eos, pad, rows, logits, sent)
+            del logits
+            yield dispatched
+
+    def _start_rounds(
+        self, drafter: Drafter, parts: Sequence[tuple[np.ndarray, np.ndarray]], eos: Array, names: Array
+    ) -> tuple[Rounds, list[Any]]:
+        """How rounds are carried out, and what the drafter keeps of each group."""
+        started = [drafter.start(self.decoder.plan, *part) for part in parts]
+        kept, given = jax.block_until_ready(jax.device_put(tuple(map(list, zip(*started))), memory.sharding("device")))
+        ints = jax.ShapeDtypeStruct(names.shape, np.int32)
+        rows = jax.eval_shape(start_rows, jax.ShapeDtypeStruct((), np.uint32), names, ints, ints)
+        turn = Turn(*describe_like((rows, ints, ints, kept[0])))
+        return Rounds(drafter, self.sampling, len(eos), given, eos, turn), kept
+
+    def _rounds(
+        self,
+        caches: Sequence[Cache],
+        rows: Sequence[Rows],
+        newest: Sequence[Array],
+        left: int,
+        rounds: Rounds,
+        kept: Sequence[Any],
+    ) -> Generator[_Dispatched, None, None]:
+        """Rounds, until every row has ended or has taken `left` tokens. What rows took is read once the device has LEAD
+        rounds to do; where the first of these may be the last, before the second is begun."""
+        decoder, plan = self.decoder, self.decoder.plan
+        pace = _Pace(plan)
+        remaining, cached = (np.full(sum(map(len, newest)), start) for start in (left, 0))
+        lefts = [jax.device_put(np.full(len(tokens), left, np.int32), memory.sharding("device")) for tokens in newest]
+        turns: Sequence[Turn] = list(map(Turn, rows, newest, lefts, kept))
+        del rows, newest, lefts, kept  # they are used up
+        unread: collections.deque[tuple[list[Array], list[Array], int]] = collections.deque()
+        while (remaining > 0).any():
+            if not unread or (len(unread) < LEAD and remaining.max() > sum(1 + drafts for *_, drafts in unread)):
+                drafts = pace.drafts() if self.drafts is None else self.drafts
+                sent = plan.link_bytes(decoder.write_outs(caches[0]))
+                caches, turns, taken = decoder.round_groups(caches, turns, rounds, drafts)
+                tokens, counts, lefts, logits = map(list, zip(*taken))
+                dispatched = _Dispatched(tokens, logits if self.output_logits else [], counts, sent, drafts)
+                jax.tree.map(lambda array: array.copy_to_host_async(), (tokens, counts, lefts, dispatched.logits))
+                unread.append((counts, lefts, drafts))
+                del taken, logits
+                yield dispatched
+                continue
+            *arrays, drafts = unread.popleft()
+            counts, remaining = map(_of_groups, arrays)
+            cached += counts
+            in_tail = cached - decoder.write_outs(caches[0]) * plan.tail
+            pace.learn(drafts, counts[(remaining > 0) & (in_tail < plan.room)])
+            in_tail = np.split(np.where(remaining > 0, in_tail, plan.room), len(caches))
+            caches = [replace(cache, in_tail=int(each.min())) for cache, each in zip(caches, in_tail)]
+
+
+class _Pace:
+    """How many drafts a round has: as many as pay, by what they cost and by how often they were right."""
+
+    def __init__(self, plan: Plan):
+        self._drafting, self._unpaid = plan.drafting or Drafting("prompt_lookup", 1), 0
+        assumed = acceptance_of(self._drafting)
+        self._right, self._tried = assumed * FEW_TRIED, float(FEW_TRIED)
+
+    def drafts(self) -> int:
+        """Those of the next round."""
+        count = self._drafting.best_count(self._right / self._tried)
+        self._unpaid = 0 if count else self._unpaid + 1
+        # The text may change.
+        return count or (min(self._drafting.most, FEW_DRAFTS) if self._unpaid % UNPAID_ROUNDS == 0 else 0)
+
+    def learn(self, drafts: int, counts: np.ndarray) -> None:
+        """Of rows that were held back by nothing else, what each took where there were so many drafts."""
+        if drafts:
+            right = counts - 1
+            self._right = FORGETTING * self._right + right.sum()
+            self._tried = FORGETTING * self._tried + (right + (right < drafts)).sum()
+
+
+class _Texts:
+    """The new tokens of every row, which may be ahead of one another."""
+
+    def __init__(self, rows: int, most: int, eos: Sequence[int], pad: int):
+        self.tokens, self.counts = np.full((rows, most), pad, np.int32), np.zeros(rows, int)
+        self.passes, self.drafted = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self.logits: np.ndarray | None = None
+        self._eos, self._ended, self._streamed = eos, np.zeros(rows, bool), 0
+
+    @property
+    def complete(self) -> bool:
+        return bool((self._ended | (self.counts == self.tokens.shape[1])).all())
+
+    @property
+    def longest(self) -> int:
+        return int(self.counts.max())
+
+    def add(self, tokens: np.ndarray, counts: np.ndarray, logits: np.ndarray | None, drafts: int) -> list[np.ndarray]:
+        """Adds tokens [batch, q], of which each row takes so many, to rows that have not ended; gives the columns
+        int32[batch] that every row has now. Raises FloatingPointError for what is no token."""
+        if tokens.ndim == 1:
+            tokens, logits = tokens[:, None], None if logits is None else logits[:, None]
+        for row in np.flatnonzero(~self._ended & (self.counts < self.tokens.shape[1])):
+            start = self.counts[row]
+            own = tokens[row, : counts[row]]
+            if (own == NO_TOKEN).any():
+                raise FloatingPointError(
+                    f"the logits of row {row} are NaN or infinite at new token {start + own.tolist().index(NO_TOKEN)}: "
+                    "check the weights, or use a dtype with a larger range"
+                )
+            if start:  # the first token is of the prefill
+                self.passes[row] += 1
+                self.drafted[row] += min(drafts, self.tokens.shape[1] - start - 1)
+            self.tokens[row, start : start + len(own)] = own
+            if logits is not None:
+                if self.logits is None:
+                    self.logits = np.zeros((self.tokens.shape[1], len(tokens), logits.shape[-1]), logits.dtype)
+                self.logits[start : start + len(own), row] = logits[row, : len(own)]
+            self.counts[row] += len(own)
+            self._ended[row] = np.isin(own, self._eos).any()
+        going = self.counts[~self._ended]
+        first, self._streamed = self._streamed, int(going.min()) if len(going) else self.longest
+        return list(self.tokens[:, first : self._streamed].T)
+
+
+def _of_groups(arrays: Sequence[Array]) -> np.ndarray:
+    """The arrays of all groups as one, on the host."""
+    return np.concatenate(jax.device_get(arrays))

@@ -73,12 +73,14 @@ class LayerBench:
         plan = self._plan(run)
 
         def step(weights, blocks, recent, token_ids):
-            (recent,), (logits,) = decode_step(self._part(weights, run.layers), plan, [blocks], [recent], [token_ids])
+            part = self._part(weights, run.layers)
+            (recent,), (logits,) = decode_step(part, plan, [blocks], [recent], [token_ids])
+            recent = dataclasses.replace(recent, lengths=recent.lengths + 1)
             return recent, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
         as_used = (lambda block: block) if run.copied else _as_if_copied
         described = [list(map(as_used, layer)) for layer in describe_blocks(plan, 0)]
-        inputs = (self._weights, described, describe_recent(plan), describe_ints(self._batch))
+        inputs = (self._weights, described, describe_recent(plan), describe_ints(self._batch, 1))
         placed = (None, shardings(described) if run.copied else None, None, None)
         lowered = jax.jit(step, in_shardings=placed, donate_argnames=("recent",)).lower(*inputs)
         program = compile_overlapping(lowered, OVERLAPPING)
@@ -94,7 +96,7 @@ class LayerBench:
 
         def seconds() -> float:
             blocks = [[filled(block) for block in layer] for layer in described]
-            token_ids = jax.device_put(np.zeros(self._batch, np.int32), memory.sharding("device"))
+            token_ids = jax.device_put(np.zeros((self._batch, 1), np.int32), memory.sharding("device"))
             state = allocate_recent(plan), token_ids
 
             def take(steps: int) -> Array:

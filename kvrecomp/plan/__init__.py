@@ -1,6 +1,7 @@
 """Plain data, without jax: the sizes of a model, a workload, a budget, and the plan of what is cached where."""
 
-from kvrecomp.plan.codecs import CODECS, Codec
+from kvrecomp.plan.codecs import CODECS, LOSSLESS, Codec
+from kvrecomp.plan.drafting import Drafting
 from kvrecomp.plan.layout import AUTO, DEFAULT_WINDOW, BlockSpec, LayerPlan, Order, Plan, Schedule
 from kvrecomp.plan.shapes import (
     ALIGNED,
@@ -29,12 +30,14 @@ __all__ = [
     "FORMS",
     "GIB",
     "LEAST_ALIGNED",
+    "LOSSLESS",
     "MEMORIES",
     "METHODS",
     "MIB",
     "BlockSpec",
     "Budget",
     "Codec",
+    "Drafting",
     "Form",
     "LayerPlan",
     "LayerShape",

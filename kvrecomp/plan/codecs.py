@@ -2,22 +2,27 @@
 
 plain     as they are
 packed    in 12 bits a number, losslessly, of bfloat16: a sign, 8 bits of exponent and 7 of mantissa
+fp8       in 8 bits a number, with loss: float8_e4m3fn
+int4      in 4 bits a number, with loss: whole steps above the least of GROUP channels of a token and row
 
 Packed numbers keep sign and mantissa as a byte. Of the exponent 4 bits are kept: how far below the largest of its
 channel it is, a channel being a place in `hidden`, or in [kv_heads, head_dim] of K or of V. What that cannot say is
 listed apart, as a place and a value, in a list of fixed room, and its code is that of a zero: sums that cancel make
-many zeros, and these need no list. A block that needs more room cannot be packed.
+many zeros, and these need no list. A block that needs more room cannot be packed. Codecs with loss are for sketches
+(`plan.drafting`), which no text depends on.
 """
 
 from typing import Literal, NamedTuple, get_args
 
-Codec = Literal["plain", "packed"]
+Codec = Literal["plain", "packed", "fp8", "int4"]
 CODECS: tuple[Codec, ...] = get_args(Codec)
+LOSSLESS: tuple[Codec, ...] = ("plain", "packed")
 
 PACKED_DTYPE = "bfloat16"
 NUMBERS_PER_ESCAPE = 1024  # the list has room for one in so many
 ESCAPE = 15  # the code of zeros, and of what is listed apart
 _ALIGNED = 128  # bytes; a tensor begins at a multiple
+GROUP = 32  # channels; a step and a least, of 16 bits each, make them 5 bits a number
 
 
 class Packed(NamedTuple):
@@ -50,14 +55,21 @@ def packed(numbers: int, channels: int) -> Packed:
 def token_bytes(codec: Codec, tensors: int, batch: int, channels: int, itemsize: int) -> tuple[float, int]:
     """What a block takes at most: bytes for each token of so many tensors [batch, channels], and for the block."""
     numbers = batch * channels
-    if codec == "plain":
-        return float(tensors * numbers * itemsize), 0
+    if codec != "packed":
+        return float(codec_bytes(codec, tensors, batch, channels, itemsize)), 0
     parts = packed(numbers * NUMBERS_PER_ESCAPE, channels)
     return tensors * (parts.values - channels) / NUMBERS_PER_ESCAPE, tensors * (channels + 1 + 6 + _ALIGNED)
 
 
 def codec_bytes(codec: Codec, tensors: int, rows: int, channels: int, itemsize: int) -> int:
     """Bytes of a block of so many tensors [rows, channels] of numbers of `itemsize` bytes."""
-    if codec == "plain":
-        return tensors * rows * channels * itemsize
-    return tensors * packed(rows * channels, channels).nbytes
+    match codec:
+        case "plain":
+            return tensors * rows * channels * itemsize
+        case "packed":
+            return tensors * packed(rows * channels, channels).nbytes
+        case "fp8":
+            return tensors * rows * channels
+        case "int4":
+            groups = -(-channels // GROUP)
+            return tensors * rows * groups * (GROUP // 2 + 2 * 2)

@@ -12,7 +12,8 @@ def program_seconds(plan: Plan, write_outs: int) -> float:
     """Seconds to compile the step program after that many write-outs, each of which adds a block to every layer."""
     layers = len(plan.layers)
     attended = sum(len(layer.prompt) for layer in plan.layers) + layers * (write_outs + 1)
-    return COMPILE_LAYER_SECONDS * layers + COMPILE_BLOCK_SECONDS * plan.groups_per_pass * attended
+    parts = 2 if plan.sketched else 1  # a round's program has a draft in it, too
+    return parts * (COMPILE_LAYER_SECONDS * layers + COMPILE_BLOCK_SECONDS * plan.groups_per_pass * attended)
 
 
 def compile_seconds(plan: Plan) -> float:

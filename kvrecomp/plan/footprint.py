@@ -32,6 +32,7 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
             "weights": weights["device"],
             "blocks": plan.bytes_in("device", write_outs),
             "tail": plan.tail_bytes,
+            "sketch": plan.sketch_bytes(write_outs),
             "logits": plan.groups * logits_bytes(shape, plan.workload),
             "prefill or step": max(
                 sampling_bytes(shape, plan.workload),
@@ -92,7 +93,7 @@ def attention_bytes(plan: Plan, write_outs: int) -> int:
         on_device = [block for block in blocks if block.memory == "device"]
         from_host = {block for block in blocks if block.memory == "host"}
         of_device = sum(_attention_numbers(plan, layer, layer_shape, block) for block in on_device)
-        of_device += _attention_numbers(plan, layer, layer_shape, layer.tail_block(plan.tail))
+        of_device += _attention_numbers(plan, layer, layer_shape, layer.tail_block(plan.room))
         of_host = max((_attention_numbers(plan, layer, layer_shape, block) for block in from_host), default=0)
         most = max(most, plan.workload.batch * max(of_device, of_host))
     return most

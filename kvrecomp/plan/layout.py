@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvrecomp.plan.codecs import CODECS, PACKED_DTYPE, Codec, codec_bytes
+from kvrecomp.plan.drafting import Drafting
 from kvrecomp.plan.shapes import (
     FORMS,
     GIB,
@@ -102,6 +103,26 @@ class LayerPlan:
         memories, codecs = self.write_out_memories, self.write_out_codecs
         return memories[min(write_outs, len(memories) - 1)], codecs[min(write_outs, len(codecs) - 1)]
 
+    def sketched(self, codec: Codec, shape: LayerShape) -> "LayerPlan":
+        """The layer with copies on the device, written as the codec says, in place of its blocks in host memory.
+
+        Where K cannot be absorbed, a prompt's are K and V: nothing is to be recomputed for each draft.
+        """
+
+        def copy(block: BlockSpec) -> BlockSpec:
+            if block.memory == "device":
+                return block
+            form = block.form if shape.absorbs_keys else "keys_values"
+            return BlockSpec(form, "device", block.tokens, codec)
+
+        written = [
+            self.written_to(number) for number in range(max(len(self.write_out_memories), len(self.write_out_codecs)))
+        ]
+        codecs = tuple(codec if memory == "host" else own for memory, own in written)
+        return dataclasses.replace(
+            self, prompt=tuple(map(copy, self.prompt)), write_out_memories=("device",), write_out_codecs=codecs
+        )
+
     def plain_from(self, write_outs: int | None) -> "LayerPlan":
         """The same with plain blocks from that write-out on; None: all of them are."""
         if write_outs is None:
@@ -122,7 +143,8 @@ class Plan:
 
     There may be several `groups` of the workload's rows, each with blocks of its own like the others'. In `row` order a
     step is done for one group after the other; in `column` order all groups go through a layer before the next layer
-    begins, and weights in host memory are copied once for all of them.
+    begins, and weights in host memory are copied once for all of them. With `drafting` several tokens are checked in a
+    step.
     """
 
     name: str
@@ -134,6 +156,7 @@ class Plan:
     schedule: Schedule = "pipelined"
     groups: int = 1
     order: Order = "row"
+    drafting: Drafting | None = None
     reason: str = ""
 
     def __post_init__(self):
@@ -219,6 +242,33 @@ class Plan:
         plans = (layer.plain_from(write_outs) if number in layers else layer for number, layer in kept)
         return dataclasses.replace(self, layers=tuple(plans))
 
+    @functools.cached_property
+    def sketched(self) -> "Plan | None":
+        """The plan by which drafts are made over a sketch; None where they are not."""
+        if self.drafting is None or self.drafting.codec is None:
+            return None
+        codec = self.drafting.codec
+        copies = {kind: kind[0].sketched(codec, kind[1]) for kind in self.distinct_layers}
+        kinds = list(self.distinct_layers)
+        layers = tuple(copies[kinds[number]] for number in self.distinct_numbers)
+        return dataclasses.replace(self, name=f"{self.name}, sketched", layers=layers, reason="")
+
+    def sketch_bytes(self, write_outs: int = 0) -> int:
+        """Bytes of the sketches of all groups."""
+        if self.sketched is None:
+            return 0
+        return self.sketched.bytes_in("device", write_outs) - self.bytes_in("device", write_outs)
+
+    @property
+    def room(self) -> int:
+        """Tokens that the tail has room for."""
+        return self.tail + (self.drafting.ahead if self.drafting else 0)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """New tokens of a row that go through a step, at most."""
+        return 1 + (self.drafting.most if self.drafting else 0)
+
     @property
     def write_outs(self) -> int:
         """How often the tail is written out: when full, and only if another token follows."""
@@ -279,7 +329,7 @@ class Plan:
     def tail_bytes(self) -> int:
         """Bytes of the tails of all layers and groups."""
         return self.groups * sum(
-            count * self.bytes_of(layer_shape, layer.tail_block(self.tail))
+            count * self.bytes_of(layer_shape, layer.tail_block(self.room))
             for (layer, layer_shape), count in self.distinct_layers.items()
         )
 

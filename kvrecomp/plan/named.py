@@ -14,7 +14,7 @@ With "+packed" behind the name its blocks are packed.
 import dataclasses
 from collections.abc import Sequence
 
-from kvrecomp.plan.codecs import CODECS, Codec
+from kvrecomp.plan.codecs import LOSSLESS, Codec
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs, default_tail
 from kvrecomp.plan.layout import AUTO, DEFAULT_WINDOW, LayerPlan, Plan
 from kvrecomp.plan.shapes import Form, LayerShape, Memory, ModelShape, PlanError
@@ -58,10 +58,10 @@ def _read_name(name: str) -> tuple[str, float, Codec]:
             f"there is no plan {name!r}; the plans are {', '.join((AUTO, *NAMES))}, with F from 0 to 1, and all but "
             f"{AUTO} with +packed behind the name"
         )
-    codecs: dict[str, Codec] = {codec: codec for codec in CODECS}
+    codecs: dict[str, Codec] = {codec: codec for codec in LOSSLESS}
     codec = codecs.get(word) if plus else "plain"
     if codec is None:
-        raise PlanError(f"plan {name!r}: there is no codec {word!r}; the codecs are {', '.join(CODECS)}")
+        raise PlanError(f"plan {name!r}: there is no codec {word!r}; the codecs are {', '.join(LOSSLESS)}")
     fraction = _fraction(argument) if colon else 1.0
     if fraction is None:
         raise PlanError(f"plan {name!r}: {argument!r} is not a fraction from 0 to 1")

@@ -35,8 +35,8 @@ def plan_table(plan: Any) -> Table:
                 if (of_codec := [b for b in blocks if b.codec == codec])
             ]
             cells.append("\n".join(written) or "-")
-        tail_size = plan.bytes_of(layer_shape, layer.tail_block(plan.tail))
-        cells += [_cell("plain", [plan.tail], [tail_size]), layer.method, *([layer.weights] if hosted else [])]
+        tail_size = plan.bytes_of(layer_shape, layer.tail_block(plan.room))
+        cells += [_cell("plain", [plan.room], [tail_size]), layer.method, *([layer.weights] if hosted else [])]
         table.add_row(_spans(numbers), *cells)
     total = [f"{format_bytes(plan.bytes_in(memory))} in blocks on the {memory}" for memory in MEMORIES]
     if plan.write_outs and plan.codecs != ("plain",):

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 from kvrecomp.plan import (
     AUTO,
-    CODECS,
     FORMS,
     LEAST_ALIGNED,
     BlockSpec,
@@ -18,7 +17,7 @@ from kvrecomp.plan import (
     Method,
     Plan,
 )
-from kvrecomp.plan.codecs import token_bytes
+from kvrecomp.plan.codecs import LOSSLESS, token_bytes
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
 from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.shapes import TENSORS
@@ -132,6 +131,7 @@ def _whole_plan(problem: Problem, window: int, plans: Sequence[LayerPlan]) -> Pl
         window,
         groups=problem.groups,
         order=problem.order or default_order("host" in problem.weight_memories, problem.groups),
+        drafting=problem.drafting,
     )
 
 
@@ -154,15 +154,20 @@ def _layer_plan(
             problem.shape.itemsize,
         )
         for form in FORMS
-        for codec in CODECS
+        for codec in LOSSLESS
     }
     on_device: dict[Form, float] = {form: sizes[form, settings.codec("device")][0] for form in FORMS}
     of_block = sum(sizes[form, settings.codec("device")][1] for form in FORMS)
-    tail_bytes = problem.tail_tokens * sizes[settings.tail_form, "plain"][0]
+    tail_bytes = problem.room_tokens * sizes[settings.tail_form, "plain"][0]
     written_bytes = problem.tail_tokens * on_device[settings.tail_form] + of_block
 
     all_fits = prompt * on_device[smaller_form(layer)] + tail_bytes + write_outs * written_bytes + of_block <= room
     free = max(0.0, (room if all_fits else beside_window) - tail_bytes - 2 * of_block)
+    if not all_fits and (copied := _sketched_bytes(problem, layer, settings)):
+        # What stays on the device needs no sketch.
+        free = max(0.0, free - copied * (prompt + write_outs * problem.tail_tokens))
+        on_device = {form: max(1.0, size - copied) for form, size in on_device.items()}
+        written_bytes = problem.tail_tokens * on_device[settings.tail_form] + of_block
     could_stay = min(write_outs, int(free / written_bytes))
     reserved = could_stay if all_fits else int(settings.growth * could_stay)
     split = _split_prompt(layer, settings, prompt, on_device, free - reserved * written_bytes)
@@ -175,6 +180,20 @@ def _layer_plan(
     blocks = _cut(problem, layer, settings, window, split)
     codecs: list[Codec] = [settings.codec(memory) for memory in memories]
     return LayerPlan(blocks, settings.tail_form, tuple(memories), settings.method, write_out_codecs=tuple(codecs))
+
+
+def _sketched_bytes(problem: Problem, layer: LayerShape, settings: Settings) -> float:
+    """Bytes of the sketch of a token behind the link; 0 where there is none."""
+    if problem.drafting is None or problem.drafting.codec is None:
+        return 0.0
+    shares: dict[Form, float] = {"activations": settings.activations, "keys_values": 1 - settings.activations}
+    total = 0.0
+    for form, share in shares.items():
+        copied = form if layer.absorbs_keys else "keys_values"
+        channels = layer.width(copied) // TENSORS[copied]
+        batch, itemsize = problem.workload.batch, problem.shape.itemsize
+        total += share * token_bytes(problem.drafting.codec, TENSORS[copied], batch, channels, itemsize)[0]
+    return total
 
 
 def _split_prompt(

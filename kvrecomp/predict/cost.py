@@ -9,22 +9,24 @@ after the other, each held until an earlier task has ended (`hold`). With c seco
 
 where d is the time of a handoff: from link or compute to the link, and from the link to compute that waits for it.
 Seconds of compute are those measured on the machine for the layer, dtype and batch at hand or, where there are none,
-of `estimate`; awaiting takes the end of a CUDA graph.
+of `estimate`; awaiting takes the end of a CUDA graph. What further tokens of a row add is estimated (`further_tokens`).
+
+A round is its drafts, one after the other, and the step that checks them.
 """
 
 import functools
 import itertools
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvrecomp.plan import BlockSpec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
+from kvrecomp.plan import BlockSpec, Codec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
 from kvrecomp.plan.step_order import START, TAIL, Op, StepOrder, step_order
-from kvrecomp.predict.estimate import layer_times
+from kvrecomp.predict.estimate import further_logits, further_tokens, layer_times
 from kvrecomp.predict.hardware import (
     ATTENTION,
     WORKS,
@@ -39,6 +41,14 @@ from kvrecomp.predict.hardware import (
 PLANS, KINDS, TASKS = 64, 64, 1024  # of what is predicted in one call; of the last two at least
 MOST_LENGTHS = 4  # of a cache that grows, for which a step is predicted
 OWN_GROUPS, SHARED_GROUPS = 2, 12  # see `_groups`
+
+Further = Literal["keys_values", "absorb", "prepare"]
+"""What tokens of a row beside the first add to that work, by cached tokens and by blocks from the host."""
+FURTHER: tuple[Further, ...] = get_args(Further)
+_ROWS = len(WORKS) + len(FURTHER)  # of a layer shape
+
+# Times as long as plain blocks' that attention over a sketch takes.
+READ_TIMES: Mapping[Codec, float] = {"fp8": 1.0, "int4": 1.6}
 
 
 class Tasks(NamedTuple):
@@ -64,7 +74,7 @@ class Tasks(NamedTuple):
 
 
 class WorkTable(NamedTuple):
-    """Seconds of compute: WORKS of each distinct layer shape, then outside layers.
+    """Seconds of compute: WORKS and FURTHER of each distinct layer shape, then outside layers.
 
     `base` float64[rows] is what no tokens take; `sizes` and `added` float64[rows, KNOTS] are the knots of what tokens
     add, of work on weights other groups.
@@ -86,10 +96,11 @@ class StepCost(NamedTuple):
 # --- a plan as tasks --------------------------------------------------------------------------------------------------
 
 
-def make_tasks(plan: Plan, write_outs: int = 0) -> Tasks:
-    """The tasks of one step under the plan, after that many write-outs: of one group where each takes its own."""
+def make_tasks(plan: Plan, write_outs: int = 0, checked: int = 1) -> Tasks:
+    """The tasks of one step of so many tokens of each row, after that many write-outs: of one group where each takes
+    its own."""
     order = step_order(plan, write_outs, groups=len(_groups(plan)))
-    (work, tokens, blocks, copies, copy_bytes, times), counts = _distinct_tasks(plan, order, write_outs)
+    (work, tokens, blocks, copies, copy_bytes, times), counts = _distinct_tasks(plan, order, write_outs, checked)
     # What layers alike have in common is there once; `kind` lays it out for every layer.
     starts = np.cumsum([0, *map(sum, counts)])
     kinds = [np.arange(start, end) for start, end in itertools.pairwise(starts.tolist())]
@@ -124,68 +135,81 @@ def _groups(plan: Plan) -> list[float]:
     return [*own, *[shared / SHARED_GROUPS] * SHARED_GROUPS, *own]
 
 
-def _distinct_tasks(plan: Plan, order: StepOrder, write_outs: int) -> tuple[np.ndarray, list[np.ndarray]]:
+def _distinct_tasks(plan: Plan, order: StepOrder, write_outs: int, checked: int) -> tuple[np.ndarray, list[np.ndarray]]:
     """The tasks of each of the plan's distinct layers, and then what a step does outside of layers (embedding,
     unembedding and sampling), as columns float64[6, kinds]; and how many each operation of each layer has."""
     shapes = list(plan.shape.distinct_layers)
     layers = [
-        _layer_tasks(plan, layer, shape, shapes.index(shape), ops, write_outs)
+        _layer_tasks(plan, layer, shape, shapes.index(shape), ops, write_outs, checked)
         for (layer, shape), ops in zip(plan.distinct_layers, order.layers, strict=True)
     ]
-    outside = Task(len(shapes) * len(WORKS), blocks=plan.groups_per_pass)
+    # In tokens it counts those that are checked beside the first.
+    outside = Task(len(shapes) * _ROWS, (checked - 1) * plan.groups_per_pass, plan.groups_per_pass)
     columns = np.array([*(task for layer in layers for op in layer for task in op), outside], float).T
     return columns, [np.array(list(map(len, layer))) for layer in layers]
 
 
 def _layer_tasks(
-    plan: Plan, layer: LayerPlan, shape: LayerShape, shape_number: int, ops: Sequence[Op], write_outs: int
+    plan: Plan, layer: LayerPlan, shape: LayerShape, shape_number: int, ops: Sequence[Op], write_outs: int, checked: int
 ) -> list[list[Task]]:
     """The tasks of each of a layer's operations."""
-    tail = layer.tail_block(plan.tail)
+    tail = layer.tail_block(plan.room)
     blocks = shape.in_sight(layer.blocks(write_outs, plan.tail))
-    groups_beside = plan.groups_per_pass - 1  # that go through the projections and the feed-forward with the first
+    # Tokens of a row that go through the projections and the feed-forward with the first, and groups alike.
+    beside = plan.groups_per_pass * checked - 1
 
     groups = _groups(plan)
 
     def task(work: Work, *sizes: int) -> Task:
-        return Task(shape_number * len(WORKS) + WORKS.index(work), *sizes)
+        return Task(shape_number * _ROWS + WORKS.index(work), *sizes)
+
+    def further(work: Further, tokens: int, blocks: int = 1) -> list[Task]:
+        row, more = shape_number * _ROWS + len(WORKS) + FURTHER.index(work), checked - 1
+        return [Task(row, more * tokens, more * blocks)] if more else []
 
     def attention(block: BlockSpec) -> Attention:
         return "keys_values" if block.form == "keys_values" else layer.method
 
     def unpack(place: int) -> list[Task]:
-        if place == TAIL or blocks[place].codec == "plain":
+        if place == TAIL or blocks[place].codec != "packed":
             return []
         numbers = blocks[place].tokens * shape.width(blocks[place].form)
         return [task("unpack", numbers // shape.width("activations"))]
 
     def attend(place: int) -> list[Task]:
         if place == TAIL:  # but for its tokens it is in the time of `project`; what an odd number costs is not known
-            return [task(attention_work(attention(tail), "device"), tail.tokens, 0)]
+            over = "absorb" if attention(tail) == "absorb" else "keys_values"
+            return [task(attention_work(attention(tail), "device"), tail.tokens, 0), *further(over, tail.tokens)]
         block = blocks[place]
         work = attention_work(attention(block), block.memory, block.tokens)
+        over = "absorb" if attention(block) == "absorb" else "keys_values"
+        more = further(over, block.tokens, block.memory == "host")
+        slower = READ_TIMES.get(block.codec, 1.0)
         if block.memory == "device" and attention(block) != attention(tail):
             # It has a partial result of its own, as a block from the host has.
-            return [task(attention_work(attention(block), "host"), 0, 1), task(work, block.tokens, 0)]
-        return [task(work, block.tokens, 1)]
+            own = [task(attention_work(attention(block), "host"), 0, 1), task(work, block.tokens, 0)]
+        else:
+            own = [task(work, block.tokens, 1)]
+        return [*(each._replace(times=slower) for each in own), *more]
 
     def tasks(op: Op) -> list[Task]:
         match op.kind:
             case "copy":
                 return [task("await", 0, 1, 1, op.nbytes)]
             case "project":
-                return [task(project_work(attention(tail)), groups_beside)]
+                return [task(project_work(attention(tail)), beside)]
             case "append":
                 absorbs = "absorb" in map(attention, (*blocks, tail))
-                return [task("prepare")] if absorbs else []
+                return [task("prepare"), *further("prepare", 0)] if absorbs else []
             case "attend":
                 return [found for place in op.blocks for found in (*unpack(place), *attend(place))]
             case "finish":
-                return [task("finish", groups_beside)]
+                return [task("finish", beside)]
 
     def of_all(op: Op) -> list[Task]:
         of_group = op.kind in ("append", "attend") or (op.kind == "copy" and not op.copies_weights)
-        return [found._replace(times=groups[op.group]) for found in tasks(op)] if of_group else tasks(op)
+        often = groups[op.group] if of_group else 1.0
+        return [found._replace(times=often * found.times) for found in tasks(op)]
 
     return list(map(of_all, ops))
 
@@ -232,10 +256,13 @@ def work_table(profile: HardwareProfile, shape: ModelShape, workload: Workload) 
             if work in products:
                 curve = Curve.line(curve(0), 2 * workload.batch * products[work] / profile.matmul_rate)
             curves.append(curve)
+        more = further_tokens(profile, layer, shape.itemsize, workload.batch)
+        curves += [more[work] for work in FURTHER]
     if outside is None:
         table_bytes = shape.vocab * shape.embedding * shape.itemsize
         outside = table_bytes / profile.memory_rate + 10 * profile.kernel_seconds
-    sizes, seconds = np.array([curve.knots for curve in (*curves, Curve.line(outside))]).swapaxes(0, 1)
+    each = further_logits(profile, shape, workload.batch)
+    sizes, seconds = np.array([curve.knots for curve in (*curves, Curve.line(outside, each))]).swapaxes(0, 1)
     base = seconds[:, :1]
     return WorkTable(base[:, 0], sizes, seconds - base)
 
@@ -343,16 +370,29 @@ def mean_bounds(profile: HardwareProfile, plans: Sequence[Plan]) -> np.ndarray:
     often: list[np.ndarray] = []  # how many layers have each kind of task, and for how many groups in turn
     for plan in plans:
         for write_outs in step_shares(plan):
-            order = step_order(plan, write_outs, groups=len(_groups(plan)))
-            tasks, counts = _distinct_tasks(plan, order, write_outs)
-            columns.append(tasks)
-            counts = np.repeat([*plan.distinct_layers.values(), 1], [*map(sum, counts), 1])
-            often.append(counts * (plan.groups // plan.groups_per_pass))
+            for times, part, checked in _parts(plan):
+                order = step_order(part, write_outs, groups=len(_groups(part)))
+                tasks, counts = _distinct_tasks(part, order, write_outs, checked)
+                columns.append(tasks)
+                counts = np.repeat([*part.distinct_layers.values(), 1], [*map(sum, counts), 1])
+                often.append(counts * times * (plan.groups // plan.groups_per_pass))
     work, *others = np.concatenate(columns, axis=1)
     seconds = _seconds_of_kinds(profile, work_table(profile, shape, workload), work.astype(int), *others)
     starts = list(itertools.accumulate(map(len, often[:-1]), initial=0))
     sums = np.add.reduceat(np.array(seconds, float) * np.concatenate(often), starts, axis=1)
-    return _means(plans, sums.max(axis=0))
+    return _means(plans, _of_rounds([plan for plan in plans for _ in step_shares(plan)], sums.max(axis=0)))
+
+
+def _parts(plan: Plan) -> list[tuple[int, Plan, int]]:
+    """The steps of a round: how often each is taken, its plan, and how many tokens of a row go through it."""
+    drafts = [(plan.drafting.most, plan.sketched, 1)] if plan.drafting and plan.sketched else []
+    return [(1, plan, plan.tokens_per_step), *drafts]
+
+
+def _of_rounds(plans: Sequence[Plan], seconds: np.ndarray) -> np.ndarray:
+    """Sums over the parts of each plan's round, of seconds of these."""
+    counts = [len(_parts(plan)) for plan in plans]
+    return np.add.reduceat(seconds, list(itertools.accumulate(counts[:-1], initial=0)))
 
 
 def _means(plans: Sequence[Plan], seconds: np.ndarray) -> np.ndarray:
@@ -363,11 +403,33 @@ def _means(plans: Sequence[Plan], seconds: np.ndarray) -> np.ndarray:
 
 
 def _costs(profile: HardwareProfile, steps: Sequence[tuple[Plan, int]]) -> StepCost:
-    """Predicted seconds of a step of all groups of each plan, after so many write-outs."""
+    """Predicted seconds of a step, or a round, of all groups of each plan, after so many write-outs."""
     shape, workload = _one_work([plan for plan, _ in steps])
-    costs = step_seconds(profile, shape, workload, stack_tasks([make_tasks(*step) for step in steps]))
-    passes = np.array([plan.groups // plan.groups_per_pass for plan, _ in steps])
-    return StepCost(*(seconds[: len(steps)] * passes for seconds in costs))
+    parts = [(times, part, write_outs, checked) for plan, write_outs in steps for times, part, checked in _parts(plan)]
+    tasks = [make_tasks(part, write_outs, checked) for _, part, write_outs, checked in parts]
+    costs = step_seconds(profile, shape, workload, stack_tasks(tasks))
+    often = np.array([times * (part.groups // part.groups_per_pass) for times, part, _, _ in parts])
+    plans = [plan for plan, _ in steps]
+    return StepCost(*(_of_rounds(plans, seconds[: len(parts)] * often) for seconds in costs))
+
+
+class RoundCost(NamedTuple):
+    """Predicted seconds of a step that checks nothing, of one that checks as many drafts as there may be, and of a
+    draft."""
+
+    step: float
+    check: float
+    draft: float
+
+
+def round_cost(profile: HardwareProfile, plan: Plan) -> RoundCost:
+    """Of the plan, which has drafts, half way through the new tokens; see `plan_costs`."""
+    drafting, write_outs = plan.drafting, median_write_outs(plan)
+    passes = plan.groups // plan.groups_per_pass
+    parts = [(plan, 1), (plan, plan.tokens_per_step), *([(plan.sketched, 1)] if plan.sketched else [])]
+    tasks = stack_tasks([make_tasks(part, write_outs, checked) for part, checked in parts])
+    seconds = (passes * step_seconds(profile, plan.shape, plan.workload, tasks).seconds[: len(parts)]).tolist()
+    return RoundCost(*seconds, *([] if drafting and plan.sketched else [0.0]))
 
 
 def _one_work(plans: Sequence[Plan]) -> tuple[ModelShape, Workload]:

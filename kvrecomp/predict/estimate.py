@@ -1,5 +1,7 @@
 """Seconds of a layer's work where none were measured: from a machine's rates, as its data sheet has them."""
 
+from typing import Literal
+
 from kvrecomp.plan import LEAST_ALIGNED, MEMORIES, LayerShape, ModelShape
 from kvrecomp.predict.hardware import ATTENTION, Curve, HardwareProfile, LayerTimes, Work, attention_work
 
@@ -55,6 +57,35 @@ def estimate(profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batc
     work["uneven_absorb"] = absorb
     work["uneven_device_absorb"] = absorb if layer.absorbs_keys else absorb.times(UNEVEN)
     return LayerTimes(layer, "", batch, work)
+
+
+def further_tokens(
+    profile: HardwareProfile, layer: LayerShape, dtype_bytes: int, batch: int
+) -> dict[Literal["keys_values", "absorb", "prepare"], Curve]:
+    """Seconds that each token of a row beside the first adds to the work of attention: for every cached token, and for
+    every block from the host, whose partial result is joined with that of the others.
+
+    K and V are recomputed once for all tokens of a step, so there it adds what it adds over keys and values.
+    """
+    b, h, nd = batch, layer.hidden, layer.heads * layer.head_dim
+    scores = 12 * b * layer.heads / profile.memory_rate
+
+    def over(width: int) -> Curve:
+        joined = 6 * 4 * b * layer.heads * width / profile.memory_rate  # float32, written, read and merged
+        return Curve.line(joined, 4 * b * layer.heads * width / profile.matmul_rate + scores)
+
+    absorbing = 2 * b * h * nd / profile.matmul_rate + 2 * dtype_bytes * b * layer.heads * h / profile.memory_rate
+    return {
+        "keys_values": over(layer.head_dim),
+        "absorb": over(h),
+        "prepare": Curve.line((1 + layer.absorbs_keys) * absorbing),
+    }
+
+
+def further_logits(profile: HardwareProfile, shape: ModelShape, batch: int) -> float:
+    """Seconds that each token of a row beside the first adds outside of layers: its logits, and choosing by them."""
+    product = 2 * batch * shape.vocab * shape.embedding / profile.matmul_rate
+    return product + 8 * 4 * batch * shape.vocab / profile.memory_rate
 
 
 def layer_times(profile: HardwareProfile, layer: LayerShape, shape: ModelShape, batch: int) -> LayerTimes:

@@ -10,6 +10,7 @@ from kvrecomp.plan import (
     MEMORIES,
     Budget,
     Codec,
+    Drafting,
     LayerShape,
     Memory,
     ModelShape,
@@ -49,6 +50,7 @@ class Problem:
     weights: tuple[Memory, ...] | None = None
     tail: int | None = None
     window: int | None = None
+    drafting: Drafting | None = None
 
     @cached_property
     def weight_memories(self) -> tuple[Memory, ...]:
@@ -108,6 +110,11 @@ class Problem:
         most_bytes = min(MOST_TAIL_BYTES, self.beside_weights * TAIL_SHARE) / self.groups
         tail = default_tail(self.shape, self.workload, self.windows[-1], most_bytes)
         return max(tail, -(-self.workload.new // MOST_BLOCKS))
+
+    @cached_property
+    def room_tokens(self) -> int:
+        """Tokens that the tail has room for."""
+        return self.tail_tokens + (self.drafting.ahead if self.drafting else 0)
 
     @cached_property
     def codecs(self) -> tuple[Codec, ...]:

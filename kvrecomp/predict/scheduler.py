@@ -10,21 +10,26 @@ does, and more where groups follow each other, so no more of them leave than hav
 
 import bisect
 import dataclasses
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
-from kvrecomp.plan import AUTO, Budget, Memory, ModelShape, Order, Plan, PlanError, Workload
+from kvrecomp.plan import AUTO, Budget, Drafting, Memory, ModelShape, Order, Plan, PlanError, Workload
 from kvrecomp.plan.compiling import decode_seconds
 from kvrecomp.plan.cutting import default_tail
+from kvrecomp.plan.drafting import tokens_per_round
 from kvrecomp.plan.footprint import memory_needed, prefill_bytes
 from kvrecomp.plan.named import named_plan, spread, with_weights
 from kvrecomp.predict.candidates import candidate_plan, least_candidate
-from kvrecomp.predict.cost import mean_costs, plan_costs
+from kvrecomp.predict.cost import mean_costs, plan_costs, round_cost
 from kvrecomp.predict.hardware import LARGEST_DEVICE, HardwareProfile
 from kvrecomp.predict.problem import Problem, excess_bytes, resolve_budget
 from kvrecomp.predict.search import SURE, fast_ones, search
 
 SPLITS = (1, 2, 4, 8, 16)  # groups that rows are split into: a program of column order has the attention of each
+# How often drafts are right, each if those before it are, where nothing is known of the text.
+ACCEPTANCE: Mapping[str, float] = {"fp8": 0.9, "int4": 0.9, "prompt_lookup": 0.5, "assistant": 0.7}
+DRAFTINGS = (Drafting("sketch", 8, codec="fp8"), Drafting("sketch", 8, codec="int4"), Drafting("prompt_lookup", 8))
+PAYING = 1.05  # times as fast, at least, with drafts as without
 ALIKE = 1.03  # times the shortest workload, with fewer groups or in row order, whose program is smaller, is as good
 SMALL_PREFILL = 1 / 16  # of the device memory
 # What the choice is compared with.
@@ -42,6 +47,7 @@ def make_plan(
     order: Order | None = None,
     tail: int | None = None,
     window: int | None = None,
+    drafting: Drafting | Literal["auto"] | None = None,
 ) -> Plan:
     """The plan that fits in the budget with the shortest predicted steps, in the mean of the workload's; with the
     shortest workload, where steps wait.
@@ -50,7 +56,8 @@ def make_plan(
     they are not given: the memory of each layer's `weights`, the `order` of the groups, the `tail`, in tokens, by its
     bytes, or longer where steps would wait for programs, and the `window`, in bytes. There are `groups` of the
     workload's rows each; None splits its rows into as few groups as are fastest, and the plan's workload is one of
-    them.
+    them. `drafting` says which drafts steps check; with `auto` they check none, or those of DRAFTINGS with which tokens
+    come soonest, if ACCEPTANCE of these are right, and sooner by the factor PAYING than without.
 
     Raises:
         PlanError: nothing fits; the message says what is needed and what would fit. A budget in the wrong unit.
@@ -60,9 +67,15 @@ def make_plan(
     for name, given in (("tail", tail), ("window", window)):
         if given is not None and given < 1:
             raise PlanError(f"{name} is {given}; it must be greater than zero, or None to be chosen")
+    if drafting == AUTO:
+        options: Any = {"weights": weights, "groups": groups, "order": order, "tail": tail, "window": window}
+        return _with_drafts_that_pay(
+            profile, lambda drafting: make_plan(shape, workload, profile, budget, drafting=drafting, **options)
+        )
     budget = resolve_budget(budget or Budget(), profile)
     memories = None if weights is None else tuple(weights)
-    problem = Problem(shape, workload, profile, budget, 1 if groups is None else groups, order, memories, tail, window)
+    count = 1 if groups is None else groups
+    problem = Problem(shape, workload, profile, budget, count, order, memories, tail, window, drafting)
     problems = _splits(problem) if groups is None else [problem]
     # Times are measured for one batch: those of another, estimated from the machine's rates, do not compare.
     clock = profile if len(problems) == 1 else dataclasses.replace(profile, layers=())
@@ -77,7 +90,41 @@ def make_plan(
         raise misfits[0]
     most = ALIKE * min(solution.seconds for solution in solutions)
     plan = next(solution.plan for solution in solutions if solution.seconds <= most)
-    return dataclasses.replace(plan, reason=_reason(plan, profile, budget))
+    plan = dataclasses.replace(plan, reason=_reason(plan, profile, budget))
+    return with_costs(plan, plan.drafting, profile) if plan.drafting else plan
+
+
+def with_costs(plan: Plan, drafting: Drafting, profile: HardwareProfile) -> Plan:
+    """The plan with these drafts, and with what they are predicted to cost."""
+    step, check, draft = round_cost(profile, dataclasses.replace(plan, drafting=drafting))
+    costs = dataclasses.replace(drafting, draft_cost=draft / step, check_cost=check / step)
+    return dataclasses.replace(plan, drafting=costs)
+
+
+def acceptance_of(drafting: Drafting) -> float:
+    """How often a draft is right, if those before it are, where nothing is known of the text."""
+    return ACCEPTANCE[drafting.codec or drafting.drafter]
+
+
+def _with_drafts_that_pay(profile: HardwareProfile, make: Callable[[Drafting | None], Plan]) -> Plan:
+    """What is made without drafts, or with those that are predicted to be fastest, by the factor PAYING or more."""
+    chosen = plan = make(None)
+    alone = best = float(plan_costs(profile, [plan]).seconds[0])
+    for drafting in DRAFTINGS if plan.link_bytes(plan.write_outs) else ():  # or nothing is waited for
+        try:
+            drafted = make(drafting)
+        except PlanError:  # there is no room for it
+            continue
+        costs, acceptance = drafted.drafting or drafting, acceptance_of(drafting)
+        count = costs.best_count(acceptance)
+        seconds = round_cost(profile, drafted).step / costs.pace(count, acceptance)
+        if count and PAYING * seconds < alone and seconds < best:
+            words = (
+                f"{1e3 * seconds:.2f} ms a token with {count} drafts, if {acceptance:.0%} are right, "
+                f"{1e3 * alone:.2f} ms without any"
+            )
+            best, chosen = seconds, dataclasses.replace(drafted, reason=f"{drafted.reason}; {words}")
+    return chosen
 
 
 class _Solution(NamedTuple):
@@ -118,6 +165,8 @@ def _solve_with_tail(problem: Problem, clock: HardwareProfile) -> _Solution:
         plan, seconds = _in_faster_order(plan, seconds, problem)
     if clock is not problem.profile:
         seconds = _mean_seconds(clock, plan)
+    if plan.drafting is not None:  # it is that of a round
+        seconds /= tokens_per_round(plan.drafting.most, acceptance_of(plan.drafting))
     return _Solution(plan, decode_seconds(plan, seconds))
 
 
@@ -187,7 +236,7 @@ def _rivals(plan: Plan, budget: Budget) -> list[Plan]:
         except PlanError:  # a token larger than the window
             continue
         rival = with_weights(rival, [layer.weights for layer in plan.layers])
-        rival = dataclasses.replace(rival, groups=plan.groups, order=plan.order)
+        rival = dataclasses.replace(rival, groups=plan.groups, order=plan.order, drafting=plan.drafting)
         last = plan.write_outs
         if rival.blocks(last) != plan.blocks(last) and excess_bytes(rival, budget) == 0:
             rivals.append(rival)
@@ -219,8 +268,9 @@ def _reason(plan: Plan, profile: HardwareProfile, budget: Budget) -> str:
     if write_outs := max(0, plan.workload.new - 2) // plan.tail:  # before the last step
         first, last = (1e3 * float(plan_costs(profile, [plan], number).seconds[0]) for number in (0, write_outs))
         grows = f" ({first:.2f} the first, {last:.2f} the last)" if last > SURE * first else ""
+    what = "step" if plan.drafting is None else f"round of {plan.drafting.most} drafts ({plan.drafting.name})"
     text = (
-        f"{1e3 * seconds:.2f} ms a step predicted{grows}, bound by the {bound}: copies take {1e3 * copying:.2f} ms, "
+        f"{1e3 * seconds:.2f} ms a {what} predicted{grows}, bound by the {bound}: copies take {1e3 * copying:.2f} ms, "
         f"compute {1e3 * computing:.2f} ms"
     )
     if not rivals:

@@ -1,4 +1,4 @@
-"""Attention of the newest token over a list of cached blocks, and of a whole prompt over itself.
+"""Attention of the newest tokens over a list of cached blocks, and of a whole prompt over itself.
 
 A block is read in the form it is cached in. With x the activations of a cached token, W_K and W_V its projections and
 q a query, absorption moves the projections to the other side (Slim attention, arXiv 2503.05840; DeepSeek-V2's MLA):
@@ -11,8 +11,9 @@ because blocks of different forms share one. Where K is normalised or rotated af
 from x and only V is absorbed. Blocks give a `Partial` each as they arrive, which are joined by log-sum-exp, so the
 result does not depend on how tokens were cut into blocks.
 
-Axes: b batch row, s cached token, t prompt token, n heads = k kv_heads x g queries of each, d head_dim, h hidden.
-Tokens come first in arrays, since the blocks are token-major.
+Axes: b batch row, s cached token, t prompt token, q new token, n heads, k kv_heads, g queries of each of these (those
+of the new tokens, one after the other), d head_dim, h hidden. Tokens come first in arrays, since the blocks are
+token-major.
 """
 
 import functools
@@ -25,7 +26,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.experimental.layout import Layout, with_layout_constraint
 
-from kvrecomp.plan import Method
+from kvrecomp.plan import LOSSLESS, Method
 from kvrecomp.plan.cutting import chunk_of_queries
 from kvrecomp.run.cache import Block
 
@@ -91,9 +92,10 @@ def positions_of(slots: Array, padding: Array) -> Array:
 
 
 def visible(slots: Array, padding: Array, query_slots: Array, sliding_window: int | None) -> Array:
-    """bool[t, s, b]: whether the query in slot t sees slot s: not padding, not later, not too long ago."""
-    slots, query_slots = slots[None, :, None], query_slots[:, None, None]
-    seen = (slots >= padding) & (slots <= query_slots)
+    """bool[b, q, s]: whether the queries in slots int32[b, q] or int32[1, q] see slots int32[s] of rows left-padded by
+    int32[b]: not padding, not later, not too long ago."""
+    query_slots = query_slots[:, :, None]
+    seen = (slots >= padding[:, None, None]) & (slots <= query_slots)
     return seen if sliding_window is None else seen & (slots > query_slots - sliding_window)
 
 
@@ -117,8 +119,8 @@ def attend_causal(projections: Projections, x: Array, padding: Array) -> tuple[A
 
     def attend_chunk(query: Array, query_slots: Array) -> Array:
         scores = jnp.einsum("tbkgd,sbkd->bkgts", query, key, preferred_element_type=jnp.float32)
-        seen = visible(slots, padding, query_slots, projections.sliding_window)
-        scores = jnp.where(jnp.moveaxis(seen, -1, 0)[:, None, None], projections.bound(scores), MASKED)
+        seen = visible(slots, padding, query_slots[None], projections.sliding_window)
+        scores = jnp.where(seen[:, None, None], projections.bound(scores), MASKED)
         weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
         return jnp.einsum("bkgts,sbkd->tbkgd", weights, value)
 
@@ -144,7 +146,7 @@ def causal(padding: Array) -> Attend:
     return lambda x, projections: attend_causal(projections, x, padding)[0]
 
 
-# --- the newest token over blocks -------------------------------------------------------------------------------------
+# --- the newest tokens over blocks ------------------------------------------------------------------------------------
 
 
 Mixes = Literal["values", "activations"]
@@ -164,19 +166,32 @@ class Partial(NamedTuple):
 
 @dataclass(frozen=True)
 class Query:
-    """The newest token of each row, in slot int32[] of rows left-padded by int32[b]; `queries` [b, n, d] are those that
-    the projections give it."""
+    """The newest tokens of each row, in slots int32[b, q] of rows left-padded by int32[b]; `queries` [b, q, n, d] are
+    those that the projections give them."""
 
     projections: Projections
     queries: Array
-    slot: Array
+    slots: Array
     padding: Array
 
     @functools.cached_property
     def heads(self) -> Array:
         """[b, k, g, d]."""
-        batch, _, head_dim = self.queries.shape
-        return self.queries.reshape(batch, self.projections.key.kernel.shape[1], -1, head_dim)
+        batch, tokens, _, head_dim = self.queries.shape
+        of_tokens = self.queries.reshape(batch, tokens, self.projections.key.kernel.shape[1], -1, head_dim)
+        return of_tokens.swapaxes(1, 2).reshape(batch, of_tokens.shape[2], -1, head_dim)
+
+    def sees(self, block: Block) -> Array:
+        """bool[b, 1, g, s]: which of the block's tokens each of the heads' queries sees."""
+        seen = visible(block.slots, self.padding, self.slots, self.projections.sliding_window)
+        each = self.heads.shape[2] // seen.shape[1]
+        return jnp.repeat(seen, each, axis=1)[:, None]
+
+    def by_token(self, mixed: Array) -> Array:
+        """[b, k, g, d] -> [b, q, n * d]."""
+        batch, tokens = self.slots.shape
+        of_tokens = mixed.reshape(batch, mixed.shape[1], tokens, -1, mixed.shape[-1])
+        return of_tokens.swapaxes(1, 2).reshape(batch, tokens, -1)
 
     @functools.cached_property
     def absorbed(self) -> tuple[Array, Array | None]:
@@ -196,7 +211,7 @@ def attend(query: Query, blocks: Sequence[Block], method: Method) -> dict[Mixes,
 
     `method` says how activations are used: "absorb" what can be, or "recompute" K and V from them.
     """
-    scored = [_score(query, block.as_plain(), method, shared=len(blocks) > 1) for block in blocks]
+    scored = [_score(query, block, method, shared=len(blocks) > 1) for block in blocks]
     partials: dict[Mixes, Partial] = {}
     for mixes in MIXES:
         pieces = [(scores, mixable) for scores, mixable, mixed in scored if mixed == mixes]
@@ -213,10 +228,12 @@ def _score(query: Query, block: Block, method: Method, shared: bool) -> tuple[Ar
     tail, at every step, all that is cached on the device.
     """
 
+    # With loss, numbers are made within the products that read them: a barrier would have them written out.
+    written, block = block, block.as_plain()
+    read = (block if written.codec in LOSSLESS else written).arrays[0]
+
     def operand(query_side: Array) -> Array:
-        if not shared:
-            return query_side
-        return jax.lax.optimization_barrier((query_side, block.tensors[0]))[0]
+        return jax.lax.optimization_barrier((query_side, read))[0] if shared else query_side
 
     projections, heads = query.projections, query.heads
     mixes: Mixes = "values"
@@ -240,8 +257,7 @@ def _score(query: Query, block: Block, method: Method, shared: bool) -> tuple[Ar
         # Of one query a head XLA makes no product, and there is nothing to share.
         heads = operand(heads) if heads.shape[2] > 1 else heads
         scores = jnp.einsum("bkgd,sbkd->bkgs", heads, key, preferred_element_type=jnp.float32)
-    seen = visible(block.slots, query.padding, query.slot[None], projections.sliding_window)[0]
-    return jnp.where(seen.T[:, None, None], projections.bound(scores), MASKED), mixable, mixes
+    return jnp.where(query.sees(block), projections.bound(scores), MASKED), mixable, mixes
 
 
 def _mix(scored: Sequence[tuple[Array, Array]], mixes: Mixes) -> Partial:
@@ -300,7 +316,7 @@ def join(partials: Mapping[Mixes, Partial], found: Mapping[Mixes, Partial]) -> d
 
 
 def merge(query: Query, partials: Mapping[Mixes, Partial]) -> Array:
-    """Partial results over disjoint tokens -> [b, n * d], in the dtype of the query.
+    """Partial results over disjoint tokens -> [b, q, n * d], in the dtype of the query.
 
     Each counts by its share of the weights, exp(log_total) over the sum of all.
     """
@@ -315,4 +331,4 @@ def merge(query: Query, partials: Mapping[Mixes, Partial]) -> Array:
             values = sum(jnp.split(projected, len(parts), axis=2))
             values += 0 if bias is None else bias[:, None]
         out += share * values
-    return out.astype(dtype).reshape(query.queries.shape[0], -1)
+    return query.by_token(out.astype(dtype))

@@ -10,6 +10,7 @@ instead of by the copy engine. Its form, memory and codec are static, so they se
     keys_values on device    K [s, b, kv_heads, head_dim] and V alike
     keys_values on host      both in one, [s, 2, b, kv_heads, head_dim]
     packed                   bytes, uint8[n]; see `plan.codecs`
+    fp8, int4                one array or three of each tensor; see `run.codecs`
 
 A host block is one array because XLA keeps two copies under way: as two arrays, one block would be both, and the next
 block's copy would make XLA await one of them before its time. On the device K and V are two arrays because scores over
@@ -29,7 +30,7 @@ from jax import Array
 from kvrecomp.plan import BlockSpec, Codec, Form, LayerShape, Memory, Plan
 from kvrecomp.plan.shapes import TENSORS
 from kvrecomp.run import memory
-from kvrecomp.run.codecs import pack, unpack
+from kvrecomp.run.codecs import from_int4, pack, to_fp8, to_int4, unpack
 
 STATIC: dict = {"static": True}  # part of the tree's structure, so it selects the program
 
@@ -39,7 +40,7 @@ STATIC: dict = {"static": True}  # part of the tree's structure, so it selects t
 class Block:
     """Consecutive cached tokens of one layer, the first of them in slot `start`, int32[] on the device.
 
-    `shape` is that of x, or of K and V each.
+    `shape` and `dtype` are those of x, or of K and V each.
     """
 
     arrays: tuple[Array, ...]
@@ -48,6 +49,7 @@ class Block:
     form: Form = field(metadata=STATIC)
     memory: Memory = field(metadata=STATIC)
     codec: Codec = field(default="plain", metadata=STATIC)
+    dtype: Any = field(default=None, metadata=STATIC)
 
     @property
     def tokens(self) -> int:
@@ -68,6 +70,11 @@ class Block:
         if self.codec == "packed":
             (data,) = self.arrays
             return unpack(data, self.shape, TENSORS[self.form])
+        if self.codec == "fp8":
+            return tuple(array.astype(self.dtype) for array in self.arrays)
+        if self.codec == "int4":
+            parts = zip(self.arrays[::3], self.arrays[1::3], self.arrays[2::3], strict=True)
+            return tuple(from_int4(*of_tensor, self.shape, self.dtype) for of_tensor in parts)
         if self.form == "keys_values" and self.memory == "host":
             (both,) = self.arrays
             return both[:, 0], both[:, 1]
@@ -83,14 +90,14 @@ class Block:
 class Recent:
     """What a step changes; all of it on the device.
 
-    `tails` has each layer's arrays, of which the first tokens are in use, and `forms` what they hold. `start` int32[]
-    is the slot of a tail's first token, `length` int32[] the number of slots in use, padding included, and `padding`
-    int32[b] counts each row's padding on the left.
+    `tails` has each layer's arrays, of which each row's first tokens are in use, and `forms` what they hold. `start`
+    int32[] is the slot of a tail's first token, `lengths` int32[b] the number of slots that each row uses, padding
+    included, and `padding` int32[b] counts its padding on the left.
     """
 
     tails: tuple[tuple[Array, ...], ...]
     start: Array
-    length: Array
+    lengths: Array
     padding: Array
     forms: tuple[Form, ...] = field(metadata=STATIC)
 
@@ -99,10 +106,9 @@ class Recent:
         tail = self.tails[layer]
         return Block(tail, self.start, tail[0].shape, self.forms[layer], "device")
 
-    @property
-    def positions(self) -> Array:
-        """int32[b], of each row's new token."""
-        return self.length - self.padding
+    def slots(self, tokens: int) -> Array:
+        """int32[b, q]: those of so many new tokens of each row."""
+        return self.lengths[:, None] + jnp.arange(tokens)
 
 
 @jax.tree_util.register_dataclass
@@ -110,12 +116,15 @@ class Recent:
 class Cache:
     """All that decoding remembers: each layer's blocks, and what is recent.
 
-    `in_tail` counts the tokens in a tail, known to the host without asking the device.
+    `sketches` are copies with loss of each layer's host blocks, in order, where drafts are made over them. `in_tail` is
+    how many tokens of every row that goes on are in a tail at least, as the host knows without asking the
+    device.
     """
 
     blocks: tuple[tuple[Block, ...], ...]
     recent: Recent
     in_tail: int = field(metadata=STATIC)
+    sketches: tuple[tuple[Block, ...], ...] = ()
 
 
 def tensors_of(form: Form, x: Array, key: Array, value: Array) -> tuple[Array, ...]:
@@ -126,13 +135,16 @@ def tensors_of(form: Form, x: Array, key: Array, value: Array) -> tuple[Array, .
 def make_block(spec: BlockSpec, tensors: Sequence[Array], start: Array) -> tuple[Block, Array]:
     """Of x [s, b, h], or K and V [s, b, k, d], arranged as in that memory; and bool[]: whether they cannot be packed as
     they should be, and the block is of no use."""
-    shape, overflowed = tensors[0].shape, jnp.bool_(False)
+    shape, dtype, overflowed = tensors[0].shape, tensors[0].dtype, jnp.bool_(False)
     if spec.codec == "packed":
         data, overflowed = pack(tensors)
         tensors = (data,)
+    elif spec.codec != "plain":
+        write = to_fp8 if spec.codec == "fp8" else to_int4
+        tensors = [array for tensor in tensors for array in write(tensor)]
     elif spec.form == "keys_values" and spec.memory == "host":
         tensors = (jnp.stack(tensors, axis=1),)
-    return Block(tuple(tensors), start, shape, spec.form, spec.memory, spec.codec), overflowed
+    return Block(tuple(tensors), start, shape, spec.form, spec.memory, spec.codec, dtype), overflowed
 
 
 def cut(specs: Sequence[BlockSpec], x: Array, key: Array, value: Array) -> tuple[tuple[Block, ...], Array]:
@@ -149,10 +161,20 @@ def cut(specs: Sequence[BlockSpec], x: Array, key: Array, value: Array) -> tuple
     return tuple(blocks), overflowed
 
 
-def append(tail: Block, slot: Array, x: Array, key: Array, value: Array) -> Block:
-    """The tail with a token, x [b, h], K and V [b, k, d], in slot int32[]; written in place where it is donated."""
+def sketched(blocks: Sequence[Block], sketches: Sequence[Block]) -> tuple[Block, ...]:
+    """A layer's blocks with the sketches of those in host memory in their place."""
+    copies = iter(sketches)
+    return tuple(next(copies) if block.memory == "host" else block for block in blocks)
+
+
+def append(tail: Block, slots: Array, x: Array, key: Array, value: Array) -> Block:
+    """The tail with new tokens, x [b, q, h], K and V [b, q, k, d], in slots int32[b, q], but for those that it has no
+    room for; written in place where it is donated."""
+    rows, places = jnp.arange(len(slots))[:, None], slots - tail.start
     written = [
-        jax.lax.dynamic_update_index_in_dim(array, tensor.astype(array.dtype), slot - tail.start, 0)
+        array.at[places, rows].set(
+            tensor.astype(array.dtype), mode="drop", unique_indices=True, wrap_negative_indices=False
+        )
         for array, tensor in zip(tail.arrays, tensors_of(tail.form, x, key, value), strict=True)
     ]
     return replace(tail, arrays=tuple(written))
@@ -169,6 +191,17 @@ def describe_blocks(plan: Plan, write_outs: int) -> tuple[tuple[Block, ...], ...
     )
 
 
+def describe_sketches(plan: Plan, write_outs: int) -> tuple[tuple[Block, ...], ...]:
+    """Those of every layer after that many write-outs; none where the plan has no sketch."""
+    if plan.sketched is None:
+        return ()
+    every = describe_blocks(plan.sketched, write_outs)
+    return tuple(
+        tuple(block for block, spec in zip(blocks, specs, strict=True) if spec.memory == "host")
+        for blocks, specs in zip(every, plan.blocks(write_outs), strict=True)
+    )
+
+
 @functools.lru_cache(maxsize=1024)
 def _describe(spec: BlockSpec, layer: LayerShape, batch: int, dtype: str) -> Block:
     of_token = (layer.hidden,) if spec.form == "activations" else (layer.kv_heads, layer.head_dim)
@@ -181,17 +214,24 @@ def _describe(spec: BlockSpec, layer: LayerShape, batch: int, dtype: str) -> Blo
 def describe_recent(plan: Plan) -> Recent:
     """What is recent, at any step."""
     tails = [
-        _describe(layer.tail_block(plan.tail), shape, plan.workload.batch, plan.shape.dtype)
+        _describe(layer.tail_block(plan.room), shape, plan.workload.batch, plan.shape.dtype)
         for layer, shape in zip(plan.layers, plan.shape.layers, strict=True)
     ]
     forms: tuple[Form, ...] = tuple(layer.tail_form for layer in plan.layers)
     arrays = tuple(tail.arrays for tail in tails)
-    return Recent(arrays, describe_ints(), describe_ints(), describe_ints(plan.workload.batch), forms)
+    batch = plan.workload.batch
+    return Recent(arrays, describe_ints(), describe_ints(batch), describe_ints(batch), forms)
 
 
 def describe_ints(*shape: int) -> Any:
     """int32 on the device."""
     return jax.ShapeDtypeStruct(shape, jnp.int32, sharding=memory.sharding("device"))
+
+
+def describe_like(arrays: Any) -> Any:
+    """A tree of arrays on the device."""
+    device = memory.sharding("device")
+    return jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=device), arrays)
 
 
 def shardings(blocks: Any) -> Any:
@@ -214,11 +254,12 @@ def after_prompt(plan: Plan, padding: Array) -> Recent:
     like, prompt = describe_recent(plan), jnp.int32(plan.workload.prompt)
     # Unused slots are masked, and must be finite for that.
     tails = jax.tree.map(lambda tail: jnp.zeros(tail.shape, tail.dtype), like.tails)
-    return replace(like, tails=tails, start=prompt, length=prompt, padding=padding)
+    return replace(like, tails=tails, start=prompt, lengths=jnp.full_like(padding, prompt), padding=padding)
 
 
 def allocate_recent(plan: Plan) -> Recent:
     """The same outside of a program, with rows that are not padded."""
     empty = jax.tree.map(lambda like: memory.zeros(like.shape, like.dtype, "device"), describe_recent(plan))
-    start, length = jax.device_put((np.int32(plan.workload.prompt),) * 2, memory.sharding("device"))
-    return replace(empty, start=start, length=length)
+    prompt, batch = np.int32(plan.workload.prompt), plan.workload.batch
+    start, lengths = jax.device_put((prompt, np.full(batch, prompt)), memory.sharding("device"))
+    return replace(empty, start=start, lengths=lengths)

@@ -1,7 +1,8 @@
 """Writes and reads the numbers of blocks; `plan.codecs` says how, and in how many bytes.
 
 A packed block is one array of bytes, so that it is one copy. All of this is elementwise but for the list of numbers
-apart: those are found by counting, and put back by one small scatter.
+apart: those are found by counting, and put back by one small scatter. Blocks with loss are arrays with the axes of
+their tensors, so that what reads them may read a number at a time.
 """
 
 import itertools
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvrecomp.plan.codecs import ESCAPE, packed
+from kvrecomp.plan.codecs import ESCAPE, GROUP, packed
 
 _EXPONENT = 255  # a mask; and the exponent of infinities and of what is no number
 _MAGNITUDE = 0x7FFF  # a mask: all but the sign
@@ -109,3 +110,37 @@ def _chunk_of(counts: Array, number: Array) -> tuple[Array, Array]:
     chunk = jnp.minimum((ends <= number[:, None]).sum(axis=1), counts.shape[1] - 1)
     found = jnp.take_along_axis(ends - counts, chunk[:, None], axis=1)[:, 0]
     return chunk, number - found
+
+
+# --- with loss --------------------------------------------------------------------------------------------------------
+
+_MOST_FP8 = float(jnp.finfo(jnp.float8_e4m3fn).max)  # what is larger would be no number
+
+
+def to_fp8(x: Array) -> tuple[Array]:
+    """Numbers of any shape -> float8_e4m3fn."""
+    return (jnp.clip(x.astype(jnp.float32), -_MOST_FP8, _MOST_FP8).astype(jnp.float8_e4m3fn),)
+
+
+def to_int4(x: Array) -> tuple[Array, Array, Array]:
+    """x [s, b, ...] -> uint8[s, b, c / 2], of c channels, the first half of them in the low 4 bits and the second in
+    the high ones; and the step and the least number of each GROUP, bfloat16[s, b, c / GROUP]. Channels are filled up to
+    a multiple of GROUP."""
+    rows = x.reshape(*x.shape[:2], -1).astype(jnp.float32)
+    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, -rows.shape[-1] % GROUP)], mode="edge")
+    groups = rows.reshape(*x.shape[:2], -1, GROUP)
+    least = groups.min(axis=-1).astype(jnp.bfloat16)
+    step = ((groups.max(axis=-1) - least.astype(jnp.float32)) / ESCAPE).astype(jnp.bfloat16)
+    above = groups - least.astype(jnp.float32)[..., None]
+    codes = jnp.round(above / jnp.maximum(step.astype(jnp.float32), 1e-30)[..., None])
+    codes = jnp.clip(codes, 0, ESCAPE).astype(jnp.uint8).reshape(rows.shape)
+    low, high = jnp.split(codes, 2, axis=-1)
+    return low | (high << 4), step, least
+
+
+def from_int4(codes: Array, step: Array, least: Array, shape: Sequence[int], dtype: jnp.dtype) -> Array:
+    """The numbers, of that shape, that `to_int4` has written."""
+    both = jnp.concatenate([codes & ESCAPE, codes >> 4], axis=-1).astype(dtype)
+    groups = both.reshape(*step.shape, GROUP) * step.astype(dtype)[..., None] + least.astype(dtype)[..., None]
+    channels = int(np.prod(shape[2:]))
+    return groups.reshape(*codes.shape[:2], -1)[..., :channels].reshape(shape)

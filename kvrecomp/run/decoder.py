@@ -1,7 +1,8 @@
-"""The decoder: three XLA programs over an explicit cache.
+"""The decoder: XLA programs over an explicit cache.
 
     prefill     the prompt -> its blocks, streamed to where the plan wants them under the next layer's compute
     step        one token per row: copies of host blocks under the compute of earlier ones
+    round       drafts, and a step that checks several tokens per row
     write-out   full tails -> new blocks
 
 A program is fixed by the plan and the layout (the blocks of every layer). A written-out tail makes a new layout and so
@@ -31,17 +32,21 @@ from kvrecomp.run.cache import (
     Cache,
     describe_blocks,
     describe_ints,
+    describe_like,
     describe_recent,
+    describe_sketches,
     make_block,
     shardings,
 )
+from kvrecomp.run.drafters import Group, Turn
 from kvrecomp.run.limits import check_memory
 from kvrecomp.run.model import Model, check_model
 from kvrecomp.run.prefill import prefill
 from kvrecomp.run.programs import Compiled, KeptPrograms, Programs, side_by_side
 from kvrecomp.run.prompt import PromptError, check_prompt, check_step
+from kvrecomp.run.round import Rounds, Taken, decode_round
 from kvrecomp.run.schedule import OVERLAPPING
-from kvrecomp.run.step import decode_step
+from kvrecomp.run.step import decode_step, written_out
 from kvrecomp.run.weights import check_placement, on_device
 
 LOG = logging.getLogger("kvrecomp")
@@ -87,7 +92,7 @@ class Decoder:
                 "makes fewer and smaller ones",
                 *(plan.name, plan.write_outs + 1, seconds / 60),
             )
-        self._kept, self._budget = kept, budget
+        self._kept, self._budget, self._reserved = kept, budget, False
         self._take_plan(plan)
         self._graph, state = nnx.split(model)
         weights, self._structure = jax.tree.flatten(state)  # a plain list: jax flattens a State in Python
@@ -97,7 +102,7 @@ class Decoder:
     def _take_plan(self, plan: Plan) -> None:
         self.plan = plan
         kept = self._kept and self._kept.of(replace(plan, name="", reason=""))  # words are in no program
-        self._programs = Programs(kept)
+        self._programs, self._compiled = Programs(kept), False
 
     @property
     def compiled(self) -> dict[Hashable, Compiled]:
@@ -105,10 +110,16 @@ class Decoder:
         codec)."""
         return self._programs.compiled
 
-    def compile(self, *, prefill: bool = True) -> None:
-        """Compiles what decoding starts with, side by side; `prefill` and `step` do so themselves."""
-        names = [("prefill",), ("step", 0)] if prefill else [("step", 0)]
+    def compile(self, *, prefill: bool = True, step: bool = True, rounds: Rounds | None = None) -> None:
+        """Compiles what decoding starts with, side by side; `prefill` and `step` do so themselves. Of `rounds` it is
+        the first one, in place of a step."""
+        names: list[tuple[Any, ...]] = [("prefill",)] if prefill else []
+        if rounds is not None:
+            names.append(("round", 0, self.plan.tokens_per_step - 1, rounds))
+        elif step:
+            names.append(("step", 0))
         side_by_side(lambda name: self._program(*name), names)
+        self._compiled = True
 
     def text(self, *name: Hashable) -> str:
         """A program as XLA compiled it, by its name in `compiled`: each instruction of a step says the scope that it
@@ -128,15 +139,17 @@ class Decoder:
         id is outside the vocabulary; `PlanError` where plain blocks do not fit in the budget.
         """
         token_ids, padding = check_prompt(input_ids, attention_mask, self.plan)
-        self.compile()  # before anything runs: XLA chooses kernels by timing them, and beside other work wrongly
+        if not self._compiled:
+            self.compile()  # before anything runs: XLA chooses kernels by timing them, and beside other work wrongly
         inputs = jax.device_put((np.ascontiguousarray(token_ids.T), padding), memory.sharding("device"))
-        blocks, recent, logits, overflowed = self._program("prefill")(self._weights, *inputs)
+        cache, logits, overflowed = self._program("prefill")(self._weights, *inputs)
         if layers := self._layers_where(overflowed):
-            del blocks, recent
+            del cache
             self._go_on_plain(layers)
             check_memory(self.plan, self._budget)
             return self.prefill(input_ids, attention_mask)
-        return Cache(blocks, recent, 0), logits
+        self._reserved = False
+        return cache, logits
 
     def step(self, cache: Cache, token_ids: Array) -> tuple[Cache, Array]:
         """One more token of every row, int32[batch] on the device -> cache, logits float32[batch, vocab].
@@ -158,15 +171,35 @@ class Decoder:
         the caches are at different steps; all caches are as they were then.
         """
         self._check_step(caches, token_ids)  # of all groups, before one of them is used up
-        write_outs = self._write_outs(caches[0])
-        if caches[0].in_tail == 0:  # it is the first step: the blocks of all groups' prompts are there
-            self._reserve_growth()
-        if caches[0].in_tail == self.plan.tail:
-            caches, write_outs = self._write_out(caches, write_outs), write_outs + 1
+        caches = self._before_step(caches)
         if self.plan.groups_per_pass == 1:
-            steps = [self._step([cache], [ids], write_outs) for cache, ids in zip(caches, token_ids)]
+            steps = [self._step([cache], [ids]) for cache, ids in zip(caches, token_ids)]
             return [cache for (cache,), _ in steps], [logits for _, (logits,) in steps]
-        return self._step(caches, token_ids, write_outs)
+        return self._step(caches, token_ids)
+
+    def round_groups(
+        self, caches: Sequence[Cache], turns: Sequence[Turn], rounds: Rounds, count: int
+    ) -> tuple[Sequence[Cache], Sequence[Turn], list[Taken]]:
+        """A round of all groups of the plan, in its order, with `count` drafts of each row, up to as many as the plan
+        has -> caches, turns, and what was taken.
+
+        The tail is written out where `in_tail` of the caches says that it is full, which is for who calls this to keep,
+        since what rows take is known on the device alone. Turns are used up as the caches are.
+        """
+        caches = self._before_step(caches)
+        if self.plan.groups_per_pass > 1:
+            return self._round(caches, turns, rounds, count)
+        groups = zip(caches, turns, rounds.given, strict=True)
+        found = [self._round([cache], [turn], replace(rounds, given=[given]), count) for cache, turn, given in groups]
+        caches, turns, taken = ([each for (each,) in column] for column in zip(*found))
+        return caches, turns, taken
+
+    def _before_step(self, caches: Sequence[Cache]) -> Sequence[Cache]:
+        """The caches, with their tails written out where those of all groups are full."""
+        if not self._reserved:  # it is the first step: the blocks of all groups' prompts are there
+            self._reserve_growth()
+        full = min(cache.in_tail for cache in caches) >= self.plan.tail
+        return self._write_out(caches, self.write_outs(caches[0])) if full else caches
 
     def _check_step(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> None:
         """Raises `PlanError` or `PromptError` unless each group has tokens and a cache, all at one step, with room."""
@@ -177,13 +210,13 @@ class Decoder:
                 "give step_groups as many"
             )
         for cache, ids in zip(caches, token_ids):
-            check_step(cache.recent.length, ids, plan)
-            if cache.in_tail == 0 and _codecs(cache.blocks) != _codecs(plan.blocks(self._write_outs(cache))):
+            check_step(cache.recent.lengths, ids, plan)
+            if cache.in_tail == 0 and _codecs(cache.blocks) != _codecs(plan.blocks(self.write_outs(cache))):
                 raise PromptError(
                     "the cache has packed blocks where the plan has plain ones, since others could not be packed: "
                     "prefill again"
                 )
-        cached = [self._write_outs(cache) * plan.tail + cache.in_tail for cache in caches]
+        cached = [self.write_outs(cache) * plan.tail + cache.in_tail for cache in caches]
         if len(set(cached)) > 1:
             raise PromptError(f"the groups' caches have {cached} new tokens: give step_groups those of the same step")
         if cached[0] >= plan.workload.new:
@@ -192,34 +225,59 @@ class Decoder:
                 "Workload.new"
             )
 
-    def _write_outs(self, cache: Cache) -> int:
+    def write_outs(self, cache: Cache) -> int:
         """How often the cache's tail was written out."""
-        return len(cache.blocks[0]) - len(self.plan.layers[0].prompt)
+        return written_out(self.plan, cache.blocks)
 
-    def _step(
-        self, caches: Sequence[Cache], token_ids: Sequence[Array], write_outs: int
-    ) -> tuple[list[Cache], list[Array]]:
-        plan = self.plan
+    def _step(self, caches: Sequence[Cache], token_ids: Sequence[Array]) -> tuple[list[Cache], list[Array]]:
         blocks, recents = tuple(cache.blocks for cache in caches), tuple(cache.recent for cache in caches)
+        write_outs = self.write_outs(caches[0])
         recents, logits = self._program("step", write_outs)(self._weights, blocks, recents, tuple(token_ids))
-        if write_outs < plan.write_outs:
-            # After the call: a program's first execution loads its kernels, which takes longer beside a compilation.
-            self._prepare("write-out", plan.written_to(write_outs))
-            for ahead in range(1, min(COMPILED_AHEAD, plan.write_outs - write_outs) + 1):
-                self._prepare("step", write_outs + ahead)
+        self._prepare_next(write_outs, "step")
         after = zip(caches, recents, strict=True)
         return [replace(cache, recent=recent, in_tail=cache.in_tail + 1) for cache, recent in after], logits
 
+    def _round(
+        self, caches: Sequence[Cache], turns: Sequence[Turn], rounds: Rounds, count: int
+    ) -> tuple[list[Cache], list[Turn], list[Taken]]:
+        write_outs, most = self.write_outs(caches[0]), self.plan.tokens_per_step - 1
+        if count == 0:  # the smaller program is taken once it is there
+            self._prepare("round", write_outs, 0, rounds)
+        name = ("round", write_outs, 0 if count == 0 and self._programs.has(("round", write_outs, 0, rounds)) else most)
+        columns = ([getattr(cache, name) for cache in caches] for name in ("blocks", "sketches", "recent"))
+        program = self._program(*name, rounds)
+        count_on_device = jax.device_put(np.int32(count), memory.sharding("device"))
+        found = program(self._weights, *columns, list(turns), rounds.given, rounds.eos, count_on_device)
+        self._prepare_next(write_outs, "round", most, rounds)
+        return [replace(cache, recent=recent) for cache, recent in zip(caches, found[0], strict=True)], *found[1:]
+
+    def _prepare_next(self, write_outs: int, kind: str, *which: Any) -> None:
+        """Begins to compile what comes when the tail is full.
+
+        After a step has been called: a program's first execution loads its kernels, which takes longer beside a
+        compilation.
+        """
+        plan = self.plan
+        if write_outs < plan.write_outs:
+            self._prepare("write-out", plan.written_to(write_outs))
+            for ahead in range(1, min(COMPILED_AHEAD, plan.write_outs - write_outs) + 1):
+                self._prepare(kind, write_outs + ahead, *which)
+
     def _write_out(self, caches: Sequence[Cache], write_outs: int) -> list[Cache]:
-        """The caches with their full tails as blocks, and empty tails."""
+        """The caches with their full tails as blocks, and what was ahead in tails that are empty but for that."""
         written: list[Cache] = []
+        made: list[Any] = []
         for cache in caches:
-            new, start, overflowed = self._program("write-out", self.plan.written_to(write_outs))(cache.recent)
+            new, copies, overflowed = self._program("write-out", self.plan.written_to(write_outs))(cache.recent)
+            made.append((new, copies))
             if layers := self._layers_where(overflowed):
                 self._go_on_plain(layers, write_outs)
                 return self._write_out(caches, write_outs)
+        for cache, (new, copies) in zip(caches, made):
             blocks = tuple((*layer, block) for layer, block in zip(cache.blocks, new, strict=True))
-            written.append(Cache(blocks, replace(cache.recent, start=start), 0))
+            sketches = tuple((*layer, *copy) for layer, copy in zip(cache.sketches, copies))
+            recent = self._program("shift")(cache.recent)
+            written.append(Cache(blocks, recent, cache.in_tail - self.plan.tail, sketches))
         return written
 
     def _layers_where(self, overflowed: Array) -> list[int]:
@@ -244,6 +302,7 @@ class Decoder:
             for block in blocks[len(layer.prompt) :]:
                 arrays += block.arrays if block.memory == "host" else ()
         memory.reserve("host", [(array.shape, array.dtype) for array in arrays] * self.plan.groups)
+        self._reserved = True
 
     # --- the jit boundary: static are the plan and what names the program, all else is data ---
 
@@ -256,13 +315,19 @@ class Decoder:
 
     def _options(self, kind: str, *which: Any) -> Mapping[str, Any]:
         """XLA's, of a program."""
-        if kind != "step" or which[0] == 0:
+        if kind not in ("step", "round") or which[0] == 0:
             return OVERLAPPING
         sent = self.plan.link_bytes(which[0]) * self.plan.groups_per_pass // self.plan.groups
         return {**OVERLAPPING, **NO_GRAPHS} if sent >= NO_GRAPHS_FROM else OVERLAPPING
 
     def _trace(self, kind: str, *which: Any) -> Any:
-        trace = {"prefill": self._trace_prefill, "step": self._trace_step, "write-out": self._trace_write_out}
+        trace = {
+            "prefill": self._trace_prefill,
+            "step": self._trace_step,
+            "round": self._trace_round,
+            "write-out": self._trace_write_out,
+            "shift": self._trace_shift,
+        }
         with jax.default_matmul_precision(self._precision):
             return trace[kind](*which)
 
@@ -279,7 +344,10 @@ class Decoder:
 
     def _trace_step(self, write_outs: int) -> Any:
         def step(weights, blocks, recent, token_ids):
-            return decode_step(self._model(weights), self.plan, blocks, recent, token_ids)
+            ids = [ids[:, None] for ids in token_ids]
+            after, logits = decode_step(self._model(weights), self.plan, blocks, recent, ids)
+            after = [replace(recent, lengths=recent.lengths + 1) for recent in after]
+            return after, [logits[:, 0] for logits in logits]
 
         blocks, groups = describe_blocks(self.plan, write_outs), self.plan.groups_per_pass
         of_group = blocks, describe_recent(self.plan), describe_ints(self.plan.workload.batch)
@@ -288,19 +356,56 @@ class Decoder:
         in_shardings = placed, (shardings(blocks),) * groups, None, None
         return jax.jit(step, in_shardings=in_shardings, donate_argnames="recent").trace(*inputs)
 
+    def _trace_round(self, write_outs: int, most: int, rounds: Rounds) -> Any:
+        plan = self.plan
+
+        def program(weights, blocks, sketches, recents, turns, given, eos, count):
+            groups = list(map(Group, blocks, sketches, recents, turns, given))
+            return decode_round(self._model(weights), plan, rounds, groups, eos, count, most)
+
+        blocks, sketches = describe_blocks(plan, write_outs), describe_sketches(plan, write_outs)
+        of_group = blocks, sketches, describe_recent(plan), rounds.turn
+        described = ([each] * plan.groups_per_pass for each in of_group)
+        inputs = (
+            self._weights,
+            *described,
+            *map(describe_like, (rounds.given[: plan.groups_per_pass], rounds.eos)),
+            describe_ints(),
+        )
+        placed = [array.sharding for array in self._weights]
+        in_shardings = placed, [shardings(blocks)] * plan.groups_per_pass, *[None] * 6
+        return jax.jit(program, in_shardings=in_shardings, donate_argnames=("recents", "turns")).trace(*inputs)
+
     def _trace_write_out(self, written_to: Sequence[tuple[Memory, Codec]]) -> Any:
+        plan = self.plan
+
         def program(recent):
-            blocks, overflowed = [], []
+            blocks, sketches, overflowed = [], [], []
             for number, (where, codec) in enumerate(written_to):
                 tail = recent.tail(number)
-                spec = BlockSpec(tail.form, where, tail.tokens, codec)
-                block, too_many = make_block(spec, [jnp.copy(tensor) for tensor in tail.tensors], tail.start)
+                tensors = [jnp.copy(tensor[: plan.tail]) for tensor in tail.tensors]
+                block, too_many = make_block(BlockSpec(tail.form, where, plan.tail, codec), tensors, tail.start)
                 blocks.append(block)
                 overflowed.append(too_many)
-            return tuple(blocks), recent.start + self.plan.tail, jnp.stack(overflowed)
+                codec = plan.drafting.codec if plan.drafting and where == "host" else None
+                copies = (
+                    [make_block(BlockSpec(tail.form, "device", plan.tail, codec), tensors, tail.start)] if codec else []
+                )
+                sketches.append(tuple(block for block, _ in copies))
+            return tuple(blocks), tuple(sketches), jnp.stack(overflowed)
 
-        recent = describe_recent(self.plan)
+        recent = describe_recent(plan)
         return jax.jit(program, out_shardings=shardings(jax.eval_shape(program, recent))).trace(recent)
+
+    def _trace_shift(self) -> Any:
+        """What is recent once the tail's first tokens are a block: those ahead come first in it."""
+        plan = self.plan
+
+        def program(recent):
+            tails = jax.tree.map(lambda tail: jnp.roll(tail, -plan.tail, axis=0), recent.tails)
+            return replace(recent, tails=tails if plan.drafting else recent.tails, start=recent.start + plan.tail)
+
+        return jax.jit(program, donate_argnames="recent").trace(describe_recent(plan))
 
 
 def _codecs(layers: Sequence[Sequence[Block | BlockSpec]]) -> list[list[Codec]]:

@@ -110,6 +110,10 @@ class Programs:
         if name not in self._made and (begun is None or failed):
             self._begun[name] = _BACKGROUND.submit(self.get, name, trace, options)
 
+    def has(self, name: Hashable) -> bool:
+        """Whether the program is compiled."""
+        return name in self._made
+
     def cancel(self) -> None:
         """Gives up the programs whose compilation was asked for and has not begun."""
         for begun in list(self._begun.values()):

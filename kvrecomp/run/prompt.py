@@ -113,10 +113,10 @@ def check_tokens(ids: np.ndarray, mask: np.ndarray, vocab: int) -> None:
         raise PromptError(f"token id {ids[row, column]} in row {row} is outside the vocabulary of {vocab} tokens")
 
 
-def check_step(length: Array, token_ids: Any, plan: Plan) -> None:
-    """Raises `PromptError` unless `token_ids` is int32[batch] and the cache of that `length` is not used up."""
+def check_step(lengths: Array, token_ids: Any, plan: Plan) -> None:
+    """Raises `PromptError` unless `token_ids` is int32[batch] and the cache of these `lengths` is not used up."""
     if np.shape(token_ids) != (plan.workload.batch,) or getattr(token_ids, "dtype", None) != np.int32:
         given = f"{getattr(token_ids, 'dtype', type(token_ids).__name__)}{list(np.shape(token_ids))}"
         raise PromptError(f"token_ids is {given}; it must be int32[{plan.workload.batch}], one token for every row")
-    if length.is_deleted():
+    if lengths.is_deleted():
         raise PromptError("this cache was given to a step before, which wrote into it: go on with the one it returned")

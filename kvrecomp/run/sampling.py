@@ -68,9 +68,9 @@ class Rows(NamedTuple):
 
 
 @jax.jit
-def start_rows(seed: Array, row_ids: Array, length: Array, padding: Array) -> Rows:
-    """Rows named by uint32[b] ids, after `length` slots of which int32[b] are padding."""
-    positions = length - padding
+def start_rows(seed: Array, row_ids: Array, lengths: Array, padding: Array) -> Rows:
+    """Rows named by uint32[b] ids, after int32[b] slots of which int32[b] are padding."""
+    positions = lengths - padding
     fold = jax.vmap(jax.random.fold_in, in_axes=(None, 0))
     return Rows(fold(jax.random.key(seed, impl=GENERATOR), row_ids), positions, jnp.zeros(positions.shape, bool))
 
@@ -82,18 +82,25 @@ def choose(sampling: Sampling, eos: Array, pad: Array, rows: Rows, logits: Array
 
     Rows that have ended get `pad`; a row ends with any token of int32[e] `eos`.
     """
+    tokens, reports = draw(sampling, rows.keys, rows.positions, logits)
+    tokens, reports = (jnp.where(rows.finished, pad, each) for each in (tokens, reports))
+    finished = rows.finished | jnp.isin(tokens, eos)
+    return Rows(rows.keys, rows.positions + 1, finished), tokens, reports
+
+
+def draw(sampling: Sampling, keys: Array, positions: Array, logits: Array) -> tuple[Array, Array]:
+    """The tokens int32[n] that rows of these keys [n] take at positions int32[n], given logits float32[n, vocab], and
+    the same with NO_TOKEN where the largest logit is NaN or infinite. What a row takes depends on nothing else."""
     largest = logits.max(axis=-1, keepdims=True)  # NaN if any is
     if sampling.do_sample:
-        keys = jax.vmap(jax.random.fold_in)(rows.keys, rows.positions)
+        keys = jax.vmap(jax.random.fold_in)(keys, positions)
         below = logits - largest  # divided by very little, several would be infinite
         temperature = min(max(sampling.temperature, LEAST), 1 / LEAST)
         tokens = jax.vmap(jax.random.categorical)(keys, truncate(sampling, below / temperature))
     else:
         tokens = jnp.argmax(logits, axis=-1)
-    tokens = jnp.where(rows.finished, pad, tokens.astype(jnp.int32))
-    broken = ~jnp.isfinite(largest[:, 0]) & ~rows.finished
-    finished = rows.finished | (tokens[:, None] == eos[None]).any(axis=-1)
-    return Rows(rows.keys, rows.positions + 1, finished), tokens, jnp.where(broken, NO_TOKEN, tokens)
+    tokens = tokens.astype(jnp.int32)
+    return tokens, jnp.where(jnp.isfinite(largest[:, 0]), tokens, NO_TOKEN)
 
 
 def truncate(sampling: Sampling, logits: Array) -> Array:

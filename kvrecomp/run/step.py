@@ -1,4 +1,4 @@
-"""A step: one more token of every row through a model, over an explicit cache, in the order that `step_order` gives."""
+"""A step: new tokens of every row through a model, over an explicit cache, in the order that `step_order` gives."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,50 +20,62 @@ Blocks = Sequence[Sequence[Block]]
 """Those of every layer, in token order."""
 
 
+def written_out(plan: Plan, blocks: Blocks) -> int:
+    """How often the tail of a group with these blocks was written out."""
+    return len(blocks[0]) - len(plan.layers[0].prompt)
+
+
 def decode_step(
     model: Model, plan: Plan, blocks: Sequence[Blocks], recents: Sequence[Recent], token_ids: Sequence[Array]
 ) -> tuple[list[Recent], list[Array]]:
-    """One token of every row: each group's blocks, what is recent of it, and its new tokens int32[b] -> what is recent
-    with them, and logits float32[b, vocab], of each group.
+    """One pass: each group's blocks, what is recent of it, and its new tokens int32[b, q], as many of every row -> what
+    is recent with these in the tails, and logits float32[b, q, vocab], of each group.
 
-    Groups go through the layers together, so that weights are copied, and multiplied with, once for all of them.
+    How many slots each row uses stays as it was: who calls this says which of the tokens are kept. Groups go through
+    the layers together, so that weights are copied, and multiplied with, once for all of them.
     """
-    write_outs = len(blocks[0][0]) - len(plan.layers[0].prompt)
+    write_outs = written_out(plan, blocks[0])
     weights, layers = layer_weights(model, plan), Layers()
     order = step_order(plan, write_outs, [layer.matrices for layer in weights])
+    tokens = token_ids[0].shape[1]
     steps = [
-        LayerStep(layer_order, weights[number], plan.layers[number].method, _groups(plan, number, blocks, recents))
+        LayerStep(
+            layer_order, weights[number], plan.layers[number].method, _groups(plan, number, blocks, recents, tokens)
+        )
         for number, layer_order in enumerate(order.of_layers())
     ]
     copies = Copies.begin({number: array for step in steps for number, array in step.host_arrays()}, order.at_start)
-    hidden = model.embed(jnp.concatenate(token_ids), jnp.concatenate([recent.positions for recent in recents]))
+    ids = jnp.concatenate(token_ids)
+    slots = jnp.concatenate([recent.slots(ids.shape[1]) - recent.padding[:, None] for recent in recents])
+    positions = jnp.minimum(slots, plan.shape.positions - 1)  # of tokens that are not kept, some may be beyond
+    hidden = model.embed(ids.reshape(-1), positions.reshape(-1))
     tails: list[list[Block]] = []
     for number, step in enumerate(steps):
         with jax.named_scope(f"layer_{number}"):  # metadata only: a trace tells by it which layer a kernel belongs to
             hidden, tails_of_layer, copies = step.run(layers, hidden, copies)
         tails.append(tails_of_layer)
-    after = [
-        replace(recent, tails=tuple(tail.arrays for tail in group), length=recent.length + 1)
-        for recent, group in zip(recents, zip(*tails))
-    ]
-    return after, jnp.split(model.unembed(hidden), len(recents))
+    after = [replace(recent, tails=tuple(tail.arrays for tail in group)) for recent, group in zip(recents, zip(*tails))]
+    return after, jnp.split(model.unembed(hidden).reshape(*ids.shape, -1), len(recents))
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class GroupStep:
-    """What a layer works on of one group: its tail and its blocks in sight, and where its rows are (see `Recent`)."""
+    """What a layer works on of one group: its tail and its blocks in sight, the slots int32[b, q] of the new tokens,
+    and the rows' padding int32[b]."""
 
-    length: Array
+    slots: Array
     padding: Array
     tail: Block
     blocks: tuple[Block, ...]
 
 
-def _groups(plan: Plan, layer: int, blocks: Sequence[Blocks], recents: Sequence[Recent]) -> list[GroupStep]:
+def _groups(
+    plan: Plan, layer: int, blocks: Sequence[Blocks], recents: Sequence[Recent], tokens: int
+) -> list[GroupStep]:
     in_sight = plan.shape.layers[layer].in_sight
     return [
-        GroupStep(recent.length, recent.padding, recent.tail(layer), in_sight(group[layer]))
+        GroupStep(recent.slots(tokens), recent.padding, recent.tail(layer), in_sight(group[layer]))
         for group, recent in zip(blocks, recents, strict=True)
     ]
 
@@ -87,7 +99,8 @@ class LayerStep:
         return arrays
 
     def run(self, layers: Layers, hidden: Array, copies: Copies) -> tuple[Array, list[Block], Copies]:
-        """hidden [rows, h], group after group -> the same, each group's tail with its new token, the copies to come."""
+        """hidden [n, h], of n new tokens, group after group and row after row -> the same, each group's tail with its
+        new tokens, the copies to come."""
         order, (layer, parameters, in_host, before) = self.order, self.weights
         of_weights = [number for number, op in enumerate(order.ops) if op.copies_weights]
         concerned = copies.of_layer(order)
@@ -118,18 +131,20 @@ class CachedAttention:
     def __call__(
         self, context: tuple[list[GroupStep], Copies], x: Array, projections: Projections
     ) -> tuple[Array, tuple[list[Block], Copies]]:
-        """x [rows, h] -> [rows, n * d], the tails and the copies to come.
+        """x [n, h], of n new tokens -> [n, heads * head_dim], the tails and the copies to come.
 
-        Rows of all groups go through the projections at once, and attend one group after the other, as blocks arrive.
+        Tokens of all groups go through the projections at once, and attend one group after the other, as blocks arrive.
         """
         groups, copies = context
-        positions = jnp.concatenate([group.length - group.padding for group in groups])
+        slots = jnp.concatenate([group.slots - group.padding[:, None] for group in groups])
+        positions = slots.reshape(-1)
         new = x, projections.keys(x, positions), projections.values(x)  # not computed where not appended
-        of_groups = zip(*(jnp.split(rows, len(groups)) for rows in (*new, projections.queries(x, positions))))
+        by_row = (each.reshape(*slots.shape, *each.shape[1:]) for each in (*new, projections.queries(x, positions)))
+        of_groups = zip(*(jnp.split(each, len(groups)) for each in by_row))
         mixed, tails = [], []
         for number, (group, (x, key, value, queries)) in enumerate(zip(groups, of_groups)):
-            query = Query(projections, queries, group.length, group.padding)
-            tail = append(group.tail, group.length, x, key, value)
+            query = Query(projections, queries, group.slots, group.padding)
+            tail = append(group.tail, group.slots, x, key, value)
             blocks = {TAIL: tail, **dict(enumerate(group.blocks))}
             partials: dict[Mixes, Partial] = {}
             for op_number, op in enumerate(self.order.ops):
@@ -147,4 +162,4 @@ class CachedAttention:
                         copies, partials[newest] = copies.ended(self.order, op_number, partial)
             mixed.append(merge(query, partials))
             tails.append(tail)
-        return jnp.concatenate(mixed), (tails, copies)
+        return jnp.concatenate(mixed).reshape(len(positions), -1), (tails, copies)

@@ -46,7 +46,7 @@ def test_a_filled_cache_is_laid_out_as_the_plan_says(model, name):
     plan = named_plan(name, model.shape, WORKLOAD)
     cache = step_timing.filled_cache(plan)
     toy.assert_blocks(cache, plan, 0)
-    assert int(toy.get(cache.recent.length)) == WORKLOAD.prompt
+    assert toy.get(cache.recent.lengths).tolist() == [WORKLOAD.prompt] * WORKLOAD.batch
     kinds = {"host": "pinned_host", "device": "device"}
     for block in itertools.chain(*cache.blocks):
         for array in block.arrays:

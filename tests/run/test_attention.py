@@ -131,7 +131,8 @@ def blockwise(case, x, padding, slot, sizes, forms, groups, method):
         positions = attention.positions_of(jnp.arange(len(x)), padding)
         key, value = projections.keys(x, positions), projections.values(x)
         newest = jax.lax.dynamic_index_in_dim(x, slot, keepdims=False)
-        query = Query(projections, projections.queries(newest, slot - padding), slot, padding)
+        queries = projections.queries(newest, slot - padding)[:, None]
+        query = Query(projections, queries, jnp.full((BATCH, 1), slot), padding)
         cached, start = {}, 0
         for size, form, group in zip(sizes, forms, groups, strict=True):
             whole = [x] if form == "activations" else [key, value]
@@ -139,7 +140,7 @@ def blockwise(case, x, padding, slot, sizes, forms, groups, method):
             cached.setdefault(group, []).append(Block(tensors, jnp.int32(start), tensors[0].shape, form, "device"))
             start += size
         found = [attend(query, blocks, method) for blocks in cached.values()]
-        return merge(query, functools.reduce(attention.join, found, {}))
+        return merge(query, functools.reduce(attention.join, found, {}))[:, 0]
 
     arrays = jax.tree.map(toy.put, (x, case.weights, np.asarray(padding, np.int32), np.int32(slot)))
     return toy.get(run(*arrays))
@@ -203,7 +204,8 @@ def test_absorption_computes_no_keys_or_values():
         def run(x, weights, method=method):
             projections = case.projections(weights)
             slot, padding = jnp.int32(12), jnp.zeros(BATCH, jnp.int32)
-            query = Query(projections, projections.queries(x[-1], slot - padding), slot, padding)
+            queries = projections.queries(x[-1], slot - padding)[:, None]
+            query = Query(projections, queries, jnp.full((BATCH, 1), slot), padding)
             block = Block((x,), jnp.int32(0), x.shape, "activations", "device")
             return merge(query, attend(query, [block], method))
 
@@ -276,10 +278,12 @@ def test_a_chunk_of_queries_bounds_memory(monkeypatch):
 
 
 def test_visible_by_hand():
-    """Slots 0 to 4, queries in slots 2 and 3, one row without padding and one with two tokens of it."""
-    slots, padding, queries = (toy.put(np.array(each, np.int32)) for each in (range(5), (0, 2), (2, 3)))
+    """Slots 0 to 4 of one row without padding and one with two tokens of it; queries in slots 2 and 3, or 2 and 4."""
+    slots, padding, alike, apart = (
+        toy.put(np.array(each, np.int32)) for each in (range(5), (0, 2), [(2, 3)], [(2, 3), (2, 4)])
+    )
     seen = jax.jit(attention.visible, static_argnums=3)
-    expected = [[[1, 1, 1, 0, 0], [0, 0, 1, 0, 0]], [[1, 1, 1, 1, 0], [0, 0, 1, 1, 0]]]
-    np.testing.assert_array_equal(np.swapaxes(seen(slots, padding, queries, None), 1, 2), np.array(expected) == 1)
-    expected = [[[0, 1, 1, 0, 0], [0, 0, 1, 0, 0]], [[0, 0, 1, 1, 0], [0, 0, 1, 1, 0]]]
-    np.testing.assert_array_equal(np.swapaxes(seen(slots, padding, queries, 2), 1, 2), np.array(expected) == 1)
+    expected = [[[1, 1, 1, 0, 0], [1, 1, 1, 1, 0]], [[0, 0, 1, 0, 0], [0, 0, 1, 1, 0]]]
+    np.testing.assert_array_equal(seen(slots, padding, alike, None), np.array(expected) == 1)
+    expected = [[[0, 1, 1, 0, 0], [0, 0, 1, 1, 0]], [[0, 0, 1, 0, 0], [0, 0, 0, 1, 1]]]
+    np.testing.assert_array_equal(seen(slots, padding, apart, 2), np.array(expected) == 1)

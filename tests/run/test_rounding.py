@@ -55,9 +55,10 @@ def attention(x, weights, forms, scale, encode=None, method="absorb"):
         projections = Projections(*[Projection(*pair) for pair in weights], scale, encode, encode)
         key, value = projections.keys(x, positions_of(jnp.arange(TOKENS), padding)), projections.values(x)
         specs = [BlockSpec(form, "device", size) for form, size in zip(forms, (FIRST, TOKENS - FIRST))]
-        query = Query(projections, projections.queries(x[-1], slot - padding), slot, padding)
+        queries = projections.queries(x[-1], slot - padding)[:, None]
+        query = Query(projections, queries, jnp.full((len(padding), 1), slot), padding)
         found = [attend(query, [block], method) for block in cut(specs, x, key, value)[0]]
-        return merge(query, functools.reduce(join, found, {}))
+        return merge(query, functools.reduce(join, found, {}))[:, 0]
 
     return toy.get(run(*jax.tree.map(toy.put, (x, weights, slot, padding)))).astype(np.float64)
 
@@ -129,9 +130,10 @@ def test_the_error_does_not_grow_with_blocks():
     @jax.jit
     def run(x, weights, slot, padding):
         projections = Projections(*[Projection(*pair) for pair in weights], scale)
-        query = Query(projections, projections.queries(x[-1], slot - padding), slot, padding)
+        queries = projections.queries(x[-1], slot - padding)[:, None]
+        query = Query(projections, queries, jnp.full((len(padding), 1), slot), padding)
         specs = [BlockSpec("activations", "device", 1)] * TOKENS
-        return merge(query, attend(query, cut(specs, x, x, x)[0], "absorb"))
+        return merge(query, attend(query, cut(specs, x, x, x)[0], "absorb"))[:, 0]
 
     given = x, weights, np.int32(TOKENS - 1), np.zeros(BATCH, np.int32)
     of_single_tokens = toy.get(run(*jax.tree.map(toy.put, given))).astype(np.float64)

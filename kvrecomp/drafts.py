@@ -1,0 +1,108 @@
+"""Which drafts are asked for, and who makes them."""
+
+import numbers
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from kvrecomp.plan import Drafting, Plan, PlanError, Workload
+from kvrecomp.plan.named import named_plan
+from kvrecomp.run.cache import Cache
+from kvrecomp.run.decoder import Decoder
+from kvrecomp.run.drafters import Assistant, Drafter, PromptLookup, Sketch
+from kvrecomp.run.model import Model, check_parts
+from kvrecomp.run.programs import KeptPrograms
+from kvrecomp.run.weights import on_device
+
+DRAFTS = 8  # of an assistant, in a round
+_KEPT = KeptPrograms(2)  # prefills of assistants
+
+
+def as_drafting(
+    prompt_lookup_num_tokens: Any, assistant_model: Any, num_assistant_tokens: Any, drafts: Any
+) -> Drafting | None:
+    """What the arguments of `generate` ask for, None where they leave it to the plan or turn it off.
+
+    Raises `PlanError` where they are no whole numbers, or ask for two drafters.
+    """
+    for name, given, least in (
+        ("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 1),
+        ("num_assistant_tokens", num_assistant_tokens, 1),
+        ("drafts", drafts, 0),
+    ):
+        if given is not None and (not isinstance(given, numbers.Integral) or given < least):
+            raise PlanError(f"{name} is {given!r}; expected a whole number from {least} on")
+    if prompt_lookup_num_tokens is not None and assistant_model is not None:
+        raise PlanError("prompt_lookup_num_tokens and assistant_model both draft: give one of them")
+    if num_assistant_tokens is not None and assistant_model is None:
+        raise PlanError("num_assistant_tokens is given and assistant_model is not: give both")
+    if drafts == 0:
+        return None
+    if prompt_lookup_num_tokens is not None:
+        return Drafting("prompt_lookup", int(prompt_lookup_num_tokens))
+    if assistant_model is not None:
+        check_parts(assistant_model)
+        return Drafting("assistant", int(num_assistant_tokens or drafts or DRAFTS))
+    return None
+
+
+def check_drafting(plan: Plan, drafting: Drafting | None, drafts: int | None) -> None:
+    """Raises `PlanError` where drafts are asked for that the plan has no room for."""
+    most = plan.drafting.most if plan.drafting else 0
+    asked = max(drafts or 0, drafting.most if drafting else 0)
+    if drafting is not None and (plan.drafting is None or plan.drafting.drafter != drafting.drafter):
+        there = "no drafts" if plan.drafting is None else f"drafts by {plan.drafting.drafter}"
+        raise PlanError(
+            f"plan {plan.name} has {there}, and {drafting.drafter} is asked for: give the plan's name, or "
+            f"dataclasses.replace(plan, drafting=kvrecomp.Drafting({drafting.drafter!r}, {drafting.most}))"
+        )
+    if asked > most:
+        raise PlanError(
+            f"plan {plan.name} has room for {most} drafts in a round; {asked} are asked for: make a plan with a larger "
+            "Drafting.most"
+        )
+
+
+def make_drafter(plan: Plan, assistant: Model | None = None) -> Drafter | None:
+    """Who drafts under this plan; `assistant` is the model that does where it says so.
+
+    Raises `PlanError` where that is missing, or has another vocabulary or too few positions.
+    """
+    if plan.drafting is None:
+        return None
+    match plan.drafting.drafter:
+        case "sketch":
+            return Sketch()
+        case "prompt_lookup":
+            return PromptLookup()
+        case "assistant":
+            if assistant is None:
+                raise PlanError(f"plan {plan.name} has drafts by an assistant model: give assistant_model")
+            return _assistant(plan, assistant)
+
+
+def _assistant(plan: Plan, model: Model) -> Assistant:
+    shape, work = model.shape, plan.workload
+    if shape.vocab != plan.shape.vocab:
+        raise PlanError(
+            f"the assistant {shape.name} has a vocabulary of {shape.vocab}, {plan.shape.name} one of "
+            f"{plan.shape.vocab}: take one whose tokens are the same"
+        )
+    new = min(work.new + plan.tokens_per_step, shape.positions - work.prompt)
+    if new < 1:
+        raise PlanError(
+            f"the assistant {shape.name} has {shape.positions} positions, the prompt {work.prompt} tokens: take one "
+            "with more, or a shorter prompt"
+        )
+    own = named_plan("device", shape, Workload(work.batch, work.prompt, new), tail=new)
+    decoder = Decoder(model, own, kept=_KEPT)
+    graph, state = nnx.split(model)
+    weights, structure = jax.tree.flatten(state)
+
+    def prefilled(input_ids: np.ndarray, mask: np.ndarray) -> Cache:
+        decoder.compile(step=False)
+        return decoder.prefill(input_ids, mask)[0]
+
+    return Assistant(graph, structure, [on_device(array) for array in weights], own, prefilled)

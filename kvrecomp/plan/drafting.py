@@ -1,0 +1,74 @@
+"""Drafts: tokens that are proposed in advance, so that one step checks several.
+
+A round is drafts and the step that checks them. Of each row it takes the tokens up to the first that is not the one the
+sampler takes there, and that one itself: rows are ahead of one another then. A token's slot is its place in its row all
+the same, so blocks are dense: the tail is written out when every row that goes on has filled it, and has room for
+tokens of the rows ahead. A row that comes to the end of that room takes fewer tokens, and the rest again later.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from kvrecomp.plan.codecs import CODECS, LOSSLESS, Codec
+from kvrecomp.plan.shapes import ALIGNED, PlanError, check_choice, check_positive
+
+Drafter = Literal["sketch", "prompt_lookup", "assistant"]
+SKETCHES = tuple(codec for codec in CODECS if codec not in LOSSLESS)
+
+ROUNDS_AHEAD = 4  # of all drafts right, for which there is room; the host learns two rounds late what was taken
+
+
+@dataclass(frozen=True)
+class Drafting:
+    """At most `most` drafts of each row in a round, of a `drafter`, and how many tokens the tail has room for beside
+    those that are written out.
+
+    A `sketch` is a copy on the device, written as `codec` says, of the blocks in host memory: the model itself drafts
+    over it, and over the other blocks as they are. For `prompt_lookup` and an `assistant` model see `run.drafters`.
+
+    How many of `most` drafts a round has is decided while decoding, by how often they are right and by what they cost:
+    `draft_cost` is the time of a draft, and `check_cost` that of a step that checks `most`, in times of a step without.
+    """
+
+    drafter: Drafter
+    most: int
+    ahead: int = 0
+    codec: Codec | None = None
+    draft_cost: float = 0.1
+    check_cost: float = 1.0
+
+    def __post_init__(self):
+        if self.ahead == 0:
+            ahead = ROUNDS_AHEAD * (self.most + 1)
+            object.__setattr__(self, "ahead", ahead + -ahead % ALIGNED)
+        check_positive(self, most=self.most, ahead=self.ahead)
+        if not (0 <= self.draft_cost < math.inf and 0 < self.check_cost < math.inf):
+            raise PlanError(
+                f"Drafting: a draft costs {self.draft_cost} and a step that checks {self.check_cost} times a step; "
+                "expected numbers"
+            )
+        if self.drafter == "sketch":
+            check_choice(self, SKETCHES, str(self.codec))
+        elif self.codec is not None:
+            raise PlanError(f"Drafting: a {self.drafter} has no codec; {self.codec!r} is one of a sketch: leave it out")
+
+    @property
+    def name(self) -> str:
+        """What it is called for people."""
+        return f"{self.codec} sketch" if self.codec else self.drafter.replace("_", " ")
+
+    def pace(self, count: int, acceptance: float) -> float:
+        """Tokens that a row takes with so many drafts a round, each right with that probability if those before it are,
+        in the time of a step without drafts."""
+        cost = self.check_cost + count * self.draft_cost if count else 1.0
+        return tokens_per_round(count, acceptance) / cost
+
+    def best_count(self, acceptance: float) -> int:
+        """The number of drafts with which rows take most tokens; 0 where none pay."""
+        return max(range(self.most + 1), key=lambda count: self.pace(count, acceptance))
+
+
+def tokens_per_round(count: int, acceptance: float) -> float:
+    """Tokens that a row takes of so many drafts and one more: the sum of acceptance ** n for n from 0 to `count`."""
+    return sum(acceptance**number for number in range(count + 1))

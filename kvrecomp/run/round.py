@@ -1,0 +1,88 @@
+"""A round: tokens are drafted, one step checks them, and each row takes those that are right and the one after them.
+
+A draft is right where it is the token that the sampler takes there, from the logits of the step and with the random
+numbers of that row and position. So texts are those of decoding without drafts, token for token, whoever drafts and
+however tokens are chosen; but logits of several tokens a step are rounded a little differently. (Daliri et al. 2024,
+"Coupling without communication and drafter-invariant speculative decoding".)
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import Array
+
+from kvrecomp.plan import Plan
+from kvrecomp.run.cache import Recent
+from kvrecomp.run.drafters import Drafter, Group, Turn
+from kvrecomp.run.model import Model
+from kvrecomp.run.sampling import Rows, Sampling, draw
+from kvrecomp.run.step import decode_step
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How rounds are carried out: who drafts, how tokens are chosen, and `ends`, the number of tokens that end a row.
+
+    The arrays that all of them use: what is `given` to the drafter of each group, and those `eos` int32[ends]. `turn`
+    describes a group's `Turn`.
+    """
+
+    drafter: Drafter
+    sampling: Sampling
+    ends: int
+    given: Sequence[Any] = field(compare=False)
+    eos: Array = field(compare=False)
+    turn: Turn = field(compare=False)
+
+
+class Taken(NamedTuple):
+    """What a round found of a group: tokens int32[b, q], NO_TOKEN where logits were NaN or infinite, of which each row
+    takes the first `counts` int32[b]; how many it may take after that, `left` int32[b], none if it has ended; and the
+    logits float32[b, q, vocab] that tokens are chosen by."""
+
+    tokens: Array
+    counts: Array
+    left: Array
+    logits: Array
+
+
+def decode_round(
+    model: Model, plan: Plan, rounds: Rounds, groups: Sequence[Group], eos: Array, count: Array, most: int
+) -> tuple[list[Recent], list[Turn], list[Taken]]:
+    """One round of every group, with `count` int32[] drafts of each row, `most` at most.
+
+    A row ends with any token of int32[ends] `eos`, or when it may take no more; a row that has ended takes none.
+    """
+    recents, drafted, kept = rounds.drafter.draft(model, plan, rounds.sampling, groups, count, most)
+    blocks = [group.blocks for group in groups]
+    recents, logits = decode_step(model, plan, blocks, recents, drafted)
+    turns = [replace(group.turn, kept=each) for group, each in zip(groups, kept, strict=True)]
+    each_group = zip(recents, turns, drafted, logits, strict=True)
+    after = [_take(plan, rounds.sampling, *group, eos, count) for group in each_group]
+    recents, turns, taken = map(list, zip(*after))
+    return recents, [rounds.drafter.learn(*each) for each in zip(turns, recents, taken)], taken
+
+
+def _take(
+    plan: Plan, sampling: Sampling, recent: Recent, turn: Turn, drafted: Array, logits: Array, eos: Array, count: Array
+) -> tuple[Recent, Turn, Taken]:
+    """What each row takes of the tokens that were checked, int32[b, q], the first of them its newest."""
+    (batch, tokens), rows = drafted.shape, turn.rows
+    positions = rows.positions[:, None] + jnp.arange(tokens)
+    every = jnp.repeat(rows.keys, tokens), positions.reshape(-1), logits.reshape(batch * tokens, -1)
+    found, reports = (each.reshape(batch, tokens) for each in draw(sampling, *every))
+    right = (drafted[:, 1:] == found[:, :-1]) & (jnp.arange(tokens - 1) < count)
+    counts = 1 + jnp.cumprod(right, axis=1, dtype=jnp.int32).sum(axis=1)
+    ends = jnp.isin(found, eos)
+    to_end = 1 + jnp.where(ends.any(axis=1), ends.argmax(axis=1), tokens).astype(jnp.int32)
+    fitting = recent.start + plan.room - recent.lengths  # of those further on, K and V were not in the tail
+    counts = jnp.minimum(jnp.minimum(counts, to_end), jnp.minimum(turn.left, fitting))
+    counts = jnp.where(rows.finished, 0, jnp.maximum(counts, 0))
+    last = jnp.take_along_axis(found, jnp.maximum(counts - 1, 0)[:, None], axis=1)[:, 0]
+    left = turn.left - counts
+    after = Rows(rows.keys, rows.positions + counts, rows.finished | (counts == to_end) | (left <= 0))
+    turn = replace(turn, rows=after, newest=jnp.where(counts > 0, last, turn.newest), left=left)
+    taken = Taken(reports, counts, jnp.where(turn.rows.finished, 0, left), logits)
+    return replace(recent, lengths=recent.lengths + counts), turn, taken
