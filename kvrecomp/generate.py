@@ -226,6 +226,13 @@ class TokenLoop:
             link_bytes=link_bytes[1:],
         )
 
+    def compile(self, input_ids: Any, attention_mask: Any = None) -> None:
+        """Compiles what a run with such prompts starts with."""
+        parts = split_groups(input_ids, attention_mask, self.decoder.plan)
+        names, eos = np.zeros(self.decoder.plan.workload.batch, np.uint32), np.asarray(self.eos, np.int32)
+        given = jax.device_put((eos, names), memory.sharding("device"))
+        self.decoder.compile(rounds=self._start_rounds(self.drafter, parts, *given)[0] if self.drafter else None)
+
     def _dispatch(
         self, parts: Sequence[tuple[np.ndarray, np.ndarray]], max_new_tokens: int, row_ids: np.ndarray
     ) -> Generator[_Dispatched, None, None]:
