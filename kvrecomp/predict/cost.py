@@ -46,8 +46,8 @@ Further = Literal["keys_values", "absorb", "prepare"]
 """What tokens of a row beside the first add to that work, by cached tokens and by blocks from the host."""
 FURTHER: tuple[Further, ...] = get_args(Further)
 
-# Times as long as plain blocks' that attention over a sketch takes: of W1 8 drafts over fp8 took 8.7 ms each on an H200,
-# over int4 13.1, where a step over plain activations would take 11.4.
+# Times as long as over plain blocks that attention over a sketch takes: of W1 a draft over fp8 took 8.7 ms on an H200,
+# over int4 13.1, where one over plain activations would take 11.4.
 READ_TIMES: Mapping[Codec, float] = {"fp8": 0.5, "int4": 1.4}
 
 
