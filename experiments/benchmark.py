@@ -2,11 +2,16 @@
 
     python experiments/benchmark.py --model=opt-6.7b --batch=32 --prompt=1024 --new=32 --plans=activations,keys_values
     python experiments/benchmark.py --model=opt-6.7b --batch=32,8 --prompt=1024,512,128 --plans=auto
+    python experiments/benchmark.py --model=opt-6.7b --batch=32 --prompt=1024 --plans=activations+packed --drafts=0,8
 
 Every batch is measured with every prompt, in their order. Give the largest first: host memory that is pinned for it
 serves the others. Programs of all plans are compiled side by side before anything runs. Steps are those of
 `kvrecomp.generate`: dispatched one ahead, each awaited; the first (`report.WARM_UP`) do not count. Link efficiency is
 the bytes sent over the step's seconds, over the rate of whole-block copies alone in that process.
+
+With --drafts a row is of rounds. Random weights say nothing of how often drafts are right: that is made up, so often as
+--acceptance says, of the text that is written, while the drafts are made all the same. A draft is right if those before
+it are, or it is not asked.
 """
 
 import contextlib
@@ -16,10 +21,11 @@ import gc
 import json
 import math
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from experiments.support import script
+from experiments.support.made_up import MadeUp
 from experiments.support.results import tables, terminal
 from experiments.support.results.report import after_warm_up, run_info
 from experiments.support.suite import machine_lock
@@ -31,18 +37,29 @@ from absl import flags
 
 import kvrecomp
 import models
+from kvrecomp.drafts import make_drafter
 from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
 from kvrecomp.measure.machine import copy_rate
-from kvrecomp.plan import AUTO, GIB, MIB, Memory, PlanError, format_bytes
+from kvrecomp.plan import AUTO, GIB, MIB, Codec, Memory, PlanError, format_bytes
+from kvrecomp.plan.drafting import Drafter, tokens_per_round
 from kvrecomp.plan.footprint import check_weights, check_within
 from kvrecomp.plan.named import named_weights
-from kvrecomp.predict.cost import median_write_outs, plan_costs
+from kvrecomp.predict.cost import median_write_outs, plan_costs, round_cost
 from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE, HardwareProfile
 from kvrecomp.run import memory
 from kvrecomp.run.limits import limits
 from kvrecomp.run.programs import side_by_side
 from kvrecomp.run.sampling import Sampling
+
+# Who drafts, by the words of --drafters, and the codec of a sketch. Who is made up needs the room of drafts alone.
+DRAFTERS: dict[str, tuple[Drafter, Codec | None]] = {
+    "fp8": ("sketch", "fp8"),
+    "int4": ("sketch", "int4"),
+    "prompt_lookup": ("prompt_lookup", None),
+    "made_up": ("prompt_lookup", None),
+}
+MOST_DRAFTS = 64
 
 
 def define_flags(into: flags.FlagValues) -> None:
@@ -65,6 +82,12 @@ def define_flags(into: flags.FlagValues) -> None:
     define.string("dtype", "bfloat16", "Of weights and cache.")
     define.window("chosen")
     define.integer("tail", None, "Tokens in the tail; default: by their bytes.", lower_bound=1)
+    define.list("drafts", ["0"], "Drafts of a round, or several such numbers; 0: steps of one token.")
+    drafters = (
+        "Who drafts: fp8 or int4, a sketch of host blocks; prompt_lookup; made_up, which takes no time; or several."
+    )
+    define.list("drafters", ["fp8"], drafters)
+    define.list("acceptance", ["0.9"], "How often a draft is right if those before it are, or several such numbers.")
     define.device_memory()
     define.host_memory()
     define.number("copy_gib", 2, "Pinned memory to measure the copies-only rate with, in GiB.", lower_bound=0.5)
@@ -79,11 +102,13 @@ def define_flags(into: flags.FlagValues) -> None:
 
 
 class Asked(NamedTuple):
-    """A word of --plans, the name of its plan, and the budget that it is to keep to."""
+    """A word of --plans, the name of its plan, the budget that it is to keep to, and which drafts are made."""
 
     word: str
     plan: str
     budget: kvrecomp.Budget
+    drafting: kvrecomp.Drafting | None = None
+    drafter: str = ""
 
 
 def read_plan(word: str, budget: kvrecomp.Budget) -> Asked:
@@ -103,6 +128,37 @@ def read_plan(word: str, budget: kvrecomp.Budget) -> Asked:
     return Asked(word, plan, dataclasses.replace(budget, device=device))
 
 
+def read_drafts(drafts: Sequence[str], drafters: Sequence[str]) -> list[tuple[kvrecomp.Drafting | None, str]]:
+    """What --drafts and --drafters ask for. Raises ValueError where they are no numbers of drafts, or nobody drafts."""
+    found: list[tuple[kvrecomp.Drafting | None, str]] = []
+    for word in drafts:
+        if not word.isascii() or not word.isdigit() or int(word) > MOST_DRAFTS:
+            raise ValueError(f"--drafts has {word!r}; expected a whole number from 0 to {MOST_DRAFTS}")
+        if int(word) == 0:
+            found.append((None, ""))
+            continue
+        for drafter in drafters:
+            if drafter not in DRAFTERS:
+                raise ValueError(f"--drafters has {drafter!r}; expected some of {', '.join(DRAFTERS)}")
+            kind, codec = DRAFTERS[drafter]
+            found.append((kvrecomp.Drafting(kind, int(word), codec=codec), drafter))
+    return found
+
+
+def read_acceptance(words: Sequence[str]) -> list[float]:
+    """Probabilities. Raises ValueError where they are none."""
+    found = []
+    for word in words:
+        try:
+            share = float(word)
+        except ValueError:
+            share = -1.0
+        if not 0 <= share <= 1:
+            raise ValueError(f"--acceptance has {word!r}; expected a probability from 0 to 1")
+        found.append(share)
+    return found
+
+
 # --- measuring --------------------------------------------------------------------------------------------------------
 
 
@@ -116,11 +172,26 @@ def make_decoder(
         return error
 
 
-def compile_first(decoder: kvrecomp.Decoder | PlanError) -> None:
+def prompts(plan: kvrecomp.Plan, seed: int) -> np.ndarray:
+    """Random ones, of all rows."""
+    return np.random.default_rng(seed).integers(3, plan.shape.vocab, (plan.rows, plan.workload.prompt), np.int32)
+
+
+def made_up(plan: kvrecomp.Plan, drafter: str) -> MadeUp | None:
+    """Drafts that are never right; None where the plan has none."""
+    if plan.drafting is None:
+        return None
+    never = np.zeros((plan.workload.batch, plan.workload.new), np.int32)
+    return MadeUp(None if drafter == "made_up" else make_drafter(plan), never, never > 0)
+
+
+def compile_first(given: tuple[kvrecomp.Decoder | PlanError, str]) -> None:
     """Compiles what decoding starts with; what fails is said when the plan's turn comes."""
+    decoder, drafter = given
     if isinstance(decoder, kvrecomp.Decoder):
         with contextlib.suppress(Exception):
-            decoder.compile()
+            loop = TokenLoop(decoder, Sampling(), [], 0, drafter=made_up(decoder.plan, drafter))
+            loop.compile(prompts(decoder.plan, 0))
 
 
 def measure(
@@ -131,22 +202,69 @@ def measure(
     copy_bytes_per_second: float,
     seed: int = 0,
     steps: int | None = None,
-) -> Row:
-    """Runs the plan's workload, or as many `steps` of it, on random prompts, after a prefill and a step unmeasured."""
+    drafter: str = "",
+    acceptance: Sequence[float] = (),
+) -> list[Row]:
+    """Runs the plan's workload, or as many `steps` of it, on random prompts, after a prefill and a step unmeasured: one
+    row, or with drafts one for each acceptance."""
     plan, new = decoder.plan, decoder.plan.workload.new
-    new = min(new, 1 + (steps or new))
-    ids = np.random.default_rng(seed).integers(3, plan.shape.vocab, (plan.rows, plan.workload.prompt), np.int32)
-    loop = TokenLoop(decoder, Sampling(), [], 0)
+    ids, drafts = prompts(plan, seed), made_up(plan, drafter)
+    loop = TokenLoop(decoder, Sampling(), [], 0, drafter=drafts, drafts=1)
+    about = functools.partial(_row, decoder, asked, device_budget, machine, copy_bytes_per_second)
+    if plan.drafting is None or drafts is None:
+        new = min(new, 1 + (steps or new))
+        with machine_lock.shared():
+            loop.run(ids, None, 2)
+        gc.collect()  # its cache is gone before the next one is made
+        with machine_lock.exclusive():
+            return [about(loop.run(ids, None, new))]
     with machine_lock.shared():
-        loop.run(ids, None, 2)
-    gc.collect()  # its cache is gone before the next one is made
-    with machine_lock.exclusive():
-        result = loop.run(ids, None, new)
+        texts = loop.run(ids, None, new).sequences[:, plan.workload.prompt :]
+    rows, drafts = [], dataclasses.replace(drafts, texts=texts)
+    for share in acceptance:
+        gc.collect()
+        loop = dataclasses.replace(loop, drafter=drafts.with_acceptance(share, seed), drafts=plan.drafting.most)
+        with machine_lock.exclusive():
+            result = loop.run(ids, None, new)
+        if (result.sequences[:, plan.workload.prompt :] != texts).any():
+            raise RuntimeError(
+                f"plan {plan.name} wrote another text with {plan.drafting.most} drafts right at {share:g}"
+            )
+        rows.append(about(result, drafter, share))
+    return rows
+
+
+def _row(
+    decoder: kvrecomp.Decoder,
+    asked: str,
+    device_budget: float | None,
+    machine: HardwareProfile,
+    copy_bytes_per_second: float,
+    result: kvrecomp.Generated,
+    drafter: str = "",
+    acceptance: float | None = None,
+) -> Row:
+    plan, new = decoder.plan, result.sequences.shape[1] - decoder.plan.workload.prompt
     times = step_times(result.step_seconds, plan.rows)
     link_bytes = int(statistics.median(after_warm_up(result.link_bytes)))
     link_rate = link_bytes / times["median_ms"] * 1e3
     write_outs = median_write_outs(plan, new)
     hosted = sum(layer.weights == "host" for layer in plan.layers) / len(plan.layers)
+    program = next(made for name, made in decoder.compiled.items() if str(name).startswith(("('step'", "('round'")))
+    predicted, rounds = float(plan_costs(machine, [plan], write_outs).seconds[0]), {}
+    if plan.drafting is not None and acceptance is not None:
+        drafts, taken = plan.drafting.most, float(result.tokens_per_pass.mean())
+        if drafter == "made_up":
+            predicted = round_cost(machine, plan).check
+        rounds = {
+            "drafts": drafts,
+            "drafter": drafter,
+            "acceptance": acceptance,
+            "tokens_per_pass": taken,
+            "ms_per_token": times["median_ms"] / taken,
+            "predicted_ms_per_token": predicted * 1e3 / tokens_per_round(drafts, acceptance),
+        }
+        times["tokens_per_second"] *= taken
     return Row(
         model=plan.shape.name,
         **dataclasses.asdict(plan.workload),
@@ -158,16 +276,17 @@ def measure(
         groups=plan.groups,
         order=plan.order,
         device_budget=device_budget,
-        predicted_ms=float(plan_costs(machine, [plan], write_outs).seconds[0]) * 1e3,
+        predicted_ms=predicted * 1e3,
         link_bytes=link_bytes,
         predicted_bytes=plan.link_bytes(write_outs),
         link_efficiency=link_rate / copy_bytes_per_second if link_bytes else None,
         peak_device_bytes=(jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use"),
-        temp_bytes=decoder.compiled["step", 0].temp_bytes,
-        compile_s=decoder.compiled["step", 0].seconds,
+        temp_bytes=program.temp_bytes,
+        compile_s=program.seconds,
         prefill_s=result.prefill_seconds,
         programs=len(decoder.compiled),
         **times,
+        **rounds,
     )
 
 
@@ -190,6 +309,10 @@ def table(rows: list[Row]) -> str:
         ("temp GB", lambda row: f"{(row.temp_bytes or 0) / 1e9:.2f}"),
         ("compile s", "{0.compile_s:.1f}".format),
         ("prefill s", "{0.prefill_s:.2f}".format),
+        ("drafts", lambda row: f"{row.drafts} {row.drafter}" if row.drafts else "-"),
+        ("tokens a pass", lambda row: f"{row.tokens_per_pass:.2f} ({row.acceptance:g})" if row.drafts else "1"),
+        ("ms a token", lambda row: f"{row.ms_per_token:.2f}" if row.drafts else f"{row.median_ms:.2f}"),
+        ("predicted", lambda row: f"{row.predicted_ms_per_token:.2f}" if row.drafts else f"{row.predicted_ms:.2f}"),
     )
 
 
@@ -209,7 +332,14 @@ def main(given: flags.FlagValues) -> None:
         kvrecomp.plan_for, budget=budget, groups=given.groups, order=given.order, tail=given.tail, window=window
     )
     # Mistakes are said before the weights are made, and what is pinned is limited before there is a backend.
-    asked = [read_plan(word, budget) for word in script.names("plans", given.plans)]
+    drafts, acceptance = read_drafts(given.drafts, given.drafters), read_acceptance(given.acceptance)
+    if given.groups > 1 and any(drafting for drafting, _ in drafts):
+        raise ValueError(f"--groups is {given.groups}: made-up drafts are of one group, leave --drafts or --groups out")
+    asked = [
+        read_plan(word, budget)._replace(drafting=drafting, drafter=drafter)
+        for word in script.names("plans", given.plans)
+        for drafting, drafter in drafts
+    ]
     choose_weights = given.weights == AUTO  # once, for all plans
     if choose_weights and any(plan.word != plan.plan for plan in asked):
         raise ValueError(f"--weights={AUTO} goes by --device_memory_gib: leave the GiB of {AUTO}:F out")
@@ -244,17 +374,18 @@ def main(given: flags.FlagValues) -> None:
     for workload in workloads:
         machine = machines[workload.batch]
         for plan in asked:
-            options = {"weights": weights, "profile": machine, "budget": plan.budget}
+            options = {"weights": weights, "profile": machine, "budget": plan.budget, "drafting": plan.drafting}
             make_plan = functools.partial(plan_for, plan.plan, model.shape, workload, **options)
             waiting.append((make_decoder(model, plan.budget, make_plan), plan, machine))
     with machine_lock.shared():
-        side_by_side(compile_first, [decoder for decoder, _, _ in waiting])
+        side_by_side(compile_first, [(decoder, plan.drafter) for decoder, plan, _ in waiting])
     rows, about, document = [], run_info(given.commit), {}
     while waiting:
         decoder, plan, machine = waiting.pop(0)
         if isinstance(decoder, PlanError):
             raise decoder
-        rows.append(measure(decoder, plan.word, plan.budget.device, machine, rate, given.seed, given.steps))
+        options = {"drafter": plan.drafter, "acceptance": acceptance}
+        rows += measure(decoder, plan.word, plan.budget.device, machine, rate, given.seed, given.steps, **options)
         del decoder
         gc.collect()  # a decoder's cache is gone before the next one's is made
         document = about | {"copy_gbps": rate / 1e9, "rows": [dataclasses.asdict(row) for row in rows]}

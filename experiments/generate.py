@@ -42,6 +42,7 @@ from rich.text import Text
 
 import kvrecomp
 import models
+from kvrecomp.drafts import as_drafting
 from kvrecomp.plan import AUTO, format_bytes
 from kvrecomp.plan.footprint import check_within
 from kvrecomp.plan.named import NAMES
@@ -69,6 +70,11 @@ def define_flags(into: flags.FlagValues) -> None:
     define.integer("tail", None, "Tokens in the tail; default: as the plan needs.", lower_bound=1)
     define.device_memory()
     define.host_memory()
+    define.integer("drafts", None, "Drafts checked in a step, 0 for none; default: what pays.", lower_bound=0)
+    lookup = "Draft so many tokens that followed the newest ones before, in the prompt or the text."
+    define.integer("prompt_lookup_num_tokens", None, lookup, lower_bound=1)
+    define.string("assistant", None, "Directory of a smaller model of the same vocabulary, which drafts.")
+    define.integer("num_assistant_tokens", None, "How many tokens that drafts in a step; default: 8.", lower_bound=1)
     define.boolean("chat", False, "Prompts are messages of a user: the checkpoint's chat template makes text of them.")
     define.boolean("do_sample", None, f"Sample; --nodo_sample takes the likeliest token. {SILENT.format('sample')}")
     define.number("temperature", None, f"Logits are divided by it. {SILENT.format(0.7)}")
@@ -120,17 +126,19 @@ def continue_prompts(
     sampling: Sampling | None = None,
     check: bool = True,
     chat: bool = False,
+    **drafts: Any,
 ) -> Run:
     """Continues the prompts together under the plan; `check` compares all logits with those of another plan.
 
-    With `chat` each prompt is the only message of a user, and is answered.
+    With `chat` each prompt is the only message of a user, and is answered. `drafts` are arguments of
+    `kvrecomp.generate`, `prompt_lookup_num_tokens` and others.
 
     Raises PromptError, PlanError and FloatingPointError as `kvrecomp.generate`.
     """
     ids, mask = encode(text, prompts, chat)
     options = {"max_new_tokens": max_new_tokens, "plan": plan, "budget": budget, "output_logits": check}
     options |= {"eos_token_id": text.eos_token_ids, "pad_token_id": text.pad_token_id}
-    result = kvrecomp.generate(model, ids, mask, **options, **dataclasses.asdict(sampling or Sampling()))
+    result = kvrecomp.generate(model, ids, mask, **options, **drafts, **dataclasses.asdict(sampling or Sampling()))
     new = [row[ids.shape[1] :][:count].tolist() for row, count in zip(result.sequences, result.new_tokens)]
     before = [row[kept].tolist() for row, kept in zip(ids, mask)]
     return Run(
@@ -160,6 +168,10 @@ def show(run: Run, console: Console | None = None) -> None:
     if sent:
         span = format_bytes(sent[0]) if sent[0] == sent[-1] else f"{format_bytes(sent[0])} to {format_bytes(sent[-1])}"
         console.print(f"{run.median_step_ms:.2f} ms a step (median of {len(sent)}), {span} over the link a step")
+    drafting = run.result.plan.drafting
+    if drafting is not None and run.result.drafted.any():
+        taken, checked = run.result.tokens_per_pass.mean(), run.result.drafted.sum()
+        console.print(f"{taken:.2f} tokens a step and row, {checked} drafts ({drafting.name}) checked")
     if run.check is not None:
         console.print(str(run.check), style="green" if run.check.passed else "bold red", soft_wrap=True)
 
@@ -195,6 +207,8 @@ def document(run: Run) -> dict[str, Any]:
         "link_bytes": int(statistics.median(sent)) if sent else None,
         "link_bytes_first": sent[0] if sent else None,
         "link_bytes_last": sent[-1] if sent else None,
+        "tokens_per_step": run.result.tokens_per_pass.tolist(),
+        "drafted": run.result.drafted.tolist(),
         "check": None if run.check is None else dataclasses.asdict(run.check) | {"passed": run.check.passed},
     }
 
@@ -212,7 +226,7 @@ def check_flags(given: flags.FlagValues) -> None:
         raise ValueError("--chat is for a checkpoint that has a chat template: leave out --model")
     if given.input is None and given["batch"].present:
         raise ValueError("--batch is for --input: prompts that are given are one batch")
-    for name in ("prompt", "prompts_file", "check"):
+    for name in ("prompt", "prompts_file", "check", "assistant"):
         if given.input is not None and given[name].present and given[name].value:
             raise ValueError(f"--{name} and --input exclude each other: give one of them")
 
@@ -249,11 +263,16 @@ def continue_given(given: flags.FlagValues, source: Source, budget: kvrecomp.Bud
             "--prompt='5 17 2'"
         )
     workload = kvrecomp.Workload(len(prompts), encode(text, prompts, given.chat)[0].shape[1], given.max_new_tokens)
+    assistant = None if given.assistant is None else models.load(given.assistant, dtype=shape.dtype)
+    asked = given.prompt_lookup_num_tokens, assistant, given.num_assistant_tokens
     options = {"groups": None, "tail": given.tail, "window": script.window_bytes(given.window_mib)}
-    plan = kvrecomp.plan_for(given.plan, shape, workload, budget=budget, **options)
+    drafting = as_drafting(*asked, given.drafts)
+    plan = kvrecomp.plan_for(given.plan, shape, workload, budget=budget, drafting=drafting, **options)
     check_within(plan, limits(budget))  # before the weights are read or made
     options = {"max_new_tokens": given.max_new_tokens, "check": given.check, "chat": given.chat}
-    return continue_prompts(source.load(plan), text, prompts, plan=plan, budget=budget, sampling=sampling, **options)
+    options |= dict(zip(("prompt_lookup_num_tokens", "assistant_model", "num_assistant_tokens"), asked))
+    options |= {"plan": plan, "budget": budget, "sampling": sampling, "drafts": given.drafts}
+    return continue_prompts(source.load(plan), text, prompts, **options)
 
 
 def continue_file(given: flags.FlagValues, source: Source, budget: kvrecomp.Budget) -> runner.Summary:

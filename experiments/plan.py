@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 
 import models
-from kvrecomp.plan import GIB, MEMORIES, Budget, PlanError, Workload, format_bytes
+from kvrecomp.plan import AUTO, GIB, MEMORIES, Budget, PlanError, Workload, format_bytes
 from kvrecomp.predict.datasheets import DATASHEETS
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.run.limits import limits
@@ -57,6 +57,7 @@ def define_flags(into: flags.FlagValues) -> None:
     define.device_memory("what is free, or the data sheet's")
     define.host_memory("what is free, or as much as is asked for")
     define.window("as the chosen plan; of the plans by name")
+    define.boolean("drafts", False, "Weigh drafts of a sketch or of the text too, several of which a step checks.")
     define.string("plot", None, "Write a PNG: predicted step time against the split.")
     define.list("measured", [], "Results files of experiments/benchmark.py, to show rows of the same workload beside.")
     define.boolean("json", False, "Print a JSON document as the last line of standard output.")
@@ -105,7 +106,7 @@ def table(found: WhatIf, measured: Sequence[Row] | None = None) -> Table:
     """The alternatives for a terminal."""
     out = Table(title="Alternatives, predicted", box=box.SIMPLE, title_justify="left")
     out.add_column("plan", no_wrap=True)
-    headings = ["ms a step", "tokens/s", "GB over\nthe link", "GiB on\nthe device", "GiB on\nthe host"]
+    headings = ["ms a token", "tokens/s", "GB over\nthe link", "GiB on\nthe device", "GiB on\nthe host"]
     for heading in [*headings, *(["measured\nms"] if measured is not None else [])]:
         out.add_column(heading, justify="right")
     out.add_column("fits")
@@ -179,7 +180,8 @@ def main(given: flags.FlagValues) -> None:
     profile = read_hardware(given.hardware)
     if given.hardware == THIS:
         budget = Budget(**limits(budget))  # what is free, as no weights are there
-    found = what_if(shape, workload, profile, budget, groups=given.groups, window=window)
+    drafting = AUTO if given.drafts else None
+    found = what_if(shape, workload, profile, budget, groups=given.groups, window=window, drafting=drafting)
     measured = None if rows is None else measured_as(found.chosen.plan, rows)
     show(found, measured)
     if given.plot is not None:

@@ -1,13 +1,13 @@
 """Which drafts are asked for, and who makes them."""
 
 import numbers
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from flax import nnx
 
-from kvrecomp.plan import Drafting, Plan, PlanError, Workload
+from kvrecomp.plan import AUTO, Drafting, Plan, PlanError, Workload
 from kvrecomp.plan.named import named_plan
 from kvrecomp.run.cache import Cache
 from kvrecomp.run.decoder import Decoder
@@ -22,10 +22,11 @@ _KEPT = KeptPrograms(2)  # prefills of assistants
 
 def as_drafting(
     prompt_lookup_num_tokens: Any, assistant_model: Any, num_assistant_tokens: Any, drafts: Any
-) -> Drafting | None:
-    """What the arguments of `generate` ask for, None where they leave it to the plan or turn it off.
+) -> Drafting | Literal["auto"] | None:
+    """What the arguments of `generate` ask for: no drafts, those of a drafter, or those that pay. A number alone asks
+    for a sketch.
 
-    Raises `PlanError` where they are no whole numbers, or ask for two drafters.
+    Raises `PlanError` where they are no whole numbers, ask for two drafters, or for more drafts than one has.
     """
     for name, given, least in (
         ("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 1),
@@ -38,6 +39,12 @@ def as_drafting(
         raise PlanError("prompt_lookup_num_tokens and assistant_model both draft: give one of them")
     if num_assistant_tokens is not None and assistant_model is None:
         raise PlanError("num_assistant_tokens is given and assistant_model is not: give both")
+    for name, most in (
+        ("prompt_lookup_num_tokens", prompt_lookup_num_tokens),
+        ("num_assistant_tokens", num_assistant_tokens),
+    ):
+        if most is not None and drafts is not None and drafts > most:
+            raise PlanError(f"drafts is {drafts}, more than {name}, {most}: give a smaller one, or {name} alone")
     if drafts == 0:
         return None
     if prompt_lookup_num_tokens is not None:
@@ -45,23 +52,25 @@ def as_drafting(
     if assistant_model is not None:
         check_parts(assistant_model)
         return Drafting("assistant", int(num_assistant_tokens or drafts or DRAFTS))
-    return None
+    return AUTO if drafts is None else Drafting("sketch", int(drafts), codec="fp8")
 
 
-def check_drafting(plan: Plan, drafting: Drafting | None, drafts: int | None) -> None:
+def check_drafting(plan: Plan, drafting: Drafting | Literal["auto"] | None) -> None:
     """Raises `PlanError` where drafts are asked for that the plan has no room for."""
+    if drafting is None or drafting == AUTO:
+        return
     most = plan.drafting.most if plan.drafting else 0
-    asked = max(drafts or 0, drafting.most if drafting else 0)
-    if drafting is not None and (plan.drafting is None or plan.drafting.drafter != drafting.drafter):
+    if plan.drafting is None or plan.drafting.drafter != drafting.drafter:
+        codec = f", codec={drafting.codec!r}" if drafting.codec else ""
         there = "no drafts" if plan.drafting is None else f"drafts by {plan.drafting.drafter}"
         raise PlanError(
             f"plan {plan.name} has {there}, and {drafting.drafter} is asked for: give the plan's name, or "
-            f"dataclasses.replace(plan, drafting=kvrecomp.Drafting({drafting.drafter!r}, {drafting.most}))"
+            f"dataclasses.replace(plan, drafting=kvrecomp.Drafting({drafting.drafter!r}, {drafting.most}{codec}))"
         )
-    if asked > most:
+    if drafting.most > most:
         raise PlanError(
-            f"plan {plan.name} has room for {most} drafts in a round; {asked} are asked for: make a plan with a larger "
-            "Drafting.most"
+            f"plan {plan.name} has room for {most} drafts in a round; {drafting.most} are asked for: make a plan with "
+            "a larger Drafting.most"
         )
 
 

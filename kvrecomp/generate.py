@@ -117,8 +117,9 @@ def generate(
 
     Several tokens are checked in a step where some are drafted: `prompt_lookup_num_tokens` that followed the newest
     ones before in the row's text, or `num_assistant_tokens` (default 8) by an `assistant_model` of the same vocabulary,
-    which is on the device. The text is the one without drafts. `drafts` in a round, 0 for none; by default as many as
-    the plan has.
+    which is on the device. Or the model itself drafts over a smaller copy of its cache, where `auto` predicts that to
+    pay. `drafts` fixes their number in a round, 0 for none; by default it goes by how often they are right. The text is
+    the one without drafts.
 
     Raises `PromptError` for prompts that cannot be decoded, `PlanError` for a plan that does not fit or a profile of
     another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN or
@@ -139,7 +140,8 @@ def generate(
         work, placed = Workload(batch, prompt, max_new_tokens), weight_memories(model)
         options = {"budget": budget, "profile": profile, "weights": placed, "groups": None, "drafting": drafting}
         plan = plan_for(plan, model.shape, work, **options)
-    check_drafting(plan, drafting, drafts)
+    else:
+        check_drafting(plan, drafting)
     decoder = Decoder(model, plan, budget=budget, kept=_KEPT)
     drafter = make_drafter(plan, assistant_model) if drafts != 0 else None
     loop = TokenLoop(
@@ -225,6 +227,13 @@ class TokenLoop:
             step_seconds=seconds[1:].tolist(),
             link_bytes=link_bytes[1:],
         )
+
+    def compile(self, input_ids: Any, attention_mask: Any = None) -> None:
+        """Compiles what a run with such prompts starts with."""
+        parts = split_groups(input_ids, attention_mask, self.decoder.plan)
+        names, eos = np.zeros(self.decoder.plan.workload.batch, np.uint32), np.asarray(self.eos, np.int32)
+        given = jax.device_put((eos, names), memory.sharding("device"))
+        self.decoder.compile(rounds=self._start_rounds(self.drafter, parts, *given)[0] if self.drafter else None)
 
     def _dispatch(
         self, parts: Sequence[tuple[np.ndarray, np.ndarray]], max_new_tokens: int, row_ids: np.ndarray

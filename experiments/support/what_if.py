@@ -8,10 +8,11 @@ import itertools
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from experiments.support.results import tables
 
-from kvrecomp.plan import AUTO, MEMORIES, Budget, Memory, Method, ModelShape, Plan, Workload, format_bytes
+from kvrecomp.plan import AUTO, MEMORIES, Budget, Drafting, Memory, Method, ModelShape, Plan, Workload, format_bytes
 from kvrecomp.plan.cutting import default_tail
 from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.named import named_plan, named_weights, with_weights
@@ -19,7 +20,7 @@ from kvrecomp.predict import cost
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.predict.kvpr import kvpr_seconds, kvpr_split
 from kvrecomp.predict.problem import resolve_budget
-from kvrecomp.predict.scheduler import make_plan
+from kvrecomp.predict.scheduler import make_plan, token_seconds
 
 STEPS = 80  # of the fraction
 FRACTIONS = tuple(step / STEPS for step in range(STEPS + 1))
@@ -28,8 +29,8 @@ CURVES = ("absorb", "recompute", "kvpr", "kvpr_formula")
 
 @dataclass(frozen=True)
 class Alternative:
-    """A plan and its predicted mean step; `link_bytes` cross the link in it, `needed` is memory at the end of the
-    workload.
+    """A plan and the predicted mean time of a token; `link_bytes` cross the link in a step, `needed` is memory at the
+    end of the workload.
 
     `misfit` says which memory of the budget is too small for the plan, and by how much; empty where the plan fits.
     """
@@ -77,14 +78,16 @@ def what_if(
     weights: Sequence[Memory] | None = None,
     groups: int = 1,
     window: int | None = None,
+    drafting: Drafting | Literal["auto"] | None = None,
 ) -> WhatIf:
     """The plan that the scheduler makes for so many groups of the workload's rows, and the predicted steps of others
     with as many, and with weights where it has them; `window` in bytes is theirs. Where layers' `weights` are is chosen
-    too, unless it is given. Raises PlanError where the model has too few positions, or nothing fits in the budget.
+    too, unless it is given. `drafting` is of the chosen one. Raises PlanError where the model has too few positions, or
+    nothing fits in the budget.
     """
     named_plan("device", shape, workload)  # its one block costs nothing to make, however long a prompt is asked for
     budget = resolve_budget(budget or Budget(), profile)
-    chosen = make_plan(shape, workload, profile, budget, weights=weights, groups=groups)
+    chosen = make_plan(shape, workload, profile, budget, weights=weights, groups=groups, drafting=drafting)
     weights = [layer.weights for layer in chosen.layers]
     window = chosen.window if window is None else window
     tail = min(chosen.tail, default_tail(shape, workload, window))
@@ -102,6 +105,8 @@ def what_if(
     named = [make("keys_values"), make("activations"), make("device")]
     plans = [chosen, *named, *itertools.chain(*curves.values())]
     predicted = {plan: float(seconds) for plan, seconds in zip(plans, cost.mean_costs(profile, plans).seconds)}
+    if chosen.drafting is not None:
+        predicted[chosen] = token_seconds(profile, chosen)
     curve_seconds = {name: tuple(predicted[plan] for plan in curve) for name, curve in curves.items()}
     best = min(curves["kvpr"], key=predicted.__getitem__)
     keys_values, activations, device = named

@@ -261,8 +261,9 @@ class Plan:
 
     @property
     def room(self) -> int:
-        """Tokens that the tail has room for."""
-        return self.tail + (self.drafting.ahead if self.drafting else 0)
+        """Tokens that the tail has room for: with drafts, more than are written out, as far as rows may come."""
+        ahead = self.drafting.ahead if self.drafting else 0
+        return max(self.tail, min(self.tail + ahead, self.workload.new))
 
     @property
     def tokens_per_step(self) -> int:

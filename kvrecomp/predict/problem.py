@@ -113,8 +113,9 @@ class Problem:
 
     @cached_property
     def room_tokens(self) -> int:
-        """Tokens that the tail has room for."""
-        return self.tail_tokens + (self.drafting.ahead if self.drafting else 0)
+        """Tokens that the tail has room for; see `Plan.room`."""
+        ahead = self.drafting.ahead if self.drafting else 0
+        return max(self.tail_tokens, min(self.tail_tokens + ahead, self.workload.new))
 
     @cached_property
     def codecs(self) -> tuple[Codec, ...]:

@@ -101,6 +101,14 @@ def with_costs(plan: Plan, drafting: Drafting, profile: HardwareProfile) -> Plan
     return dataclasses.replace(plan, drafting=costs)
 
 
+def token_seconds(profile: HardwareProfile, plan: Plan) -> float:
+    """Predicted seconds of a token, of all groups, if as many drafts as pay are made and as many right as assumed."""
+    if plan.drafting is None:
+        return float(plan_costs(profile, [plan]).seconds[0])
+    acceptance = acceptance_of(plan.drafting)
+    return round_cost(profile, plan).step / plan.drafting.pace(plan.drafting.best_count(acceptance), acceptance)
+
+
 def acceptance_of(drafting: Drafting) -> float:
     """How often a draft is right, if those before it are, where nothing is known of the text."""
     return ACCEPTANCE[drafting.codec or drafting.drafter]
@@ -109,15 +117,14 @@ def acceptance_of(drafting: Drafting) -> float:
 def _with_drafts_that_pay(profile: HardwareProfile, make: Callable[[Drafting | None], Plan]) -> Plan:
     """What is made without drafts, or with those that are predicted to be fastest, by the factor PAYING or more."""
     chosen = plan = make(None)
-    alone = best = float(plan_costs(profile, [plan]).seconds[0])
+    alone = best = token_seconds(profile, plan)
     for drafting in DRAFTINGS if plan.link_bytes(plan.write_outs) else ():  # or nothing is waited for
         try:
             drafted = make(drafting)
         except PlanError:  # there is no room for it
             continue
         costs, acceptance = drafted.drafting or drafting, acceptance_of(drafting)
-        count = costs.best_count(acceptance)
-        seconds = round_cost(profile, drafted).step / costs.pace(count, acceptance)
+        count, seconds = costs.best_count(acceptance), token_seconds(profile, drafted)
         if count and PAYING * seconds < alone and seconds < best:
             words = (
                 f"{1e3 * seconds:.2f} ms a token with {count} drafts, if {acceptance:.0%} are right, "

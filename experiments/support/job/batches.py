@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from kvrecomp.plan import BlockSpec, LayerPlan, ModelShape, Plan, PlanError, Workload
+from kvrecomp.plan import BlockSpec, Drafting, LayerPlan, ModelShape, Plan, PlanError, Workload
 
 STEPS = 512  # that lengths are told apart in
 ROWS = 16  # which divide into all the numbers of groups that rows are split into
@@ -96,7 +96,8 @@ def plan_document(plan: Plan) -> dict[str, Any]:
     """A plan as JSON has it, but for its model's shape."""
     document = {field.name: getattr(plan, field.name) for field in dataclasses.fields(plan) if field.name != "shape"}
     layers = [dataclasses.asdict(layer) for layer in plan.layers]
-    return document | {"workload": dataclasses.asdict(plan.workload), "layers": layers}
+    drafting = dataclasses.asdict(plan.drafting) if plan.drafting else None
+    return document | {"workload": dataclasses.asdict(plan.workload), "layers": layers, "drafting": drafting}
 
 
 def plan_from(document: Mapping[str, Any], shape: ModelShape) -> Plan:
@@ -105,7 +106,8 @@ def plan_from(document: Mapping[str, Any], shape: ModelShape) -> Plan:
     for fields in document["layers"]:
         blocks: Any = tuple(BlockSpec(**block) for block in fields["prompt"])
         layers.append(LayerPlan(**_with_tuples(fields) | {"prompt": blocks}))
-    rest: dict[str, Any] = {"workload": Workload(**document["workload"]), "layers": tuple(layers)}
+    drafting = Drafting(**document["drafting"]) if document["drafting"] else None
+    rest: dict[str, Any] = {"workload": Workload(**document["workload"]), "layers": tuple(layers), "drafting": drafting}
     return Plan(shape=shape, **_with_tuples(document) | rest)
 
 

@@ -12,6 +12,7 @@ from experiments.support.prompts import pad_left
 
 import kvrecomp
 import models
+from kvrecomp.drafts import make_drafter
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import Plan
 from kvrecomp.run.sampling import Sampling
@@ -58,7 +59,17 @@ class Decoding:
         ids, mask = pad_left([line.ids for line in rows], plan.workload.prompt)
         ends = self.text.eos_token_ids
         self.meter.begin(len(lines), ends)
-        loop = TokenLoop(self.decoders[plan], self.sampling, ends, self.text.pad_token_id, self.meter, progress=False)
+        loop = TokenLoop(
+            self.decoders[plan],
+            self.sampling,
+            ends,
+            self.text.pad_token_id,
+            self.meter,
+            progress=False,
+            drafter=make_drafter(plan),
+            # Were it to go by what is compiled already, what is written after a kill might be rounded otherwise.
+            drafts=plan.drafting and plan.drafting.most,
+        )
         result = loop.run(ids, mask, plan.workload.new, [line.index for line in rows])
         records = []
         for line, row, count in zip(lines, result.sequences, result.new_tokens):

@@ -33,6 +33,7 @@ import jax
 from rich.console import Console
 
 import kvrecomp
+from kvrecomp.drafts import as_drafting
 from kvrecomp.plan import AUTO, Memory, Plan
 from kvrecomp.plan.footprint import check_within
 from kvrecomp.run.limits import limits
@@ -61,6 +62,8 @@ class Settings:
     top_p: float = 1.0
     seed: int = 0
     chat: bool = False
+    drafts: int | None = None
+    prompt_lookup_num_tokens: int | None = None
 
     @property
     def sampling(self) -> Sampling:
@@ -186,12 +189,13 @@ def describe(
 
     allowed = limits(budget or kvrecomp.Budget())  # no weights are there yet
     options = {"budget": kvrecomp.Budget(**allowed), "groups": None, "tail": settings.tail, "window": settings.window}
+    drafting = as_drafting(settings.prompt_lookup_num_tokens, None, None, settings.drafts)
     plans: list[Plan] = []
     weights: list[Memory] | None = None  # where the first plan has them, the others have them too
 
     def make(length: int, batch: int) -> Plan:
         workload = kvrecomp.Workload(batch, length, new)
-        plan = kvrecomp.plan_for(settings.plan, shape, workload, weights=weights, **options)
+        plan = kvrecomp.plan_for(settings.plan, shape, workload, weights=weights, drafting=drafting, **options)
         check_within(plan, allowed)
         return plan
 

@@ -19,6 +19,9 @@ class Row:
     seconds that the step's program took, compiled beside others, and `prefill_s` those until all rows have their first
     token. `peak_device_bytes` is the most that the process has used by then, earlier plans included. `step_ms` has
     every step that was run.
+
+    With `drafts` steps are rounds, of so many by a `drafter`, each right at the `acceptance` if those before it are:
+    a row took `tokens_per_pass` in the mean.
     """
 
     model: str
@@ -46,6 +49,12 @@ class Row:
     compile_s: float | None = None
     prefill_s: float
     programs: int | None = None
+    drafts: int = 0
+    drafter: str | None = None
+    acceptance: float | None = None
+    tokens_per_pass: float | None = None
+    ms_per_token: float | None = None
+    predicted_ms_per_token: float | None = None
     step_ms: list[float]
 
 
