@@ -26,7 +26,7 @@ def as_drafting(
     """What the arguments of `generate` ask for: no drafts, those of a drafter, or those that pay. A number alone asks
     for a sketch.
 
-    Raises `PlanError` where they are no whole numbers, or ask for two drafters.
+    Raises `PlanError` where they are no whole numbers, ask for two drafters, or for more drafts than one has.
     """
     for name, given, least in (
         ("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 1),
@@ -39,6 +39,12 @@ def as_drafting(
         raise PlanError("prompt_lookup_num_tokens and assistant_model both draft: give one of them")
     if num_assistant_tokens is not None and assistant_model is None:
         raise PlanError("num_assistant_tokens is given and assistant_model is not: give both")
+    for name, most in (
+        ("prompt_lookup_num_tokens", prompt_lookup_num_tokens),
+        ("num_assistant_tokens", num_assistant_tokens),
+    ):
+        if most is not None and drafts is not None and drafts > most:
+            raise PlanError(f"drafts is {drafts}, more than {name}, {most}: give a smaller one, or {name} alone")
     if drafts == 0:
         return None
     if prompt_lookup_num_tokens is not None:

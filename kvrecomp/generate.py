@@ -58,7 +58,7 @@ class Generated:
     `logits` float32[new, batch, vocab] if asked for; they mean nothing where a row had ended. `prefill_seconds`
     includes compiling; `step_seconds` are the times of the steps, or of the rounds, and `link_bytes` the bytes that
     each of them copied from the host, of blocks and of weights. `passes` int32[batch] counts those that each row took
-    part in, and `drafted` int32[batch] the drafts that these checked of it.
+    part in, `drafted` int32[batch] the drafts that these checked of it, and `accepted` int32[batch] those it took.
     """
 
     sequences: np.ndarray
@@ -66,6 +66,7 @@ class Generated:
     plan: Plan
     passes: np.ndarray
     drafted: np.ndarray
+    accepted: np.ndarray
     logits: np.ndarray | None = None
     prefill_seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
@@ -79,8 +80,7 @@ class Generated:
     @property
     def acceptance(self) -> np.ndarray:
         """float64[batch]: the share of each row's drafts that were taken; NaN where there were none."""
-        right = self.new_tokens - 1 - self.passes
-        return np.where(self.drafted > 0, right / np.maximum(self.drafted, 1), np.nan)
+        return np.where(self.drafted > 0, self.accepted / np.maximum(self.drafted, 1), np.nan)
 
 
 def generate(
@@ -221,6 +221,7 @@ class TokenLoop:
             plan=self.decoder.plan,
             passes=texts.passes,
             drafted=texts.drafted,
+            accepted=texts.accepted,
             logits=texts.logits[: texts.longest] if texts.logits is not None else None,
             prefill_seconds=float(seconds[0]),
             step_seconds=seconds[1:].tolist(),
@@ -301,7 +302,8 @@ class TokenLoop:
         ints = jax.ShapeDtypeStruct(names.shape, np.int32)
         rows = jax.eval_shape(start_rows, jax.ShapeDtypeStruct((), np.uint32), names, ints, ints)
         turn = Turn(*describe_like((rows, ints, ints, kept[0])))
-        return Rounds(drafter, self.sampling, len(eos), given, eos, turn), kept
+        sampling = replace(self.sampling, seed=0)  # it is in the rows' keys, and in no program
+        return Rounds(drafter, sampling, len(eos), given, eos, turn), kept
 
     def _rounds(
         self,
@@ -320,24 +322,28 @@ class TokenLoop:
         lefts = [jax.device_put(np.full(len(tokens), left, np.int32), memory.sharding("device")) for tokens in newest]
         turns: Sequence[Turn] = list(map(Turn, rows, newest, lefts, kept))
         del rows, newest, lefts, kept  # they are used up
-        unread: collections.deque[tuple[list[Array], list[Array], int]] = collections.deque()
+        unread: collections.deque[tuple[list[Array], list[Array], int, int]] = collections.deque()
         while (remaining > 0).any():
-            if not unread or (len(unread) < LEAD and remaining.max() > sum(1 + drafts for *_, drafts in unread)):
+            if not unread or (len(unread) < LEAD and remaining.max() > sum(1 + drafts for *_, drafts, _ in unread)):
                 drafts = pace.drafts() if self.drafts is None else self.drafts
-                sent = plan.link_bytes(decoder.write_outs(caches[0]))
                 caches, turns, taken = decoder.round_groups(caches, turns, rounds, drafts)
+                write_outs = decoder.write_outs(caches[0])
+                sent = decoder.plan.link_bytes(write_outs)
+                if decoder.plan.sketched:  # weights in host memory are copied for each draft too
+                    sent += drafts * decoder.plan.sketched.link_bytes(write_outs)
                 tokens, counts, lefts, logits = map(list, zip(*taken))
                 dispatched = _Dispatched(tokens, logits if self.output_logits else [], counts, sent, drafts)
                 jax.tree.map(lambda array: array.copy_to_host_async(), (tokens, counts, lefts, dispatched.logits))
-                unread.append((counts, lefts, drafts))
+                unread.append((counts, lefts, drafts, write_outs))
                 del taken, logits
                 yield dispatched
                 continue
-            *arrays, drafts = unread.popleft()
+            *arrays, drafts, write_outs = unread.popleft()
             counts, remaining = map(_of_groups, arrays)
             cached += counts
+            had_room = cached - write_outs * plan.tail < plan.room  # in that round; the tail may be another by now
+            pace.learn(drafts, counts[(remaining > 0) & had_room])
             in_tail = cached - decoder.write_outs(caches[0]) * plan.tail
-            pace.learn(drafts, counts[(remaining > 0) & (in_tail < plan.room)])
             in_tail = np.split(np.where(remaining > 0, in_tail, plan.room), len(caches))
             caches = [replace(cache, in_tail=int(each.min())) for cache, each in zip(caches, in_tail)]
 
@@ -370,7 +376,7 @@ class _Texts:
 
     def __init__(self, rows: int, most: int, eos: Sequence[int], pad: int):
         self.tokens, self.counts = np.full((rows, most), pad, np.int32), np.zeros(rows, int)
-        self.passes, self.drafted = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self.passes, self.drafted, self.accepted = (np.zeros(rows, np.int32) for _ in range(3))
         self.logits: np.ndarray | None = None
         self._eos, self._ended, self._streamed = eos, np.zeros(rows, bool), 0
 
@@ -397,7 +403,9 @@ class _Texts:
                 )
             if start:  # the first token is of the prefill
                 self.passes[row] += 1
+            if start and len(own):  # or the tail had no room for a token of this row
                 self.drafted[row] += min(drafts, self.tokens.shape[1] - start - 1)
+                self.accepted[row] += len(own) - 1
             self.tokens[row, start : start + len(own)] = own
             if logits is not None:
                 if self.logits is None:

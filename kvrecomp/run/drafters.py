@@ -6,7 +6,7 @@ Assistant       a smaller model of the same vocabulary, with a cache of its own 
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -111,7 +111,8 @@ class PromptLookup:
         found = jnp.argmax(alike * texts.shape[1] + slots, axis=1)  # the last one of the longest
         period = jnp.maximum(newest - found, 1)[:, None]  # a text that repeats itself goes on as it was
         following = jnp.take_along_axis(texts, found[:, None] + 1 + jnp.arange(most) % period, axis=1, mode="clip")
-        return jnp.where((alike.max(axis=1) > 0)[:, None], jnp.maximum(following, 0), 0)
+        own = jnp.take_along_axis(texts, newest[:, None], axis=1, mode="clip")
+        return jnp.where((alike.max(axis=1) > 0)[:, None], jnp.maximum(following, 0), own)
 
     def learn(self, turn: Turn, recent: Recent, taken: Any) -> Turn:
         slots = recent.slots(taken.tokens.shape[1]) - taken.counts[:, None] + 1
@@ -152,11 +153,11 @@ class Assistant:
     """Another model, whose `prefilled` gives the cache of a group's prompts, under a plan that has all of it on the
     device and a tail for all new tokens. It keeps what is recent; its weights and blocks are given."""
 
-    graph: Any
-    structure: Any
-    weights: Sequence[Array]
+    graph: Any = field(repr=False)
+    structure: Any = field(repr=False)
+    weights: Sequence[Array] = field(repr=False)
     plan: Plan
-    prefilled: Any
+    prefilled: Any = field(repr=False)
 
     def start(self, plan: Plan, input_ids: np.ndarray, mask: np.ndarray) -> tuple[Any, Any]:
         cache = self.prefilled(input_ids, mask)
@@ -191,7 +192,8 @@ def _one_by_one(
     """`count` steps of one token each of every row -> what is recent with these in the tails, and int32[b, 1 + most],
     each row's newest token and those that the sampler takes after it."""
     starts = [turn.newest for turn in turns]
-    drafted = [jnp.zeros((len(newest), 1 + most), jnp.int32).at[:, 0].set(newest) for newest in starts]
+    # What is not drafted goes through the pass as well: a token that the row has, or what is no number may come of it.
+    drafted = [jnp.broadcast_to(newest[:, None], (len(newest), 1 + most)) for newest in starts]
     if not most:
         return list(recents), drafted
 

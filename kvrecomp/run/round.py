@@ -26,15 +26,15 @@ class Rounds:
     """How rounds are carried out: who drafts, how tokens are chosen, and `ends`, the number of tokens that end a row.
 
     The arrays that all of them use: what is `given` to the drafter of each group, and those `eos` int32[ends]. `turn`
-    describes a group's `Turn`.
+    describes a group's `Turn`. All three are data: programs are known by the rest.
     """
 
     drafter: Drafter
     sampling: Sampling
     ends: int
-    given: Sequence[Any] = field(compare=False)
-    eos: Array = field(compare=False)
-    turn: Turn = field(compare=False)
+    given: Sequence[Any] = field(compare=False, repr=False)
+    eos: Array = field(compare=False, repr=False)
+    turn: Turn = field(compare=False, repr=False)
 
 
 class Taken(NamedTuple):

@@ -1,5 +1,6 @@
 """A step: new tokens of every row through a model, over an explicit cache, in the order that `step_order` gives."""
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -7,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvrecomp.plan import Method, Plan
+from kvrecomp.plan import Form, Method, Plan
 from kvrecomp.plan.step_order import TAIL, LayerOrder, step_order
 from kvrecomp.run.attention import Mixes, Partial, Projections, Query, attend, join, merge
-from kvrecomp.run.cache import Block, Recent, append
+from kvrecomp.run.cache import Block, Recent, append, tensors_of
 from kvrecomp.run.copies import Copies
 from kvrecomp.run.layer import Layers
 from kvrecomp.run.model import Model
@@ -144,7 +145,8 @@ class CachedAttention:
         mixed, tails = [], []
         for number, (group, (x, key, value, queries)) in enumerate(zip(groups, of_groups)):
             query = Query(projections, queries, group.slots, group.padding)
-            tail = append(group.tail, group.slots, x, key, value)
+            finite, kept = _finite_alone(group.tail.form, x, key, value)
+            tail = append(group.tail, group.slots, *kept)
             blocks = {TAIL: tail, **dict(enumerate(group.blocks))}
             partials: dict[Mixes, Partial] = {}
             for op_number, op in enumerate(self.order.ops):
@@ -160,6 +162,22 @@ class CachedAttention:
                         partials = join(partials, attend(query, [blocks[place] for place in op.blocks], self.method))
                         newest, partial = partials.popitem()
                         copies, partials[newest] = copies.ended(self.order, op_number, partial)
-            mixed.append(merge(query, partials))
+            of_group = merge(query, partials)
+            mixed.append(of_group if finite is None else jnp.where(finite, of_group, jnp.nan))
             tails.append(tail)
         return jnp.concatenate(mixed).reshape(len(positions), -1), (tails, copies)
+
+
+def _finite_alone(form: Form, *new: Array) -> tuple[Array | None, tuple[Array, ...]]:
+    """Of new tokens, x [b, q, h], K and V [b, q, k, d]: whether all that a tail of that form gets of a token is finite,
+    bool[b, q, 1], and the same with zeros for tokens of which it is not; None, and all as it is, of one token a row.
+
+    A weight of zero does not hide what is infinite or NaN. In a later token, which may be a draft that is not taken, it
+    would be in the mix of those before.
+    """
+    if new[0].shape[1] == 1:
+        return None, new
+    found = [jnp.isfinite(each).reshape(*each.shape[:2], -1).all(axis=-1) for each in tensors_of(form, *new)]
+    finite = functools.reduce(jnp.logical_and, found)
+    kept = (jnp.where(finite.reshape(*finite.shape, *(1,) * (each.ndim - 2)), each, 0) for each in new)
+    return finite[..., None], tuple(kept)

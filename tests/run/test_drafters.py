@@ -1,0 +1,246 @@
+"""Drafters and the codecs of sketches, against plain Python and closed forms."""
+
+import functools
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import toy
+import toy_plans
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import kvrecomp
+from kvrecomp.plan import BlockSpec, Drafting, Workload
+from kvrecomp.plan.codecs import GROUP, codec_bytes
+from kvrecomp.run.cache import Recent, describe_sketches, make_block
+from kvrecomp.run.codecs import to_fp8, to_int4
+from kvrecomp.run.drafters import Group, PromptLookup, Turn, _written
+
+# --- what followed before ---------------------------------------------------------------------------------------------
+
+ROWS, PROMPT, NEW, MOST = 3, 11, 13, 5
+FEW = 4  # tokens that texts are made of, so that they repeat themselves
+PLAN = kvrecomp.named_plan("device", toy.model().shape, Workload(ROWS, PROMPT, NEW))
+
+
+def as_group(texts, lengths, newest):
+    """Rows that use so many slots, whose newest tokens are not cached yet."""
+    nobody: Any = None
+    recent = Recent((), jnp.int32(PROMPT), lengths, jnp.zeros_like(lengths), ())
+    return Group((), (), recent, Turn(nobody, newest, nobody, texts), None)
+
+
+@functools.cache
+def drafts_of(longest):
+    """A program: texts, lengths and newest tokens -> texts with these, drafts after them."""
+
+    def program(*arrays):
+        nobody: Any = None
+        drafter, group = PromptLookup(longest), as_group(*arrays)
+        _, (drafted,), (texts,) = drafter.draft(nobody, nobody, nobody, [group], jnp.int32(MOST), MOST)
+        return texts, drafted
+
+    return jax.jit(program)
+
+
+def followed(text, longest):
+    """What followed the last tokens of a list, as many of `longest` as stand in it before, where they stood last, over
+    and over; None where the last one is new."""
+    last = len(text) - 1
+    for size in range(min(longest, last), 0, -1):
+        for end in range(last - 1, size - 2, -1):
+            if text[end + 1 - size : end + 1] == text[-size:]:
+                return [text[end + 1 + number % (last - end)] for number in range(MOST)]
+    return None
+
+
+@st.composite
+def partly_written(draw):
+    """Texts int32[ROWS, slots] of few tokens, padded on the left, and how many slots each row uses but for its newest
+    token; what stands behind is left over from drafts that were wrong."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    texts = rng.integers(0, draw(st.integers(1, FEW)), (ROWS, PROMPT + NEW), dtype=np.int32)
+    padding = rng.integers(0, PROMPT, ROWS)
+    lengths = rng.integers(PROMPT, PROMPT + NEW, ROWS, dtype=np.int32)
+    return texts, padding, lengths
+
+
+@settings(max_examples=150)
+@given(given=partly_written(), longest=st.sampled_from([1, 2, 3, 7]))
+def test_what_followed_before(given, longest):
+    texts, padding, lengths = given
+    real = [row[start : length + 1].tolist() for row, start, length in zip(texts, padding, lengths)]
+    newest = texts[np.arange(ROWS), lengths]
+    kept = np.where(np.arange(PROMPT + NEW) < padding[:, None], -1, texts)
+    kept[np.arange(ROWS), lengths] = toy.VOCAB - 1  # the newest is to be written there
+    after, drafted = jax.device_get(drafts_of(longest)(*toy.put((kept, lengths, newest))))
+    np.testing.assert_array_equal(drafted[:, 0], newest)
+    for row, text in enumerate(real):
+        expected = followed(text, longest)
+        if expected is None:
+            assert (drafted[row] >= 0).all() and (drafted[row] < toy.VOCAB).all()
+        else:
+            assert drafted[row, 1:].tolist() == expected
+        assert after[row, padding[row] : lengths[row] + 1].tolist() == text
+        assert (after[row, : padding[row]] == -1).all()
+
+
+def test_what_repeats_itself_goes_on():
+    """Longer than what there is: over and over. Of two places that are as long the later one, of any a longer one."""
+    assert followed([3, 0, 1, 2, 0, 1, 2], 3) == [0, 1, 2, 0, 1]
+    assert followed([1, 2, 0, 3, 2, 1, 2], 1) == [1, 2, 1, 2, 1]
+    assert followed([1, 2, 0, 3, 2, 1, 2], 2) == [0, 3, 2, 1, 2]
+    assert followed([1, 2, 3], 3) is None
+
+
+@settings(max_examples=50)
+@given(starts=st.lists(st.integers(-7, PROMPT + NEW + 3), min_size=ROWS, max_size=ROWS))
+def test_tokens_beyond_a_text_are_left_out(starts):
+    """On both sides."""
+    texts = np.arange(ROWS * (PROMPT + NEW), dtype=np.int32).reshape(ROWS, -1)
+    slots = (np.array(starts)[:, None] + np.arange(MOST)).astype(np.int32)
+    tokens = -1 - np.arange(ROWS * MOST, dtype=np.int32).reshape(ROWS, MOST)
+    expected = texts.copy()
+    for row, column in np.ndindex(slots.shape):
+        if 0 <= slots[row, column] < PROMPT + NEW:
+            expected[row, slots[row, column]] = tokens[row, column]
+    np.testing.assert_array_equal(toy.get(jax.jit(_written)(*toy.put((texts, slots, tokens)))), expected)
+
+
+class Some(NamedTuple):
+    """What is learned from of a round."""
+
+    tokens: Any
+    counts: Any
+
+
+@jax.jit
+def learnt(texts, lengths, newest, tokens, counts):
+    """Texts after a round, with which rows use so many slots."""
+    _, _, recent, turn, _ = as_group(texts, lengths, newest)
+    return PromptLookup().learn(turn, recent, Some(tokens, counts)).kept
+
+
+@settings(max_examples=40)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_learns_what_rows_took(seed):
+    """Of each round some tokens, or none of a row; what was not taken is not in the text."""
+    rng = np.random.default_rng(seed)
+    texts = rng.integers(0, FEW, (ROWS, PROMPT + NEW + MOST + 1), dtype=np.int32)
+    padding = rng.integers(0, PROMPT, ROWS)
+    mask = np.arange(PROMPT) >= padding[:, None]
+    kept, given = PromptLookup().start(PLAN, texts[:, :PROMPT], mask)
+    assert given is None and kept.shape == (ROWS, PROMPT + NEW) and kept.dtype == np.int32
+    lengths = np.full(ROWS, PROMPT, np.int32)
+    for _ in range(5):
+        newest = texts[np.arange(ROWS), lengths]
+        kept, drafted = drafts_of(3)(*toy.put((kept, lengths, newest)))
+        for row, length in enumerate(lengths):
+            expected = followed(texts[row, padding[row] : length + 1].tolist(), 3)
+            assert expected is None or jax.device_get(drafted)[row, 1:].tolist() == expected
+        counts = np.minimum(rng.integers(0, MOST + 2, ROWS), PROMPT + NEW - 1 - lengths).astype(np.int32)
+        places = lengths[:, None] + 1 + np.arange(MOST + 1)
+        right = np.take_along_axis(texts, np.minimum(places, texts.shape[1] - 1), axis=1)
+        tokens = np.where(np.arange(MOST + 1) < counts[:, None], right, (right + 1) % FEW).astype(np.int32)
+        lengths = lengths + counts
+        kept = learnt(kept, *toy.put((lengths, newest, tokens, counts)))
+
+
+# --- codecs with loss -------------------------------------------------------------------------------------------------
+
+LARGEST = 448.0  # of float8_e4m3fn: 1.75 * 2**8; the smallest steps are 2**-9
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_fp8_is_the_nearest_number(dtype):
+    """Within half a step of 3 bits of mantissa, of any size; what is larger than the largest is that, never NaN."""
+    rng = np.random.default_rng(2)
+    x = rng.normal(size=(41, 7, 5)) * 2.0 ** rng.integers(-12, 12, size=(41, 7, 5))
+    x.reshape(-1)[:8] = [0.0, -0.0, LARGEST, -LARGEST, 464.0, 65504.0, np.inf, -np.inf]
+    x = x.astype(np.float32).astype(dtype)
+    (written,) = jax.jit(to_fp8)(toy.put(x))
+    assert written.dtype == jnp.float8_e4m3fn and written.shape == x.shape
+    found = toy.get(written).astype(np.float64)
+    clipped = np.clip(x.astype(np.float64), -LARGEST, LARGEST)
+    exponents = np.maximum(np.frexp(clipped)[1] - 1, -6)
+    assert (np.abs(found - clipped) <= 2.0 ** (exponents - 4)).all()
+    assert found.reshape(-1)[4:8].tolist() == [LARGEST, LARGEST, LARGEST, -LARGEST]
+
+
+def by_numpy(codes, step, least, channels):
+    """Whole steps above the least of each group: the first half of the channels is in the low 4 bits."""
+    both = np.concatenate([codes % 16, codes // 16], axis=-1).astype(np.float64)
+    each = np.repeat(np.stack([step, least]).astype(np.float64), GROUP, axis=-1)
+    return (both * each[0] + each[1])[..., :channels]
+
+
+@pytest.mark.parametrize("shape", [(5, 3, 7), (3, 2, 32), (7, 1, 3, 13), (2, 3, 65), (2, 5, 2, 48)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_int4_is_within_half_a_step(shape, dtype):
+    """Of the 15 between the least and the largest of 32 channels of a token and row; as many bytes as are planned."""
+    rng = np.random.default_rng(shape[-1])
+    x = (rng.normal(size=shape) * 3.0 ** rng.integers(-4, 4, size=shape)).astype(np.float32)
+    x = x.astype(jnp.bfloat16).astype(dtype)  # the least is then written as it is
+    channels = int(np.prod(shape[2:]))
+    block, overflowed = jax.jit(functools.partial(make_block, BlockSpec("activations", "device", shape[0], "int4")))(
+        [toy.put(x)], toy.put(np.int32(0))
+    )
+    rows = x.astype(np.float64).reshape(*shape[:2], channels)
+    steps = np.empty(rows.shape)
+    for start in range(0, channels, GROUP):
+        group = rows[..., start : start + GROUP]
+        steps[..., start : start + GROUP] = (group.max(axis=-1, keepdims=True) - group.min(axis=-1, keepdims=True)) / 15
+    codes, step, least = (toy.get(array) for array in block.arrays)
+    assert codes.dtype == np.uint8 and step.dtype == least.dtype == jnp.bfloat16
+    decoded = by_numpy(codes, step, least, channels)
+    assert (np.abs(decoded - rows) <= 0.51 * steps).all()  # a step has 8 bits
+    (found,) = jax.jit(lambda block: block.tensors)(block)
+    assert found.shape == shape and found.dtype == dtype
+    rounding = 2 * float(jnp.finfo(dtype).eps) * np.abs(rows).max(axis=-1, keepdims=True)
+    assert (np.abs(toy.get(found).reshape(rows.shape) - decoded) <= rounding).all()
+    assert not overflowed and block.nbytes == codec_bytes("int4", 1, shape[0] * shape[1], channels, x.itemsize)
+
+
+def test_int4_of_channels_that_are_alike():
+    """A step of zero; and a group that is filled up has the least and the largest of its own channels."""
+    x = np.full((3, 2, 45), 7.25, np.float32)
+    x[1, :, 32:] = -1000.0
+    codes, step, least = jax.device_get(jax.jit(to_int4)(toy.put(x)))
+    np.testing.assert_array_equal(by_numpy(codes, step, least, 45), x)
+    assert (step == 0).all()
+
+
+@pytest.mark.parametrize("codec", ["fp8", "int4"])
+@pytest.mark.parametrize("form", ["activations", "keys_values"])
+def test_blocks_of_both_forms(codec, form):
+    """Each tensor comes back as itself, nearly; the block keeps where it is and what numbers it had."""
+    rng = np.random.default_rng(3)
+    shape, scales = ((5, 3, 35), [1.0]) if form == "activations" else ((5, 3, 2, 19), [1.0, 20.0])
+    tensors = [rng.normal(size=shape).astype(np.float32) * np.float32(scale) for scale in scales]
+    spec = BlockSpec(form, "device", 5, codec)
+    block, _ = jax.jit(functools.partial(make_block, spec))(toy.put(tensors), toy.put(np.int32(11)))
+    found = jax.jit(lambda block: block.as_plain().tensors)(block)
+    assert len(found) == len(tensors) and block.tokens == 5 and int(toy.get(block.start)) == 11
+    for tensor, read in zip(tensors, found, strict=True):
+        assert read.dtype == np.float32 and read.shape == shape
+        error = np.abs(toy.get(read) - tensor)
+        assert 0 < error.max() < 0.13 * np.abs(tensor).max()
+    width, count = int(np.prod(shape[2:])), len(tensors)
+    assert block.nbytes == codec_bytes(codec, count, 15, width, 4)
+
+
+@pytest.mark.parametrize("codec", ["fp8", "int4"])
+@pytest.mark.parametrize("write_outs", [0, 2])
+def test_bytes_of_sketches_are_those_of_their_arrays(codec, write_outs):
+    """Of the host blocks alone, in both layers; where K cannot be absorbed a prompt's are K and V."""
+    plan = replace(toy_plans.MIXED, drafting=Drafting("sketch", 2, codec=codec))
+    sketches = describe_sketches(plan, write_outs)
+    for blocks, specs in zip(sketches, plan.blocks(write_outs), strict=True):
+        assert [block.tokens for block in blocks] == [spec.tokens for spec in specs if spec.memory == "host"]
+        assert all(block.codec == codec and block.memory == "device" for block in blocks)
+    assert plan.sketch_bytes(write_outs) == sum(block.nbytes for blocks in sketches for block in blocks)
+    assert sketches[1][0].form == "keys_values" and sketches[0][0].form == "activations"
