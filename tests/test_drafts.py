@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import toy
-from toy_drafts import BATCH, NEW, PROMPT, SAMPLED, TAIL, TEXTS, Known, assert_alike, make_loop, make_plan, run, written
+from toy_drafts import BATCH, NEW, PROMPT, SAMPLED, TEXTS, Known, assert_alike, make_loop, make_plan, run, written
 
 from kvrecomp.generate import FEW_DRAFTS, LEAD, UNPAID_ROUNDS, _Pace
 from kvrecomp.plan import Drafting

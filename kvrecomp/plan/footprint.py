@@ -40,7 +40,8 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
                 high_water(plan, write_outs)
                 + rows_bytes(plan)
                 + attention_bytes(plan, write_outs)
-                + unpacked_bytes(plan, write_outs),
+                + unpacked_bytes(plan, write_outs)
+                + checked_bytes(plan),
             ),
         },
         "host": {"weights": weights["host"], "blocks": plan.bytes_in("host", write_outs)},
@@ -58,6 +59,14 @@ def sampling_bytes(shape: ModelShape, workload: Workload) -> int:
     vocabulary takes some KiB a row more.
     """
     return 7 * logits_bytes(shape, workload) // 2 + 2**12 * workload.batch
+
+
+def checked_bytes(plan: Plan) -> int:
+    """What a round takes to choose the tokens that it checks, of the groups that go through the layers together."""
+    if plan.drafting is None:
+        return 0
+    of_token = logits_bytes(plan.shape, plan.workload) + sampling_bytes(plan.shape, plan.workload)
+    return plan.groups_per_pass * plan.tokens_per_step * of_token
 
 
 def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
@@ -102,7 +111,7 @@ def attention_bytes(plan: Plan, write_outs: int) -> int:
 def _attention_numbers(plan: Plan, layer: LayerPlan, shape: LayerShape, block: BlockSpec) -> int:
     """What attention to that block computes, in bytes of one row."""
     itemsize, key = plan.shape.itemsize, shape.kv_heads * shape.head_dim
-    of_token = SCORE * shape.heads
+    of_token = SCORE * shape.heads * plan.tokens_per_step
     if block.form == "keys_values":
         of_token += itemsize * key * (block.memory == "host" and shape.heads > shape.kv_heads)
     elif layer.method == "recompute" or not shape.absorbs_keys:
@@ -122,7 +131,7 @@ def rows_bytes(plan: Plan) -> int:
     for layer in plan.shape.distinct_layers:
         feed_forward = (2 + 2 * layer.gated) * layer.intermediate + 8 * layer.hidden
         heads = 3 * layer.heads * max(layer.hidden, layer.head_dim)
-        of_row = max(feed_forward * itemsize * plan.groups_per_pass, 4 * heads)
+        of_row = plan.tokens_per_step * max(feed_forward * itemsize * plan.groups_per_pass, 4 * heads)
         most = max(most, plan.workload.batch * of_row + min(MERGED_BYTES, 2 * layer.projecting * itemsize))
     return most
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from kvrecomp.plan import Plan
 from kvrecomp.run.cache import Recent, sketched
@@ -179,6 +180,10 @@ class Assistant:
         return turn
 
 
+def _as_laid_out(array: Array) -> Array:
+    return with_layout_constraint(array, Layout(major_to_minor=tuple(range(array.ndim))))
+
+
 def _one_by_one(
     model: Any,
     plan: Plan,
@@ -199,9 +204,11 @@ def _one_by_one(
 
     def step(number: Array, state: tuple[list[Recent], list[Array]]) -> tuple[list[Recent], list[Array]]:
         recents, drafted = state
+        # Within a loop XLA would have them in other layouts, and copy all layers' before it.
+        own = jax.tree.map(_as_laid_out, blocks)
         ahead = [replace(recent, lengths=recent.lengths + number) for recent in recents]
         newest = [jax.lax.dynamic_slice_in_dim(tokens, number, 1, axis=1) for tokens in drafted]
-        after, logits = decode_step(model, plan, blocks, ahead, newest)
+        after, logits = decode_step(model, plan, own, ahead, newest)
         found = [
             draw(sampling, turn.rows.keys, turn.rows.positions + number, of_group[:, 0])[0]
             for turn, of_group in zip(turns, logits, strict=True)
