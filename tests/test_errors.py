@@ -377,6 +377,7 @@ def drafted(drafter="prompt_lookup", most=3, **options):
         (plan_of(), {"drafts": 2}, ["has no drafts", "sketch is asked for", "'sketch', 2, codec='fp8'"]),
         (drafted(), {"prompt_lookup_num_tokens": 5}, ["has room for 3 drafts", "5 are asked for", "Drafting.most"]),
         (drafted("sketch", codec="int4"), {"drafts": 4}, ["has room for 3 drafts", "4 are asked for"]),
+        (drafted(), {"drafts": 4}, ["has room for 3 drafts", "4 are asked for"]),
         (
             drafted("sketch", codec="int4"),
             {"prompt_lookup_num_tokens": 2},
@@ -409,7 +410,10 @@ def test_assistants_that_cannot_draft():
         ({"drafter": "prompt_lookup", "most": 3, "ahead": -1}, ["Drafting", "ahead", "greater than zero"]),
         ({"drafter": "sketch", "most": 3}, ["Drafting", "None", "fp8"]),
         ({"drafter": "sketch", "most": 3, "codec": "packed"}, ["Drafting", "packed", "fp8", "int4"]),
-        ({"drafter": "assistant", "most": 3, "codec": "fp8"}, ["the codec 'fp8' is given for assistant", "only a sketch has one"]),
+        (
+            {"drafter": "assistant", "most": 3, "codec": "fp8"},
+            ["the codec 'fp8' is given for assistant", "only a sketch has one"],
+        ),
         ({"drafter": "prompt_lookup", "most": 3, "draft_cost": -1.0}, ["a draft costs -1.0", "expected numbers"]),
         ({"drafter": "prompt_lookup", "most": 3, "check_cost": 0.0}, ["checks 0.0 times a step"]),
         ({"drafter": "oracle", "most": 3}, ["Drafting", "oracle", "sketch", "prompt_lookup", "assistant"]),
