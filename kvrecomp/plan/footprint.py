@@ -22,7 +22,8 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
 
     A prefill, a step and the choice of tokens do not happen at the same time; the largest counts. A prefill has the
     host weights of two layers on the device at once, and what it packs; a step its window, and what it unpacks and
-    computes. Logits are there from one step to the next; those that `output_logits` asks for are not counted.
+    computes, of as many tokens of a row as it may check. Logits are there from one step to the next; those that
+    `output_logits` asks for are not counted.
     """
     write_outs = plan.write_outs if write_outs is None else write_outs
     shape = plan.shape
@@ -33,9 +34,9 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
             "blocks": plan.bytes_in("device", write_outs),
             "tail": plan.tail_bytes,
             "sketch": plan.sketch_bytes(write_outs),
-            "logits": plan.groups * logits_bytes(shape, plan.workload),
+            "logits": plan.tokens_per_step * plan.groups * logits_bytes(shape, plan.workload),
             "prefill or step": max(
-                sampling_bytes(shape, plan.workload),
+                plan.tokens_per_step * sampling_bytes(shape, plan.workload),
                 prefill_bytes(shape, plan.workload) + 2 * plan.most_weight_bytes + packing_bytes(plan),
                 high_water(plan, write_outs)
                 + rows_bytes(plan)
@@ -102,7 +103,7 @@ def attention_bytes(plan: Plan, write_outs: int) -> int:
 def _attention_numbers(plan: Plan, layer: LayerPlan, shape: LayerShape, block: BlockSpec) -> int:
     """What attention to that block computes, in bytes of one row."""
     itemsize, key = plan.shape.itemsize, shape.kv_heads * shape.head_dim
-    of_token = SCORE * shape.heads
+    of_token = SCORE * shape.heads * plan.tokens_per_step
     if block.form == "keys_values":
         of_token += itemsize * key * (block.memory == "host" and shape.heads > shape.kv_heads)
     elif layer.method == "recompute" or not shape.absorbs_keys:
@@ -123,7 +124,8 @@ def rows_bytes(plan: Plan) -> int:
         feed_forward = (2 + 2 * layer.gated) * layer.intermediate + 8 * layer.hidden
         heads = 3 * layer.heads * max(layer.hidden, layer.head_dim)
         of_row = max(feed_forward * itemsize * plan.groups_per_pass, 4 * heads)
-        most = max(most, plan.workload.batch * of_row + min(MERGED_BYTES, 2 * layer.projecting * itemsize))
+        rows = plan.workload.batch * plan.tokens_per_step
+        most = max(most, rows * of_row + min(MERGED_BYTES, 2 * layer.projecting * itemsize))
     return most
 
 

@@ -11,7 +11,7 @@ from toy_plans import MIXED, PLAIN, SHAPE
 
 from kvrecomp.plan import GIB, Budget, Drafting, PlanError, Workload
 from kvrecomp.plan.drafting import tokens_per_round
-from kvrecomp.plan.footprint import memory_needed
+from kvrecomp.plan.footprint import attention_bytes, memory_needed
 from kvrecomp.plan.named import named_plan, with_host_weights
 from kvrecomp.predict.cost import (
     READ_TIMES,
@@ -190,6 +190,20 @@ def test_where_nothing_is_sent_there_is_nothing_to_draft_for():
     plan = auto(budget)
     assert plan.drafting is None and plan.link_bytes(plan.write_outs) == 0
     assert "drafts" not in plan.reason and plan == make_plan(OPEN, WORKLOAD, machine(), budget)
+
+
+@pytest.mark.parametrize("name", ["device", "activations"])
+def test_what_is_checked_needs_room(name):
+    """Logits and scores of five tokens for those of one, beside a tail that is longer."""
+    plan = named_plan(name, OPEN, Workload(32, 4096, 32), tail=16)
+    drafted = replace(plan, drafting=Drafting("prompt_lookup", 4, ahead=8))
+    alone, needed = (memory_needed(each)["device"] for each in (plan, drafted))
+    assert needed["logits"] == 5 * alone["logits"] == 5 * 4 * 32 * OPEN.vocab
+    assert needed["tail"] == alone["tail"] * 24 // 16 and needed["blocks"] == alone["blocks"]
+    block = max(block.tokens for block in plan.layers[0].prompt)
+    scores = 4 * 32 * LEARNED.heads * block * 2  # float32, before and after the softmax
+    step = attention_bytes(drafted, 1) - attention_bytes(plan, 1)
+    assert step >= 4 * (scores + 32 * LEARNED.heads * block * 2)
 
 
 @pytest.mark.parametrize("codec", ["fp8", "int4"])
