@@ -1,5 +1,6 @@
 """Which drafts are asked for, and who makes them."""
 
+import dataclasses
 import numbers
 from typing import Any, Literal
 
@@ -21,10 +22,14 @@ _KEPT = KeptPrograms(2)  # prefills of assistants
 
 
 def as_drafting(
-    prompt_lookup_num_tokens: Any, assistant_model: Any, num_assistant_tokens: Any, drafts: Any
+    prompt_lookup_num_tokens: Any,
+    assistant_model: Any,
+    num_assistant_tokens: Any,
+    drafts: Any,
+    plan: Plan | str = AUTO,
 ) -> Drafting | Literal["auto"] | None:
     """What the arguments of `generate` ask for: no drafts, those of a drafter, or those that pay. A number alone asks
-    for a sketch.
+    for a sketch, or for so many by whoever drafts in a `plan` that is given.
 
     Raises `PlanError` where they are no whole numbers, ask for two drafters, or for more drafts than one has.
     """
@@ -47,12 +52,15 @@ def as_drafting(
             raise PlanError(f"drafts is {drafts}, more than {name}, {most}: give a smaller one, or {name} alone")
     if drafts == 0:
         return None
+    own = plan.drafting if isinstance(plan, Plan) else None
     if prompt_lookup_num_tokens is not None:
         return Drafting("prompt_lookup", int(prompt_lookup_num_tokens))
     if assistant_model is not None:
         check_parts(assistant_model)
-        return Drafting("assistant", int(num_assistant_tokens or drafts or DRAFTS))
-    return AUTO if drafts is None else Drafting("sketch", int(drafts), codec="fp8")
+        return Drafting("assistant", int(num_assistant_tokens or drafts or (own.most if own else DRAFTS)))
+    if drafts is None:
+        return AUTO
+    return dataclasses.replace(own, most=int(drafts)) if own else Drafting("sketch", int(drafts), codec="fp8")
 
 
 def check_drafting(plan: Plan, drafting: Drafting | Literal["auto"] | None) -> None:

@@ -132,7 +132,7 @@ def generate(
         raise PlanError(f"the plan is {plan!r}; expected a Plan, or the name of one")
     eos, pads = as_token_ids("eos_token_id", eos_token_id), as_token_ids("pad_token_id", pad_token_id)
     check_parts(model)
-    drafting = as_drafting(prompt_lookup_num_tokens, assistant_model, num_assistant_tokens, drafts)
+    drafting = as_drafting(prompt_lookup_num_tokens, assistant_model, num_assistant_tokens, drafts, plan)
     ids = as_ids(input_ids)
     check_tokens(ids, as_mask(attention_mask, ids), model.shape.vocab)  # before anything that takes long
     batch, prompt = ids.shape

@@ -7,6 +7,7 @@ import pytest
 import toy
 from toy_drafts import BATCH, NEW, PROMPT, SAMPLED, TEXTS, Known, assert_alike, make_loop, make_plan, run, written
 
+import kvrecomp
 from kvrecomp.generate import FEW_DRAFTS, LEAD, UNPAID_ROUNDS, _Pace
 from kvrecomp.plan import Drafting
 from kvrecomp.run.drafters import PromptLookup
@@ -204,3 +205,22 @@ def test_nan_of_what_is_not_taken_disturbs_nothing(plainly, right):
     """The last token of a text goes through no step, but drafts in its place do."""
     known = Known(written(plainly), NEVER if not right else ~NEVER)
     assert_alike(run(FOUR, known, SAMPLED, model=with_nan_at(PROMPT + NEW - 1)), plainly)
+
+
+# --- through generate -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafter", ["prompt_lookup", "sketch", "assistant"])
+def test_a_plan_that_has_drafts_needs_no_more_words(drafter):
+    """Who drafts, and how many at most, it says itself; a number is of these, and none turns them off."""
+    codec = "int4" if drafter == "sketch" else None
+    plan = make_plan("activations", drafting=Drafting(drafter, 2, codec=codec), new=5)
+    options = {"assistant_model": toy.model("350m")} if drafter == "assistant" else {}
+    results = [
+        kvrecomp.generate(toy.model(), TEXTS.ids, TEXTS.mask, max_new_tokens=5, plan=plan, drafts=drafts, **options)
+        for drafts in (None, 1, 0)
+    ]
+    for found in results[:2]:
+        assert_alike(found, results[2])
+    assert (results[1].drafted <= results[1].passes).all()
+    assert results[1].drafted.all() and not results[2].drafted.any()

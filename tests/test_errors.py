@@ -329,3 +329,106 @@ def test_nan_logits_name_the_row_and_the_token(position, row, token):
 def test_options_out_of_range(options, part):
     with one_line(ValueError, part):
         kvrecomp.generate(toy.model(), IDS, **options)
+
+
+# --- drafts -----------------------------------------------------------------------------------------------------------
+
+
+class Mute:
+    """A model that nothing is asked of."""
+
+
+@pytest.mark.parametrize(
+    ("options", "parts"),
+    [
+        ({"prompt_lookup_num_tokens": 0}, ["prompt_lookup_num_tokens is 0", "a whole number from 1 on"]),
+        ({"prompt_lookup_num_tokens": 2.0}, ["prompt_lookup_num_tokens is 2.0", "a whole number from 1 on"]),
+        ({"num_assistant_tokens": -3}, ["num_assistant_tokens is -3", "a whole number from 1 on"]),
+        ({"num_assistant_tokens": 3}, ["num_assistant_tokens is given and assistant_model is not"]),
+        ({"drafts": -1}, ["drafts is -1", "a whole number from 0 on"]),
+        ({"drafts": "many"}, ["drafts is 'many'", "a whole number from 0 on"]),
+        (
+            {"prompt_lookup_num_tokens": 2, "assistant_model": Mute()},
+            ["prompt_lookup_num_tokens and assistant_model both draft", "give one of them"],
+        ),
+        (
+            {"prompt_lookup_num_tokens": 2, "drafts": 3},
+            ["drafts is 3, more than prompt_lookup_num_tokens, 2", "give a smaller one"],
+        ),
+        (
+            {"assistant_model": Mute(), "num_assistant_tokens": 2, "drafts": 5},
+            ["drafts is 5, more than num_assistant_tokens, 2"],
+        ),
+    ],
+)
+def test_drafts_out_of_range(options, parts):
+    with one_line(PlanError, *parts):
+        kvrecomp.generate(toy.model(), IDS, plan="device", **options)
+
+
+def drafted(drafter="prompt_lookup", most=3, **options):
+    return dataclasses.replace(plan_of(), drafting=kvrecomp.Drafting(drafter, most, **options))
+
+
+@pytest.mark.parametrize(
+    ("plan", "options", "parts"),
+    [
+        (plan_of(), {"prompt_lookup_num_tokens": 2}, ["has no drafts", "prompt_lookup is asked for", "Drafting("]),
+        (plan_of(), {"drafts": 2}, ["has no drafts", "sketch is asked for", "'sketch', 2, codec='fp8'"]),
+        (drafted(), {"prompt_lookup_num_tokens": 5}, ["has room for 3 drafts", "5 are asked for", "Drafting.most"]),
+        (drafted("sketch", codec="int4"), {"drafts": 4}, ["has room for 3 drafts", "4 are asked for"]),
+        (drafted(), {"drafts": 4}, ["has room for 3 drafts", "4 are asked for"]),
+        (
+            drafted("sketch", codec="int4"),
+            {"prompt_lookup_num_tokens": 2},
+            ["has drafts by sketch, and prompt_lookup is asked for"],
+        ),
+        (drafted("assistant"), {}, ["has drafts by an assistant model", "give assistant_model"]),
+    ],
+)
+def test_drafts_that_a_plan_has_no_room_for(plan, options, parts):
+    with one_line(PlanError, f"plan {plan.name}", *parts):
+        kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan=plan, **options)
+
+
+def test_assistants_that_cannot_draft():
+    other = toy.randomised(dataclasses.replace(toy.OPT, name="other", vocab=67).build(dtype="float32", rngs=None))
+    options = {"max_new_tokens": 3, "plan": "activations"}
+    with one_line(PlanError, "assistant other has a vocabulary of 67", "toy one of 61", "tokens are the same"):
+        kvrecomp.generate(toy.model(), IDS, assistant_model=other, **options)
+    short = toy.randomised(dataclasses.replace(toy.OPT, name="short", positions=5).build(dtype="float32", rngs=None))
+    with one_line(PlanError, "assistant short has 5 positions, the prompt 5 tokens", "take one with more"):
+        kvrecomp.generate(toy.model(), IDS, assistant_model=short, **options)
+    with one_line(ValueError, "Mute"):
+        kvrecomp.generate(toy.model(), IDS, assistant_model=Mute(), **options)
+
+
+@pytest.mark.parametrize(
+    ("given", "parts"),
+    [
+        ({"drafter": "prompt_lookup", "most": 0}, ["Drafting", "most", "greater than zero"]),
+        ({"drafter": "prompt_lookup", "most": 3, "ahead": -1}, ["Drafting", "ahead", "greater than zero"]),
+        ({"drafter": "sketch", "most": 3}, ["Drafting", "None", "fp8"]),
+        ({"drafter": "sketch", "most": 3, "codec": "packed"}, ["Drafting", "packed", "fp8", "int4"]),
+        (
+            {"drafter": "assistant", "most": 3, "codec": "fp8"},
+            ["the codec 'fp8' is given for assistant", "only a sketch has one"],
+        ),
+        ({"drafter": "prompt_lookup", "most": 3, "draft_cost": -1.0}, ["a draft costs -1.0", "expected numbers"]),
+        ({"drafter": "prompt_lookup", "most": 3, "check_cost": 0.0}, ["checks 0.0 times a step"]),
+        ({"drafter": "oracle", "most": 3}, ["Drafting", "oracle", "sketch", "prompt_lookup", "assistant"]),
+    ],
+)
+def test_draftings(given, parts):
+    with one_line(PlanError, *parts):
+        kvrecomp.Drafting(**given)
+
+
+def test_a_sketch_is_counted_before_anything_is_allocated():
+    """OPT-6.7B's 8 GiB of activations fit in host memory, and half of that on no device of 20 GiB with the weights."""
+    plan = large(batch=32)
+    budget = kvrecomp.Budget.of_gib(19, 20)
+    check_memory(plan, budget)
+    sketched = dataclasses.replace(plan, drafting=kvrecomp.Drafting("sketch", 4, codec="fp8"))
+    with one_line(PlanError, "of device memory", "sketch 4.", "may be used", "a batch of"):
+        check_memory(sketched, budget)

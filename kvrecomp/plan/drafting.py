@@ -8,7 +8,7 @@ tokens of the rows ahead. A row that comes to the end of that room takes fewer t
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from kvrecomp.plan.codecs import CODECS, LOSSLESS, Codec
 from kvrecomp.plan.shapes import ALIGNED, PlanError, check_choice, check_positive
@@ -42,6 +42,7 @@ class Drafting:
         if self.ahead == 0:
             ahead = ROUNDS_AHEAD * (self.most + 1)
             object.__setattr__(self, "ahead", ahead + -ahead % ALIGNED)
+        check_choice(self, get_args(Drafter), self.drafter)
         check_positive(self, most=self.most, ahead=self.ahead)
         if not (0 <= self.draft_cost < math.inf and 0 < self.check_cost < math.inf):
             raise PlanError(
@@ -51,7 +52,7 @@ class Drafting:
         if self.drafter == "sketch":
             check_choice(self, SKETCHES, str(self.codec))
         elif self.codec is not None:
-            raise PlanError(f"Drafting: a {self.drafter} has no codec; {self.codec!r} is one of a sketch: leave it out")
+            raise PlanError(f"Drafting: the codec {self.codec!r} is given for {self.drafter}; only a sketch has one")
 
     @property
     def name(self) -> str:

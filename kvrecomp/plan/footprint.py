@@ -22,7 +22,8 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
 
     A prefill, a step and the choice of tokens do not happen at the same time; the largest counts. A prefill has the
     host weights of two layers on the device at once, and what it packs; a step its window, and what it unpacks and
-    computes. Logits are there from one step to the next; those that `output_logits` asks for are not counted.
+    computes, of as many tokens of a row as it may check. Logits are there from one step to the next; those that
+    `output_logits` asks for are not counted.
     """
     write_outs = plan.write_outs if write_outs is None else write_outs
     shape = plan.shape
@@ -33,15 +34,14 @@ def memory_needed(plan: Plan, write_outs: int | None = None) -> dict[Memory, dic
             "blocks": plan.bytes_in("device", write_outs),
             "tail": plan.tail_bytes,
             "sketch": plan.sketch_bytes(write_outs),
-            "logits": plan.groups * logits_bytes(shape, plan.workload),
+            "logits": plan.tokens_per_step * plan.groups * logits_bytes(shape, plan.workload),
             "prefill or step": max(
-                sampling_bytes(shape, plan.workload),
+                plan.tokens_per_step * sampling_bytes(shape, plan.workload),
                 prefill_bytes(shape, plan.workload) + 2 * plan.most_weight_bytes + packing_bytes(plan),
                 high_water(plan, write_outs)
                 + rows_bytes(plan)
                 + attention_bytes(plan, write_outs)
-                + unpacked_bytes(plan, write_outs)
-                + checked_bytes(plan),
+                + unpacked_bytes(plan, write_outs),
             ),
         },
         "host": {"weights": weights["host"], "blocks": plan.bytes_in("host", write_outs)},
@@ -59,14 +59,6 @@ def sampling_bytes(shape: ModelShape, workload: Workload) -> int:
     vocabulary takes some KiB a row more.
     """
     return 7 * logits_bytes(shape, workload) // 2 + 2**12 * workload.batch
-
-
-def checked_bytes(plan: Plan) -> int:
-    """What a round takes to choose the tokens that it checks, of the groups that go through the layers together."""
-    if plan.drafting is None:
-        return 0
-    of_token = logits_bytes(plan.shape, plan.workload) + sampling_bytes(plan.shape, plan.workload)
-    return plan.groups_per_pass * plan.tokens_per_step * of_token
 
 
 def prefill_bytes(shape: ModelShape, workload: Workload) -> int:
@@ -131,8 +123,9 @@ def rows_bytes(plan: Plan) -> int:
     for layer in plan.shape.distinct_layers:
         feed_forward = (2 + 2 * layer.gated) * layer.intermediate + 8 * layer.hidden
         heads = 3 * layer.heads * max(layer.hidden, layer.head_dim)
-        of_row = plan.tokens_per_step * max(feed_forward * itemsize * plan.groups_per_pass, 4 * heads)
-        most = max(most, plan.workload.batch * of_row + min(MERGED_BYTES, 2 * layer.projecting * itemsize))
+        of_row = max(feed_forward * itemsize * plan.groups_per_pass, 4 * heads)
+        rows = plan.workload.batch * plan.tokens_per_step
+        most = max(most, rows * of_row + min(MERGED_BYTES, 2 * layer.projecting * itemsize))
     return most
 
 

@@ -75,12 +75,12 @@ class Problem:
         """Bytes of device memory that a prompt or choosing tokens takes for a while; it is over when a step needs its
         window."""
         prefill = prefill_bytes(self.shape, self.workload) + 2 * self.largest_hosted[0]
-        return max(prefill, sampling_bytes(self.shape, self.workload))
+        return max(prefill, self.tokens_per_step * sampling_bytes(self.shape, self.workload))
 
     @cached_property
     def logits(self) -> int:
         """Bytes of the logits of all groups, which are on the device from one step to the next."""
-        return self.groups * logits_bytes(self.shape, self.workload)
+        return self.tokens_per_step * self.groups * logits_bytes(self.shape, self.workload)
 
     @cached_property
     def for_cache(self) -> float:
@@ -116,6 +116,11 @@ class Problem:
         """Tokens that the tail has room for; see `Plan.room`."""
         ahead = self.drafting.ahead if self.drafting else 0
         return max(self.tail_tokens, min(self.tail_tokens + ahead, self.workload.new))
+
+    @property
+    def tokens_per_step(self) -> int:
+        """New tokens of a row that go through a step, at most."""
+        return 1 + (self.drafting.most if self.drafting else 0)
 
     @cached_property
     def codecs(self) -> tuple[Codec, ...]:

@@ -1,5 +1,6 @@
 """Logits and greedy continuations equal those of transformers, through a directory that it wrote."""
 
+import dataclasses
 import functools
 import itertools
 
@@ -185,3 +186,48 @@ def test_gemmas_embeddings_and_norms_round_alike():
     # A mean is summed in another order, which may round a number to its neighbour now and then.
     assert (normed == expected).mean() > 0.99
     np.testing.assert_allclose(normed, expected, rtol=2**-7)
+
+
+# --- drafts -----------------------------------------------------------------------------------------------------------
+
+LLAMA_2_TO_1 = "llama with biases"
+
+
+@pytest.fixture(scope="module", params=["opt", LLAMA_2_TO_1])
+def undrafted(request, reference):
+    """A model, and what transformers makes of the prompts without drafts."""
+    both = reference(request.param, layers=2)
+    return both, both.continued[0]
+
+
+@pytest.mark.parametrize("name", ["split:0.5", "device:0.5"])
+def test_text_with_prompt_lookup(undrafted, name):
+    both, sequences = undrafted
+    options = {"max_new_tokens": NEW, "plan": name, "prompt_lookup_num_tokens": 4}
+    found = kvrecomp.generate(both.ours, both.prompts.ids, both.prompts.mask, **options)
+    np.testing.assert_array_equal(found.sequences, sequences)
+    assert (found.drafted > 0).any()
+
+
+@pytest.mark.parametrize("itself", [True, False], ids=["by itself", "by another"])
+def test_text_with_an_assistant(undrafted, reference, itself):
+    """Of the same vocabulary; all of the model's own drafts are right."""
+    both, sequences = undrafted
+    assistant = both.ours if itself else reference("opt-350m", layers=2).ours
+    options = {"max_new_tokens": NEW, "plan": "activations", "assistant_model": assistant, "num_assistant_tokens": 3}
+    found = kvrecomp.generate(both.ours, both.prompts.ids, both.prompts.mask, **options)
+    np.testing.assert_array_equal(found.sequences, sequences)
+    assert (found.acceptance == 1).all() == itself and (found.drafted > 0).all()
+
+
+@pytest.mark.parametrize("codec", ["fp8", "int4"])
+def test_text_with_a_sketch(undrafted, codec):
+    """Across write-outs, and where transformers stops."""
+    both, sequences = undrafted
+    end = int(sequences[0, PROMPT + 2])
+    plan = kvrecomp.named_plan("split:0.5", both.ours.shape, kvrecomp.Workload(3, PROMPT, NEW), tail=TAIL)
+    plan = dataclasses.replace(plan, drafting=kvrecomp.Drafting("sketch", 3, codec=codec))
+    options = {"max_new_tokens": NEW, "plan": plan, "eos_token_id": end, "pad_token_id": 1}
+    found = kvrecomp.generate(both.ours, both.prompts.ids, both.prompts.mask, **options)
+    np.testing.assert_array_equal(found.sequences, both.generate(eos_token_id=end, pad_token_id=1).numpy())
+    assert (found.acceptance > 0.3).any()

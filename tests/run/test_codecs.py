@@ -14,10 +14,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvrecomp
-from kvrecomp.plan import BlockSpec, LayerPlan, Plan, PlanError, Workload
+from kvrecomp.generate import TokenLoop
+from kvrecomp.plan import BlockSpec, Drafting, LayerPlan, Plan, PlanError, Workload
 from kvrecomp.plan.codecs import ESCAPE, NUMBERS_PER_ESCAPE
 from kvrecomp.run.cache import describe_blocks
 from kvrecomp.run.codecs import escapes, pack, unpack
+from kvrecomp.run.drafters import PromptLookup, Sketch
+from kvrecomp.run.sampling import Sampling
 
 SPECIAL = [
     0x0000,
@@ -127,6 +130,11 @@ def test_bytes_are_those_of_the_arrays():
     assert 1.5 * numbers < plan.bytes_of(wide, BlockSpec("activations", "host", 1024, "packed")) < 1.515 * numbers
 
 
+ROUNDS = {
+    "lookup": (PromptLookup(), Drafting("prompt_lookup", 2, ahead=4)),
+    "sketch": (Sketch(), Drafting("sketch", 2, ahead=4, codec="int4")),
+}
+
 # --- through the decoder ----------------------------------------------------------------------------------------------
 
 
@@ -192,6 +200,24 @@ def test_a_tail_that_cannot_be_packed_is_written_out_plain():
     np.testing.assert_array_equal(found, toy.decoded_logits(plain, texts))
     first = decoder.plan.layers[0]
     assert first.prompt[0].codec == "packed" and first.written_to(0)[1] == "plain"
+
+
+@pytest.mark.parametrize(("drafter", "drafting"), ROUNDS.values(), ids=ROUNDS)
+def test_a_tail_that_cannot_be_packed_between_rounds(drafter, drafting):
+    """What is decided for one tail holds for those after it; texts are those of plain blocks, with the same drafts."""
+    model = spread_out(narrow(toy.LLAMA))
+    ids, work = toy.texts(3, 14).ids, Workload(3, 14, 13)
+    texts = []
+    for name in ("activations+packed", "activations"):
+        plan = dataclasses.replace(kvrecomp.named_plan(name, model.shape, work, tail=3), drafting=drafting)
+        sampling = Sampling(do_sample=True, temperature=5.0, seed=4)  # or the token with the huge number is written
+        loop = TokenLoop(kvrecomp.Decoder(model, plan), sampling, [], 0, drafter=drafter, drafts=drafting.most)
+        texts.append(loop.run(odd(ids), None, work.new))
+    packed, plain = texts
+    np.testing.assert_array_equal(packed.sequences, plain.sequences)
+    first = packed.plan.layers[0]
+    assert first.prompt[0].codec == "packed" and first.written_to(packed.plan.write_outs)[1] == "plain"
+    assert packed.link_bytes[-1] <= plain.link_bytes[-1] and packed.link_bytes[0] < plain.link_bytes[0]
 
 
 def test_groups_are_packed_alike():

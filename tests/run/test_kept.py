@@ -144,3 +144,38 @@ def test_who_does_not_ask_for_kept_programs_compiles_its_own():
     programs = [Programs(), Programs(), Programs(kept), Programs(kept)]
     made = [each.get("sum", trace) for each in programs]
     assert len(COMPILED) == before + 3 and made[2] is made[3] and len(set(map(id, made))) == 3
+
+
+@pytest.mark.parametrize("drafter", ["prompt_lookup", "sketch", "assistant"])
+def test_rounds_are_found_again(model, drafter):
+    """With other seeds and other ends, which are data; of an assistant too, whose weights are in no name."""
+    codec = "fp8" if drafter == "sketch" else None
+    plan = dataclasses.replace(plan_of(model), tail=NEW, drafting=kvrecomp.Drafting(drafter, 2, codec=codec))
+    options = {"assistant_model": toy.model("350m")} if drafter == "assistant" else {}
+    counts = []
+    for seed, eos in ((1, 60), (2, 59), (2**31, 58)):
+        before = len(COMPILED)
+        kvrecomp.generate(
+            model,
+            GIVEN.ids,
+            GIVEN.mask,
+            max_new_tokens=NEW,
+            plan=plan,
+            do_sample=True,
+            seed=seed,
+            eos_token_id=eos,
+            drafts=2,
+            **options,
+        )
+        counts.append(len(COMPILED) - before)
+    assert counts[0] >= 2 and counts[1:] == [0, 0]
+
+
+def test_nothing_of_an_assistant_is_kept(model):
+    assistant = toy.randomised(toy.POST_NORM.build(dtype="float32", rngs=None), seed=3)
+    arrays = [weakref.ref(array) for array in jax.tree.leaves(nnx.state(assistant))]
+    plan = dataclasses.replace(plan_of(model), drafting=kvrecomp.Drafting("assistant", 2))
+    kvrecomp.generate(model, GIVEN.ids, GIVEN.mask, max_new_tokens=NEW, plan=plan, assistant_model=assistant)
+    del assistant
+    gc.collect()
+    assert not any(array() is not None for array in arrays)

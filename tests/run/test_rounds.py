@@ -194,3 +194,17 @@ def test_an_assistant():
         assert_alike(found, expected)
     assert (itself.acceptance == 1).all() and itself.passes.tolist() == [4] * BATCH  # 13 tokens, 4 a pass
     assert (other.acceptance < 0.5).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_narrow_numbers(dtype):
+    """Texts may part at near ties: logits are those of the forward pass over what is written, in float32."""
+    model = toy.randomised(toy.OPT.build(dtype=dtype, rngs=None), 1)
+    plan = kvrecomp.named_plan("split:0.5", model.shape, Workload(BATCH, PROMPT, 7), tail=TAIL)
+    expected = np.finfo(np.float16).eps if dtype == "float16" else 2.0**-7
+    for drafting, drafter in (DRAFTERS["lookup"], DRAFTERS["int4"]):
+        decoder = kvrecomp.Decoder(model, replace(plan, drafting=drafting))
+        loop = TokenLoop(decoder, SAMPLED, [], 0, output_logits=True, drafter=drafter, drafts=drafting.most)
+        found = loop.run(TEXTS.ids, TEXTS.mask, 7)
+        toy.assert_generated(found, toy.widened(model), TEXTS.mask, tolerance=20 * expected)
+        assert found.drafted.any()
