@@ -303,7 +303,7 @@ class TokenLoop:
         rows = jax.eval_shape(start_rows, jax.ShapeDtypeStruct((), np.uint32), names, ints, ints)
         turn = Turn(*describe_like((rows, ints, ints, kept[0])))
         sampling = replace(self.sampling, seed=0)  # it is in the rows' keys, and in no program
-        return Rounds(drafter, sampling, len(eos), given, eos, turn), kept
+        return Rounds(drafter, sampling, len(eos), self.output_logits, given, eos, turn), kept
 
     def _rounds(
         self,

@@ -93,6 +93,7 @@ class Decoder:
                 *(plan.name, plan.write_outs + 1, seconds / 60),
             )
         self._kept, self._budget, self._reserved = kept, budget, False
+        self._rounds: Rounds | None = None
         self._take_plan(plan)
         self._graph, state = nnx.split(model)
         weights, self._structure = jax.tree.flatten(state)  # a plain list: jax flattens a State in Python
@@ -119,7 +120,7 @@ class Decoder:
         elif step:
             names.append(("step", 0))
         side_by_side(lambda name: self._program(*name), names)
-        self._compiled = True
+        self._compiled, self._rounds = True, rounds
 
     def text(self, *name: Hashable) -> str:
         """A program as XLA compiled it, by its name in `compiled`: each instruction of a step says the scope that it
@@ -140,7 +141,8 @@ class Decoder:
         """
         token_ids, padding = check_prompt(input_ids, attention_mask, self.plan)
         if not self._compiled:
-            self.compile()  # before anything runs: XLA chooses kernels by timing them, and beside other work wrongly
+            # Before anything runs: XLA chooses kernels by timing them, and beside other work wrongly.
+            self.compile(rounds=self._rounds)
         inputs = jax.device_put((np.ascontiguousarray(token_ids.T), padding), memory.sharding("device"))
         cache, logits, overflowed = self._program("prefill")(self._weights, *inputs)
         if layers := self._layers_where(overflowed):

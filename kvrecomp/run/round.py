@@ -23,7 +23,8 @@ from kvrecomp.run.step import decode_step
 
 @dataclass(frozen=True)
 class Rounds:
-    """How rounds are carried out: who drafts, how tokens are chosen, and `ends`, the number of tokens that end a row.
+    """How rounds are carried out: who drafts, how tokens are chosen, `ends`, the number of tokens that end a row, and
+    whether logits are wanted.
 
     The arrays that all of them use: what is `given` to the drafter of each group, and those `eos` int32[ends]. `turn`
     describes a group's `Turn`. All three are data: programs are known by the rest.
@@ -32,6 +33,7 @@ class Rounds:
     drafter: Drafter
     sampling: Sampling
     ends: int
+    output_logits: bool
     given: Sequence[Any] = field(compare=False, repr=False)
     eos: Array = field(compare=False, repr=False)
     turn: Turn = field(compare=False, repr=False)
@@ -39,13 +41,13 @@ class Rounds:
 
 class Taken(NamedTuple):
     """What a round found of a group: tokens int32[b, q], NO_TOKEN where logits were NaN or infinite, of which each row
-    takes the first `counts` int32[b]; how many it may take after that, `left` int32[b], none if it has ended; and the
-    logits float32[b, q, vocab] that tokens are chosen by."""
+    takes the first `counts` int32[b]; how many it may take after that, `left` int32[b], none if it has ended; and, if
+    asked for, the logits float32[b, q, vocab] that tokens are chosen by."""
 
     tokens: Array
     counts: Array
     left: Array
-    logits: Array
+    logits: Array | None
 
 
 def decode_round(
@@ -60,19 +62,19 @@ def decode_round(
     recents, logits = decode_step(model, plan, blocks, recents, drafted)
     turns = [replace(group.turn, kept=each) for group, each in zip(groups, kept, strict=True)]
     each_group = zip(recents, turns, drafted, logits, strict=True)
-    after = [_take(plan, rounds.sampling, *group, eos, count) for group in each_group]
+    after = [_take(plan, rounds, *group, eos, count) for group in each_group]
     recents, turns, taken = map(list, zip(*after))
     return recents, [rounds.drafter.learn(*each) for each in zip(turns, recents, taken)], taken
 
 
 def _take(
-    plan: Plan, sampling: Sampling, recent: Recent, turn: Turn, drafted: Array, logits: Array, eos: Array, count: Array
+    plan: Plan, rounds: Rounds, recent: Recent, turn: Turn, drafted: Array, logits: Array, eos: Array, count: Array
 ) -> tuple[Recent, Turn, Taken]:
     """What each row takes of the tokens that were checked, int32[b, q], the first of them its newest."""
     (batch, tokens), rows = drafted.shape, turn.rows
     positions = rows.positions[:, None] + jnp.arange(tokens)
     every = jnp.repeat(rows.keys, tokens), positions.reshape(-1), logits.reshape(batch * tokens, -1)
-    found, reports = (each.reshape(batch, tokens) for each in draw(sampling, *every))
+    found, reports = (each.reshape(batch, tokens) for each in draw(rounds.sampling, *every))
     right = (drafted[:, 1:] == found[:, :-1]) & (jnp.arange(tokens - 1) < count)
     counts = 1 + jnp.cumprod(right, axis=1, dtype=jnp.int32).sum(axis=1)
     ends = jnp.isin(found, eos)
@@ -84,5 +86,6 @@ def _take(
     left = turn.left - counts
     after = Rows(rows.keys, rows.positions + counts, rows.finished | (counts == to_end) | (left <= 0))
     turn = replace(turn, rows=after, newest=jnp.where(counts > 0, last, turn.newest), left=left)
-    taken = Taken(reports, counts, jnp.where(turn.rows.finished, 0, left), logits)
+    left = jnp.where(turn.rows.finished, 0, left)
+    taken = Taken(reports, counts, left, logits if rounds.output_logits else None)
     return replace(recent, lengths=recent.lengths + counts), turn, taken
