@@ -87,6 +87,8 @@ def define_flags(into: flags.FlagValues) -> None:
         "Who drafts: fp8 or int4, a sketch of host blocks; prompt_lookup; made_up, which takes no time; or several."
     )
     define.list("drafters", ["fp8"], drafters)
+    adapt = "Let the number of drafts, up to --drafts, go by how often they are right and by what they cost."
+    define.boolean("adapt", False, adapt)
     define.list("acceptance", ["0.9"], "How often a draft is right if those before it are, or several such numbers.")
     define.device_memory()
     define.host_memory()
@@ -204,6 +206,7 @@ def measure(
     steps: int | None = None,
     drafter: str = "",
     acceptance: Sequence[float] = (),
+    adapt: bool = False,
 ) -> list[Row]:
     """Runs the plan's workload, or as many `steps` of it, on random prompts, after a prefill and a step unmeasured: one
     row, or with drafts one for each acceptance."""
@@ -223,14 +226,15 @@ def measure(
     rows, drafts = [], dataclasses.replace(drafts, texts=texts)
     for share in acceptance:
         gc.collect()
-        loop = dataclasses.replace(loop, drafter=drafts.with_acceptance(share, seed), drafts=plan.drafting.most)
+        count = None if adapt else plan.drafting.most
+        loop = dataclasses.replace(loop, drafter=drafts.with_acceptance(share, seed), drafts=count)
         with machine_lock.exclusive():
             result = loop.run(ids, None, new)
         if (result.sequences[:, plan.workload.prompt :] != texts).any():
             raise RuntimeError(
                 f"plan {plan.name} wrote another text with {plan.drafting.most} drafts right at {share:g}"
             )
-        rows.append(about(result, drafter, share))
+        rows.append(about(result, drafter, share, adapt))
     return rows
 
 
@@ -243,6 +247,7 @@ def _row(
     result: kvrecomp.Generated,
     drafter: str = "",
     acceptance: float | None = None,
+    adapt: bool = False,
 ) -> Row:
     plan, new = decoder.plan, result.sequences.shape[1] - decoder.plan.workload.prompt
     times = step_times(result.step_seconds, plan.rows)
@@ -258,10 +263,10 @@ def _row(
             predicted = round_cost(machine, plan).check
         rounds = {
             "drafts": drafts,
-            "drafter": drafter,
+            "drafter": f"{drafter}, adapting" if adapt else drafter,
             "acceptance": acceptance,
             "tokens_per_pass": taken,
-            "ms_per_token": times["median_ms"] / taken,
+            "ms_per_token": 1e3 * sum(result.step_seconds) / (new - 1) if adapt else times["median_ms"] / taken,
             "predicted_ms_per_token": predicted * 1e3 / tokens_per_round(drafts, acceptance),
         }
         times["tokens_per_second"] *= taken
@@ -384,7 +389,7 @@ def main(given: flags.FlagValues) -> None:
         decoder, plan, machine = waiting.pop(0)
         if isinstance(decoder, PlanError):
             raise decoder
-        options = {"drafter": plan.drafter, "acceptance": acceptance}
+        options = {"drafter": plan.drafter, "acceptance": acceptance, "adapt": given.adapt}
         rows += measure(decoder, plan.word, plan.budget.device, machine, rate, given.seed, given.steps, **options)
         del decoder
         gc.collect()  # a decoder's cache is gone before the next one's is made
