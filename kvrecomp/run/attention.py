@@ -220,72 +220,61 @@ def attend(query: Query, blocks: Sequence[Block], method: Method) -> dict[Mixes,
     return partials
 
 
-def _score(query: Query, block: Block, method: Method, shared: bool) -> tuple[Array, list[Array], Mixes]:
-    """float32[b, k, g, s] scores, and what is to be mixed with their weights: V [s, b, k, d] or x [s, b, h], in parts
-    along the third axis (`Block.parts`).
+def _score(query: Query, block: Block, method: Method, shared: bool) -> tuple[Array, Array, Mixes]:
+    """float32[b, k, g, s] scores, and what is to be mixed with their weights: V [s, b, k, d] or x [s, b, h].
 
     Where the query is `shared` with other blocks, it is made an operand of this product alone. XLA would make one
     product of two that share an operand, where one is small, and copy their other operands together for that: with the
     tail, at every step, all that is cached on the device.
     """
-    parts = block.parts
+
     # With loss, numbers are made within the products that read them: a barrier would have them written out.
-    read = parts[0][0] if block.codec in LOSSLESS else block.arrays[0]
+    written, block = block, block.as_plain()
+    read = (block if written.codec in LOSSLESS else written).arrays[0]
 
     def operand(query_side: Array) -> Array:
         return jax.lax.optimization_barrier((query_side, read))[0] if shared else query_side
 
     projections, heads = query.projections, query.heads
     mixes: Mixes = "values"
-    keys: list[Array] | None = None
     if block.form == "keys_values":
-        keys, mixable = parts
+        key, mixable = block.tensors
     else:
-        (mixable,), mixes = parts, "activations"
+        (x,) = block.tensors
         recompute = method == "recompute"
-        if recompute or projections.encode_key is not None:
-            x, start = _joined(mixable, axis=2), block.start
-            if projections.encode_key is not None:
-                # XLA would compute what positions are encoded with for the blocks of all layers at the step's start.
-                heads, x, start = jax.lax.optimization_barrier((heads, x, start))
-            keys = [projections.keys(x, positions_of(replace(block, start=start).slots, query.padding))]
-            mixable, mixes = ([projections.values(x)], "values") if recompute else ([x], "activations")
-    if keys is None:
+        if projections.encode_key is not None:
+            # XLA would compute what positions are encoded with for the blocks of all layers at the start of the step.
+            heads, x, start = jax.lax.optimization_barrier((heads, x, block.start))
+            block = replace(block, start=start)
+        positions = positions_of(block.slots, query.padding)
+        key = projections.keys(x, positions) if recompute or projections.encode_key is not None else None
+        mixable, mixes = (projections.values(x), "values") if recompute else (x, "activations")
+    if key is None:
         absorbed, constant = query.absorbed
-        pairs = zip(jnp.split(operand(absorbed), len(mixable), axis=-1), mixable)
-        products = [jnp.einsum("bkgh,sbh->bkgs", *pair, preferred_element_type=jnp.float32) for pair in pairs]
-        scores = functools.reduce(jnp.add, products)
+        scores = jnp.einsum("bkgh,sbh->bkgs", operand(absorbed), mixable, preferred_element_type=jnp.float32)
         scores = scores if constant is None else scores + constant[..., None]
     else:
         # Of one query a head XLA makes no product, and there is nothing to share.
         heads = operand(heads) if heads.shape[2] > 1 else heads
-        pairs = zip(jnp.split(heads, len(keys), axis=1), keys)
-        products = [jnp.einsum("bkgd,sbkd->bkgs", *pair, preferred_element_type=jnp.float32) for pair in pairs]
-        scores = _joined(products, axis=1)
+        scores = jnp.einsum("bkgd,sbkd->bkgs", heads, key, preferred_element_type=jnp.float32)
     return jnp.where(query.sees(block), projections.bound(scores), MASKED), mixable, mixes
 
 
-def _joined(parts: Sequence[Array], axis: int) -> Array:
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
-
-
-def _mix(scored: Sequence[tuple[Array, list[Array]]], mixes: Mixes) -> Partial:
+def _mix(scored: Sequence[tuple[Array, Array]], mixes: Mixes) -> Partial:
     """One softmax over several pieces of scores, each with what it weighs."""
     scores = jnp.concatenate([piece for piece, _ in scored], axis=-1)
     most = scores.max(axis=-1, keepdims=True)
     # Rounded before they are summed, so that they sum to one: activations have means that cancel in V, and of a mean
     # that is weighed with a little more than one the little would be left.
-    weights = jnp.exp(scores - most).astype(scored[0][1][0].dtype)
+    weights = jnp.exp(scores - most).astype(scored[0][1].dtype)
     total = weights.sum(axis=-1, keepdims=True, dtype=jnp.float32)
     mixed, start = [], 0
     for piece, mixable in scored:
-        own = weights[..., start : start + piece.shape[-1]]
+        piece_weights = weights[..., start : start + piece.shape[-1]]
         if mixes == "values":
-            pairs = zip(jnp.split(own, len(mixable), axis=1), mixable)
-            mixed.append(_joined([_by_head("bkgs,sbkd->bkgd", *pair) for pair in pairs], axis=1))
+            mixed.append(_by_head("bkgs,sbkd->bkgd", piece_weights, mixable))
         else:
-            product = functools.partial(jnp.einsum, "bkgs,sbh->bkgh", preferred_element_type=jnp.float32)
-            mixed.append(_joined([product(own, part) for part in mixable], axis=-1))
+            mixed.append(jnp.einsum("bkgs,sbh->bkgh", piece_weights, mixable, preferred_element_type=jnp.float32))
         start += piece.shape[-1]
     # Divided once mixed: dividing the weights would read and write them once more.
     return Partial((most + jnp.log(total))[..., 0], functools.reduce(jnp.add, mixed) / total)

@@ -30,7 +30,7 @@ from jax import Array
 from kvrecomp.plan import BlockSpec, Codec, Form, LayerShape, Memory, Plan
 from kvrecomp.plan.shapes import TENSORS
 from kvrecomp.run import memory
-from kvrecomp.run.codecs import from_int4, halves_of_int4, pack, to_fp8, to_int4, unpack
+from kvrecomp.run.codecs import from_int4, pack, to_fp8, to_int4, unpack
 
 STATIC: dict = {"static": True}  # part of the tree's structure, so it selects the program
 
@@ -73,20 +73,12 @@ class Block:
         if self.codec == "fp8":
             return tuple(array.astype(self.dtype) for array in self.arrays)
         if self.codec == "int4":
-            of_tensors = zip(self.arrays[::3], self.arrays[1::3], self.arrays[2::3], strict=True)
-            return tuple(from_int4(*of_tensor, self.shape, self.dtype) for of_tensor in of_tensors)
+            parts = zip(self.arrays[::3], self.arrays[1::3], self.arrays[2::3], strict=True)
+            return tuple(from_int4(*of_tensor, self.shape, self.dtype) for of_tensor in parts)
         if self.form == "keys_values" and self.memory == "host":
             (both,) = self.arrays
             return both[:, 0], both[:, 1]
         return self.arrays
-
-    @property
-    def parts(self) -> tuple[list[Array], ...]:
-        """Each tensor as parts along its third axis, hidden or heads: one, or two of int4."""
-        if self.codec == "int4":
-            of_tensors = zip(self.arrays[::3], self.arrays[1::3], self.arrays[2::3], strict=True)
-            return tuple(halves_of_int4(*of_tensor, self.shape, self.dtype) for of_tensor in of_tensors)
-        return tuple([tensor] for tensor in self.tensors)
 
     def as_plain(self) -> "Block":
         """The block, on the device, with its numbers as they are."""

@@ -140,27 +140,7 @@ def to_int4(x: Array) -> tuple[Array, Array, Array]:
 
 def from_int4(codes: Array, step: Array, least: Array, shape: Sequence[int], dtype: jnp.dtype) -> Array:
     """The numbers, of that shape, that `to_int4` has written."""
+    both = jnp.concatenate([codes & ESCAPE, codes >> 4], axis=-1).astype(dtype)
+    groups = both.reshape(*step.shape, GROUP) * step.astype(dtype)[..., None] + least.astype(dtype)[..., None]
     channels = int(np.prod(shape[2:]))
-    both = jnp.concatenate([codes & ESCAPE, codes >> 4], axis=-1)
-    return _above(both, step, least, dtype)[..., :channels].reshape(shape)
-
-
-def halves_of_int4(codes: Array, step: Array, least: Array, shape: Sequence[int], dtype: jnp.dtype) -> list[Array]:
-    """The same as two arrays, the halves of the third axis, which products read without writing them out; one of all
-    where it has no such halves."""
-    count, each = shape[2], int(np.prod(shape[3:]))
-    if (count * each) % (2 * GROUP) or count % 2:
-        return [from_int4(codes, step, least, shape, dtype)]
-    steps, leasts, half = (
-        jnp.split(step, 2, axis=-1),
-        jnp.split(least, 2, axis=-1),
-        (*shape[:2], count // 2, *shape[3:]),
-    )
-    parts = zip((codes & ESCAPE, codes >> 4), steps, leasts, strict=True)
-    return [_above(*part, dtype).reshape(half) for part in parts]
-
-
-def _above(codes: Array, step: Array, least: Array, dtype: jnp.dtype) -> Array:
-    """[s, b, c]: so many steps above the least of each group."""
-    groups = codes.astype(dtype).reshape(*step.shape, GROUP) * step.astype(dtype)[..., None]
-    return (groups + least.astype(dtype)[..., None]).reshape(codes.shape)
+    return groups.reshape(*codes.shape[:2], -1)[..., :channels].reshape(shape)
