@@ -16,6 +16,9 @@ from kvrecomp.plan.shapes import ALIGNED, PlanError, check_choice, check_positiv
 Drafter = Literal["sketch", "prompt_lookup", "assistant"]
 SKETCHES = tuple(codec for codec in CODECS if codec not in LOSSLESS)
 
+# Of a step without drafts: for less, rounds without drafts take the program that checks some. Another one takes a second
+# to load: of W1, 1.6 s on an H200, where a step that checks eight drafts takes 1.007 of one that checks none.
+NEARLY = 1.03
 ROUNDS_AHEAD = 4  # of all drafts right, for which there is room; the host learns two rounds late what was taken
 
 
@@ -59,10 +62,15 @@ class Drafting:
         """What it is called for people."""
         return f"{self.codec} sketch" if self.codec else self.drafter.replace("_", " ")
 
+    @property
+    def two_programs(self) -> bool:
+        """Whether rounds without drafts have a program of their own."""
+        return self.check_cost > NEARLY
+
     def pace(self, count: int, acceptance: float) -> float:
         """Tokens that a row takes with so many drafts a round, each right with that probability if those before it are,
         in the time of a step without drafts."""
-        cost = self.check_cost + count * self.draft_cost if count else 1.0
+        cost = 1.0 if count == 0 and self.two_programs else self.check_cost + count * self.draft_cost
         return tokens_per_round(count, acceptance) / cost
 
     def best_count(self, acceptance: float) -> int:

@@ -243,11 +243,12 @@ class Decoder:
         self, caches: Sequence[Cache], turns: Sequence[Turn], rounds: Rounds, count: int
     ) -> tuple[list[Cache], list[Turn], list[Taken]]:
         write_outs, most = self.write_outs(caches[0]), self.plan.tokens_per_step - 1
-        if count == 0:  # the smaller program is taken once it is there
-            self._prepare("round", write_outs, 0, rounds)
-        name = ("round", write_outs, 0 if count == 0 and self._programs.has(("round", write_outs, 0, rounds)) else most)
+        smaller = ("round", write_outs, 0, rounds)
+        if count == 0 and self.plan.drafting and self.plan.drafting.two_programs:
+            self._prepare(*smaller)
+            most = 0 if self._programs.has(smaller) else most  # taken once it is there
         columns = ([getattr(cache, name) for cache in caches] for name in ("blocks", "sketches", "recent"))
-        program = self._program(*name, rounds)
+        program = self._program("round", write_outs, most, rounds)
         count_on_device = jax.device_put(np.int32(count), memory.sharding("device"))
         found = program(self._weights, *columns, list(turns), rounds.given, rounds.eos, count_on_device)
         self._prepare_next(write_outs, "round", most, rounds)
