@@ -26,6 +26,7 @@ from kvrecomp.run import decoder, step
 from models import TextProcessor
 
 ANSWER = 384  # tokens of an answer, at most
+FEWEST = 100  # tokens of a request and its answer, for asking as often as needed
 PICTOGRAPHS = (*range(0x1F300, 0x1F650), *range(0x1F900, 0x1FA00), *range(0x2600, 0x2800))
 
 STORIES = [
@@ -121,7 +122,8 @@ def make_texts(kinds: Sequence[str], model: Any, text: TextProcessor, tokens: in
     if unknown:
         raise ValueError(f"there is no text of kind {unknown[0]!r}; the kinds are {', '.join(KINDS)}")
     asked = [kind for kind in kinds if kind in ASKED] if text.chat_template is not None else []
-    chats = dict(zip(asked, _chats(model, text, [ASKED[kind] for kind in asked]))) if asked else {}
+    requests = [ASKED[kind][: 1 + tokens // FEWEST] for kind in asked]
+    chats = dict(zip(asked, _chats(model, text, requests))) if asked else {}
     found = [chats[kind] if kind in chats else text.encode(WRITTEN[kind]()) for kind in kinds]
     for kind, ids in zip(kinds, found):
         if len(ids) < tokens:
@@ -140,9 +142,7 @@ def _chats(model: Any, text: TextProcessor, requests: Sequence[Sequence[str]]) -
     new = zip(found.sequences[:, ids.shape[1] :], found.new_tokens)
     answers = iter([text.decode(row[:count].tolist()).strip() for row, count in new])
     for of_chat in requests:
-        pairs = [({"role": "user", "content": request}, _said(next(answers))) for request in of_chat]
-        yield text.encode_chat(list(itertools.chain(*pairs)))
-
-
-def _said(answer: str) -> dict[str, str]:
-    return {"role": "assistant", "content": answer}
+        messages = []
+        for request in of_chat:
+            messages += [{"role": "user", "content": request}, {"role": "assistant", "content": next(answers)}]
+        yield text.encode_chat(messages)

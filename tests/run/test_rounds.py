@@ -69,6 +69,8 @@ def make_plan(name="split:0.5", kind="opt", drafting=None, new=NEW, batch=BATCH,
 def assert_alike(found, expected):
     np.testing.assert_array_equal(found.sequences, expected.sequences)
     np.testing.assert_array_equal(found.new_tokens, expected.new_tokens)
+    np.testing.assert_array_equal(found.taken.sum(axis=0), expected.new_tokens - 1)
+    np.testing.assert_array_equal(expected.taken.sum(axis=0), expected.new_tokens - 1)
 
 
 DRAFTERS: dict[str, tuple[Drafting, Any]] = {
@@ -118,6 +120,7 @@ def test_drafts_that_are_right_are_taken():
     drafting = Drafting("prompt_lookup", 4, ahead=20)
     found = run(make_plan(drafting=drafting), Known(written, np.full(written.shape, True)))
     assert found.passes.tolist() == [4] * BATCH and found.acceptance.tolist() == [1.0] * BATCH  # 16 tokens, 5 a pass
+    assert found.taken.tolist() == [[taken] * BATCH for taken in (5, 5, 5, 1)]
     found = run(make_plan(drafting=drafting), Known(written, np.full(written.shape, False)))
     assert found.passes.tolist() == [NEW - 1] * BATCH and found.acceptance.tolist() == [0.0] * BATCH
 
@@ -129,6 +132,7 @@ def test_rows_that_are_ahead_do_not_wait_where_there_is_room():
     right[1] = True
     found = run(make_plan(drafting=Drafting("prompt_lookup", 4, ahead=NEW)), Known(written, right))
     assert found.passes.tolist() == [16, 4, 16]
+    assert found.taken.tolist() == [[1, taken, 1] for taken in [5, 5, 5, 1, *[0] * 12]]
     held = run(make_plan(drafting=Drafting("prompt_lookup", 4, ahead=1)), Known(written, right))
     assert_alike(held, found)
     assert held.passes[1] > 8  # it may be a token ahead
