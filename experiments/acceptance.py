@@ -54,16 +54,12 @@ def define_flags(into: flags.FlagValues) -> None:
 
 def draftings(names: Sequence[str], assistant: bool, count: int) -> list[kvrecomp.Drafting]:
     """Of each drafter, so many drafts in a round. Raises ValueError where there is no such drafter."""
-    unknown = [name for name in names if name not in DRAFTERS]
+    by_name = {"prompt_lookup": kvrecomp.Drafting("prompt_lookup", count)}
+    by_name |= {codec: kvrecomp.Drafting("sketch", count, codec=codec) for codec in SKETCHES}
+    unknown = [name for name in names if name not in by_name]
     if unknown:
         raise ValueError(f"--drafters has {unknown[0]!r}; expected some of {', '.join(DRAFTERS)}")
-    sketches = {name: name for name in SKETCHES}
-    found = [
-        kvrecomp.Drafting("sketch", count, codec=sketches[name])
-        if name in sketches
-        else kvrecomp.Drafting("prompt_lookup", count)
-        for name in names
-    ]
+    found = [by_name[name] for name in names]
     return [*found, kvrecomp.Drafting("assistant", count)] if assistant else found
 
 
@@ -95,7 +91,8 @@ def measure(
     assistant: Any = None,
 ) -> Iterator[dict[str, Any]]:
     """For ids int[rows, tokens], a row of results for each drafter."""
-    plan = make_plan(model.shape, kvrecomp.Workload(*ids.shape, new))
+    batch, prompt = ids.shape
+    plan = make_plan(model.shape, kvrecomp.Workload(batch, prompt, new))
     options = {"max_new_tokens": new, **dataclasses.asdict(sampling)}
     expected = kvrecomp.generate(model, ids, plan=plan, **options).sequences
     for each in drafting:
@@ -104,8 +101,8 @@ def measure(
         result = kvrecomp.generate(model, ids, plan=drafted, drafts=each.most, **helper, **options)
         yield {
             "model": model.shape.name,
-            "batch": len(ids),
-            "prompt": ids.shape[1],
+            "batch": batch,
+            "prompt": prompt,
             "new": new,
             "plan": plan.name,
             "temperature": sampling.temperature if sampling.do_sample else 0.0,

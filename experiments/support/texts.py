@@ -10,6 +10,7 @@ dialogue        questions, and what the model itself answers; a written one wher
 The first four go by the versions of Python, kvrecomp and NumPy, the last two by the model.
 """
 
+import importlib
 import importlib.metadata
 import inspect
 import itertools
@@ -21,12 +22,11 @@ from typing import Any
 from experiments.support.prompts import encode
 
 import kvrecomp
-from kvrecomp import generate
-from kvrecomp.run import decoder, step
 from models import TextProcessor
 
 ANSWER = 384  # tokens of an answer, at most
 FEWEST = 100  # tokens of a request and its answer, for asking as often as needed
+MODULES = ("kvrecomp.generate", "kvrecomp.run.decoder", "kvrecomp.run.step")
 PICTOGRAPHS = (*range(0x1F300, 0x1F650), *range(0x1F900, 0x1FA00), *range(0x2600, 0x2800))
 
 STORIES = [
@@ -89,7 +89,7 @@ def documentation() -> str:
 
 
 def code() -> str:
-    return "\n\n".join(map(inspect.getsource, (inspect.getmodule(generate), decoder, step)))
+    return "\n\n".join(inspect.getsource(importlib.import_module(name)) for name in MODULES)
 
 
 def licence() -> str:
@@ -135,8 +135,8 @@ def _chats(model: Any, text: TextProcessor, requests: Sequence[Sequence[str]]) -
     """The ids of chats in which the model answers requests, each greedily as if it were the only one."""
     every = list(itertools.chain(*requests))
     ids, mask = encode(text, every, chat=True)
-    workload = kvrecomp.Workload(*ids.shape, ANSWER)
-    plan = kvrecomp.named_plan("device", model.shape, workload, tail=ANSWER)
+    batch, prompt = ids.shape
+    plan = kvrecomp.named_plan("device", model.shape, kvrecomp.Workload(batch, prompt, ANSWER), tail=ANSWER)
     ends = {"eos_token_id": text.eos_token_ids, "pad_token_id": text.pad_token_id}
     found = kvrecomp.generate(model, ids, mask, max_new_tokens=ANSWER, plan=plan, **ends)
     new = zip(found.sequences[:, ids.shape[1] :], found.new_tokens)

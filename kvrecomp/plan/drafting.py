@@ -14,7 +14,7 @@ from kvrecomp.plan.codecs import CODECS, LOSSLESS, Codec
 from kvrecomp.plan.shapes import ALIGNED, PlanError, check_choice, check_positive
 
 Drafter = Literal["sketch", "prompt_lookup", "assistant"]
-SKETCHES = tuple(codec for codec in CODECS if codec not in LOSSLESS)
+SKETCHES: tuple[Codec, ...] = tuple(codec for codec in CODECS if codec not in LOSSLESS)
 
 ROUNDS_AHEAD = 4  # of all drafts right, for which there is room; the host learns two rounds late what was taken
 
