@@ -253,10 +253,10 @@ def sweep(rows: Sequence[Row]) -> str:
 
 
 def drafts(rows: Sequence[Row]) -> str:
-    """Rows of experiments/acceptance.py, in their order: tokens a pass of each kind of text, and the acceptance."""
+    """Rows of experiments/acceptance.py by model and sizes: tokens a pass of each kind of text, and the acceptance."""
     kinds = dict.fromkeys(text["kind"] for row in rows for text in row["texts"])
     return table(
-        rows,
+        sorted(rows, key=lambda row: (row["model"], row["prompt"], row["temperature"])),
         ("model", lambda row: predictions.title(row["model"])),
         ("prompt", lambda row: str(row["prompt"])),
         ("temperature", lambda row: f"{row['temperature']:g}"),
