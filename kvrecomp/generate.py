@@ -58,7 +58,8 @@ class Generated:
     `logits` float32[new, batch, vocab] if asked for; they mean nothing where a row had ended. `prefill_seconds`
     includes compiling; `step_seconds` are the times of the steps, or of the rounds, and `link_bytes` the bytes that
     each of them copied from the host, of blocks and of weights. `passes` int32[batch] counts those that each row took
-    part in, `drafted` int32[batch] the drafts that these checked of it, and `accepted` int32[batch] those it took.
+    part in, and `drafted` int32[batch] the drafts that these checked of it; `taken` int32[passes, batch] are the tokens
+    that each row took in each, 0 once it had ended.
     """
 
     sequences: np.ndarray
@@ -66,7 +67,7 @@ class Generated:
     plan: Plan
     passes: np.ndarray
     drafted: np.ndarray
-    accepted: np.ndarray
+    taken: np.ndarray
     logits: np.ndarray | None = None
     prefill_seconds: float = 0.0
     step_seconds: list[float] = field(default_factory=list)
@@ -76,6 +77,11 @@ class Generated:
     def tokens_per_pass(self) -> np.ndarray:
         """float64[batch]: tokens that each row took in a pass, in the mean, after the first token."""
         return (self.new_tokens - 1) / np.maximum(self.passes, 1)
+
+    @property
+    def accepted(self) -> np.ndarray:
+        """int64[batch]: how many drafts of each row were taken."""
+        return np.maximum(self.taken - 1, 0).sum(axis=0)
 
     @property
     def acceptance(self) -> np.ndarray:
@@ -221,7 +227,7 @@ class TokenLoop:
             plan=self.decoder.plan,
             passes=texts.passes,
             drafted=texts.drafted,
-            accepted=texts.accepted,
+            taken=np.array(texts.taken[1:], np.int32).reshape(-1, len(prompt)),
             logits=texts.logits[: texts.longest] if texts.logits is not None else None,
             prefill_seconds=float(seconds[0]),
             step_seconds=seconds[1:].tolist(),
@@ -376,7 +382,8 @@ class _Texts:
 
     def __init__(self, rows: int, most: int, eos: Sequence[int], pad: int):
         self.tokens, self.counts = np.full((rows, most), pad, np.int32), np.zeros(rows, int)
-        self.passes, self.drafted, self.accepted = (np.zeros(rows, np.int32) for _ in range(3))
+        self.passes, self.drafted = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self.taken: list[np.ndarray] = []
         self.logits: np.ndarray | None = None
         self._eos, self._ended, self._streamed = eos, np.zeros(rows, bool), 0
 
@@ -393,6 +400,7 @@ class _Texts:
         int32[batch] that every row has now. Raises FloatingPointError for what is no token."""
         if tokens.ndim == 1:
             tokens, logits = tokens[:, None], None if logits is None else logits[:, None]
+        before = self.counts.copy()
         for row in np.flatnonzero(~self._ended & (self.counts < self.tokens.shape[1])):
             start = self.counts[row]
             own = tokens[row, : counts[row]]
@@ -405,7 +413,6 @@ class _Texts:
                 self.passes[row] += 1
             if start and len(own):  # or the tail had no room for a token of this row
                 self.drafted[row] += min(drafts, self.tokens.shape[1] - start - 1)
-                self.accepted[row] += len(own) - 1
             self.tokens[row, start : start + len(own)] = own
             if logits is not None:
                 if self.logits is None:
@@ -413,6 +420,7 @@ class _Texts:
                 self.logits[start : start + len(own), row] = logits[row, : len(own)]
             self.counts[row] += len(own)
             self._ended[row] = np.isin(own, self._eos).any()
+        self.taken.append(self.counts - before)
         going = self.counts[~self._ended]
         first, self._streamed = self._streamed, int(going.min()) if len(going) else self.longest
         return list(self.tokens[:, first : self._streamed].T)

@@ -162,12 +162,17 @@ def whole_numbers(flag: str, words: Sequence[str]) -> list[int]:
 
 def percentages(flag: str, words: Sequence[str]) -> list[float]:
     """The values of a flag that takes several percentages, or none. Raises ValueError unless all are from 0 on."""
+    return numbers(flag, words, "percentages")
+
+
+def numbers(flag: str, words: Sequence[str], of: str = "numbers") -> list[float]:
+    """The values of a flag that takes several numbers, or none. Raises ValueError unless all are finite, from 0 on."""
     try:
         if all(0 <= float(word) < float("inf") for word in words):
             return [float(word) for word in words]
     except ValueError:
         pass  # it is said below
-    raise ValueError(f"--{flag} has {','.join(words)!r}; expected percentages from 0 on, with commas between them")
+    raise ValueError(f"--{flag} has {','.join(words)!r}; expected {of} from 0 on, with commas between them")
 
 
 def names(flag: str, words: Sequence[str]) -> Sequence[str]:

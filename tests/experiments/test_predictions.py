@@ -93,6 +93,7 @@ def test_choices_against_the_best_by_hand():
 def test_models_have_the_names_of_their_authors():
     for title in ("OPT-6.7B", "OPT-125M", "Llama-3.1-8B", "Qwen2.5-0.5B", "Phi-3-mini"):
         assert predictions.title(title.lower()) == title
+    assert predictions.title("SmolLM2-135M-Instruct") == "SmolLM2-135M-Instruct"
 
 
 def test_every_prediction_is_a_point(monkeypatch, tmp_path):

@@ -224,7 +224,7 @@ def test_sentences_on_lines_of_their_own_are_broken_into_lines_and_end_in_a_full
         ("a <!-- new: a.json plan=x -->5<!-- end -->", "no row is left by plan=x"),
         ("a <!-- new: a.json place=x -->5<!-- end -->", "a.json has no field 'place'"),
         ("a <!-- new: plan=x -->5<!-- end -->", "no file of 'plan=x' has a row"),
-        ("a <!-- place: a.json -->5<!-- end -->", "'place' is none of benchmark, overview, sweep, paper_gains"),
+        ("a <!-- place: a.json -->5<!-- end -->", "'place' is none of benchmark, overview, sweep, drafts"),
         ("<!-- benchmark: short.json -->\n<!-- end -->", "README.md:1: a row has no field 'link_efficiency'"),
         ("a <!-- new: broken.json -->5<!-- end -->", "broken.json is not a results file"),
     ],
@@ -292,6 +292,8 @@ def test_a_picture_is_drawn_where_its_numbers_changed(root, capsys):
 
 STEP = {"traced_ms": 4.5, "link_busy": 0.625, "gpu_busy": 0.25, "unknown": 0.2, "spans": [["to_device", 0, 0.0, 2.5]]}
 PEER = ROW | {"plan": "huggingface", "predicted_ms": None, "median_ms": 9.0}
+DRAFTED = ROW | {"plan": "activations", "median_ms": 1.0, "temperature": 0.5, "drafter": "int4 sketch", "drafts": 4}
+DRAFTED["texts"] = [{"kind": "code", "tokens_per_pass": 2.5}, {"kind": "list", "tokens_per_pass": 1.5}]
 
 
 @pytest.mark.parametrize(
@@ -315,6 +317,12 @@ PEER = ROW | {"plan": "huggingface", "predicted_ms": None, "median_ms": 9.0}
             "![A decode step of OPT-1.3B, 2 rows of 3 tokens, Some GPU: Hugging Face, cache on the GPU 9.0 ms, auto, "
             "with room on the GPU for 25 % 4.0 ms and all on the GPU 2.0 ms](experiments/results/bars.png)",
         ),
+        (
+            "drafts_plot",
+            [DRAFTED, DRAFTED | {"drafter": "prompt lookup"}],
+            "![Tokens a pass of OPT-1.3B, 3 tokens of each text, 4 drafts a round, temperature 0.5: int4 sketch 1.5 "
+            "(list) to 2.5 (code) and prompt lookup 1.5 (list) to 2.5 (code)](experiments/results/acceptance.png)",
+        ),
     ],
 )
 def test_pictures_of_steps(root, kind, rows, said):
@@ -326,7 +334,8 @@ def test_pictures_of_steps(root, kind, rows, said):
     path = root / readme.RESULTS / readme.PICTURES[kind].file
     assert path.read_bytes()[:4] == b"\x89PNG"
     assert command("--check") == 0
-    write_results(root, "t.json", [rows[0] | {"median_ms": 8.0}, *rows[1:]])
+    texts = [{"kind": "code", "tokens_per_pass": 2.0}]
+    write_results(root, "t.json", [rows[0] | {"median_ms": 8.0, "texts": texts}, *rows[1:]])
     text = (root / "README.md").read_text()
     assert [found for found, _, _ in readme.stale_pictures(text, readme.Results(root))] == [kind]
 

@@ -205,6 +205,7 @@ def test_what_xla_says_is_what_the_user_asks_for(tmp_path, given, found):
 def test_values():
     assert script.whole_numbers("sizes", ["1", " 23"]) == [1, 23]
     assert script.percentages("rooms", ["0", "12.5"]) == [0.0, 12.5] and script.percentages("rooms", []) == []
+    assert script.numbers("temperatures", ["0", "1e-1"]) == [0.0, 0.1]
     assert script.names("plans", ["a", "b"]) == ["a", "b"]
 
 
@@ -219,6 +220,12 @@ def test_values():
         (script.percentages, "rooms", ["5", "x"], f"--rooms has '5,x'; {PER_CENT}"),
         (script.percentages, "rooms", ["-5"], f"--rooms has '-5'; {PER_CENT}"),
         (script.percentages, "rooms", ["nan"], f"--rooms has 'nan'; {PER_CENT}"),
+        (
+            script.numbers,
+            "temperatures",
+            ["inf"],
+            f"--temperatures has 'inf'; {PER_CENT.replace('percentages', 'numbers')}",
+        ),
         (script.names, "plans", [], NAMES),
     ],
 )

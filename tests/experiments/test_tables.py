@@ -144,3 +144,16 @@ def test_results_replace_results_only(tmp_path, read):
         with pytest.raises(ValueError, match=message):
             tables.check_out(wrong, "plan")
     assert path.read_text() == "# notes\n"
+
+
+def test_a_table_of_drafts(read):
+    """Tokens a pass and the acceptance of each kind of text that a row has."""
+    texts = [{"kind": "list", "tokens_per_pass": 4.25, "right": 13, "tried": 20}]
+    code = {"kind": "code", "tokens_per_pass": 1.0, "right": 0, "tried": 0}
+    row = ROW | {"temperature": 0.0, "drafter": "fp8 sketch", "drafts": 8, "texts": texts}
+    assert tables.drafts(read(row | {"temperature": 0.5, "texts": [code, *texts]}, row)) == (
+        "| model | prompt | temperature | drafts by | code | list |\n"
+        "|---|---|---|---|---|---|\n"
+        "| OPT-6.7B | 1024 | 0 | fp8 sketch | - | 4.2 (0.65) |\n"
+        "| OPT-6.7B | 1024 | 0.5 | fp8 sketch | 1.0 | 4.2 (0.65) |"
+    )

@@ -160,7 +160,7 @@ def title(model: str) -> str:
     """A preset's name as it is written in text: opt-6.7b is OPT-6.7B, llama-2-7b is Llama-2-7B."""
     family, *rest = model.split("-")
     sizes = [part.upper() if re.fullmatch(r"[\d.]+[bm]", part) else part for part in rest]
-    return "-".join([family.upper() if family == "opt" else family.capitalize(), *sizes])
+    return "-".join([family.upper() if family == "opt" else family[:1].upper() + family[1:], *sizes])
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------------------

@@ -252,6 +252,28 @@ def sweep(rows: Sequence[Row]) -> str:
     )
 
 
+def drafts(rows: Sequence[Row]) -> str:
+    """Rows of experiments/acceptance.py by model and sizes: tokens a pass of each kind of text, and the acceptance."""
+    kinds = dict.fromkeys(text["kind"] for row in rows for text in row["texts"])
+    return table(
+        sorted(rows, key=lambda row: (row["model"], row["prompt"], row["temperature"])),
+        ("model", lambda row: predictions.title(row["model"])),
+        ("prompt", lambda row: str(row["prompt"])),
+        ("temperature", lambda row: f"{row['temperature']:g}"),
+        ("drafts by", lambda row: row["drafter"]),
+        *((kind, functools.partial(_drafted, kind)) for kind in kinds),
+    )
+
+
+def _drafted(kind: str, row: Row) -> str:
+    """Of the text of that kind."""
+    text = next((text for text in row["texts"] if text["kind"] == kind), None)
+    if text is None:
+        return "-"
+    share = f" ({text['right'] / text['tried']:.2f})" if text["tried"] else ""
+    return f"{text['tokens_per_pass']:.1f}{share}"
+
+
 def _plan(row: Row) -> str:
     name = noted(row["plan"], word("plan", row["plan"])) + (" (chosen)" if row.get("chosen") else "")
     return name.replace("the GPU", "the CPU") if row.get("device") == "cpu" else name

@@ -1,0 +1,166 @@
+"""Measures how many drafts are right, on a real model and texts of several kinds.
+
+    python experiments/acceptance.py --checkpoint=path/to/model --contexts=512,2048 --temperatures=0,1
+
+A batch is decoded whose rows are the first tokens of a text of each kind, with a fixed number of drafts a round, in
+float32 and with the whole cache in host memory; nothing ends a row. Of each row are recorded the tokens that it took a
+pass, and the acceptance: the share of its drafts that were right, of those that were tried. After the first wrong draft
+of a round none is. The text is to be the one without drafts; rows in which it is not are counted.
+"""
+
+import dataclasses
+import json
+import pathlib
+import statistics
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from experiments.support import script
+from experiments.support.results import terminal
+from experiments.support.results.report import after_warm_up, run_info
+from experiments.support.results.tables import drafts
+from experiments.support.source import SHIPPED
+from experiments.support.texts import KINDS, make_texts
+
+import numpy as np
+from absl import flags
+
+import kvrecomp
+import models
+from kvrecomp.files import check_writable, write_json
+from kvrecomp.plan.drafting import SKETCHES
+from kvrecomp.run.sampling import Sampling
+
+DRAFTERS = (*SKETCHES, "prompt_lookup")
+
+
+def define_flags(into: flags.FlagValues) -> None:
+    define = script.Define(into)
+    define.string("checkpoint", str(SHIPPED), "Directory of a model: Hugging Face's format, or models.save's.")
+    define.list("texts", list(KINDS), "Kinds of text, a row each.")
+    define.list("contexts", ["512"], "Tokens of each text, for each of which a batch is decoded.")
+    define.integer("new", 64, "New tokens of a row.", lower_bound=2)
+    define.integer("drafts", 8, "Drafts in a round.", lower_bound=1)
+    define.list("drafters", list(DRAFTERS), f"Sketches by their codec ({', '.join(SKETCHES)}), and prompt_lookup.")
+    define.string("assistant", None, "Directory of a smaller model of the same vocabulary, which drafts too.")
+    define.list("temperatures", ["0"], "Of sampling; 0 takes the likeliest token.")
+    define.seed("Of sampling.")
+    define.string("out", None, "Also write the JSON document to this file; its rows of other runs are kept.")
+    define.string("commit", "", "Recorded as the commit, where git cannot be asked.")
+
+
+# --- the work ---------------------------------------------------------------------------------------------------------
+
+
+def draftings(names: Sequence[str], assistant: bool, count: int) -> list[kvrecomp.Drafting]:
+    """Of each drafter, so many drafts in a round. Raises ValueError where there is no such drafter."""
+    by_name = {"prompt_lookup": kvrecomp.Drafting("prompt_lookup", count)}
+    by_name |= {codec: kvrecomp.Drafting("sketch", count, codec=codec) for codec in SKETCHES}
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        raise ValueError(f"--drafters has {unknown[0]!r}; expected some of {', '.join(DRAFTERS)}")
+    found = [by_name[name] for name in names]
+    return [*found, kvrecomp.Drafting("assistant", count)] if assistant else found
+
+
+def make_plan(shape: kvrecomp.ModelShape, workload: kvrecomp.Workload) -> kvrecomp.Plan:
+    """All of the cache in host memory, in its smaller form, but for the new tokens: no row waits for others."""
+    smaller = all(layer.width("keys_values") < layer.width("activations") for layer in shape.layers)
+    return kvrecomp.named_plan("keys_values" if smaller else "activations", shape, workload, tail=workload.new)
+
+
+def count_drafts(taken: np.ndarray, drafts: int) -> dict[str, Any]:
+    """Of int[passes], the tokens that a row took in each, its last one at the end of its text: how many drafts were
+    right, and how many were tried. In the last pass only those that were right are known."""
+    taken = np.trim_zeros(taken, "b")
+    right = taken - 1
+    return {
+        "passes": len(taken),
+        "tokens_per_pass": float(taken.mean()),
+        "right": int(right.sum()),
+        "tried": int(right.sum() + (right[:-1] < drafts).sum()),
+    }
+
+
+def measure(
+    model: Any,
+    ids: np.ndarray,
+    new: int,
+    drafting: Sequence[kvrecomp.Drafting],
+    sampling: Sampling,
+    assistant: Any = None,
+) -> Iterator[dict[str, Any]]:
+    """For ids int[rows, tokens], a row of results for each drafter."""
+    batch, prompt = ids.shape
+    plan = make_plan(model.shape, kvrecomp.Workload(batch, prompt, new))
+    options = {"max_new_tokens": new, **dataclasses.asdict(sampling)}
+    expected = kvrecomp.generate(model, ids, plan=plan, **options).sequences
+    for each in drafting:
+        drafted = dataclasses.replace(plan, drafting=each)
+        helper = {"assistant_model": assistant} if each.drafter == "assistant" else {}
+        result = kvrecomp.generate(model, ids, plan=drafted, drafts=each.most, **helper, **options)
+        yield {
+            "model": model.shape.name,
+            "batch": batch,
+            "prompt": prompt,
+            "new": new,
+            "plan": plan.name,
+            "temperature": sampling.temperature if sampling.do_sample else 0.0,
+            "drafter": each.name,
+            "drafts": each.most,
+            "median_ms": statistics.median(after_warm_up(result.step_seconds)) * 1e3,
+            "rows_that_differ": int((result.sequences != expected).any(axis=1).sum()),
+            "texts": [count_drafts(taken, each.most) for taken in result.taken.T],
+        }
+
+
+# --- the command ------------------------------------------------------------------------------------------------------
+
+
+def kept_rows(path: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of a file, if it is there, that are of no run of these. Raises ValueError where it has others'."""
+    if not pathlib.Path(path).exists():
+        return []
+    try:
+        old = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))["rows"]
+        mine = [_run_of(row) for row in rows]
+        return [row for row in old if _run_of(row) not in mine]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--out: {path} is no file of this script, and would be lost: give another") from error
+
+
+def _run_of(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row[name] for name in ("model", "prompt", "new", "temperature", "drafter", "drafts"))
+
+
+def main(given: flags.FlagValues) -> None:
+    contexts = script.whole_numbers("contexts", given.contexts)
+    drafting = draftings(given.drafters, given.assistant is not None, given.drafts)
+    if not drafting:
+        raise ValueError("--drafters is empty, and there is no --assistant: give one")
+    samplings = [
+        Sampling(do_sample=temperature > 0, temperature=temperature or 1.0, seed=given.seed)
+        for temperature in script.numbers("temperatures", given.temperatures)
+    ]
+    if given.out:
+        check_writable(given.out)
+        kept_rows(given.out, ())
+    kinds, info = script.names("texts", given.texts), run_info(given.commit)
+    model, text = models.load(given.checkpoint, dtype="float32"), models.load_text(given.checkpoint)
+    assistant = models.load(given.assistant, dtype="float32") if given.assistant else None
+    longest = np.array(make_texts(kinds, model, text, max(contexts)))
+    rows: list[dict[str, Any]] = []
+    for context in contexts:
+        for sampling in samplings:
+            for row in measure(model, longest[:, :context], given.new, drafting, sampling, assistant):
+                texts = [{"kind": kind} | found for kind, found in zip(kinds, row.pop("texts"))]
+                rows.append(row | {"commit": info["commit"], "command": info["command"], "texts": texts})
+                if given.out:
+                    write_json(given.out, info | {"rows": [*kept_rows(given.out, rows), *rows]})
+                print(f"{context} tokens, {row['drafter']}: {row['rows_that_differ']} rows differ", flush=True)
+    terminal.show(terminal.standard_output(), drafts(rows))
+    print(json.dumps(info | {"rows": rows}))
+
+
+if __name__ == "__main__":
+    script.run(main, define_flags)
