@@ -15,6 +15,7 @@ benchmark           table of rows of experiments/benchmark.py
 overview            table of the same, with a row for each workload and its plans beside each other
 sweep               table of rows of experiments/sweep.py
 drafts              table of rows of experiments/acceptance.py
+rounds              table of rows of experiments/benchmark.py with drafts
 paper_gains         table of the gains of the paper KVPR, and of those predicted and measured
 paper_steps         its tables of steps, with those predicted and measured
 paper_layers        its table 1, beside its formula; of no results
@@ -72,6 +73,7 @@ TABLES = {
     "overview": tables.overview,
     "sweep": tables.sweep,
     "drafts": tables.drafts,
+    "rounds": tables.rounds,
     "paper_gains": paper.all_gains,
     "paper_steps": paper.all_steps,
     "paper_layers": lambda _: paper.layers(read()),

@@ -16,7 +16,7 @@ from kvrecomp.plan.shapes import ALIGNED, PlanError, check_choice, check_positiv
 Drafter = Literal["sketch", "prompt_lookup", "assistant"]
 SKETCHES: tuple[Codec, ...] = tuple(codec for codec in CODECS if codec not in LOSSLESS)
 
-# Of a step without drafts: for less, rounds without drafts take the program that checks some. Another one takes a second
+# Of a step without drafts: for less, rounds without drafts take the program that checks some. Another one takes a while
 # to load: of W1, 1.6 s on an H200, where a step that checks eight drafts takes 1.007 of one that checks none.
 NEARLY = 1.03
 ROUNDS_AHEAD = 4  # of all drafts right, for which there is room; the host learns two rounds late what was taken

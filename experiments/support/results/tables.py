@@ -140,7 +140,7 @@ def amount(field: str, value: float) -> tuple[str, str]:
     """A number of a field as it is written in text, and its unit."""
     if field == "off":
         return predictions.percent(value)
-    if field.endswith("_ms"):
+    if field.endswith("_ms") or field.endswith("ms_per_token"):
         return (f"{value:.1f}", "ms") if value < 1e4 else (f"{value / 1e3:.1f}", "s")
     if field.endswith("_s"):
         return (f"{value:.2f}" if value < 1 else f"{value:.1f}"), "s"
@@ -249,6 +249,33 @@ def sweep(rows: Sequence[Row]) -> str:
         ("plan", _plan),
         ("ms a step", lambda row: f"{row['median_ms']:.1f}"),
         ("predicted", lambda row: "-" if row["off"] is None else f"{row['predicted_ms']:.1f}"),
+    )
+
+
+def rounds(rows: Sequence[Row]) -> str:
+    """Rows of experiments/benchmark.py with drafts, and others to compare with, in their order."""
+
+    def of_rounds(row: Row, field: str, form: str) -> str:
+        return "-" if row.get(field) is None else form.format(row[field])
+
+    def per_token(row: Row) -> str:
+        return f"{row['ms_per_token'] if row.get('drafts') else row['median_ms']:.1f}"
+
+    def predicted_per_token(row: Row) -> str:
+        time = row.get("predicted_ms_per_token") if row.get("drafts") else row.get("predicted_ms")
+        return "-" if time is None else f"{time:.1f}"
+
+    return table(
+        rows,
+        ("model", lambda row: predictions.title(row["model"])),
+        ("rows x prompt", lambda row: f"{row['batch']} x {row['prompt']}"),
+        ("plan", _plan),
+        ("drafts", lambda row: f"{row['drafts']}, {row['drafter'].replace('_', ' ')}" if row.get("drafts") else "-"),
+        ("acceptance", lambda row: of_rounds(row, "acceptance", "{:g}")),
+        ("ms a pass with its drafts", lambda row: f"{row['median_ms']:.1f}"),
+        ("tokens a pass", lambda row: of_rounds(row, "tokens_per_pass", "{:.2f}")),
+        ("ms a token", per_token),
+        ("predicted", predicted_per_token),
     )
 
 
