@@ -5,7 +5,9 @@
 A batch is decoded whose rows are the first tokens of a text of each kind, with a fixed number of drafts a round, in
 float32 and with the whole cache in host memory; nothing ends a row. Of each row are recorded the tokens that it took a
 pass, and the acceptance: the share of its drafts that were right, of those that were tried. After the first wrong draft
-of a round none is. The text is to be the one without drafts; rows in which it is not are counted.
+of a round none is. The text is to be the one without drafts; rows in which it is not are counted. In bfloat16 logits of
+several tokens a step are rounded otherwise: where a greedy row parts, the gap between the two tokens' logits says how
+near they were.
 """
 
 import dataclasses
@@ -44,6 +46,7 @@ def define_flags(into: flags.FlagValues) -> None:
     define.list("drafters", list(DRAFTERS), f"Sketches by their codec ({', '.join(SKETCHES)}), and prompt_lookup.")
     define.string("assistant", None, "Directory of a smaller model of the same vocabulary, which drafts too.")
     define.list("temperatures", ["0"], "Of sampling; 0 takes the likeliest token.")
+    define.string("dtype", "float32", "Of weights and cache.")
     define.seed("Of sampling.")
     define.string("out", None, "Also write the JSON document to this file; its rows of other runs are kept.")
     define.string("commit", "", "Recorded as the commit, where git cannot be asked.")
@@ -82,6 +85,20 @@ def count_drafts(taken: np.ndarray, drafts: int) -> dict[str, Any]:
     }
 
 
+def gaps(expected: kvrecomp.Generated, new: np.ndarray) -> list[float]:
+    """Of each row of new tokens int[rows, new] that parts from what was expected, how far apart the logits of the two
+    tokens are; none where there are no logits."""
+    if expected.logits is None:
+        return []
+    before = expected.sequences[:, -new.shape[1] :]
+    found = []
+    for row in np.flatnonzero((before != new).any(axis=1)):
+        place = int(np.argmax(before[row] != new[row]))
+        logits = expected.logits[place, row]
+        found.append(float(logits[before[row, place]] - logits[new[row, place]]))
+    return found
+
+
 def measure(
     model: Any,
     ids: np.ndarray,
@@ -94,13 +111,14 @@ def measure(
     batch, prompt = ids.shape
     plan = make_plan(model.shape, kvrecomp.Workload(batch, prompt, new))
     options = {"max_new_tokens": new, **dataclasses.asdict(sampling)}
-    expected = kvrecomp.generate(model, ids, plan=plan, **options).sequences
+    expected = kvrecomp.generate(model, ids, plan=plan, output_logits=not sampling.do_sample, **options)
     for each in drafting:
         drafted = dataclasses.replace(plan, drafting=each)
         helper = {"assistant_model": assistant} if each.drafter == "assistant" else {}
         result = kvrecomp.generate(model, ids, plan=drafted, drafts=each.most, **helper, **options)
         yield {
             "model": model.shape.name,
+            "dtype": model.shape.dtype,
             "batch": batch,
             "prompt": prompt,
             "new": new,
@@ -109,7 +127,8 @@ def measure(
             "drafter": each.name,
             "drafts": each.most,
             "median_ms": statistics.median(after_warm_up(result.step_seconds)) * 1e3,
-            "rows_that_differ": int((result.sequences != expected).any(axis=1).sum()),
+            "rows_that_differ": int((result.sequences != expected.sequences).any(axis=1).sum()),
+            "gaps": gaps(expected, result.sequences[:, prompt:]),
             "texts": [count_drafts(taken, each.most) for taken in result.taken.T],
         }
 
@@ -130,7 +149,7 @@ def kept_rows(path: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def _run_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row[name] for name in ("model", "prompt", "new", "temperature", "drafter", "drafts"))
+    return tuple(row.get(name) for name in ("model", "dtype", "prompt", "new", "temperature", "drafter", "drafts"))
 
 
 def main(given: flags.FlagValues) -> None:
@@ -146,8 +165,8 @@ def main(given: flags.FlagValues) -> None:
         check_writable(given.out)
         kept_rows(given.out, ())
     kinds, info = script.names("texts", given.texts), run_info(given.commit)
-    model, text = models.load(given.checkpoint, dtype="float32"), models.load_text(given.checkpoint)
-    assistant = models.load(given.assistant, dtype="float32") if given.assistant else None
+    model, text = models.load(given.checkpoint, dtype=given.dtype), models.load_text(given.checkpoint)
+    assistant = models.load(given.assistant, dtype=given.dtype) if given.assistant else None
     longest = np.array(make_texts(kinds, model, text, max(contexts)))
     rows: list[dict[str, Any]] = []
     for context in contexts:

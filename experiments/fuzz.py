@@ -476,6 +476,9 @@ def try_arguments(case: Case) -> None:
         "pad_token_id": (*INTEGERS, "x"),
         "row_ids": (None, [0, 1], [5], [-1, 2], ["a", "b"], [2**40, 0]),
         "output_logits": (True, False),
+        "drafts": (*INTEGERS, None, 2.5, "x"),
+        "prompt_lookup_num_tokens": (*INTEGERS, None, 2.5),
+        "num_assistant_tokens": (None, 3, -1),
     }.items():
         if rng.random() < 0.07:
             named[name] = rng.choice(values)
@@ -485,7 +488,7 @@ def try_arguments(case: Case) -> None:
     check(found.sequences[:, : given.shape[1]].tolist() == given.tolist(), "the prompt has changed")
     new = found.sequences[:, given.shape[1] :]
     check(new.shape[1] <= named["max_new_tokens"], f"{new.shape[1]} new tokens")
-    others = {"plan", "budget", "max_new_tokens", "output_logits"}
+    others = {"plan", "budget", "max_new_tokens", "output_logits", "drafts", "prompt_lookup_num_tokens"}
     if not set(named) - others and mask is None and "+" not in named["plan"]:
         for row, continued in zip(given.tolist(), new.tolist()):
             expected = greedy(toy(), row, len(continued))

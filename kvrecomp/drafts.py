@@ -8,14 +8,16 @@ import jax
 import numpy as np
 from flax import nnx
 
-from kvrecomp.plan import AUTO, Drafting, Plan, PlanError, Workload
+from kvrecomp.plan import AUTO, Budget, Drafting, ModelShape, Plan, PlanError, Workload, format_bytes
+from kvrecomp.plan.footprint import memory_needed, weights_in
 from kvrecomp.plan.named import named_plan
 from kvrecomp.run.cache import Cache
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.drafters import Assistant, Drafter, PromptLookup, Sketch
+from kvrecomp.run.limits import limits
 from kvrecomp.run.model import Model, check_parts
 from kvrecomp.run.programs import KeptPrograms
-from kvrecomp.run.weights import on_device
+from kvrecomp.run.weights import on_device, weight_memories
 
 DRAFTS = 8  # of an assistant, in a round
 _KEPT = KeptPrograms(2)  # prefills of assistants
@@ -100,20 +102,46 @@ def make_drafter(plan: Plan, assistant: Model | None = None) -> Drafter | None:
             return _assistant(plan, assistant)
 
 
-def _assistant(plan: Plan, model: Model) -> Assistant:
-    shape, work = model.shape, plan.workload
-    if shape.vocab != plan.shape.vocab:
+def without_assistant(budget: Budget | None, model: Model, assistant: Model, work: Workload, most: int) -> Budget:
+    """What the budget has beside the cache of an assistant of all these rows, whose weights are loaded.
+
+    Raises `PlanError` where that is nothing, or the assistant cannot be one of the model.
+    """
+    _check_vocabulary(model.shape, assistant.shape)
+    loaded = weights_in(model.shape, weight_memories(model))
+    allowed = limits(budget or Budget(), loaded)
+    needed = memory_needed(_plan_of_assistant(assistant.shape, work, most))["device"]
+    device = allowed["device"] - sum(needed.values()) + needed["weights"]
+    if device <= 0:
         raise PlanError(
-            f"the assistant {shape.name} has a vocabulary of {shape.vocab}, {plan.shape.name} one of "
-            f"{plan.shape.vocab}: take one whose tokens are the same"
+            f"the assistant {assistant.shape.name} leaves nothing of {format_bytes(allowed['device'])} of device "
+            "memory: use a smaller one, or fewer rows"
         )
-    new = min(work.new + plan.tokens_per_step, shape.positions - work.prompt)
+    return Budget(device, allowed["host"])
+
+
+def _check_vocabulary(shape: ModelShape, assistant: ModelShape) -> None:
+    if assistant.vocab != shape.vocab:
+        raise PlanError(
+            f"the assistant {assistant.name} has a vocabulary of {assistant.vocab}, {shape.name} one of {shape.vocab}: "
+            "take one whose tokens are the same"
+        )
+
+
+def _plan_of_assistant(shape: ModelShape, work: Workload, most: int) -> Plan:
+    """All of the assistant's cache on the device, with a tail for all new tokens, and those that are drafted."""
+    new = min(work.new + most + 1, shape.positions - work.prompt)
     if new < 1:
         raise PlanError(
             f"the assistant {shape.name} has {shape.positions} positions, the prompt {work.prompt} tokens: take one "
             "with more, or a shorter prompt"
         )
-    own = named_plan("device", shape, Workload(work.batch, work.prompt, new), tail=new)
+    return named_plan("device", shape, Workload(work.batch, work.prompt, new), tail=new)
+
+
+def _assistant(plan: Plan, model: Model) -> Assistant:
+    _check_vocabulary(plan.shape, model.shape)
+    own = _plan_of_assistant(model.shape, plan.workload, plan.tokens_per_step - 1)
     decoder = Decoder(model, own, kept=_KEPT)
     graph, state = nnx.split(model)
     weights, structure = jax.tree.flatten(state)

@@ -17,7 +17,7 @@ from jax import Array
 
 from kvrecomp.auto import plan_for
 from kvrecomp.background import BackgroundIterator
-from kvrecomp.drafts import as_drafting, check_drafting, make_drafter
+from kvrecomp.drafts import as_drafting, check_drafting, make_drafter, without_assistant
 from kvrecomp.plan import AUTO, Budget, Drafting, Plan, PlanError, Workload
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.predict.scheduler import acceptance_of
@@ -144,6 +144,8 @@ def generate(
     batch, prompt = ids.shape
     if isinstance(plan, str):
         work, placed = Workload(batch, prompt, max_new_tokens), weight_memories(model)
+        if assistant_model is not None and isinstance(drafting, Drafting):
+            budget = without_assistant(budget, model, assistant_model, work, drafting.most)
         options = {"budget": budget, "profile": profile, "weights": placed, "groups": None, "drafting": drafting}
         plan = plan_for(plan, model.shape, work, **options)
     else:

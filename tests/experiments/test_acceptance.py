@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import types
 
 import numpy as np
 import pytest
@@ -173,3 +174,13 @@ def test_rows_that_are_not_of_one_picture():
         drafts.drafted([row, row | {"temperature": 1.0, "drafter": "assistant"}])
     with pytest.raises(ValueError, match="two rows are of one drafter, among fp8 sketch and fp8 sketch: leave one out"):
         drafts.drafted([row, row])
+
+
+def test_gaps_by_hand():
+    """Of three rows the second parts at its second token, where 0.75 is 0.5 above what was taken."""
+    logits = np.zeros((2, 3, 4), np.float32)
+    logits[1, 1] = [0.0, 0.75, 0.25, -1.0]
+    expected = types.SimpleNamespace(logits=logits, sequences=np.array([[9, 1, 1], [9, 2, 1], [9, 3, 3]]))
+    assert acceptance.gaps(expected, np.array([[1, 1], [2, 2], [3, 3]])) == [0.5]
+    expected.logits = None
+    assert acceptance.gaps(expected, np.array([[1, 1], [2, 2], [3, 3]])) == []
