@@ -242,16 +242,16 @@ class Decoder:
     def _round(
         self, caches: Sequence[Cache], turns: Sequence[Turn], rounds: Rounds, count: int
     ) -> tuple[list[Cache], list[Turn], list[Taken]]:
-        write_outs, most = self.write_outs(caches[0]), self.plan.tokens_per_step - 1
-        smaller = ("round", write_outs, 0, rounds)
+        write_outs, every = self.write_outs(caches[0]), self.plan.tokens_per_step - 1
+        smaller, most = ("round", write_outs, 0, rounds), every
         if count == 0 and self.plan.drafting and self.plan.drafting.two_programs:
             self._prepare(*smaller)
-            most = 0 if self._programs.has(smaller) else most  # taken once it is there
+            most = 0 if self._programs.has(smaller) else every  # taken once it is there
         columns = ([getattr(cache, name) for cache in caches] for name in ("blocks", "sketches", "recent"))
         program = self._program("round", write_outs, most, rounds)
         count_on_device = jax.device_put(np.int32(count), memory.sharding("device"))
         found = program(self._weights, *columns, list(turns), rounds.given, rounds.eos, count_on_device)
-        self._prepare_next(write_outs, "round", most, rounds)
+        self._prepare_next(write_outs, "round", every, rounds)
         return [replace(cache, recent=recent) for cache, recent in zip(caches, found[0], strict=True)], *found[1:]
 
     def _prepare_next(self, write_outs: int, kind: str, *which: Any) -> None:
