@@ -106,7 +106,8 @@ class LayerPlan:
     def sketched(self, codec: Codec, shape: LayerShape) -> "LayerPlan":
         """The layer with copies on the device, written as the codec says, in place of its blocks in host memory.
 
-        Where K cannot be absorbed, a prompt's are K and V: nothing is to be recomputed for each draft.
+        Nothing is to be recomputed for each draft: what can be is absorbed, and where K cannot, a prompt's copies are K
+        and V.
         """
 
         def copy(block: BlockSpec) -> BlockSpec:
@@ -120,7 +121,11 @@ class LayerPlan:
         ]
         codecs = tuple(codec if memory == "host" else own for memory, own in written)
         return dataclasses.replace(
-            self, prompt=tuple(map(copy, self.prompt)), write_out_memories=("device",), write_out_codecs=codecs
+            self,
+            prompt=tuple(map(copy, self.prompt)),
+            write_out_memories=("device",),
+            method="absorb",
+            write_out_codecs=codecs,
         )
 
     def plain_from(self, write_outs: int | None) -> "LayerPlan":
