@@ -149,7 +149,8 @@ def kept_rows(path: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def _run_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in ("model", "dtype", "prompt", "new", "temperature", "drafter", "drafts"))
+    fields = ("model", "prompt", "new", "temperature", "drafter", "drafts")
+    return *(row[name] for name in fields), row.get("dtype", "float32")
 
 
 def main(given: flags.FlagValues) -> None:

@@ -43,6 +43,8 @@ class Interrupts:
             if event == "opcode":
                 seen = before.get(frame) in CHECKED
                 before[frame] = dis.opname[frame.f_code.co_code[frame.f_lasti]]
+            if event == "return":
+                before.pop(frame, None)  # or the frame would live on, with all that it has
             left[0] -= seen
             if left[0] < 0:
                 before.clear()

@@ -107,8 +107,8 @@ class Decoder:
 
     @property
     def compiled(self) -> dict[Hashable, Compiled]:
-        """The programs so far: ("prefill",), ("step", write-outs before it), ("write-out", each layer's memory and
-        codec)."""
+        """The programs so far: ("prefill",), ("step", write-outs before it), ("round", write-outs before it, drafts at
+        most, how rounds are done), ("write-out", each layer's memory and codec), ("shift",)."""
         return self._programs.compiled
 
     def compile(self, *, prefill: bool = True, step: bool = True, rounds: Rounds | None = None) -> None:
@@ -263,6 +263,7 @@ class Decoder:
         plan = self.plan
         if write_outs < plan.write_outs:
             self._prepare("write-out", plan.written_to(write_outs))
+            self._prepare("shift")
             for ahead in range(1, min(COMPILED_AHEAD, plan.write_outs - write_outs) + 1):
                 self._prepare(kind, write_outs + ahead, *which)
 

@@ -109,7 +109,7 @@ def test_weights_that_do_not_fit_are_in_host_memory(tmp_path, capsys):
     least = sum(kvrecomp.memory_needed(kvrecomp.with_host_weights(plan, 1.0))["device"].values())
     budget = least + 2.9 * shape.layers[0].parameters * 4
     given = [f"--checkpoint={tmp_path / 'five'}", *(f"--prompt={prompt}" for prompt in PROMPTS), "--max_new_tokens=6"]
-    command(*given, f"--device_memory_gib={budget / 2**30:.9f}", "--nodo_sample", "--json")
+    command(*given, f"--device_memory_gib={budget / 2**30:.9f}", "--nodo_sample", "--json", "--drafts=0")
     out = capsys.readouterr().out
     document = json.loads(out.splitlines()[-1])
     assert [layer["weights"] for layer in document["layers"]].count("host") == 3

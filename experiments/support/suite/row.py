@@ -49,7 +49,7 @@ class Row:
     compile_s: float | None = None
     prefill_s: float
     programs: int | None = None
-    drafts: int = 0
+    drafts: int | None = None
     drafter: str | None = None
     acceptance: float | None = None
     tokens_per_pass: float | None = None
