@@ -42,7 +42,7 @@ from rich.text import Text
 
 import kvrecomp
 import models
-from kvrecomp.drafts import as_drafting
+from kvrecomp.drafts import as_drafting, without_assistant
 from kvrecomp.plan import AUTO, format_bytes
 from kvrecomp.plan.footprint import check_within
 from kvrecomp.plan.named import NAMES
@@ -224,6 +224,10 @@ def check_flags(given: flags.FlagValues) -> None:
         raise ValueError("--model and --checkpoint exclude each other: random weights, or a checkpoint's")
     if given.model is not None and given.chat:
         raise ValueError("--chat is for a checkpoint that has a chat template: leave out --model")
+    if given.prompt_lookup_num_tokens is not None and given.assistant is not None:
+        raise ValueError("--prompt_lookup_num_tokens and --assistant both draft: give one of them")
+    if given.num_assistant_tokens is not None and given.assistant is None:
+        raise ValueError("--num_assistant_tokens is for an --assistant: give both")
     if given.input is None and given["batch"].present:
         raise ValueError("--batch is for --input: prompts that are given are one batch")
     for name in ("prompt", "prompts_file", "check", "assistant"):
@@ -267,6 +271,8 @@ def continue_given(given: flags.FlagValues, source: Source, budget: kvrecomp.Bud
     asked = given.prompt_lookup_num_tokens, assistant, given.num_assistant_tokens
     options = {"groups": None, "tail": given.tail, "window": script.window_bytes(given.window_mib)}
     drafting = as_drafting(*asked, given.drafts)
+    if assistant is not None and isinstance(drafting, kvrecomp.Drafting):
+        budget = without_assistant(budget, shape, assistant.shape, workload, drafting.most, loaded=False)
     plan = kvrecomp.plan_for(given.plan, shape, workload, budget=budget, drafting=drafting, **options)
     check_within(plan, limits(budget))  # before the weights are read or made
     options = {"max_new_tokens": given.max_new_tokens, "check": given.check, "chat": given.chat}

@@ -9,15 +9,14 @@ import numpy as np
 from flax import nnx
 
 from kvrecomp.plan import AUTO, Budget, Drafting, ModelShape, Plan, PlanError, Workload, format_bytes
-from kvrecomp.plan.footprint import memory_needed, weights_in
+from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.named import named_plan
 from kvrecomp.run.cache import Cache
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.drafters import Assistant, Drafter, PromptLookup, Sketch
-from kvrecomp.run.limits import limits
 from kvrecomp.run.model import Model, check_parts
 from kvrecomp.run.programs import KeptPrograms
-from kvrecomp.run.weights import on_device, weight_memories
+from kvrecomp.run.weights import on_device
 
 DRAFTS = 8  # of an assistant, in a round
 _KEPT = KeptPrograms(2)  # prefills of assistants
@@ -102,22 +101,23 @@ def make_drafter(plan: Plan, assistant: Model | None = None) -> Drafter | None:
             return _assistant(plan, assistant)
 
 
-def without_assistant(budget: Budget | None, model: Model, assistant: Model, work: Workload, most: int) -> Budget:
-    """What the budget has beside the cache of an assistant of all these rows, whose weights are loaded.
+def without_assistant(
+    budget: Budget, shape: ModelShape, assistant: ModelShape, work: Workload, most: int, *, loaded: bool
+) -> Budget:
+    """What a budget of so many bytes of device memory leaves beside an assistant of all these rows: its cache, and its
+    weights unless they are `loaded`.
 
     Raises `PlanError` where that is nothing, or the assistant cannot be one of the model.
     """
-    _check_vocabulary(model.shape, assistant.shape)
-    loaded = weights_in(model.shape, weight_memories(model))
-    allowed = limits(budget or Budget(), loaded)
-    needed = memory_needed(_plan_of_assistant(assistant.shape, work, most))["device"]
-    device = allowed["device"] - sum(needed.values()) + needed["weights"]
+    _check_vocabulary(shape, assistant)
+    needed = memory_needed(_plan_of_assistant(assistant, work, most))["device"]
+    device = (budget.device or 0.0) - sum(needed.values()) + (needed["weights"] if loaded else 0)
     if device <= 0:
         raise PlanError(
-            f"the assistant {assistant.shape.name} leaves nothing of {format_bytes(allowed['device'])} of device "
-            "memory: use a smaller one, or fewer rows"
+            f"the assistant {assistant.name} leaves nothing of {format_bytes(budget.device or 0)} of device memory: "
+            "use a smaller one, or fewer rows"
         )
-    return Budget(device, allowed["host"])
+    return Budget(device, budget.host)
 
 
 def _check_vocabulary(shape: ModelShape, assistant: ModelShape) -> None:

@@ -19,6 +19,7 @@ from kvrecomp.auto import plan_for
 from kvrecomp.background import BackgroundIterator
 from kvrecomp.drafts import as_drafting, check_drafting, make_drafter, without_assistant
 from kvrecomp.plan import AUTO, Budget, Drafting, Plan, PlanError, Workload
+from kvrecomp.plan.footprint import weights_in
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.predict.scheduler import acceptance_of
 from kvrecomp.progress import StepBar
@@ -26,6 +27,7 @@ from kvrecomp.run import memory
 from kvrecomp.run.cache import Cache, describe_like
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.drafters import Drafter, Turn
+from kvrecomp.run.limits import limits
 from kvrecomp.run.model import Model, check_parts
 from kvrecomp.run.programs import KeptPrograms, as_by_default
 from kvrecomp.run.prompt import as_ids, as_mask, as_row_ids, as_token_ids, check_tokens, split_groups
@@ -145,7 +147,9 @@ def generate(
     if isinstance(plan, str):
         work, placed = Workload(batch, prompt, max_new_tokens), weight_memories(model)
         if assistant_model is not None and isinstance(drafting, Drafting):
-            budget = without_assistant(budget, model, assistant_model, work, drafting.most)
+            allowed = Budget(**limits(budget or Budget(), weights_in(model.shape, placed)))
+            shapes = model.shape, assistant_model.shape
+            budget = without_assistant(allowed, *shapes, work, drafting.most, loaded=True)
         options = {"budget": budget, "profile": profile, "weights": placed, "groups": None, "drafting": drafting}
         plan = plan_for(plan, model.shape, work, **options)
     else:

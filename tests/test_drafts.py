@@ -8,8 +8,9 @@ import toy
 from toy_drafts import BATCH, NEW, PROMPT, SAMPLED, TEXTS, Known, assert_alike, make_loop, make_plan, run, written
 
 import kvrecomp
+from kvrecomp.drafts import without_assistant
 from kvrecomp.generate import FEW_DRAFTS, LEAD, UNPAID_ROUNDS, _Pace
-from kvrecomp.plan import Drafting
+from kvrecomp.plan import Drafting, PlanError
 from kvrecomp.run.drafters import PromptLookup
 
 FOUR = make_plan(drafting=Drafting("prompt_lookup", 4, ahead=5))
@@ -224,3 +225,30 @@ def test_a_plan_that_has_drafts_needs_no_more_words(drafter):
         assert_alike(found, results[2])
     assert (results[1].drafted <= results[1].passes).all()
     assert results[1].drafted.all() and not results[2].drafted.any()
+
+
+def test_an_assistant_has_its_part_of_the_budget():
+    """Of a budget for the plan alone it leaves too little, and of less than its own cache nothing."""
+    shape, other = toy.model().shape, toy.model("350m").shape
+    work, most = kvrecomp.Workload(BATCH, PROMPT, 5), 2
+    own = kvrecomp.memory_needed(kvrecomp.named_plan("device", other, replace(work, new=8), tail=8))["device"]
+    total = sum(own.values())
+    left = [
+        without_assistant(kvrecomp.Budget(total + 7.0, 3.0), shape, other, work, most, loaded=loaded).device
+        for loaded in (False, True)
+    ]
+    assert left == [7.0, 7.0 + own["weights"]]
+    with pytest.raises(
+        PlanError, match=r"^the assistant toy-350m leaves nothing of .* of device memory: use a smaller"
+    ):
+        without_assistant(kvrecomp.Budget(total, 3.0), shape, other, work, most, loaded=False)
+    plan = kvrecomp.named_plan("activations", shape, work)
+    alone = sum(kvrecomp.memory_needed(replace(plan, drafting=Drafting("assistant", most)))["device"].values())
+    options = {
+        "max_new_tokens": 5,
+        "plan": "activations",
+        "assistant_model": toy.model("350m"),
+        "num_assistant_tokens": 2,
+    }
+    with pytest.raises(PlanError, match="of device memory"):
+        kvrecomp.generate(toy.model(), TEXTS.ids, TEXTS.mask, budget=kvrecomp.Budget(alone + 1.0, 1e9), **options)

@@ -65,25 +65,26 @@ def check_logits(
         except kvrecomp.PlanError as error:
             misfits.append(str(error))
         else:
-            difference = _largest_difference(decoder, result.sequences, mask, logits)
+            difference = _largest_difference(decoder, result, mask, logits)
             return Check(name, difference, tolerance)
     return Check(names[0], None, tolerance, misfits[0])
 
 
 def _largest_difference(
-    decoder: kvrecomp.Decoder, sequences: np.ndarray, mask: np.ndarray, expected: np.ndarray
+    decoder: kvrecomp.Decoder, result: kvrecomp.Generated, mask: np.ndarray, expected: np.ndarray
 ) -> float:
-    """Between the decoder's logits of these sequences and those expected, [new, batch, vocab]; NaN where one is."""
+    """Between the decoder's logits of the result's texts and those expected, [new, batch, vocab], as far as rows had
+    not ended; NaN where one is."""
     plan = decoder.plan
-    prompt, new = np.split(sequences, [mask.shape[1]], axis=1)
+    prompt, new = np.split(result.sequences, [mask.shape[1]], axis=1)
     caches, logits = zip(*(decoder.prefill(*part) for part in split_groups(prompt, mask, plan)))
-    differences = [_difference(logits, expected[0])]
-    for tokens, row in zip(new.T, expected[1:]):
+    differences = [_difference(logits, expected[0], result.new_tokens > 0)]
+    for place, (tokens, row) in enumerate(zip(new.T, expected[1:]), 1):
         caches, logits = decoder.step_groups(caches, jax.device_put(np.split(tokens, plan.groups)))
-        differences.append(_difference(logits, row))
+        differences.append(_difference(logits, row, result.new_tokens > place))
     return float(np.max(differences))
 
 
-def _difference(logits: Sequence[jax.Array], expected: np.ndarray) -> float:
-    """The largest between the logits of all groups and those expected."""
-    return np.abs(np.concatenate(jax.device_get(logits)) - expected).max()
+def _difference(logits: Sequence[jax.Array], expected: np.ndarray, rows: np.ndarray) -> float:
+    """The largest between the logits of all groups and those expected, of the rows bool[batch]."""
+    return np.abs(np.concatenate(jax.device_get(logits)) - expected)[rows].max()

@@ -91,6 +91,19 @@ def test_check_finds_wrong_logits_and_says_when_it_cannot_be_made(checkpoint):
     assert unmade.difference is None and unmade.passed and "needs" in str(unmade)
 
 
+@pytest.mark.parametrize("drafts", [{}, {"prompt_lookup_num_tokens": 3}])
+def test_rows_that_ended_are_checked_up_to_there(checkpoint, drafts):
+    """With drafts they have no logits after that."""
+    model, text = generate.load(checkpoint)
+    ids, mask = generate.encode(text, PROMPTS)
+    options = {"max_new_tokens": 9, "plan": "activations", "output_logits": True, **drafts}
+    ends = kvrecomp.generate(model, ids, mask, **options).sequences[0, -5]
+    result = kvrecomp.generate(model, ids, mask, eos_token_id=int(ends), **options)
+    assert result.new_tokens[0] <= 5 < result.new_tokens.max()
+    found = generate.check_logits(model, result, mask)
+    assert found.passed and found.difference < 1e-5
+
+
 def test_random_weights_have_prompts_of_bytes_and_print_ids(monkeypatch, capsys):
     monkeypatch.setitem(models.PRESETS, CONFIG.name, CONFIG)
     command("--model=opt-tiny", "--prompt=ab", "--max_new_tokens=3", "--json")
