@@ -42,7 +42,7 @@ from kvrecomp.files import write_json
 from kvrecomp.generate import TokenLoop
 from kvrecomp.measure.machine import copy_rate
 from kvrecomp.plan import AUTO, GIB, MIB, Codec, Memory, PlanError, format_bytes
-from kvrecomp.plan.drafting import Drafter, tokens_per_round
+from kvrecomp.plan.drafting import MOST_DRAFTS, Drafter, tokens_per_round
 from kvrecomp.plan.footprint import check_weights, check_within
 from kvrecomp.plan.named import named_weights
 from kvrecomp.predict.cost import median_write_outs, plan_costs, round_cost
@@ -59,7 +59,6 @@ DRAFTERS: dict[str, tuple[Drafter, Codec | None]] = {
     "prompt_lookup": ("prompt_lookup", None),
     "made_up": ("prompt_lookup", None),
 }
-MOST_DRAFTS = 64
 
 
 def define_flags(into: flags.FlagValues) -> None:

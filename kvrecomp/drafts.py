@@ -1,4 +1,4 @@
-"""Which drafts are asked for, and who makes them."""
+"""Which drafts are asked for, who makes them, and how many."""
 
 import dataclasses
 import numbers
@@ -9,8 +9,10 @@ import numpy as np
 from flax import nnx
 
 from kvrecomp.plan import AUTO, Budget, Drafting, ModelShape, Plan, PlanError, Workload, format_bytes
+from kvrecomp.plan.drafting import MOST_DRAFTS
 from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.named import named_plan
+from kvrecomp.predict.scheduler import acceptance_of
 from kvrecomp.run.cache import Cache
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.drafters import Assistant, Drafter, PromptLookup, Sketch
@@ -19,6 +21,9 @@ from kvrecomp.run.programs import KeptPrograms
 from kvrecomp.run.weights import on_device
 
 DRAFTS = 8  # of an assistant, in a round
+FEW_TRIED = 16  # drafts, for how many of which the assumed acceptance counts
+FORGETTING = 0.9  # a round, of what was right in those before
+FEW_DRAFTS, UNPAID_ROUNDS = 4, 64  # where drafts do not pay: how many are made, and how seldom
 _KEPT = KeptPrograms(2)  # prefills of assistants
 
 
@@ -32,15 +37,16 @@ def as_drafting(
     """What the arguments of `generate` ask for: no drafts, those of a drafter, or those that pay. A number alone asks
     for a sketch, or for so many by whoever drafts in a `plan` that is given.
 
-    Raises `PlanError` where they are no whole numbers, ask for two drafters, or for more drafts than one has.
+    Raises `PlanError` where they are no whole numbers up to MOST_DRAFTS, ask for two drafters, or for more drafts than
+    one has.
     """
     for name, given, least in (
         ("prompt_lookup_num_tokens", prompt_lookup_num_tokens, 1),
         ("num_assistant_tokens", num_assistant_tokens, 1),
         ("drafts", drafts, 0),
     ):
-        if given is not None and (not isinstance(given, numbers.Integral) or given < least):
-            raise PlanError(f"{name} is {given!r}; expected a whole number from {least} on")
+        if given is not None and (not isinstance(given, numbers.Integral) or not least <= int(given) <= MOST_DRAFTS):
+            raise PlanError(f"{name} is {given!r}; expected a whole number from {least} to {MOST_DRAFTS}")
     if prompt_lookup_num_tokens is not None and assistant_model is not None:
         raise PlanError("prompt_lookup_num_tokens and assistant_model both draft: give one of them")
     if num_assistant_tokens is not None and assistant_model is None:
@@ -55,7 +61,7 @@ def as_drafting(
         return None
     own = plan.drafting if isinstance(plan, Plan) else None
     if prompt_lookup_num_tokens is not None:
-        return Drafting("prompt_lookup", int(prompt_lookup_num_tokens))
+        return Drafting("prompt_lookup", int(prompt_lookup_num_tokens), draft_cost=0.0)
     if assistant_model is not None:
         check_parts(assistant_model)
         return Drafting("assistant", int(num_assistant_tokens or drafts or (own.most if own else DRAFTS)))
@@ -151,3 +157,29 @@ def _assistant(plan: Plan, model: Model) -> Assistant:
         return decoder.prefill(input_ids, mask)[0]
 
     return Assistant(graph, structure, [on_device(array) for array in weights], own, prefilled)
+
+
+# --- how many ---------------------------------------------------------------------------------------------------------
+
+
+class Pace:
+    """How many drafts a round has: as many as pay, by what they cost and by how often they were right."""
+
+    def __init__(self, plan: Plan):
+        self._drafting, self._unpaid = plan.drafting or Drafting("prompt_lookup", 1), 0
+        assumed = acceptance_of(self._drafting)
+        self._right, self._tried = assumed * FEW_TRIED, float(FEW_TRIED)
+
+    def drafts(self) -> int:
+        """Those of the next round."""
+        count = self._drafting.best_count(self._right / self._tried)
+        self._unpaid = 0 if count else self._unpaid + 1
+        # The text may change.
+        return count or (min(self._drafting.most, FEW_DRAFTS) if self._unpaid % UNPAID_ROUNDS == 0 else 0)
+
+    def learn(self, drafts: int, counts: np.ndarray) -> None:
+        """Of rows that were held back by nothing else, what each took where there were so many drafts."""
+        if drafts:
+            right = counts - 1
+            self._right = FORGETTING * self._right + right.sum()
+            self._tried = FORGETTING * self._tried + (right + (right < drafts)).sum()

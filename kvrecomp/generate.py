@@ -17,11 +17,10 @@ from jax import Array
 
 from kvrecomp.auto import plan_for
 from kvrecomp.background import BackgroundIterator
-from kvrecomp.drafts import as_drafting, check_drafting, make_drafter, without_assistant
+from kvrecomp.drafts import Pace, as_drafting, check_drafting, make_drafter, without_assistant
 from kvrecomp.plan import AUTO, Budget, Drafting, Plan, PlanError, Workload
 from kvrecomp.plan.footprint import weights_in
 from kvrecomp.predict.hardware import HardwareProfile
-from kvrecomp.predict.scheduler import acceptance_of
 from kvrecomp.progress import StepBar
 from kvrecomp.run import memory
 from kvrecomp.run.cache import Cache, describe_like
@@ -32,13 +31,11 @@ from kvrecomp.run.model import Model, check_parts
 from kvrecomp.run.programs import KeptPrograms, as_by_default
 from kvrecomp.run.prompt import as_ids, as_mask, as_row_ids, as_token_ids, check_tokens, split_groups
 from kvrecomp.run.round import Rounds
-from kvrecomp.run.sampling import NO_TOKEN, Rows, Sampling, choose, start_rows
+from kvrecomp.run.sampling import Rows, Sampling, choose, start_rows
 from kvrecomp.run.weights import weight_memories
+from kvrecomp.texts import Texts
 
 LEAD = 2  # unread steps: one that runs and one that waits
-FEW_TRIED = 16  # drafts, for how many of which the assumed acceptance counts
-FORGETTING = 0.9  # a round, of what was right in those before
-FEW_DRAFTS, UNPAID_ROUNDS = 4, 64  # where drafts do not pay: how many are made, and how seldom
 _KEPT = KeptPrograms(4)  # of calls with so many plans
 
 
@@ -202,7 +199,7 @@ class TokenLoop:
         ids = as_ids(input_ids)
         parts, rows = split_groups(ids, attention_mask, self.decoder.plan), as_row_ids(row_ids, len(ids))
         prompt = ids.astype(np.int32)
-        texts = _Texts(len(prompt), max_new_tokens, self.eos, self.pad)
+        texts = Texts(len(prompt), max_new_tokens, self.eos, self.pad)
         link_bytes, arrivals = [], [time.perf_counter()]
         if self.streamer is not None:
             self.streamer.put(prompt)
@@ -329,7 +326,7 @@ class TokenLoop:
         """Rounds, until every row has ended or has taken `left` tokens. What rows took is read once the device has LEAD
         rounds to do; where the first of these may be the last, before the second is begun."""
         decoder, plan = self.decoder, self.decoder.plan
-        pace = _Pace(plan)
+        pace = Pace(plan)
         remaining, cached = (np.full(sum(map(len, newest)), start) for start in (left, 0))
         lefts = [jax.device_put(np.full(len(tokens), left, np.int32), memory.sharding("device")) for tokens in newest]
         turns: Sequence[Turn] = list(map(Turn, rows, newest, lefts, kept))
@@ -358,78 +355,6 @@ class TokenLoop:
             in_tail = cached - decoder.write_outs(caches[0]) * plan.tail
             in_tail = np.split(np.where(remaining > 0, in_tail, plan.room), len(caches))
             caches = [replace(cache, in_tail=int(each.min())) for cache, each in zip(caches, in_tail)]
-
-
-class _Pace:
-    """How many drafts a round has: as many as pay, by what they cost and by how often they were right."""
-
-    def __init__(self, plan: Plan):
-        self._drafting, self._unpaid = plan.drafting or Drafting("prompt_lookup", 1), 0
-        assumed = acceptance_of(self._drafting)
-        self._right, self._tried = assumed * FEW_TRIED, float(FEW_TRIED)
-
-    def drafts(self) -> int:
-        """Those of the next round."""
-        count = self._drafting.best_count(self._right / self._tried)
-        self._unpaid = 0 if count else self._unpaid + 1
-        # The text may change.
-        return count or (min(self._drafting.most, FEW_DRAFTS) if self._unpaid % UNPAID_ROUNDS == 0 else 0)
-
-    def learn(self, drafts: int, counts: np.ndarray) -> None:
-        """Of rows that were held back by nothing else, what each took where there were so many drafts."""
-        if drafts:
-            right = counts - 1
-            self._right = FORGETTING * self._right + right.sum()
-            self._tried = FORGETTING * self._tried + (right + (right < drafts)).sum()
-
-
-class _Texts:
-    """The new tokens of every row, which may be ahead of one another."""
-
-    def __init__(self, rows: int, most: int, eos: Sequence[int], pad: int):
-        self.tokens, self.counts = np.full((rows, most), pad, np.int32), np.zeros(rows, int)
-        self.passes, self.drafted = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
-        self.taken: list[np.ndarray] = []
-        self.logits: np.ndarray | None = None
-        self._eos, self._ended, self._streamed = eos, np.zeros(rows, bool), 0
-
-    @property
-    def complete(self) -> bool:
-        return bool((self._ended | (self.counts == self.tokens.shape[1])).all())
-
-    @property
-    def longest(self) -> int:
-        return int(self.counts.max())
-
-    def add(self, tokens: np.ndarray, counts: np.ndarray, logits: np.ndarray | None, drafts: int) -> list[np.ndarray]:
-        """Adds tokens [batch, q], of which each row takes so many, to rows that have not ended; gives the columns
-        int32[batch] that every row has now. Raises FloatingPointError for what is no token."""
-        if tokens.ndim == 1:
-            tokens, logits = tokens[:, None], None if logits is None else logits[:, None]
-        before = self.counts.copy()
-        for row in np.flatnonzero(~self._ended & (self.counts < self.tokens.shape[1])):
-            start = self.counts[row]
-            own = tokens[row, : counts[row]]
-            if (own == NO_TOKEN).any():
-                raise FloatingPointError(
-                    f"the logits of row {row} are NaN or infinite at new token {start + own.tolist().index(NO_TOKEN)}: "
-                    "check the weights, or use a dtype with a larger range"
-                )
-            if start:  # the first token is of the prefill
-                self.passes[row] += 1
-            if start and len(own):  # or the tail had no room for a token of this row
-                self.drafted[row] += min(drafts, self.tokens.shape[1] - start - 1)
-            self.tokens[row, start : start + len(own)] = own
-            if logits is not None:
-                if self.logits is None:
-                    self.logits = np.zeros((self.tokens.shape[1], len(tokens), logits.shape[-1]), logits.dtype)
-                self.logits[start : start + len(own), row] = logits[row, : len(own)]
-            self.counts[row] += len(own)
-            self._ended[row] = np.isin(own, self._eos).any()
-        self.taken.append(self.counts - before)
-        going = self.counts[~self._ended]
-        first, self._streamed = self._streamed, int(going.min()) if len(going) else self.longest
-        return list(self.tokens[:, first : self._streamed].T)
 
 
 def _of_groups(arrays: Sequence[Array]) -> np.ndarray:

@@ -8,8 +8,8 @@ import toy
 from toy_drafts import BATCH, NEW, PROMPT, SAMPLED, TEXTS, Known, assert_alike, make_loop, make_plan, run, written
 
 import kvrecomp
-from kvrecomp.drafts import without_assistant
-from kvrecomp.generate import FEW_DRAFTS, LEAD, UNPAID_ROUNDS, _Pace
+from kvrecomp.drafts import FEW_DRAFTS, UNPAID_ROUNDS, Pace, without_assistant
+from kvrecomp.generate import LEAD
 from kvrecomp.plan import Drafting, PlanError
 from kvrecomp.run.drafters import PromptLookup
 
@@ -36,7 +36,7 @@ COSTS = [
 def paced(drafting, rows, acceptances):
     """The drafts of each round, of which each is right with that probability if those before it are; what is taken is
     known LEAD rounds later."""
-    pace, rng = _Pace(replace(FOUR, drafting=drafting)), np.random.default_rng(rows)
+    pace, rng = Pace(replace(FOUR, drafting=drafting)), np.random.default_rng(rows)
     drafts, unread = [], []
     for acceptance in acceptances:
         drafts.append(pace.drafts())
@@ -80,7 +80,7 @@ def test_a_text_that_changes_is_followed(drafting, rows):
 def test_rows_that_were_held_back_say_nothing_of_the_drafts(plainly, monkeypatch):
     """One row is right always, and may be a token ahead: it takes all drafts, or nothing is learned from it."""
     learned = []
-    monkeypatch.setattr(_Pace, "learn", lambda self, drafts, counts: learned.extend(counts.tolist()))
+    monkeypatch.setattr(Pace, "learn", lambda self, drafts, counts: learned.extend(counts.tolist()))
     right = NEVER.copy()
     right[1] = True
     run(replace(FOUR, drafting=Drafting("prompt_lookup", 2, ahead=1)), Known(written(plainly), right), SAMPLED)

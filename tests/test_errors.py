@@ -341,12 +341,13 @@ class Mute:
 @pytest.mark.parametrize(
     ("options", "parts"),
     [
-        ({"prompt_lookup_num_tokens": 0}, ["prompt_lookup_num_tokens is 0", "a whole number from 1 on"]),
-        ({"prompt_lookup_num_tokens": 2.0}, ["prompt_lookup_num_tokens is 2.0", "a whole number from 1 on"]),
-        ({"num_assistant_tokens": -3}, ["num_assistant_tokens is -3", "a whole number from 1 on"]),
+        ({"prompt_lookup_num_tokens": 0}, ["prompt_lookup_num_tokens is 0", "a whole number from 1 to 256"]),
+        ({"prompt_lookup_num_tokens": 2.0}, ["prompt_lookup_num_tokens is 2.0", "a whole number from 1 to 256"]),
+        ({"num_assistant_tokens": -3}, ["num_assistant_tokens is -3", "a whole number from 1 to 256"]),
         ({"num_assistant_tokens": 3}, ["num_assistant_tokens is given and assistant_model is not"]),
-        ({"drafts": -1}, ["drafts is -1", "a whole number from 0 on"]),
-        ({"drafts": "many"}, ["drafts is 'many'", "a whole number from 0 on"]),
+        ({"drafts": -1}, ["drafts is -1", "a whole number from 0 to 256"]),
+        ({"drafts": 257}, ["drafts is 257", "a whole number from 0 to 256"]),
+        ({"drafts": "many"}, ["drafts is 'many'", "a whole number from 0 to 256"]),
         (
             {"prompt_lookup_num_tokens": 2, "assistant_model": Mute()},
             ["prompt_lookup_num_tokens and assistant_model both draft", "give one of them"],

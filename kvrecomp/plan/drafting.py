@@ -19,6 +19,7 @@ SKETCHES: tuple[Codec, ...] = tuple(codec for codec in CODECS if codec not in LO
 # Of a step without drafts: for less, rounds without drafts take the program that checks some. Another one takes a while
 # to load: of W1, 1.6 s on an H200, where a step that checks eight drafts takes 1.007 of one that checks none.
 NEARLY = 1.03
+MOST_DRAFTS = 256  # of a row in a round: their logits, and the program that checks them, grow with these
 ROUNDS_AHEAD = 4  # of all drafts right, for which there is room; the host learns two rounds late what was taken
 
 
@@ -47,6 +48,10 @@ class Drafting:
             object.__setattr__(self, "ahead", ahead + -ahead % ALIGNED)
         check_choice(self, get_args(Drafter), self.drafter)
         check_positive(self, most=self.most, ahead=self.ahead)
+        if self.most > MOST_DRAFTS:
+            raise PlanError(
+                f"Drafting: most is {self.most}; a round has {MOST_DRAFTS} drafts of a row at most: use fewer"
+            )
         if not (0 <= self.draft_cost < math.inf and 0 < self.check_cost < math.inf):
             raise PlanError(
                 f"Drafting: a draft costs {self.draft_cost} and a step that checks {self.check_cost} times a step; "
@@ -76,6 +81,11 @@ class Drafting:
     def best_count(self, acceptance: float) -> int:
         """The number of drafts with which rows take most tokens; 0 where none pay."""
         return max(range(self.most + 1), key=lambda count: self.pace(count, acceptance))
+
+
+def tail_room(drafting: Drafting | None, tail: int, new: int) -> int:
+    """Tokens that a tail has room for of which so many are written out: with drafts more, as far as rows may come."""
+    return max(tail, min(tail + (drafting.ahead if drafting else 0), new))
 
 
 def tokens_per_round(count: int, acceptance: float) -> float:

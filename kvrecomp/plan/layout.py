@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kvrecomp.plan.codecs import CODECS, PACKED_DTYPE, Codec, codec_bytes
-from kvrecomp.plan.drafting import Drafting
+from kvrecomp.plan.drafting import Drafting, tail_room
 from kvrecomp.plan.shapes import (
     FORMS,
     GIB,
@@ -266,9 +266,8 @@ class Plan:
 
     @property
     def room(self) -> int:
-        """Tokens that the tail has room for: with drafts, more than are written out, as far as rows may come."""
-        ahead = self.drafting.ahead if self.drafting else 0
-        return max(self.tail, min(self.tail + ahead, self.workload.new))
+        """Tokens that the tail has room for."""
+        return tail_room(self.drafting, self.tail, self.workload.new)
 
     @property
     def tokens_per_step(self) -> int:

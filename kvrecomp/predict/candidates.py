@@ -19,6 +19,7 @@ from kvrecomp.plan import (
 )
 from kvrecomp.plan.codecs import LOSSLESS, token_bytes
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
+from kvrecomp.plan.drafting import tail_room
 from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.shapes import TENSORS
 from kvrecomp.plan.step_order import high_water, in_flight_bytes
@@ -158,7 +159,8 @@ def _layer_plan(
     }
     on_device: dict[Form, float] = {form: sizes[form, settings.codec("device")][0] for form in FORMS}
     of_block = sum(sizes[form, settings.codec("device")][1] for form in FORMS)
-    tail_bytes = problem.room_tokens * sizes[settings.tail_form, "plain"][0]
+    room_tokens = tail_room(problem.drafting, problem.tail_tokens, workload.new)
+    tail_bytes = room_tokens * sizes[settings.tail_form, "plain"][0]
     written_bytes = problem.tail_tokens * on_device[settings.tail_form] + of_block
 
     all_fits = prompt * on_device[smaller_form(layer)] + tail_bytes + write_outs * written_bytes + of_block <= room

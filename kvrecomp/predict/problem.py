@@ -111,12 +111,6 @@ class Problem:
         tail = default_tail(self.shape, self.workload, self.windows[-1], most_bytes)
         return max(tail, -(-self.workload.new // MOST_BLOCKS))
 
-    @cached_property
-    def room_tokens(self) -> int:
-        """Tokens that the tail has room for; see `Plan.room`."""
-        ahead = self.drafting.ahead if self.drafting else 0
-        return max(self.tail_tokens, min(self.tail_tokens + ahead, self.workload.new))
-
     @property
     def tokens_per_step(self) -> int:
         """New tokens of a row that go through a step, at most."""
