@@ -178,12 +178,13 @@ def prompts(plan: kvrecomp.Plan, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).integers(3, plan.shape.vocab, (plan.rows, plan.workload.prompt), np.int32)
 
 
-def made_up(plan: kvrecomp.Plan, drafter: str) -> MadeUp | None:
-    """Drafts that are never right; None where the plan has none."""
+def made_up(plan: kvrecomp.Plan, drafter: str, ids: np.ndarray) -> MadeUp | None:
+    """Drafts after these prompts that are never right; None where the plan has none."""
     if plan.drafting is None:
         return None
-    never = np.zeros((plan.workload.batch, plan.workload.new), np.int32)
-    return MadeUp(None if drafter == "made_up" else make_drafter(plan), never, never > 0)
+    nothing = np.zeros((plan.rows, plan.workload.new), np.int32)
+    sequences = np.concatenate([ids, nothing], axis=1)
+    return MadeUp(None if drafter == "made_up" else make_drafter(plan), sequences, nothing > 0)
 
 
 def compile_first(given: tuple[kvrecomp.Decoder | PlanError, str]) -> None:
@@ -191,8 +192,8 @@ def compile_first(given: tuple[kvrecomp.Decoder | PlanError, str]) -> None:
     decoder, drafter = given
     if isinstance(decoder, kvrecomp.Decoder):
         with contextlib.suppress(Exception):
-            loop = TokenLoop(decoder, Sampling(), [], 0, drafter=made_up(decoder.plan, drafter))
-            loop.compile(prompts(decoder.plan, 0))
+            ids = prompts(decoder.plan, 0)
+            TokenLoop(decoder, Sampling(), [], 0, drafter=made_up(decoder.plan, drafter, ids)).compile(ids)
 
 
 def measure(
@@ -210,7 +211,8 @@ def measure(
     """Runs the plan's workload, or as many `steps` of it, on random prompts, after a prefill and a step unmeasured: one
     row, or with drafts one for each acceptance."""
     plan, new = decoder.plan, decoder.plan.workload.new
-    ids, drafts = prompts(plan, seed), made_up(plan, drafter)
+    ids = prompts(plan, seed)
+    drafts = made_up(plan, drafter, ids)
     loop = TokenLoop(decoder, Sampling(), [], 0, drafter=drafts, drafts=1)
     about = functools.partial(_row, decoder, asked, device_budget, machine, copy_bytes_per_second)
     if plan.drafting is None or drafts is None:
@@ -221,15 +223,15 @@ def measure(
         with machine_lock.exclusive():
             return [about(loop.run(ids, None, new))]
     with machine_lock.shared():
-        texts = loop.run(ids, None, new).sequences[:, plan.workload.prompt :]
-    rows, drafts = [], dataclasses.replace(drafts, texts=texts)
+        sequences = loop.run(ids, None, new).sequences
+    rows, drafts = [], dataclasses.replace(drafts, sequences=sequences)
     for share in acceptance:
         gc.collect()
         count = None if adapt else plan.drafting.most
         loop = dataclasses.replace(loop, drafter=drafts.with_acceptance(share, seed), drafts=count)
         with machine_lock.exclusive():
             result = loop.run(ids, None, new)
-        if (result.sequences[:, plan.workload.prompt :] != texts).any():
+        if (result.sequences != sequences).any():
             raise RuntimeError(
                 f"plan {plan.name} wrote another text with {plan.drafting.most} drafts right at {share:g}"
             )

@@ -56,7 +56,7 @@ from kvrecomp.plan import (
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
 from kvrecomp.plan.footprint import check_weights
 from kvrecomp.plan.named import named_plan, named_weights
-from kvrecomp.predict.cost import make_tasks, plan_costs
+from kvrecomp.predict.cost import Part, make_tasks, plan_costs
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.run import memory
 from kvrecomp.run.limits import limits
@@ -115,7 +115,7 @@ def _two_forms(model: Any, workload: kvrecomp.Workload, device_form: Form, host_
 
 def _program_key(plan: Plan) -> Hashable:
     """Equal for plans that are the same program. Of a window it has the copies that it holds, and until when."""
-    return plan.layers, plan.tail, plan.schedule, make_tasks(plan).hold.tobytes()
+    return plan.layers, plan.tail, plan.schedule, make_tasks(Part(1, plan)).hold.tobytes()
 
 
 # --- the sweep --------------------------------------------------------------------------------------------------------

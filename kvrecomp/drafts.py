@@ -177,9 +177,9 @@ class Pace:
         # The text may change.
         return count or (min(self._drafting.most, FEW_DRAFTS) if self._unpaid % UNPAID_ROUNDS == 0 else 0)
 
-    def learn(self, drafts: int, counts: np.ndarray) -> None:
-        """Of rows that were held back by nothing else, what each took where there were so many drafts."""
-        if drafts:
+    def learn(self, drafts: np.ndarray, counts: np.ndarray) -> None:
+        """Of rows that were held back by nothing else, what each took where it had so many drafts."""
+        if len(drafts):
             right = counts - 1
             self._right = FORGETTING * self._right + right.sum()
             self._tried = FORGETTING * self._tried + (right + (right < drafts)).sum()

@@ -161,14 +161,15 @@ def generate(
 
 class _Dispatched(NamedTuple):
     """Tokens on their way, by group: ids int32[b, q], of which rows take `counts` int32[b], or all where there are
-    none; logits float32[b, q, vocab] if asked for. And the bytes that their step copies, and how many drafts it checks.
+    none; logits float32[b, q, vocab] if asked for. And the bytes that their step copies, and how many drafts of each
+    group it checks.
     """
 
     tokens: list[Array]
     logits: list[Array]
     counts: list[Array] | None = None
     link_bytes: int = 0
-    drafts: int = 0
+    drafts: Sequence[int] = ()
 
 
 @dataclass
@@ -211,7 +212,8 @@ class TokenLoop:
                     arrivals.append(time.perf_counter())
                     counts = _of_groups(step.counts) if step.counts else np.ones(len(tokens), int)
                     logits = _of_groups(step.logits) if step.logits else None
-                    new = texts.add(tokens, counts, logits, step.drafts)
+                    drafts = np.repeat(step.drafts or 0, len(tokens) // max(1, len(step.drafts)))
+                    new = texts.add(tokens, counts, logits, drafts)
                     link_bytes.append(step.link_bytes)
                     for column in new:
                         if self.streamer is not None:
@@ -310,9 +312,17 @@ class TokenLoop:
         kept, given = jax.block_until_ready(jax.device_put(tuple(map(list, zip(*started))), memory.sharding("device")))
         ints = jax.ShapeDtypeStruct(names.shape, np.int32)
         rows = jax.eval_shape(start_rows, jax.ShapeDtypeStruct((), np.uint32), names, ints, ints)
-        turn = Turn(*describe_like((rows, ints, ints, kept[0])))
+        turn = Turn(*describe_like((rows, ints, ints, kept[0], *self._no_drafts())))
         sampling = replace(self.sampling, seed=0)  # it is in the rows' keys, and in no program
         return Rounds(drafter, sampling, len(eos), self.output_logits, given, eos, turn), kept
+
+    def _no_drafts(self) -> tuple[Any, Any]:
+        """What a group's turn has of drafts before the first round."""
+        plan = self.decoder.plan
+        if not plan.drafts_under_copies:
+            return None, None
+        drafts = np.zeros((plan.workload.batch, plan.tokens_per_step - 1), np.int32)
+        return jax.device_put((drafts, np.int32(0)), memory.sharding("device"))
 
     def _rounds(
         self,
@@ -329,29 +339,35 @@ class TokenLoop:
         pace = Pace(plan)
         remaining, cached = (np.full(sum(map(len, newest)), start) for start in (left, 0))
         lefts = [jax.device_put(np.full(len(tokens), left, np.int32), memory.sharding("device")) for tokens in newest]
-        turns: Sequence[Turn] = list(map(Turn, rows, newest, lefts, kept))
+        turns: Sequence[Turn] = [Turn(*of_group, *self._no_drafts()) for of_group in zip(rows, newest, lefts, kept)]
         del rows, newest, lefts, kept  # they are used up
-        unread: collections.deque[tuple[list[Array], list[Array], int, int]] = collections.deque()
+        unread: collections.deque[tuple[list[Array], list[Array], list[int], int]] = collections.deque()
+        before = 0  # drafts of the round before, which the first group checks where they are made under copies
         while (remaining > 0).any():
-            if not unread or (len(unread) < LEAD and remaining.max() > sum(1 + drafts for *_, drafts, _ in unread)):
+            if not unread or (len(unread) < LEAD and remaining.max() > sum(1 + max(each) for *_, each, _ in unread)):
                 drafts = pace.drafts() if self.drafts is None else self.drafts
+                checked = [drafts] * len(caches)
+                if plan.drafts_under_copies:
+                    checked[0], before = before, drafts
                 caches, turns, taken = decoder.round_groups(caches, turns, rounds, drafts)
                 write_outs = decoder.write_outs(caches[0])
                 sent = decoder.plan.link_bytes(write_outs)
                 if decoder.plan.sketched:  # weights in host memory are copied for each draft too
                     sent += drafts * decoder.plan.sketched.link_bytes(write_outs)
                 tokens, counts, lefts, logits = map(list, zip(*taken))
-                dispatched = _Dispatched(tokens, logits if self.output_logits else [], counts, sent, drafts)
+                dispatched = _Dispatched(tokens, logits if self.output_logits else [], counts, sent, checked)
                 jax.tree.map(lambda array: array.copy_to_host_async(), (tokens, counts, lefts, dispatched.logits))
-                unread.append((counts, lefts, drafts, write_outs))
+                unread.append((counts, lefts, checked, write_outs))
                 del taken, logits
                 yield dispatched
                 continue
-            *arrays, drafts, write_outs = unread.popleft()
+            *arrays, checked, write_outs = unread.popleft()
             counts, remaining = map(_of_groups, arrays)
             cached += counts
             had_room = cached - write_outs * plan.tail < plan.room  # in that round; the tail may be another by now
-            pace.learn(drafts, counts[(remaining > 0) & had_room])
+            of_rows = np.repeat(checked, len(counts) // len(checked))
+            told = (remaining > 0) & had_room & (of_rows > 0)
+            pace.learn(of_rows[told], counts[told])
             in_tail = cached - decoder.write_outs(caches[0]) * plan.tail
             in_tail = np.split(np.where(remaining > 0, in_tail, plan.room), len(caches))
             caches = [replace(cache, in_tail=int(each.min())) for cache, each in zip(caches, in_tail)]

@@ -25,9 +25,12 @@ class Texts:
     def longest(self) -> int:
         return int(self.counts.max())
 
-    def add(self, tokens: np.ndarray, counts: np.ndarray, logits: np.ndarray | None, drafts: int) -> list[np.ndarray]:
-        """Adds tokens [batch, q], of which each row takes so many, to rows that have not ended; gives the columns
-        int32[batch] that every row has now. Raises FloatingPointError for what is no token."""
+    def add(
+        self, tokens: np.ndarray, counts: np.ndarray, logits: np.ndarray | None, drafts: np.ndarray
+    ) -> list[np.ndarray]:
+        """Adds tokens [batch, q], of which each row takes so many, to rows that have not ended, and that had so many
+        drafts; gives the columns int32[batch] that every row has now. Raises FloatingPointError for what is no token.
+        """
         if tokens.ndim == 1:
             tokens, logits = tokens[:, None], None if logits is None else logits[:, None]
         before = self.counts.copy()
@@ -42,7 +45,7 @@ class Texts:
             if start:  # the first token is of the prefill
                 self.passes[row] += 1
             if start and len(own):  # or the tail had no room for a token of this row
-                self.drafted[row] += min(drafts, self.tokens.shape[1] - start - 1)
+                self.drafted[row] += min(drafts[row], self.tokens.shape[1] - start - 1)
             self.tokens[row, start : start + len(own)] = own
             if logits is not None:
                 if self.logits is None:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import toy
-from toy_drafts import BATCH, NEW, PROMPT, SAMPLED, TEXTS, Known, assert_alike, make_loop, make_plan, run, written
+from toy_drafts import BATCH, NEW, PROMPT, SAMPLED, TEXTS, assert_alike, known, make_loop, make_plan, run, written
 
 import kvrecomp
 from kvrecomp.drafts import FEW_DRAFTS, UNPAID_ROUNDS, Pace, without_assistant
@@ -41,7 +41,8 @@ def paced(drafting, rows, acceptances):
     for acceptance in acceptances:
         drafts.append(pace.drafts())
         right = rng.random((rows, drafts[-1])) < acceptance
-        unread.append((drafts[-1], 1 + np.cumprod(right, axis=1).sum(axis=1)))
+        had = np.full(rows, drafts[-1])[: rows if drafts[-1] else 0]
+        unread.append((had, 1 + np.cumprod(right, axis=1).sum(axis=1)[: len(had)]))
         if len(unread) == LEAD:
             pace.learn(*unread.pop(0))
     return np.array(drafts)
@@ -83,7 +84,7 @@ def test_rows_that_were_held_back_say_nothing_of_the_drafts(plainly, monkeypatch
     monkeypatch.setattr(Pace, "learn", lambda self, drafts, counts: learned.extend(counts.tolist()))
     right = NEVER.copy()
     right[1] = True
-    run(replace(FOUR, drafting=Drafting("prompt_lookup", 2, ahead=1)), Known(written(plainly), right), SAMPLED)
+    run(replace(FOUR, drafting=Drafting("prompt_lookup", 2, ahead=1)), known(written(plainly), right), SAMPLED)
     assert set(learned) == {1, 3}
 
 
@@ -112,7 +113,7 @@ def test_a_streamer_gets_columns_in_order(plainly, share):
     streamer = Columns()
     right = np.random.default_rng(5).random((BATCH, NEW)) < share
     right[1] = True
-    found = run(FOUR, Known(texts, right), SAMPLED, eos=eos, streamer=streamer)
+    found = run(FOUR, known(texts, right), SAMPLED, eos=eos, streamer=streamer)
     np.testing.assert_array_equal(streamer.got[0], TEXTS.ids)
     np.testing.assert_array_equal(np.stack(streamer.got[1:], axis=1), found.sequences[:, PROMPT:])
     assert streamer.ended == 1
@@ -128,7 +129,7 @@ def test_a_streamer_of_one_row():
     texts = toy.Texts(TEXTS.ids[:1], TEXTS.padding[:1])
     alone = written(run(make_plan(batch=1), None, SAMPLED, texts=texts))
     streamer = Columns()
-    found = run(plan, Known(alone, np.full((1, NEW), True)), SAMPLED, texts=texts, streamer=streamer)
+    found = run(plan, known(alone, np.full((1, NEW), True), texts.ids), SAMPLED, texts=texts, streamer=streamer)
     assert [value.shape for value in streamer.got] == [(1, PROMPT)] + [(1,)] * NEW
     np.testing.assert_array_equal(np.concatenate(streamer.got[1:]), alone[0])
     assert found.passes.tolist() == [3]
@@ -136,7 +137,7 @@ def test_a_streamer_of_one_row():
 
 def test_what_was_copied_is_that_of_the_blocks_there_were(plainly, monkeypatch):
     """Also of the first round after a tail was written out."""
-    loop, there = make_loop(FOUR, Known(written(plainly), NEVER), SAMPLED), []
+    loop, there = make_loop(FOUR, known(written(plainly), NEVER), SAMPLED), []
     rounds = loop.decoder.round_groups
 
     def recorded(*given):
@@ -152,14 +153,14 @@ def test_what_was_copied_is_that_of_the_blocks_there_were(plainly, monkeypatch):
 
 def test_logits_are_those_that_tokens_were_chosen_by(plainly):
     right = np.random.default_rng(2).random((BATCH, NEW)) < 0.7
-    found = run(FOUR, Known(written(plainly), right), SAMPLED, output_logits=True)
+    found = run(FOUR, known(written(plainly), right), SAMPLED, output_logits=True)
     assert_alike(found, plainly)
     np.testing.assert_allclose(found.logits, plainly.logits, atol=1e-4)
 
 
 @pytest.mark.parametrize("new", [1, 2])
 def test_hardly_any_tokens(plainly, new):
-    for drafter in (PromptLookup(), Known(written(plainly), ~NEVER)):
+    for drafter in (PromptLookup(), known(written(plainly), ~NEVER)):
         found = run(FOUR, drafter, SAMPLED, new=new)
         np.testing.assert_array_equal(found.sequences[:, PROMPT:], written(plainly)[:, :new])
         assert found.passes.tolist() == [new - 1] * BATCH and found.drafted.tolist() == [0] * BATCH
@@ -172,7 +173,7 @@ def test_rows_that_ended_stay_so_over_many_write_outs(plainly):
     for eos, counts in ((texts[[0, 2], [0, 3]], [1, NEW, 4]), (texts[[0, 2], [2, 3]], [3, NEW, 4])):
         expected = run(make_plan(), None, SAMPLED, eos=eos)
         for right in (NEVER, ~NEVER):
-            found = run(FOUR, Known(texts, right), SAMPLED, eos=eos)
+            found = run(FOUR, known(texts, right), SAMPLED, eos=eos)
             assert_alike(found, expected)
             assert found.new_tokens.tolist() == counts
 
@@ -194,9 +195,9 @@ def with_nan_at(position):
 def test_nan_logits_name_the_token(plainly, right, name):
     """That of the position, though tokens beyond it are checked with those before, and taken where they are right."""
     plan = make_plan(name, drafting=FOUR.drafting)
-    known = Known(written(plainly), NEVER if not right else ~NEVER)
+    drafts = known(written(plainly), NEVER if not right else ~NEVER)
     for new in (2, 3, 4):  # row 0 has PROMPT tokens, so its new token of that number is at the position
-        loop = make_loop(plan, known, SAMPLED, model=with_nan_at(PROMPT - 1 + new))
+        loop = make_loop(plan, drafts, SAMPLED, model=with_nan_at(PROMPT - 1 + new))
         with pytest.raises(FloatingPointError, match=f"row 0 are NaN or infinite at new token {new}: "):
             loop.run(TEXTS.ids, TEXTS.mask, NEW)
 
@@ -204,8 +205,8 @@ def test_nan_logits_name_the_token(plainly, right, name):
 @pytest.mark.parametrize("right", [False, True])
 def test_nan_of_what_is_not_taken_disturbs_nothing(plainly, right):
     """The last token of a text goes through no step, but drafts in its place do."""
-    known = Known(written(plainly), NEVER if not right else ~NEVER)
-    assert_alike(run(FOUR, known, SAMPLED, model=with_nan_at(PROMPT + NEW - 1)), plainly)
+    drafts = known(written(plainly), NEVER if not right else ~NEVER)
+    assert_alike(run(FOUR, drafts, SAMPLED, model=with_nan_at(PROMPT + NEW - 1)), plainly)
 
 
 # --- through generate -------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
 """Rounds of toy models: plans with drafts, drafts that are right where a test says so, and decoding with them."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-import jax.numpy as jnp
 import numpy as np
 import toy
 
 import kvrecomp
+from experiments.support.made_up import MadeUp
 from kvrecomp.generate import TokenLoop
 from kvrecomp.plan import Workload
 from kvrecomp.run.programs import KeptPrograms
@@ -18,29 +18,10 @@ SAMPLED = Sampling(True, 0.9, top_k=30, top_p=0.95, seed=5)
 KEPT = KeptPrograms(50)  # of plans that several tests have
 
 
-@dataclass(frozen=True, eq=False)
-class Known:
+def known(texts, right, prompts=TEXTS.ids):
     """Drafts that are right where `right` [rows, new] says so: of the texts, new tokens int32[rows, new], that will be
     written, one more or less."""
-
-    texts: np.ndarray = field(repr=False)  # data, in no program
-    right: np.ndarray = field(repr=False)
-
-    def start(self, plan, input_ids, mask):
-        wrong = (self.texts + 1) % plan.shape.vocab
-        room = ((0, 0), (0, plan.tokens_per_step))
-        return None, np.pad(np.where(self.right, self.texts, wrong), room).astype(np.int32)
-
-    def draft(self, model, plan, sampling, groups, count, most):
-        drafted = []
-        for group in groups:
-            places = group.recent.slots(most) - plan.workload.prompt + 1
-            drafts = jnp.take_along_axis(group.given, places, axis=1, mode="clip")
-            drafted.append(jnp.concatenate([group.turn.newest[:, None], drafts], axis=1))
-        return [group.recent for group in groups], drafted, [None] * len(groups)
-
-    def learn(self, turn, recent, taken):
-        return turn
+    return MadeUp(None, np.concatenate([prompts, texts], axis=1), right)
 
 
 def make_plan(name="split:0.5", kind="opt", drafting=None, new=NEW, batch=BATCH, **changes):

@@ -74,7 +74,7 @@ class LayerBench:
 
         def step(weights, blocks, recent, token_ids):
             part = self._part(weights, run.layers)
-            (recent,), (logits,) = decode_step(part, plan, [blocks], [recent], [token_ids])
+            (recent,), (logits,), _ = decode_step(part, plan, [blocks], [recent], [token_ids])
             recent = dataclasses.replace(recent, lengths=recent.lengths + 1)
             return recent, jnp.argmax(logits, axis=-1).astype(jnp.int32)
 

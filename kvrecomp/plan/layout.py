@@ -274,6 +274,17 @@ class Plan:
         """New tokens of a row that go through a step, at most."""
         return 1 + (self.drafting.most if self.drafting else 0)
 
+    @functools.cached_property
+    def drafts_under_copies(self) -> bool:
+        """Whether a group's drafts are made in the step of the group before it, while that waits for copies.
+
+        Drafts by a model, which take a while, of groups in row order. Weights in host memory would be copied for
+        them too.
+        """
+        by_model = self.drafting is not None and self.drafting.drafter != "prompt_lookup"
+        in_turn = self.groups > self.groups_per_pass and self.schedule == "pipelined"
+        return by_model and in_turn and not self.host_weight_bytes and self.bytes_in("host", self.write_outs) > 0
+
     @property
     def write_outs(self) -> int:
         """How often the tail is written out: when full, and only if another token follows."""

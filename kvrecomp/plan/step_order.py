@@ -11,12 +11,15 @@ A step goes through the layers once. In a layer with weights and a block in host
     copy the others' weights
     finish                    output projection and feed-forward; the memory of the layer's weights is free then
 
+With drafts of another group, made while blocks are on their way, there are DRAFT_PARTS operations `draft`, as far apart
+as they can be, each before a layer's others.
+
 The runtime carries the operations out, the cost function clocks them, the footprint takes their high-water mark.
 
 Operations of compute follow one another. Copies do so on the link, in the order of their use, and each waits for
 earlier operations to end. In a pipeline at most COPIES_IN_FLIGHT copies are on their way, and at most the plan's window
-of bytes is on its way or in use. Layer by layer (KVPR's schedule) one copy is on its way, and a layer's first waits for
-the layer before.
+of bytes is on its way or in use; with drafts, which take longer than a few copies, the window alone counts. Layer by
+layer (KVPR's schedule) one copy is on its way, and a layer's first waits for the layer before.
 """
 
 import collections
@@ -30,14 +33,15 @@ import numpy as np
 from kvrecomp.plan.layout import LayerPlan, Plan, Schedule
 from kvrecomp.plan.shapes import LayerShape
 
-COPIES_IN_FLIGHT = 2  # as many as XLA keeps; see run/copies.py
+COPIES_IN_FLIGHT = 2  # as many as XLA keeps where it is not told otherwise; see run/schedule.py
 # More groups hold no more at once: a copy starts when that before the last one is in use, so there is something of so
 # many groups at most.
 GROUPS_AT_ONCE = COPIES_IN_FLIGHT + 1
+DRAFT_PARTS = 4  # each is compiled; what is on its way, a window's bytes, is to last as long as the drafts of one
 TAIL = -1  # among the blocks that an operation attends to
 START = -1  # what a copy waits for that may start with the step
 
-Kind = Literal["copy", "project", "append", "attend", "finish"]
+Kind = Literal["copy", "project", "append", "attend", "finish", "draft"]
 
 Matrices = tuple[tuple[int, ...], tuple[int, ...]]
 """Bytes of a layer's matrices in host memory, in the order of use: those used up to its attention, and after it."""
@@ -79,6 +83,11 @@ class LayerOrder:
     ties: tuple[tuple[int, ...], ...]
     starts: tuple[tuple[int, ...], ...]
     first: int = field(compare=False)
+
+    @property
+    def drafts(self) -> int:
+        """How many parts of drafts come before the layer."""
+        return sum(op.kind == "draft" for op in self.ops)
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,30 +136,39 @@ class StepOrder:
 
 
 def step_order(
-    plan: Plan, write_outs: int = 0, matrices: Sequence[Matrices] | None = None, groups: int | None = None
+    plan: Plan,
+    write_outs: int = 0,
+    matrices: Sequence[Matrices] | None = None,
+    groups: int | None = None,
+    drafts: bool = False,
 ) -> StepOrder:
-    """The order of a step of the groups that go through the layers together, after that many write-outs of the tail.
+    """The order of a step of the groups that go through the layers together, after that many write-outs of the tail,
+    with `drafts` between the layers or without.
 
     `matrices` has each layer's weights in host memory, by default what its shape says. `groups` None: as many as the
     plan has; the order grows with them.
     """
     groups = plan.groups_per_pass if groups is None else groups
+    kinds = list(plan.distinct_layers)
     if matrices is None:
-        distinct = [(layer, shape, _matrices(plan, layer, shape)) for layer, shape in plan.distinct_layers]
-        numbers = plan.distinct_numbers
-    else:
-        every = list(zip(plan.distinct_numbers, matrices, strict=True))
-        found = list(dict.fromkeys(every))
-        kinds = list(plan.distinct_layers)
-        distinct = [(*kinds[number], sizes) for number, sizes in found]
-        numbers = tuple(map(found.index, every))
-    layers = tuple(_layer_order(plan, *layer, write_outs, groups) for layer in distinct)
-    return order_layers(layers, numbers, plan.whole_window, plan.schedule)
+        of_kinds = [_matrices(plan, *kind) for kind in kinds]
+        matrices = [of_kinds[number] for number in plan.distinct_numbers]
+    parts = [0] * len(matrices)
+    for part in range(DRAFT_PARTS if drafts else 0):
+        parts[part * len(parts) // DRAFT_PARTS] += 1
+    found: dict[tuple[int, Matrices, int], int] = {}
+    numbers = [found.setdefault(kind, len(found)) for kind in zip(plan.distinct_numbers, matrices, parts, strict=True)]
+    layers = tuple(
+        (Op("draft"),) * parts + _layer_order(plan, *kinds[number], sizes, write_outs, groups)
+        for number, sizes, parts in found
+    )
+    return order_layers(layers, numbers, plan.whole_window, plan.schedule, None if drafts else COPIES_IN_FLIGHT)
 
 
 def high_water(plan: Plan, write_outs: int = 0) -> int:
     """That of the step's order, which takes no longer to find for many groups."""
-    return step_order(plan, write_outs, groups=min(plan.groups_per_pass, GROUPS_AT_ONCE)).high_water
+    groups = min(plan.groups_per_pass, GROUPS_AT_ONCE)
+    return step_order(plan, write_outs, groups=groups, drafts=plan.drafts_under_copies).high_water
 
 
 def _matrices(plan: Plan, layer: LayerPlan, shape: LayerShape) -> Matrices:
@@ -181,9 +199,14 @@ def _layer_order(
 
 
 def order_layers(
-    layers: tuple[tuple[Op, ...], ...], numbers: Sequence[int], window: float, schedule: Schedule
+    layers: tuple[tuple[Op, ...], ...],
+    numbers: Sequence[int],
+    window: float,
+    schedule: Schedule,
+    in_flight: int | None = COPIES_IN_FLIGHT,
 ) -> StepOrder:
-    """The step of these layers, with what its copies wait for; see the module."""
+    """The step of these layers, with what its copies wait for, of which so many are on their way in a pipeline at most;
+    see the module."""
     columns = [
         np.array([(op.nbytes, op.frees, op.kind == "copy", op.copies_weights, op.kind == "finish") for op in layer])
         for layer in layers
@@ -191,7 +214,7 @@ def order_layers(
     nbytes, frees, copy, of_weights, last = np.concatenate([columns[number] for number in numbers]).astype(np.int64).T
     copies, freed = np.flatnonzero(copy), np.cumsum(frees)
     own_bytes, sent = nbytes[copies], np.cumsum(nbytes)[copies]
-    ahead = COPIES_IN_FLIGHT if schedule == "pipelined" else 1
+    ahead = (in_flight or len(copies)) if schedule == "pipelined" else 1
     waits = np.full(len(copies), START)
     waits[ahead:] = copies[:-ahead]
     if schedule == "pipelined":
@@ -203,11 +226,11 @@ def order_layers(
         first = np.flatnonzero(np.diff(layer_of[copies], prepend=0))
         waits[first] = np.flatnonzero(last)[layer_of[copies[first]] - 1]
     waits = np.maximum.accumulate(waits)
-    in_flight = sent - np.where(waits < 0, 0, freed[waits])  # when a copy starts
+    high_water = (sent - np.where(waits < 0, 0, freed[waits])).max(initial=0)  # when a copy starts
     # What a copy can be tied to that comes after all compute before it: a block that has arrived, and what ended a use.
     ends = np.flatnonzero((copy > of_weights) | (frees > 0) | (last > 0))
     computed = np.append(ends, START)[np.searchsorted(ends, waits, side="right") - 1]
-    return StepOrder(layers, tuple(numbers), copies, waits, computed, int(in_flight.max(initial=0)))
+    return StepOrder(layers, tuple(numbers), copies, waits, computed, int(high_water))
 
 
 def in_flight_bytes(window: int, largest: int, weights: int) -> int:

@@ -11,7 +11,7 @@ where d is the time of a handoff: from link or compute to the link, and from the
 Seconds of compute are those measured on the machine for the layer, dtype and batch at hand or, where there are none,
 of `estimate`; awaiting takes the end of a CUDA graph. What further tokens of a row add is estimated (`further_tokens`).
 
-A round is its drafts, one after the other, and the step that checks them.
+A round is its drafts, one after the other, and the step that checks them; or that step with drafts among its tasks.
 """
 
 import functools
@@ -25,7 +25,7 @@ import numpy as np
 from jax import Array
 
 from kvrecomp.plan import BlockSpec, Codec, LayerPlan, LayerShape, ModelShape, Plan, PlanError, Workload
-from kvrecomp.plan.step_order import START, TAIL, Op, StepOrder, step_order
+from kvrecomp.plan.step_order import DRAFT_PARTS, START, TAIL, Op, StepOrder, step_order
 from kvrecomp.predict.estimate import further_logits, further_tokens, layer_times
 from kvrecomp.predict.hardware import (
     ATTENTION,
@@ -96,11 +96,34 @@ class StepCost(NamedTuple):
 # --- a plan as tasks --------------------------------------------------------------------------------------------------
 
 
-def make_tasks(plan: Plan, write_outs: int = 0, checked: int = 1) -> Tasks:
-    """The tasks of one step of so many tokens of each row, after that many write-outs: of one group where each takes
-    its own."""
-    order = step_order(plan, write_outs, groups=len(_groups(plan)))
-    (work, tokens, blocks, copies, copy_bytes, times), counts = _distinct_tasks(plan, order, write_outs, checked)
+class Part(NamedTuple):
+    """A step of a round: how often it is taken, its plan, how many tokens of a row go through it, and how many drafts
+    of another group are made meanwhile."""
+
+    times: int
+    plan: Plan
+    checked: int = 1
+    drafts: int = 0
+
+    def order(self, write_outs: int) -> StepOrder:
+        """That of the step, after that many write-outs: of one group where each takes its own."""
+        return step_order(self.plan, write_outs, groups=len(_groups(self.plan)), drafts=self.drafts > 0)
+
+
+def parts_of(plan: Plan) -> list[Part]:
+    """The steps of a round, or the step, of the plan."""
+    most = plan.tokens_per_step - 1
+    if plan.sketched is None:
+        return [Part(1, plan, 1 + most)]
+    if plan.drafts_under_copies:
+        return [Part(1, plan, 1 + most, most)]
+    return [Part(1, plan, 1 + most), Part(most, plan.sketched)]
+
+
+def make_tasks(part: Part, write_outs: int = 0) -> Tasks:
+    """The tasks of one such step, after that many write-outs."""
+    order = part.order(write_outs)
+    (work, tokens, blocks, copies, copy_bytes, times), counts = _distinct_tasks(part, order, write_outs)
     # What layers alike have in common is there once; `kind` lays it out for every layer.
     starts = np.cumsum([0, *map(sum, counts)])
     kinds = [np.arange(start, end) for start, end in itertools.pairwise(starts.tolist())]
@@ -135,22 +158,40 @@ def _groups(plan: Plan) -> list[float]:
     return [*own, *[shared / SHARED_GROUPS] * SHARED_GROUPS, *own]
 
 
-def _distinct_tasks(plan: Plan, order: StepOrder, write_outs: int, checked: int) -> tuple[np.ndarray, list[np.ndarray]]:
-    """The tasks of each of the plan's distinct layers, and then what a step does outside of layers (embedding,
+def _distinct_tasks(part: Part, order: StepOrder, write_outs: int) -> tuple[np.ndarray, list[np.ndarray]]:
+    """The tasks of each distinct layer in the order, and then what a step does outside of layers (embedding,
     unembedding and sampling), as columns float64[6, kinds]; and how many each operation of each layer has."""
-    shapes = list(plan.shape.distinct_layers)
-    layers = [
-        _layer_tasks(plan, layer, shape, shapes.index(shape), ops, write_outs, checked)
-        for (layer, shape), ops in zip(plan.distinct_layers, order.layers, strict=True)
-    ]
+    plan, shapes, kinds = part.plan, list(part.plan.shape.distinct_layers), list(part.plan.distinct_layers)
+    drafts = _draft_tasks(part, write_outs) if part.drafts else []
+    layers = []
+    for number, ops in enumerate(order.layers):
+        layer, shape = kinds[plan.distinct_numbers[order.numbers.index(number)]]
+        layers.append(_layer_tasks(plan, layer, shape, shapes.index(shape), ops, write_outs, part.checked, drafts))
     # In tokens it counts those that are checked beside the first.
-    outside = Task(len(shapes) * len(WORKS), (checked - 1) * plan.groups_per_pass, plan.groups_per_pass)
+    outside = Task(len(shapes) * len(WORKS), (part.checked - 1) * plan.groups_per_pass, plan.groups_per_pass)
     columns = np.array([*(task for layer in layers for op in layer for task in op), outside], float).T
     return columns, [np.array(list(map(len, layer))) for layer in layers]
 
 
+def _draft_tasks(part: Part, write_outs: int) -> list[Task]:
+    """What one of the DRAFT_PARTS has of the drafts: the tasks of these, of all layers, as if they were fewer."""
+    draft = Part(part.drafts, part.plan.sketched or part.plan)
+    order = draft.order(write_outs)
+    columns, counts = _distinct_tasks(draft, order, write_outs)
+    often = np.repeat([*np.bincount(order.numbers), 1], [*map(sum, counts), 1]) * part.drafts / DRAFT_PARTS
+    work, tokens, blocks, copies, copy_bytes, times = columns
+    return [Task(*task) for task in zip(work, tokens, blocks, copies, copy_bytes, times * often)]
+
+
 def _layer_tasks(
-    plan: Plan, layer: LayerPlan, shape: LayerShape, shape_number: int, ops: Sequence[Op], write_outs: int, checked: int
+    plan: Plan,
+    layer: LayerPlan,
+    shape: LayerShape,
+    shape_number: int,
+    ops: Sequence[Op],
+    write_outs: int,
+    checked: int,
+    drafts: list[Task],
 ) -> list[list[Task]]:
     """The tasks of each of a layer's operations."""
     tail = layer.tail_block(plan.room)
@@ -195,6 +236,8 @@ def _layer_tasks(
 
     def tasks(op: Op) -> list[Task]:
         match op.kind:
+            case "draft":
+                return drafts
             case "copy":
                 return [task("await", 0, 1, 1, op.nbytes)]
             case "project":
@@ -372,12 +415,12 @@ def mean_bounds(profile: HardwareProfile, plans: Sequence[Plan]) -> np.ndarray:
     often: list[np.ndarray] = []  # how many layers have each kind of task, and for how many groups in turn
     for plan in plans:
         for write_outs in step_shares(plan):
-            for times, part, checked in _parts(plan):
-                order = step_order(part, write_outs, groups=len(_groups(part)))
-                tasks, counts = _distinct_tasks(part, order, write_outs, checked)
+            for part in parts_of(plan):
+                order = part.order(write_outs)
+                tasks, counts = _distinct_tasks(part, order, write_outs)
                 columns.append(tasks)
-                counts = np.repeat([*part.distinct_layers.values(), 1], [*map(sum, counts), 1])
-                often.append(counts * times * (plan.groups // plan.groups_per_pass))
+                counts = np.repeat([*np.bincount(order.numbers), 1], [*map(sum, counts), 1])
+                often.append(counts * part.times * (plan.groups // plan.groups_per_pass))
     work, *others = np.concatenate(columns, axis=1)
     seconds = _seconds_of_kinds(profile, work_table(profile, shape, workload), work.astype(int), *others)
     starts = list(itertools.accumulate(map(len, often[:-1]), initial=0))
@@ -385,15 +428,9 @@ def mean_bounds(profile: HardwareProfile, plans: Sequence[Plan]) -> np.ndarray:
     return _means(plans, _of_rounds([plan for plan in plans for _ in step_shares(plan)], sums.max(axis=0)))
 
 
-def _parts(plan: Plan) -> list[tuple[int, Plan, int]]:
-    """The steps of a round: how often each is taken, its plan, and how many tokens of a row go through it."""
-    drafts = [(plan.drafting.most, plan.sketched, 1)] if plan.drafting and plan.sketched else []
-    return [(1, plan, plan.tokens_per_step), *drafts]
-
-
 def _of_rounds(plans: Sequence[Plan], seconds: np.ndarray) -> np.ndarray:
     """Sums over the parts of each plan's round, of seconds of these."""
-    counts = [len(_parts(plan)) for plan in plans]
+    counts = [len(parts_of(plan)) for plan in plans]
     return np.add.reduceat(seconds, list(itertools.accumulate(counts[:-1], initial=0)))
 
 
@@ -407,17 +444,16 @@ def _means(plans: Sequence[Plan], seconds: np.ndarray) -> np.ndarray:
 def _costs(profile: HardwareProfile, steps: Sequence[tuple[Plan, int]]) -> StepCost:
     """Predicted seconds of a step, or a round, of all groups of each plan, after so many write-outs."""
     shape, workload = _one_work([plan for plan, _ in steps])
-    parts = [(times, part, write_outs, checked) for plan, write_outs in steps for times, part, checked in _parts(plan)]
-    tasks = [make_tasks(part, write_outs, checked) for _, part, write_outs, checked in parts]
-    costs = step_seconds(profile, shape, workload, stack_tasks(tasks))
-    often = np.array([times * (part.groups // part.groups_per_pass) for times, part, _, _ in parts])
+    parts = [(part, write_outs) for plan, write_outs in steps for part in parts_of(plan)]
+    costs = step_seconds(profile, shape, workload, stack_tasks([make_tasks(*each) for each in parts]))
+    often = np.array([part.times * (part.plan.groups // part.plan.groups_per_pass) for part, _ in parts])
     plans = [plan for plan, _ in steps]
     return StepCost(*(_of_rounds(plans, seconds[: len(parts)] * often) for seconds in costs))
 
 
 class RoundCost(NamedTuple):
-    """Predicted seconds of a step that checks nothing, of one that checks as many drafts as there may be, and of a
-    draft."""
+    """Predicted seconds of a step that checks nothing, of one that checks as many drafts as there may be, and what a
+    draft adds: under copies, in the mean of as many."""
 
     step: float
     check: float
@@ -426,12 +462,13 @@ class RoundCost(NamedTuple):
 
 def round_cost(profile: HardwareProfile, plan: Plan) -> RoundCost:
     """Of the plan, which has drafts, half way through the new tokens; see `plan_costs`."""
-    drafting, write_outs = plan.drafting, median_write_outs(plan)
+    most = plan.tokens_per_step - 1
+    parts = [Part(1, plan), Part(1, plan, 1 + most), *parts_of(plan)]
+    tasks = stack_tasks([make_tasks(part, median_write_outs(plan)) for part in parts])
+    seconds = step_seconds(profile, plan.shape, plan.workload, tasks).seconds[: len(parts)].tolist()
     passes = plan.groups // plan.groups_per_pass
-    parts = [(plan, 1), (plan, plan.tokens_per_step), *([(plan.sketched, 1)] if plan.sketched else [])]
-    tasks = stack_tasks([make_tasks(part, write_outs, checked) for part, checked in parts])
-    seconds = (passes * step_seconds(profile, plan.shape, plan.workload, tasks).seconds[: len(parts)]).tolist()
-    return RoundCost(*seconds, *([] if drafting and plan.sketched else [0.0]))
+    step, check, *of_round = (passes * part.times * each for part, each in zip(parts, seconds, strict=True))
+    return RoundCost(step, check, max(0.0, sum(of_round) - check) / most)
 
 
 def _one_work(plans: Sequence[Plan]) -> tuple[ModelShape, Workload]:

@@ -45,7 +45,7 @@ from kvrecomp.run.prefill import prefill
 from kvrecomp.run.programs import Compiled, KeptPrograms, Programs, side_by_side
 from kvrecomp.run.prompt import PromptError, check_prompt, check_step
 from kvrecomp.run.round import Rounds, Taken, decode_round
-from kvrecomp.run.schedule import OVERLAPPING
+from kvrecomp.run.schedule import MANY_COPIES, OVERLAPPING
 from kvrecomp.run.step import decode_step, written_out
 from kvrecomp.run.weights import check_placement, on_device
 
@@ -183,7 +183,7 @@ class Decoder:
         self, caches: Sequence[Cache], turns: Sequence[Turn], rounds: Rounds, count: int
     ) -> tuple[Sequence[Cache], Sequence[Turn], list[Taken]]:
         """A round of all groups of the plan, in its order, with `count` drafts of each row, up to as many as the plan
-        has -> caches, turns, and what was taken.
+        has -> caches, turns, and what was taken. Under copies, the first group checks the drafts of the round before.
 
         The tail is written out where `in_tail` of the caches says that it is full, which is for who calls this to keep,
         since what rows take is known on the device alone. Turns are used up as the caches are.
@@ -191,9 +191,15 @@ class Decoder:
         caches = self._before_step(caches)
         if self.plan.groups_per_pass > 1:
             return self._round(caches, turns, rounds, count)
-        groups = zip(caches, turns, rounds.given, strict=True)
-        found = [self._round([cache], [turn], replace(rounds, given=[given]), count) for cache, turn, given in groups]
-        caches, turns, taken = ([each for (each,) in column] for column in zip(*found))
+        caches, turns, taken = list(caches), list(turns), []
+        for number in range(len(caches)):
+            # Of those in a program the first is checked; drafts are made for the last, which is itself or comes next.
+            those = [number, (number + 1) % len(caches)] if self.plan.drafts_under_copies else [number]
+            own = replace(rounds, given=[rounds.given[each] for each in those])
+            found = self._round([caches[each] for each in those], [turns[each] for each in those], own, count)
+            for each, cache, turn in zip(those, *found[:2], strict=True):
+                caches[each], turns[each] = cache, turn
+            taken += found[2]
         return caches, turns, taken
 
     def _before_step(self, caches: Sequence[Cache]) -> Sequence[Cache]:
@@ -319,10 +325,11 @@ class Decoder:
 
     def _options(self, kind: str, *which: Any) -> Mapping[str, Any]:
         """XLA's, of a program."""
-        if kind not in ("step", "round") or which[0] == 0:
+        if kind not in ("step", "round"):
             return OVERLAPPING
+        options = {**OVERLAPPING, **(MANY_COPIES if kind == "round" and self.plan.drafts_under_copies else {})}
         sent = self.plan.link_bytes(which[0]) * self.plan.groups_per_pass // self.plan.groups
-        return {**OVERLAPPING, **NO_GRAPHS} if sent >= NO_GRAPHS_FROM else OVERLAPPING
+        return {**options, **NO_GRAPHS} if which[0] and sent >= NO_GRAPHS_FROM else options
 
     def _trace(self, kind: str, *which: Any) -> Any:
         trace = {
@@ -349,7 +356,7 @@ class Decoder:
     def _trace_step(self, write_outs: int) -> Any:
         def step(weights, blocks, recent, token_ids):
             ids = [ids[:, None] for ids in token_ids]
-            after, logits = decode_step(self._model(weights), self.plan, blocks, recent, ids)
+            after, logits, _ = decode_step(self._model(weights), self.plan, blocks, recent, ids)
             after = [replace(recent, lengths=recent.lengths + 1) for recent in after]
             return after, [logits[:, 0] for logits in logits]
 
@@ -362,6 +369,7 @@ class Decoder:
 
     def _trace_round(self, write_outs: int, most: int, rounds: Rounds) -> Any:
         plan = self.plan
+        together = 2 if plan.drafts_under_copies else plan.groups_per_pass
 
         def program(weights, blocks, sketches, recents, turns, given, eos, count):
             groups = list(map(Group, blocks, sketches, recents, turns, given))
@@ -369,15 +377,15 @@ class Decoder:
 
         blocks, sketches = describe_blocks(plan, write_outs), describe_sketches(plan, write_outs)
         of_group = blocks, sketches, describe_recent(plan), rounds.turn
-        described = ([each] * plan.groups_per_pass for each in of_group)
+        described = ([each] * together for each in of_group)
         inputs = (
             self._weights,
             *described,
-            *map(describe_like, (rounds.given[: plan.groups_per_pass], rounds.eos)),
+            *map(describe_like, (rounds.given[:together], rounds.eos)),
             describe_ints(),
         )
         placed = [array.sharding for array in self._weights]
-        in_shardings = placed, [shardings(blocks)] * plan.groups_per_pass, *[None] * 6
+        in_shardings = placed, [shardings(blocks)] * together, *[None] * 6
         return jax.jit(program, in_shardings=in_shardings, donate_argnames=("recents", "turns")).trace(*inputs)
 
     def _trace_write_out(self, written_to: Sequence[tuple[Memory, Codec]]) -> Any:

@@ -5,7 +5,7 @@ PromptLookup    what followed where the newest tokens stood before
 Assistant       a smaller model of the same vocabulary, with a cache of its own on the device
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Protocol
 
@@ -28,13 +28,16 @@ class Turn:
     """Where the rows of a group are between rounds.
 
     `newest` int32[b] is each row's last token, not cached yet, and `left` int32[b] how many it may still take. `kept`
-    is what the drafter keeps.
+    is what the drafter keeps. Of `drafts` int32[b, most], made in the round before, the first `count` int32[] are to be
+    checked; None where each round makes its own.
     """
 
     rows: Rows
     newest: Array
     left: Array
     kept: Any
+    drafts: Array | None = None
+    count: Array | None = None
 
 
 class Group(NamedTuple):
@@ -47,9 +50,35 @@ class Group(NamedTuple):
     given: Any
 
 
-Drafted = tuple[list[Recent], list[Array], list[Any]]
-"""Of every group: what is recent, whose tails may have been written into where no row has tokens yet; the newest token
-of each row and drafts, int32[b, 1 + most]; and what the drafter keeps."""
+class Drafted(NamedTuple):
+    """Of every group: what is recent, whose tails may have been written into where no row has tokens yet; drafts
+    int32[b, most]; and what the drafter keeps."""
+
+    recents: Sequence[Recent]
+    drafts: Sequence[Array]
+    kept: Sequence[Any]
+
+
+class Proposal(NamedTuple):
+    """Drafts on their way: a `state`, arrays in any structure, in which `step(number, state)` makes one draft more of
+    every row, and what has been `drafted` in it in the end. So many steps `more` than drafts are to be done."""
+
+    state: Any
+    step: Callable[[Array, Any], Any] | None
+    drafted: Callable[[Any], Drafted]
+    more: int = 0
+
+    def made(self, count: Array) -> Any:
+        """The state after the steps of `count` int32[] drafts."""
+        return self.part(count, 1, 0, self.state)
+
+    def part(self, count: Array, parts: int, number: int, state: Any) -> Any:
+        """The state after one part of these steps more, of so many parts."""
+        if self.step is None:
+            return state
+        steps = count + self.more
+        with jax.named_scope("draft"):
+            return jax.lax.fori_loop(number * steps // parts, (number + 1) * steps // parts, self.step, state)
 
 
 class Drafter(Protocol):
@@ -60,10 +89,8 @@ class Drafter(Protocol):
         the device."""
         ...
 
-    def draft(
-        self, model: Any, plan: Plan, sampling: Sampling, groups: Sequence[Group], count: Array, most: int
-    ) -> Drafted:
-        """Drafts of every group, of which the first `count` int32[] are used."""
+    def propose(self, model: Any, plan: Plan, sampling: Sampling, groups: Sequence[Group], most: int) -> Proposal:
+        """At most so many drafts of every group."""
         ...
 
     def learn(self, turn: Turn, recent: Recent, taken: Any) -> Turn:
@@ -90,15 +117,11 @@ class PromptLookup:
         texts[:, : plan.workload.prompt] = np.where(mask, input_ids, -1)
         return texts, None
 
-    def draft(
-        self, model: Any, plan: Plan, sampling: Sampling, groups: Sequence[Group], count: Array, most: int
-    ) -> Drafted:
-        kept, drafted = [], []
-        for _, _, recent, turn, _ in groups:
-            texts, newest = _written(turn.kept, recent.slots(1), turn.newest[:, None]), turn.newest[:, None]
-            kept.append(texts)
-            drafted.append(jnp.concatenate([newest, self._following(texts, recent.lengths, most)], axis=1))
-        return [group.recent for group in groups], drafted, kept
+    def propose(self, model: Any, plan: Plan, sampling: Sampling, groups: Sequence[Group], most: int) -> Proposal:
+        kept = [_written(turn.kept, recent.slots(1), turn.newest[:, None]) for _, _, recent, turn, _ in groups]
+        recents = [group.recent for group in groups]
+        drafts = [self._following(texts, recent.lengths, most) for texts, recent in zip(kept, recents, strict=True)]
+        return Proposal(None, None, lambda _: Drafted(recents, drafts, kept))
 
     def _following(self, texts: Array, newest: Array, most: int) -> Array:
         """int32[b, most], for texts whose newest tokens are in slots int32[b]."""
@@ -129,6 +152,11 @@ def _written(texts: Array, slots: Array, tokens: Array) -> Array:
 # --- models -----------------------------------------------------------------------------------------------------------
 
 
+Written = tuple[list[Recent], list[Array]]
+"""Of every group: what is recent, with the tokens so far in the tails, and int32[b, 1 + most], each row's newest token
+and those drafted after it."""
+
+
 @dataclass(frozen=True)
 class Sketch:
     """The model itself, over what `plan.sketched` has in place of its host blocks. The pass that follows writes over
@@ -137,13 +165,15 @@ class Sketch:
     def start(self, plan: Plan, input_ids: np.ndarray, mask: np.ndarray) -> tuple[Any, Any]:
         return None, None
 
-    def draft(
-        self, model: Any, plan: Plan, sampling: Sampling, groups: Sequence[Group], count: Array, most: int
-    ) -> Drafted:
+    def propose(self, model: Any, plan: Plan, sampling: Sampling, groups: Sequence[Group], most: int) -> Proposal:
         blocks = [[sketched(*layer) for layer in zip(group.blocks, group.sketches, strict=True)] for group in groups]
         recents, turns = [group.recent for group in groups], [group.turn for group in groups]
-        recents, drafted = _one_by_one(model, plan.sketched or plan, sampling, blocks, recents, turns, count, most)
-        return recents, drafted, [None] * len(groups)
+        state, step = _one_by_one(model, plan.sketched or plan, sampling, blocks, recents, turns, most)
+
+        def drafted(state: Written) -> Drafted:
+            return Drafted(state[0], [tokens[:, 1:] for tokens in state[1]], [None] * len(groups))
+
+        return Proposal(state, step, drafted)
 
     def learn(self, turn: Turn, recent: Recent, taken: Any) -> Turn:
         return turn
@@ -164,17 +194,19 @@ class Assistant:
         cache = self.prefilled(input_ids, mask)
         return cache.recent, (self.weights, cache.blocks)
 
-    def draft(
-        self, model: Any, plan: Plan, sampling: Sampling, groups: Sequence[Group], count: Array, most: int
-    ) -> Drafted:
+    def propose(self, model: Any, plan: Plan, sampling: Sampling, groups: Sequence[Group], most: int) -> Proposal:
         weights, _ = groups[0].given
         own = nnx.merge(self.graph, jax.tree.unflatten(self.structure, weights))
         blocks, turns = [group.given[1] for group in groups], [group.turn for group in groups]
         # What rows took, it has cached, and what they did not take, it writes over.
         recents = [replace(group.turn.kept, lengths=group.recent.lengths) for group in groups]
+        state, step = _one_by_one(own, self.plan, sampling, blocks, recents, turns, most + 1)
+
+        def drafted(state: Written) -> Drafted:
+            return Drafted([group.recent for group in groups], [tokens[:, 1:-1] for tokens in state[1]], state[0])
+
         # One step more: where all drafts are right, the last one is to be cached as well.
-        kept, drafted = _one_by_one(own, self.plan, sampling, blocks, recents, turns, count + 1, most + 1)
-        return [group.recent for group in groups], [tokens[:, :-1] for tokens in drafted], kept
+        return Proposal(state, step, drafted, more=1)
 
     def learn(self, turn: Turn, recent: Recent, taken: Any) -> Turn:
         return turn
@@ -191,24 +223,20 @@ def _one_by_one(
     blocks: Sequence[Blocks],
     recents: Sequence[Recent],
     turns: Sequence[Turn],
-    count: Array,
     most: int,
-) -> tuple[list[Recent], list[Array]]:
-    """`count` steps of one token each of every row -> what is recent with these in the tails, and int32[b, 1 + most],
-    each row's newest token and those that the sampler takes after it."""
-    starts = [turn.newest for turn in turns]
+) -> tuple[Written, Callable[[Array, Written], Written] | None]:
+    """What at most so many steps of one token of every row begin with, and the step, which drafts the token that the
+    sampler takes."""
     # What is not drafted goes through the pass as well: a token that the row has, or what is no number may come of it.
-    drafted = [jnp.broadcast_to(newest[:, None], (len(newest), 1 + most)) for newest in starts]
-    if not most:
-        return list(recents), drafted
+    begun = [jnp.broadcast_to(turn.newest[:, None], (len(turn.newest), 1 + most)) for turn in turns]
 
-    def step(number: Array, state: tuple[list[Recent], list[Array]]) -> tuple[list[Recent], list[Array]]:
+    def step(number: Array, state: Written) -> Written:
         recents, drafted = state
         # Within a loop XLA would have them in other layouts, and copy all layers' before it.
         own = jax.tree.map(_as_laid_out, blocks)
         ahead = [replace(recent, lengths=recent.lengths + number) for recent in recents]
         newest = [jax.lax.dynamic_slice_in_dim(tokens, number, 1, axis=1) for tokens in drafted]
-        after, logits = decode_step(model, plan, own, ahead, newest)
+        after, logits, _ = decode_step(model, plan, own, ahead, newest)
         found = [
             draw(sampling, turn.rows.keys, turn.rows.positions + number, of_group[:, 0])[0]
             for turn, of_group in zip(turns, logits, strict=True)
@@ -220,5 +248,4 @@ def _one_by_one(
         ]
         return recents, drafted
 
-    with jax.named_scope("draft"):
-        return jax.lax.fori_loop(0, count, step, (list(recents), drafted))
+    return (list(recents), begun), step if most else None

@@ -6,6 +6,7 @@ however tokens are chosen; but logits of several tokens a step are rounded a lit
 "Coupling without communication and drafter-invariant speculative decoding".)
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
@@ -14,11 +15,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from kvrecomp.plan import Plan
+from kvrecomp.plan.step_order import DRAFT_PARTS
 from kvrecomp.run.cache import Recent
 from kvrecomp.run.drafters import Drafter, Group, Turn
 from kvrecomp.run.model import Model
 from kvrecomp.run.sampling import Rows, Sampling, draw
-from kvrecomp.run.step import decode_step
+from kvrecomp.run.step import UnderCopies, decode_step
 
 
 @dataclass(frozen=True)
@@ -56,26 +58,59 @@ def decode_round(
     """One round of every group, with `count` int32[] drafts of each row, `most` at most.
 
     A row ends with any token of int32[ends] `eos`, or when it may take no more; a row that has ended takes none.
+
+    With drafts under copies there are two groups: the first has its drafts and is checked, and meanwhile those of the
+    second are made.
     """
-    recents, drafted, kept = rounds.drafter.draft(model, plan, rounds.sampling, groups, count, most)
+    if plan.drafts_under_copies:
+        return _under_copies(model, plan, rounds, groups, eos, count, most)
+    proposal = rounds.drafter.propose(model, plan, rounds.sampling, groups, most)
+    recents, drafts, kept = proposal.drafted(proposal.made(count))
+    turns = [replace(group.turn, kept=own) for group, own in zip(groups, kept, strict=True)]
     blocks = [group.blocks for group in groups]
-    recents, logits = decode_step(model, plan, blocks, recents, drafted)
-    turns = [replace(group.turn, kept=each) for group, each in zip(groups, kept, strict=True)]
-    each_group = zip(recents, turns, drafted, logits, strict=True)
-    after = [_take(plan, rounds, *group, eos, count) for group in each_group]
+    recents, logits, _ = decode_step(model, plan, blocks, recents, list(map(_tokens, turns, drafts)))
+    each_group = zip(recents, turns, drafts, logits, strict=True)
+    after = [_take(plan, rounds, *group, count, eos) for group in each_group]
     recents, turns, taken = map(list, zip(*after))
-    return recents, [rounds.drafter.learn(*each) for each in zip(turns, recents, taken)], taken
+    return recents, turns, taken
+
+
+def _under_copies(
+    model: Model, plan: Plan, rounds: Rounds, groups: Sequence[Group], eos: Array, count: Array, most: int
+) -> tuple[list[Recent], list[Turn], list[Taken]]:
+    checked, drafted = groups
+    proposal = rounds.drafter.propose(model, plan, rounds.sampling, [drafted], most)
+    under_copies = UnderCopies(functools.partial(proposal.part, count, DRAFT_PARTS), proposal.state)
+    drafts = checked.turn.drafts[:, :most]
+    tokens = _tokens(checked.turn, drafts)
+    (recent,), (logits,), state = decode_step(model, plan, [checked.blocks], [checked.recent], [tokens], under_copies)
+    recent, turn, taken = _take(plan, rounds, recent, checked.turn, drafts, logits, checked.turn.count, eos)
+    (ahead,), (drafts,), (kept,) = proposal.drafted(state)
+    drafts = drafted.turn.drafts.at[:, :most].set(drafts)
+    return [recent, ahead], [turn, replace(drafted.turn, kept=kept, drafts=drafts, count=count)], [taken]
+
+
+def _tokens(turn: Turn, drafts: Array) -> Array:
+    """Those that a pass checks, int32[b, q], the first of them each row's newest."""
+    return jnp.concatenate([turn.newest[:, None], drafts], axis=1)
 
 
 def _take(
-    plan: Plan, rounds: Rounds, recent: Recent, turn: Turn, drafted: Array, logits: Array, eos: Array, count: Array
+    plan: Plan,
+    rounds: Rounds,
+    recent: Recent,
+    turn: Turn,
+    drafts: Array,
+    logits: Array,
+    count: Array,
+    eos: Array,
 ) -> tuple[Recent, Turn, Taken]:
-    """What each row takes of the tokens that were checked, int32[b, q], the first of them its newest."""
-    (batch, tokens), rows = drafted.shape, turn.rows
+    """What each row takes of the first `count` of its drafts, int32[b, q - 1], by the logits [b, q, vocab]."""
+    (batch, tokens, _), rows = logits.shape, turn.rows
     positions = rows.positions[:, None] + jnp.arange(tokens)
     every = jnp.repeat(rows.keys, tokens), positions.reshape(-1), logits.reshape(batch * tokens, -1)
     found, reports = (each.reshape(batch, tokens) for each in draw(rounds.sampling, *every))
-    right = (drafted[:, 1:] == found[:, :-1]) & (jnp.arange(tokens - 1) < count)
+    right = (drafts == found[:, :-1]) & (jnp.arange(tokens - 1) < count)
     counts = 1 + jnp.cumprod(right, axis=1, dtype=jnp.int32).sum(axis=1)
     ends = jnp.isin(found, eos)
     to_end = 1 + jnp.where(ends.any(axis=1), ends.argmax(axis=1), tokens).astype(jnp.int32)
@@ -88,4 +123,5 @@ def _take(
     turn = replace(turn, rows=after, newest=jnp.where(counts > 0, last, turn.newest), left=left)
     left = jnp.where(turn.rows.finished, 0, left)
     taken = Taken(reports, counts, left, logits if rounds.output_logits else None)
-    return replace(recent, lengths=recent.lengths + counts), turn, taken
+    recent = replace(recent, lengths=recent.lengths + counts)
+    return recent, rounds.drafter.learn(turn, recent, taken), taken

@@ -19,6 +19,9 @@ from typing import Any
 
 # XLA has the scheduler on by itself from Hopper on, and off on older GPUs.
 OVERLAPPING: Mapping[str, Any] = types.MappingProxyType({"xla_gpu_enable_latency_hiding_scheduler": True})
+# Of what runs beside compute XLA starts a third only when one of two has ended. Drafts take longer than two copies:
+# while they are made, as many are to be on their way as the step's order lets.
+MANY_COPIES: Mapping[str, Any] = types.MappingProxyType({"xla_gpu_experimental_parallel_async_compute_limit": 2**16})
 
 NO_TIME = 1e-6  # microseconds: thousands of kernels are nothing beside XLA's own estimate of a copy
 # The profile says nothing of copies, which XLA would warn of.

@@ -1,8 +1,9 @@
 """A step: new tokens of every row through a model, over an explicit cache, in the order that `step_order` gives."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,18 +27,39 @@ def written_out(plan: Plan, blocks: Blocks) -> int:
     return len(blocks[0]) - len(plan.layers[0].prompt)
 
 
+class UnderCopies(NamedTuple):
+    """What else a step computes, part by part, between its layers: `part(number, state)`, with number from `done` on,
+    and a state of arrays in any structure."""
+
+    part: Callable[[int, Any], Any]
+    state: Any
+    done: int = 0
+
+    def go_on(self, hidden: Array) -> tuple["UnderCopies", Array]:
+        """One part more, after all that `hidden` comes of and before what comes of it."""
+        hidden, state = jax.lax.optimization_barrier((hidden, self.state))
+        hidden, state = jax.lax.optimization_barrier((hidden, self.part(self.done, state)))
+        return self._replace(state=state, done=self.done + 1), hidden
+
+
 def decode_step(
-    model: Model, plan: Plan, blocks: Sequence[Blocks], recents: Sequence[Recent], token_ids: Sequence[Array]
-) -> tuple[list[Recent], list[Array]]:
+    model: Model,
+    plan: Plan,
+    blocks: Sequence[Blocks],
+    recents: Sequence[Recent],
+    token_ids: Sequence[Array],
+    under_copies: UnderCopies | None = None,
+) -> tuple[list[Recent], list[Array], Any]:
     """One pass: each group's blocks, what is recent of it, and its new tokens int32[b, q], as many of every row -> what
-    is recent with these in the tails, and logits float32[b, q, vocab], of each group.
+    is recent with these in the tails, and logits float32[b, q, vocab], of each group; and the state that is computed
+    `under_copies`.
 
     How many slots each row uses stays as it was: who calls this says which of the tokens are kept. Groups go through
     the layers together, so that weights are copied, and multiplied with, once for all of them.
     """
     write_outs = written_out(plan, blocks[0])
     weights, layers = layer_weights(model, plan), Layers()
-    order = step_order(plan, write_outs, [layer.matrices for layer in weights])
+    order = step_order(plan, write_outs, [layer.matrices for layer in weights], drafts=under_copies is not None)
     tokens = token_ids[0].shape[1]
     steps = [
         LayerStep(
@@ -52,11 +74,14 @@ def decode_step(
     hidden = model.embed(ids.reshape(-1), positions.reshape(-1))
     tails: list[list[Block]] = []
     for number, step in enumerate(steps):
+        for _ in range(step.order.drafts):
+            under_copies, hidden = under_copies.go_on(hidden)
         with jax.named_scope(f"layer_{number}"):  # metadata only: a trace tells by it which layer a kernel belongs to
             hidden, tails_of_layer, copies = step.run(layers, hidden, copies)
         tails.append(tails_of_layer)
     after = [replace(recent, tails=tuple(tail.arrays for tail in group)) for recent, group in zip(recents, zip(*tails))]
-    return after, jnp.split(model.unembed(hidden).reshape(*ids.shape, -1), len(recents))
+    logits = jnp.split(model.unembed(hidden).reshape(*ids.shape, -1), len(recents))
+    return after, logits, under_copies and under_copies.state
 
 
 @jax.tree_util.register_dataclass

@@ -15,6 +15,7 @@ from kvrecomp.plan.named import named_plan, with_host_weights
 from kvrecomp.plan.step_order import COPIES_IN_FLIGHT, START, TAIL, step_order
 from kvrecomp.predict import cost
 from kvrecomp.predict.cost import (
+    Part,
     Tasks,
     make_tasks,
     mean_bounds,
@@ -85,7 +86,7 @@ def simulate(computing, copying, hold, handoff=0.0):
 
 def each_task(plan, write_outs=0):
     """The plan's tasks, each of a kind of its own."""
-    *columns, kind, hold = make_tasks(plan, write_outs)
+    *columns, kind, hold = make_tasks(Part(1, plan), write_outs)
     return Tasks(*(column[kind] for column in columns), np.arange(len(kind), dtype=np.int32), hold)
 
 
@@ -210,11 +211,11 @@ def test_many_groups_alike_are_predicted_as_if_one_by_one(monkeypatch, name, hos
     plan = with_host_weights(named_plan(name, shape, Workload(5, 301, 3), window=64 * MIB), hosted)
     plan = replace(plan, groups=101, order="column")
     profile = HardwareProfile.from_datasheet("a100")
-    found, bound, tasks = plan_costs(profile, [plan], 0), mean_bounds(profile, [plan]), make_tasks(plan)
-    assert len(tasks.kind) == len(make_tasks(replace(plan, groups=10**6)).kind)
+    found, bound, tasks = plan_costs(profile, [plan], 0), mean_bounds(profile, [plan]), make_tasks(Part(1, plan))
+    assert len(tasks.kind) == len(make_tasks(Part(1, replace(plan, groups=10**6))).kind)
     monkeypatch.setattr(cost, "SHARED_GROUPS", 101)
     expected, expected_bound = plan_costs(profile, [plan], 0), mean_bounds(profile, [plan])
-    assert len(make_tasks(plan).kind) > 5 * len(tasks.kind)
+    assert len(make_tasks(Part(1, plan)).kind) > 5 * len(tasks.kind)
     assert found.seconds == pytest.approx(expected.seconds, rel=0.04)
     assert found.copying == pytest.approx(expected.copying, rel=1e-5)
     assert found.computing == pytest.approx(expected.computing, rel=1e-5)
@@ -485,7 +486,7 @@ def test_no_mean_step_is_shorter_than_its_copies_or_its_compute(plan, groups, ma
     assert (bounds <= mean_costs(machine, some).seconds * (1 + 1e-5)).all()
     for plan, bound in zip(some, bounds, strict=True):
         shares = cost.step_shares(plan)
-        tasks = stack_tasks([make_tasks(plan, write_outs) for write_outs in shares])
+        tasks = stack_tasks([make_tasks(Part(1, plan), write_outs) for write_outs in shares])
         _, copying, computing = step_seconds(machine, plan.shape, plan.workload, tasks)
         longer = np.maximum(copying, computing)[: len(shares)] @ list(shares.values())
         assert bound == pytest.approx(longer * plan.groups / plan.groups_per_pass, rel=1e-5)

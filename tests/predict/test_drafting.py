@@ -15,6 +15,7 @@ from kvrecomp.plan.footprint import attention_bytes, memory_needed
 from kvrecomp.plan.named import named_plan, with_host_weights
 from kvrecomp.predict.cost import (
     READ_TIMES,
+    Part,
     make_tasks,
     mean_bounds,
     mean_costs,
@@ -96,7 +97,7 @@ def further_seconds(plan, layer, shape, write_outs=0):
 def test_further_tokens_of_a_step(checked, write_outs, groups):
     """Projections, feed-forward, attention to all that is cached, logits; and not a byte more."""
     plan = replace(MIXED, drafting=LOOKUP, groups=groups, order="column")
-    tasks = [make_tasks(plan, write_outs, number) for number in (1, checked)]
+    tasks = [make_tasks(Part(1, plan, number), write_outs) for number in (1, checked)]
     alone, found = zip(*(each[:2] for each in step_seconds(MACHINE, SHAPE, plan.workload, stack_tasks(tasks))[1:]))
     work, vocab = plan.workload, SHAPE.vocab
     logits = 2 * vocab * SHAPE.embedding / MACHINE.matmul_rate + 32 * vocab / MACHINE.memory_rate
@@ -117,12 +118,32 @@ def test_a_round_is_its_drafts_and_the_step_that_checks_them(drafting, hosted, o
     assert round_.seconds[0] == pytest.approx(check + drafting.most * draft, rel=1e-5)
     assert step < check and (draft == 0) == (drafting is LOOKUP)
     assert alone.seconds[0] <= step <= 1.1 * alone.seconds[0]  # beside a tail that is longer
+    assert plan.drafts_under_copies == (order == "row" and not hosted and drafting is not LOOKUP)
     drafts = drafting.most if drafting.codec else 0
     passes = 3 if order == "row" else 1
     copied = passes * drafts * plan.host_weight_bytes / MACHINE.beside_compute  # drafts read the cache on the device
     more = float(round_.copying[0] - alone.copying[0])
     # Each copy has a latency too.
     assert more == pytest.approx(copied, rel=1e-3, abs=1e-5 * alone.copying[0] + 20 * passes * drafts * hosted * 1e-7)
+
+
+@pytest.mark.parametrize("slower", [1.0, 300.0])
+def test_drafts_under_copies_take_no_time_where_the_link_does(slower):
+    """All of it is computed; the longer of that and of what is copied is what a round takes, but for its ends."""
+    profile = replace(MACHINE, to_device=Line(1e-9, 1e-10 * slower), beside_compute=1e10 / slower)
+    layers = replace(SHAPE, layers=(PLAIN,) * 24)
+    plan = replace(named_plan("activations", layers, Workload(3, 90, 2), tail=2, window=2**16), groups=2)
+    under_copies = replace(plan, drafting=FP8)
+    in_turn = replace(under_copies, order="column")
+    checked = replace(plan, drafting=Drafting("prompt_lookup", FP8.most, FP8.ahead))
+    found, apart, check = (plan_costs(profile, [each]) for each in (under_copies, in_turn, checked))
+    draft = round_cost(profile, replace(in_turn, groups=1)).draft
+    assert found.copying[0] == pytest.approx(check.copying[0])
+    assert found.computing[0] == pytest.approx(check.computing[0] + 2 * FP8.most * draft, rel=1e-3)
+    longest = max(float(found.copying[0]), float(found.computing[0]))
+    assert (found.copying[0] > found.computing[0]) == (slower > 1)
+    assert longest <= found.seconds[0] * (1 + 1e-5) <= 1.1 * longest
+    assert found.seconds[0] < apart.seconds[0]
 
 
 def test_int4_takes_longer_to_read():

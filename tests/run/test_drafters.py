@@ -41,8 +41,9 @@ def drafts_of(longest):
     def program(*arrays):
         nobody: Any = None
         drafter, group = PromptLookup(longest), as_group(*arrays)
-        _, (drafted,), (texts,) = drafter.draft(nobody, nobody, nobody, [group], jnp.int32(MOST), MOST)
-        return texts, drafted
+        proposal = drafter.propose(nobody, nobody, nobody, [group], MOST)
+        _, (drafts,), (texts,) = proposal.drafted(proposal.made(jnp.int32(MOST)))
+        return texts, drafts
 
     return jax.jit(program)
 
@@ -77,14 +78,13 @@ def test_what_followed_before(given, longest):
     newest = texts[np.arange(ROWS), lengths]
     kept = np.where(np.arange(PROMPT + NEW) < padding[:, None], -1, texts)
     kept[np.arange(ROWS), lengths] = toy.VOCAB - 1  # the newest is to be written there
-    after, drafted = jax.device_get(drafts_of(longest)(*toy.put((kept, lengths, newest))))
-    np.testing.assert_array_equal(drafted[:, 0], newest)
+    after, drafts = jax.device_get(drafts_of(longest)(*toy.put((kept, lengths, newest))))
     for row, text in enumerate(real):
         expected = followed(text, longest)
         if expected is None:
-            assert (drafted[row] >= 0).all() and (drafted[row] < toy.VOCAB).all()
+            assert (drafts[row] >= 0).all() and (drafts[row] < toy.VOCAB).all()
         else:
-            assert drafted[row, 1:].tolist() == expected
+            assert drafts[row].tolist() == expected
         assert after[row, padding[row] : lengths[row] + 1].tolist() == text
         assert (after[row, : padding[row]] == -1).all()
 
@@ -138,10 +138,10 @@ def test_learns_what_rows_took(seed):
     lengths = np.full(ROWS, PROMPT, np.int32)
     for _ in range(5):
         newest = texts[np.arange(ROWS), lengths]
-        kept, drafted = drafts_of(3)(*toy.put((kept, lengths, newest)))
+        kept, drafts = drafts_of(3)(*toy.put((kept, lengths, newest)))
         for row, length in enumerate(lengths):
             expected = followed(texts[row, padding[row] : length + 1].tolist(), 3)
-            assert expected is None or jax.device_get(drafted)[row, 1:].tolist() == expected
+            assert expected is None or jax.device_get(drafts)[row].tolist() == expected
         counts = np.minimum(rng.integers(0, MOST + 2, ROWS), PROMPT + NEW - 1 - lengths).astype(np.int32)
         places = lengths[:, None] + 1 + np.arange(MOST + 1)
         right = np.take_along_axis(texts, np.minimum(places, texts.shape[1] - 1), axis=1)

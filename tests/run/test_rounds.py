@@ -1,7 +1,7 @@
 """Rounds: texts are those without drafts, token for token, whoever drafts and however far rows are apart."""
 
 import dataclasses
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,7 +10,7 @@ import toy
 import toy_plans
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
-from toy_drafts import BATCH, KEPT, NEW, PROMPT, SAMPLED, TAIL, TEXTS, Known, assert_alike, make_plan, run, written
+from toy_drafts import BATCH, KEPT, NEW, PROMPT, SAMPLED, TAIL, TEXTS, assert_alike, known, make_plan, run, written
 
 import kvrecomp
 import models
@@ -61,7 +61,7 @@ def test_any_drafts(data):
     right = rng.random((BATCH, NEW)) < np.array(shares)[:, None]
     drafts = data.draw(st.sampled_from([None, most]))
     plan = make_plan(drafting=Drafting("prompt_lookup", most, ahead))
-    found = run(plan, Known(written(expected), right), sampling, eos=eos, drafts=drafts, new=new)
+    found = run(plan, known(written(expected), right), sampling, eos=eos, drafts=drafts, new=new)
     assert_alike(found, expected)
     taken = found.new_tokens - 1
     assert (found.accepted <= found.drafted).all() and (found.accepted <= taken).all()
@@ -72,9 +72,9 @@ def test_drafts_that_are_right_are_taken():
     """All of them: five tokens a pass. None: one."""
     texts = written(run(make_plan()))
     plan = make_plan(drafting=Drafting("prompt_lookup", 4, ahead=20))
-    found = run(plan, Known(texts, np.full(texts.shape, True)))
+    found = run(plan, known(texts, np.full(texts.shape, True)))
     assert found.passes.tolist() == [3] * BATCH and found.acceptance.tolist() == [1.0] * BATCH  # 13 tokens, 5 a pass
-    found = run(plan, Known(texts, np.full(texts.shape, False)))
+    found = run(plan, known(texts, np.full(texts.shape, False)))
     assert found.passes.tolist() == [NEW - 1] * BATCH and found.acceptance.tolist() == [0.0] * BATCH
 
 
@@ -83,9 +83,9 @@ def test_rows_that_are_ahead_do_not_wait_where_there_is_room():
     texts = written(run(make_plan()))
     right = np.zeros(texts.shape, bool)
     right[1] = True
-    found = run(make_plan(drafting=Drafting("prompt_lookup", 4, ahead=20)), Known(texts, right))
+    found = run(make_plan(drafting=Drafting("prompt_lookup", 4, ahead=20)), known(texts, right))
     assert found.passes.tolist() == [13, 3, 13]
-    held = run(make_plan(drafting=Drafting("prompt_lookup", 4, ahead=1)), Known(texts, right))
+    held = run(make_plan(drafting=Drafting("prompt_lookup", 4, ahead=1)), known(texts, right))
     assert_alike(held, found)
     assert held.passes[1] > 6  # it may be a token ahead
     assert held.acceptance[0] == held.acceptance[2] == 0 and 0.5 < held.acceptance[1] <= 1
@@ -99,16 +99,40 @@ def test_groups(groups, order):
     assert_alike(run(make_plan(**options, drafting=DRAFTERS["int4"][0]), Sketch(), SAMPLED), expected)
     texts = written(expected, new)
     right = np.random.default_rng(3).random(texts.shape) < 0.7
-    # Each group has its own rows of what is known.
-    parts = iter(zip(texts[:, None], right[:, None]))
-
-    @dataclass(frozen=True, eq=False)
-    class OfGroups(Known):
-        def start(self, plan, input_ids, mask):
-            return Known(*next(parts)).start(plan, input_ids, mask)
-
     plan = make_plan(**options, drafting=DRAFTERS["lookup"][0])
-    assert_alike(run(plan, OfGroups(texts, right), SAMPLED), expected)
+    assert_alike(run(plan, known(texts, right), SAMPLED), expected)
+
+
+@settings(few, max_examples=8)
+@given(data=st.data())
+def test_drafts_under_copies(data):
+    """Each group's are made in the step of the group before it, and checked in the round after, wherever write-outs and
+    ends of rows come between."""
+    groups, batch = data.draw(st.sampled_from([(3, 1), (2, 2)]))
+    texts = toy.texts(groups * batch, PROMPT, longest_padding=PROMPT - 1)
+    eos = data.draw(st.lists(st.integers(0, toy.VOCAB - 1), max_size=2))
+    expected = run(make_plan(batch=groups * batch), None, SAMPLED, texts=texts, eos=eos)
+    plan = make_plan(
+        batch=batch, groups=groups, drafting=Drafting("sketch", 3, data.draw(st.sampled_from([1, 7])), "fp8")
+    )
+    assert plan.drafts_under_copies
+    shares = data.draw(st.lists(st.sampled_from([0.0, 0.5, 0.9, 1.0]), min_size=plan.rows, max_size=plan.rows))
+    rng = np.random.default_rng(data.draw(st.integers(0, 99)))
+    right = rng.random((plan.rows, NEW)) < np.array(shares)[:, None]
+    drafter = known(written(expected), right, texts.ids) if data.draw(st.booleans()) else Sketch()
+    found = run(plan, drafter, SAMPLED, texts=texts, eos=eos, drafts=data.draw(st.sampled_from([None, 2, 3])))
+    assert_alike(found, expected)
+    assert (found.accepted <= found.drafted).all()
+
+
+def test_drafts_that_are_right_are_taken_under_copies():
+    """All of them, but for the first group's first round, which has none yet."""
+    texts = toy.texts(2, PROMPT)
+    expected = run(make_plan(batch=2), texts=texts)
+    plan = make_plan(batch=1, groups=2, drafting=Drafting("sketch", 4, 20, "fp8"))
+    found = run(plan, known(written(expected), np.full((2, NEW), True), texts.ids), texts=texts)
+    assert_alike(found, expected)
+    assert found.passes.tolist() == [4, 3] and found.acceptance.tolist() == [1.0, 1.0]  # 13 tokens: 1 and 5 each, or 5
 
 
 def test_weights_in_host_memory():
@@ -153,7 +177,7 @@ def test_any_plan(data):
     if codec is None:
         own = expected.sequences[:, plan.workload.prompt :]
         right = np.random.default_rng(data.draw(st.integers(0, 99))).random(own.shape) < 0.7
-        drafter = Known(own, right)
+        drafter = known(own, right, texts.ids)
         drafting = Drafting("prompt_lookup", data.draw(st.integers(1, 4)), ahead=data.draw(st.integers(1, 7)))
     else:
         drafter, drafting = Sketch(), Drafting("sketch", 2, ahead=3, codec=codec)
