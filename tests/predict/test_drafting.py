@@ -143,7 +143,7 @@ def test_drafts_under_copies_take_no_time_where_the_link_does(slower):
     longest = max(float(found.copying[0]), float(found.computing[0]))
     assert (found.copying[0] > found.computing[0]) == (slower > 1)
     assert longest <= found.seconds[0] * (1 + 1e-5) <= 1.1 * longest
-    assert found.seconds[0] < apart.seconds[0]
+    assert (found.seconds[0] < apart.seconds[0]) == (slower > 1)  # in column order weights are read once
 
 
 def test_int4_takes_longer_to_read():
