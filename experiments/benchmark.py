@@ -339,8 +339,6 @@ def main(given: flags.FlagValues) -> None:
     )
     # Mistakes are said before the weights are made, and what is pinned is limited before there is a backend.
     drafts, acceptance = read_drafts(given.drafts, given.drafters), read_acceptance(given.acceptance)
-    if given.groups > 1 and any(drafting for drafting, _ in drafts):
-        raise ValueError(f"--groups is {given.groups}: made-up drafts are of one group, leave --drafts or --groups out")
     asked = [
         read_plan(word, budget)._replace(drafting=drafting, drafter=drafter)
         for word in script.names("plans", given.plans)

@@ -167,15 +167,17 @@ class Pace:
 
     def __init__(self, plan: Plan):
         self._drafting, self._unpaid = plan.drafting or Drafting("prompt_lookup", 1), 0
+        self._counts = plan.draft_counts
         assumed = acceptance_of(self._drafting)
         self._right, self._tried = assumed * FEW_TRIED, float(FEW_TRIED)
 
     def drafts(self) -> int:
         """Those of the next round."""
-        count = self._drafting.best_count(self._right / self._tried)
+        count = self._drafting.best_count(self._right / self._tried, self._counts)
         self._unpaid = 0 if count else self._unpaid + 1
         # The text may change.
-        return count or (min(self._drafting.most, FEW_DRAFTS) if self._unpaid % UNPAID_ROUNDS == 0 else 0)
+        few = min(count for count in self._counts if count >= min(FEW_DRAFTS, self._drafting.most))
+        return count or (few if self._unpaid % UNPAID_ROUNDS == 0 else 0)
 
     def learn(self, drafts: np.ndarray, counts: np.ndarray) -> None:
         """Of rows that were held back by nothing else, what each took where it had so many drafts."""

@@ -161,15 +161,15 @@ def generate(
 
 class _Dispatched(NamedTuple):
     """Tokens on their way, by group: ids int32[b, q], of which rows take `counts` int32[b], or all where there are
-    none; logits float32[b, q, vocab] if asked for. And the bytes that their step copies, and how many drafts of each
-    group it checks.
+    none; logits float32[b, q, vocab] if asked for. And the bytes that their step copies, and how many drafts, int32[],
+    it checks of each row.
     """
 
     tokens: list[Array]
     logits: list[Array]
     counts: list[Array] | None = None
     link_bytes: int = 0
-    drafts: Sequence[int] = ()
+    drafts: list[Array] | None = None
 
 
 @dataclass
@@ -212,7 +212,7 @@ class TokenLoop:
                     arrivals.append(time.perf_counter())
                     counts = _of_groups(step.counts) if step.counts else np.ones(len(tokens), int)
                     logits = _of_groups(step.logits) if step.logits else None
-                    drafts = np.repeat(step.drafts or 0, len(tokens) // max(1, len(step.drafts)))
+                    drafts = _of_rows(step.drafts, len(tokens)) if step.drafts else np.zeros(len(tokens), int)
                     new = texts.add(tokens, counts, logits, drafts)
                     link_bytes.append(step.link_bytes)
                     for column in new:
@@ -341,33 +341,30 @@ class TokenLoop:
         lefts = [jax.device_put(np.full(len(tokens), left, np.int32), memory.sharding("device")) for tokens in newest]
         turns: Sequence[Turn] = [Turn(*of_group, *self._no_drafts()) for of_group in zip(rows, newest, lefts, kept)]
         del rows, newest, lefts, kept  # they are used up
-        unread: collections.deque[tuple[list[Array], list[Array], list[int], int]] = collections.deque()
-        before = 0  # drafts of the round before, which the first group checks where they are made under copies
+        unread: collections.deque[tuple[list[Array], list[Array], list[Array], int, int]] = collections.deque()
         while (remaining > 0).any():
-            if not unread or (len(unread) < LEAD and remaining.max() > sum(1 + max(each) for *_, each, _ in unread)):
+            if not unread or (len(unread) < LEAD and remaining.max() > sum(1 + drafts for *_, drafts, _ in unread)):
                 drafts = pace.drafts() if self.drafts is None else self.drafts
-                checked = [drafts] * len(caches)
-                if plan.drafts_under_copies:
-                    checked[0], before = before, drafts
+                drafts = next(count for count in plan.draft_counts if count >= drafts)
                 caches, turns, taken = decoder.round_groups(caches, turns, rounds, drafts)
                 write_outs = decoder.write_outs(caches[0])
                 sent = decoder.plan.link_bytes(write_outs)
                 if decoder.plan.sketched:  # weights in host memory are copied for each draft too
                     sent += drafts * decoder.plan.sketched.link_bytes(write_outs)
-                tokens, counts, lefts, logits = map(list, zip(*taken))
+                tokens, counts, lefts, logits, checked = map(list, zip(*taken))
                 dispatched = _Dispatched(tokens, logits if self.output_logits else [], counts, sent, checked)
-                jax.tree.map(lambda array: array.copy_to_host_async(), (tokens, counts, lefts, dispatched.logits))
-                unread.append((counts, lefts, checked, write_outs))
+                jax.tree.map(lambda array: array.copy_to_host_async(), (dispatched[:3], lefts, checked))
+                unread.append((counts, lefts, checked, drafts, write_outs))
                 del taken, logits
                 yield dispatched
                 continue
-            *arrays, checked, write_outs = unread.popleft()
-            counts, remaining = map(_of_groups, arrays)
+            counts, remaining, checked, _, write_outs = unread.popleft()
+            counts, remaining = map(_of_groups, (counts, remaining))
             cached += counts
             had_room = cached - write_outs * plan.tail < plan.room  # in that round; the tail may be another by now
-            of_rows = np.repeat(checked, len(counts) // len(checked))
-            told = (remaining > 0) & had_room & (of_rows > 0)
-            pace.learn(of_rows[told], counts[told])
+            checked = _of_rows(checked, len(counts))
+            told = (remaining > 0) & had_room & (checked > 0)
+            pace.learn(checked[told], counts[told])
             in_tail = cached - decoder.write_outs(caches[0]) * plan.tail
             in_tail = np.split(np.where(remaining > 0, in_tail, plan.room), len(caches))
             caches = [replace(cache, in_tail=int(each.min())) for cache, each in zip(caches, in_tail)]
@@ -376,3 +373,8 @@ class TokenLoop:
 def _of_groups(arrays: Sequence[Array]) -> np.ndarray:
     """The arrays of all groups as one, on the host."""
     return np.concatenate(jax.device_get(arrays))
+
+
+def _of_rows(numbers: Sequence[Array], rows: int) -> np.ndarray:
+    """The number of each group for each of so many rows, on the host."""
+    return np.repeat(jax.device_get(numbers), rows // len(numbers))

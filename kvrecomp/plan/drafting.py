@@ -7,6 +7,7 @@ tokens of the rows ahead. A row that comes to the end of that room takes fewer t
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -78,9 +79,10 @@ class Drafting:
         cost = 1.0 if count == 0 and self.two_programs else self.check_cost + count * self.draft_cost
         return tokens_per_round(count, acceptance) / cost
 
-    def best_count(self, acceptance: float) -> int:
-        """The number of drafts with which rows take most tokens; 0 where none pay."""
-        return max(range(self.most + 1), key=lambda count: self.pace(count, acceptance))
+    def best_count(self, acceptance: float, counts: Sequence[int] | None = None) -> int:
+        """The number of drafts, of any up to `most` or of these, with which rows take most tokens; 0 where none pay."""
+        counts = range(self.most + 1) if counts is None else counts
+        return max(counts, key=lambda count: self.pace(count, acceptance))
 
 
 def tail_room(drafting: Drafting | None, tail: int, new: int) -> int:

@@ -9,7 +9,7 @@ block, in the memory that the layer's `write_out_memories` say, written as its `
 import dataclasses
 import functools
 import io
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -284,6 +284,13 @@ class Plan:
         by_model = self.drafting is not None and self.drafting.drafter != "prompt_lookup"
         in_turn = self.groups > self.groups_per_pass and self.schedule == "pipelined"
         return by_model and in_turn and not self.host_weight_bytes and self.bytes_in("host", self.write_outs) > 0
+
+    @property
+    def draft_counts(self) -> Sequence[int]:
+        """How many drafts a round may have. Under copies all or none: a GPU reads how often a loop goes round behind
+        all copies that are on their way, so the loops are of a number that is known."""
+        most = self.tokens_per_step - 1
+        return (0, most) if self.drafts_under_copies else range(most + 1)
 
     @property
     def write_outs(self) -> int:

@@ -110,7 +110,9 @@ def token_seconds(profile: HardwareProfile, plan: Plan) -> float:
     if plan.drafting is None:
         return float(plan_costs(profile, [plan]).seconds[0])
     acceptance = acceptance_of(plan.drafting)
-    return round_cost(profile, plan).step / plan.drafting.pace(plan.drafting.best_count(acceptance), acceptance)
+    return round_cost(profile, plan).step / plan.drafting.pace(
+        plan.drafting.best_count(acceptance, plan.draft_counts), acceptance
+    )
 
 
 def acceptance_of(drafting: Drafting) -> float:
@@ -134,7 +136,9 @@ def _with_drafts_that_pay(profile: HardwareProfile, budget: Budget, make: Callab
         costs = with_costs(drafted, drafting, profile)
         seconds, acceptance = token_seconds(profile, costs), acceptance_of(drafting)
         if PAYING * seconds < alone and seconds < best:
-            count = drafting.most if costs.drafting is None else costs.drafting.best_count(acceptance)
+            count = (
+                drafting.most if costs.drafting is None else costs.drafting.best_count(acceptance, costs.draft_counts)
+            )
             words = (
                 f"{1e3 * seconds:.2f} ms a token with {count} drafts ({drafting.name}), if {acceptance:.0%} are right, "
                 f"{1e3 * alone:.2f} ms without any"

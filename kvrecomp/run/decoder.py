@@ -182,8 +182,9 @@ class Decoder:
     def round_groups(
         self, caches: Sequence[Cache], turns: Sequence[Turn], rounds: Rounds, count: int
     ) -> tuple[Sequence[Cache], Sequence[Turn], list[Taken]]:
-        """A round of all groups of the plan, in its order, with `count` drafts of each row, up to as many as the plan
-        has -> caches, turns, and what was taken. Under copies, the first group checks the drafts of the round before.
+        """A round of all groups of the plan, in its order, with `count` drafts of each row, one of the plan's
+        `draft_counts` -> caches, turns, and what was taken. Under copies, the first group checks the drafts of the
+        round before.
 
         The tail is written out where `in_tail` of the caches says that it is full, which is for who calls this to keep,
         since what rows take is known on the device alone. Turns are used up as the caches are.
@@ -250,7 +251,7 @@ class Decoder:
     ) -> tuple[list[Cache], list[Turn], list[Taken]]:
         write_outs, every = self.write_outs(caches[0]), self.plan.tokens_per_step - 1
         smaller, most = ("round", write_outs, 0, rounds), every
-        if count == 0 and self.plan.drafting and self.plan.drafting.two_programs:
+        if count == 0 and (self.plan.drafts_under_copies or (self.plan.drafting and self.plan.drafting.two_programs)):
             self._prepare(*smaller)
             most = 0 if self._programs.has(smaller) else every  # taken once it is there
         columns = ([getattr(cache, name) for cache in caches] for name in ("blocks", "sketches", "recent"))

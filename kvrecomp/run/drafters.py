@@ -68,11 +68,11 @@ class Proposal(NamedTuple):
     drafted: Callable[[Any], Drafted]
     more: int = 0
 
-    def made(self, count: Array) -> Any:
+    def made(self, count: Array | int) -> Any:
         """The state after the steps of `count` int32[] drafts."""
         return self.part(count, 1, 0, self.state)
 
-    def part(self, count: Array, parts: int, number: int, state: Any) -> Any:
+    def part(self, count: Array | int, parts: int, number: int, state: Any) -> Any:
         """The state after one part of these steps more, of so many parts."""
         if self.step is None:
             return state

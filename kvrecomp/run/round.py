@@ -44,12 +44,13 @@ class Rounds:
 class Taken(NamedTuple):
     """What a round found of a group: tokens int32[b, q], NO_TOKEN where logits were NaN or infinite, of which each row
     takes the first `counts` int32[b]; how many it may take after that, `left` int32[b], none if it has ended; and, if
-    asked for, the logits float32[b, q, vocab] that tokens are chosen by."""
+    asked for, the logits float32[b, q, vocab] that tokens are chosen by. Of each row `drafts` int32[] were checked."""
 
     tokens: Array
     counts: Array
     left: Array
     logits: Array | None
+    drafts: Array
 
 
 def decode_round(
@@ -59,11 +60,11 @@ def decode_round(
 
     A row ends with any token of int32[ends] `eos`, or when it may take no more; a row that has ended takes none.
 
-    With drafts under copies there are two groups: the first has its drafts and is checked, and meanwhile those of the
-    second are made.
+    With drafts under copies there are two groups: the first has its drafts and is checked, and meanwhile as many as may
+    be are made of the second.
     """
     if plan.drafts_under_copies:
-        return _under_copies(model, plan, rounds, groups, eos, count, most)
+        return _under_copies(model, plan, rounds, groups, eos, most)
     proposal = rounds.drafter.propose(model, plan, rounds.sampling, groups, most)
     recents, drafts, kept = proposal.drafted(proposal.made(count))
     turns = [replace(group.turn, kept=own) for group, own in zip(groups, kept, strict=True)]
@@ -76,18 +77,18 @@ def decode_round(
 
 
 def _under_copies(
-    model: Model, plan: Plan, rounds: Rounds, groups: Sequence[Group], eos: Array, count: Array, most: int
+    model: Model, plan: Plan, rounds: Rounds, groups: Sequence[Group], eos: Array, count: int
 ) -> tuple[list[Recent], list[Turn], list[Taken]]:
     checked, drafted = groups
-    proposal = rounds.drafter.propose(model, plan, rounds.sampling, [drafted], most)
+    proposal = rounds.drafter.propose(model, plan, rounds.sampling, [drafted], count)
     under_copies = UnderCopies(functools.partial(proposal.part, count, DRAFT_PARTS), proposal.state)
-    drafts = checked.turn.drafts[:, :most]
+    drafts = checked.turn.drafts[:, :count]
     tokens = _tokens(checked.turn, drafts)
     (recent,), (logits,), state = decode_step(model, plan, [checked.blocks], [checked.recent], [tokens], under_copies)
     recent, turn, taken = _take(plan, rounds, recent, checked.turn, drafts, logits, checked.turn.count, eos)
     (ahead,), (drafts,), (kept,) = proposal.drafted(state)
-    drafts = drafted.turn.drafts.at[:, :most].set(drafts)
-    return [recent, ahead], [turn, replace(drafted.turn, kept=kept, drafts=drafts, count=count)], [taken]
+    drafts = drafted.turn.drafts.at[:, :count].set(drafts)
+    return [recent, ahead], [turn, replace(drafted.turn, kept=kept, drafts=drafts, count=jnp.int32(count))], [taken]
 
 
 def _tokens(turn: Turn, drafts: Array) -> Array:
@@ -122,6 +123,7 @@ def _take(
     after = Rows(rows.keys, rows.positions + counts, rows.finished | (counts == to_end) | (left <= 0))
     turn = replace(turn, rows=after, newest=jnp.where(counts > 0, last, turn.newest), left=left)
     left = jnp.where(turn.rows.finished, 0, left)
-    taken = Taken(reports, counts, left, logits if rounds.output_logits else None)
+    checked = jnp.minimum(count, tokens - 1)
+    taken = Taken(reports, counts, left, logits if rounds.output_logits else None, checked)
     recent = replace(recent, lengths=recent.lengths + counts)
     return recent, rounds.drafter.learn(turn, recent, taken), taken

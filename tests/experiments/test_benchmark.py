@@ -132,7 +132,6 @@ def test_rounds(known_machine):
         (["--drafts=2.5"], "--drafts has '2.5'; expected a whole number from 0 to 256"),
         (["--drafts=3", "--drafters=me"], "--drafters has 'me'; expected some of fp8, int4, prompt_lookup, made_up"),
         (["--drafts=3", "--acceptance=2"], "--acceptance has '2'; expected a probability from 0 to 1"),
-        (["--drafts=3", "--groups=2"], "--groups is 2: made-up drafts are of one group"),
     ],
 )
 def test_what_drafts_cannot_be(words, message):
