@@ -1,6 +1,7 @@
 """Seconds that compiling a plan's step programs takes, and that decoding waits for them."""
 
 from kvrecomp.plan.layout import Plan
+from kvrecomp.plan.step_order import DRAFT_PARTS
 
 # Measured on an H100's machine: a layer, and each block or tail that a group attends to in it.
 # h100_compiling_ff14225.txt has 6 to 32 s for 32 layers of 1 to 16 blocks, and 48 s for eight groups in one pass. It is
@@ -12,7 +13,8 @@ def program_seconds(plan: Plan, write_outs: int) -> float:
     """Seconds to compile the step program after that many write-outs, each of which adds a block to every layer."""
     layers = len(plan.layers)
     attended = sum(len(layer.prompt) for layer in plan.layers) + layers * (write_outs + 1)
-    parts = 2 if plan.sketched else 1  # a round's program has a draft in it, too
+    drafts = DRAFT_PARTS if plan.drafts_under_copies else 1  # a round's program has a draft in it, too, or several
+    parts = 1 + drafts * (plan.sketched is not None)
     return parts * (COMPILE_LAYER_SECONDS * layers + COMPILE_BLOCK_SECONDS * plan.groups_per_pass * attended)
 
 

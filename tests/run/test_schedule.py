@@ -11,15 +11,18 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from described_gpu import A100, H200, Lowered, abstract_model, compile_traced
 
 import kvrecomp
 from experiments.support.traces import xplane
+from kvrecomp.generate import TokenLoop
 from kvrecomp.measure import machine as profile_machine
-from kvrecomp.plan import BlockSpec, LayerPlan, Plan, Workload
+from kvrecomp.plan import BlockSpec, Drafting, LayerPlan, Plan, Workload
 from kvrecomp.plan.footprint import (
     attention_bytes,
+    memory_needed,
     packing_bytes,
     prefill_bytes,
     rows_bytes,
@@ -27,8 +30,9 @@ from kvrecomp.plan.footprint import (
     unpacked_bytes,
 )
 from kvrecomp.plan.named import named_plan
-from kvrecomp.plan.step_order import COPIES_IN_FLIGHT, step_order
+from kvrecomp.plan.step_order import COPIES_IN_FLIGHT, DRAFT_PARTS, step_order
 from kvrecomp.run.decoder import Decoder
+from kvrecomp.run.drafters import Sketch
 from kvrecomp.run.sampling import Sampling, choose, start_rows
 from kvrecomp.run.schedule import OVERLAPPING
 from models import Config, LlamaConfig, OPTConfig
@@ -397,3 +401,30 @@ def test_what_the_profile_copies_is_copied_whole(monkeypatch):
     assert [len(re.findall(r" copy-start\(", text)) for text in texts] == [3 * 2, 3 * 8, 2, 4]
     for text, blocks in zip(texts, (3, 3, 2, 4), strict=True):
         assert len(re.findall(r"S\(5\)\} parameter\(", text)) == blocks
+
+
+def test_as_many_copies_as_the_window_allows_are_on_their_way_while_drafts_are_made():
+    """In the program that checks one group and drafts for the other; a step has two on their way."""
+    config = dataclasses.replace(CONFIG, layers=8)
+    plan = plan_of("activations", config, window=6 * BLOCK)
+    plan = dataclasses.replace(plan, groups=2, drafting=Drafting("sketch", 2 * DRAFT_PARTS, codec="fp8"))
+    decoder = make_decoder(config, plan)
+    loop = TokenLoop(decoder, Sampling(), [], 0, drafter=Sketch())
+    work, names = plan.workload, np.zeros(plan.workload.batch, np.uint32)
+    prompts = [(np.zeros((work.batch, work.prompt), np.int32), np.ones((work.batch, work.prompt), bool))] * 2
+    rounds, _ = loop._start_rounds(Sketch(), prompts, np.zeros(0, np.int32), names)
+    options = decoder._options("round", 0, 2 * DRAFT_PARTS, rounds)
+    text, temporary = compile_traced(decoder._trace("round", 0, 2 * DRAFT_PARTS, rounds), options)
+    on_their_way, while_drafting = 0, []
+    for line in instructions(text):
+        found = INSTRUCTION.match(line)
+        kind = found[3] if found else ""
+        on_their_way += (kind == "copy-start") - (kind == "copy-done")
+        if kind == "while":
+            assert "known_trip_count" in line  # or a GPU would read how often it goes round behind all copies
+            while_drafting.append(on_their_way)
+    assert while_drafting == [6, 6, 4, 2]  # of 8, two layers having been attended to before each
+    order = step_order(plan, drafts=True)
+    assert order.high_water == 6 * BLOCK
+    needed = memory_needed(plan, 0)["device"]["prefill or step"]
+    assert order.high_water < temporary <= needed

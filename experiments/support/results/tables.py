@@ -258,6 +258,10 @@ def rounds(rows: Sequence[Row]) -> str:
     def of_rounds(row: Row, field: str, form: str) -> str:
         return "-" if row.get(field) is None else form.format(row[field])
 
+    def drafted(row: Row) -> str:
+        under_copies = row["drafter"] in ("fp8", "int4") and row["groups"] > 1 and row["order"] == "row"
+        return f"{row['drafts']}, {row['drafter'].replace('_', ' ')}{', under copies' * under_copies}"
+
     def per_token(row: Row) -> str:
         return f"{row['ms_per_token'] if row.get('drafts') else row['median_ms']:.1f}"
 
@@ -268,9 +272,9 @@ def rounds(rows: Sequence[Row]) -> str:
     return table(
         rows,
         ("model", lambda row: predictions.title(row["model"])),
-        ("rows x prompt", lambda row: f"{row['batch']} x {row['prompt']}"),
+        ("rows x prompt", lambda row: f"{row['batch'] * (row['groups'] or 1)} x {row['prompt']}"),
         ("plan", _plan),
-        ("drafts", lambda row: f"{row['drafts']}, {row['drafter'].replace('_', ' ')}" if row.get("drafts") else "-"),
+        ("drafts", lambda row: drafted(row) if row.get("drafts") else "-"),
         ("acceptance", lambda row: of_rounds(row, "acceptance", "{:g}")),
         ("ms a pass with its drafts", lambda row: f"{row['median_ms']:.1f}"),
         ("tokens a pass", lambda row: of_rounds(row, "tokens_per_pass", "{:.2f}")),
