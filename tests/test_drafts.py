@@ -48,6 +48,17 @@ def paced(drafting, rows, acceptances):
     return np.array(drafts)
 
 
+def test_under_copies_all_drafts_are_made_or_none():
+    drafting = Drafting("sketch", 8, codec="fp8", draft_cost=0.02)
+    pace = Pace(replace(FOUR, drafting=drafting, groups=2))
+    assert pace.drafts() == 8
+    found = set()
+    for _ in range(70):
+        pace.learn(np.full(3, 8), np.ones(3, int))  # nothing is right
+        found.add(pace.drafts())
+    assert found == {0, 8}
+
+
 @pytest.mark.parametrize("rows", [1, 3, 32])
 @pytest.mark.parametrize("drafting", COSTS, ids=lambda drafting: drafting.name)
 def test_a_text_that_accepts_nothing_has_no_drafts(drafting, rows):

@@ -49,7 +49,8 @@ def plan_table(plan: Any) -> Table:
         total.append(f"{plan.groups} groups in {plan.order} order")
     if plan.drafting is not None:
         size = f", {format_bytes(plan.sketch_bytes(plan.write_outs))}" if plan.sketched else ""
-        total.append(f"up to {plan.drafting.most} drafts a step ({plan.drafting.name}{size})")
+        where = " made under copies" if plan.drafts_under_copies else ""
+        total.append(f"up to {plan.drafting.most} drafts a step{where} ({plan.drafting.name}{size})")
     caption = f"{', '.join(total)}; window {format_bytes(plan.window)}; {plan.schedule}"
     table.caption = f"{caption}\n{plan.reason}" if plan.reason else caption
     table.caption_justify = "left"

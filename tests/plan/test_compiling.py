@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 from toy_plans import PLAIN, SHAPE, WORKLOAD
 
+from kvrecomp.plan import Drafting
 from kvrecomp.plan.compiling import compile_seconds, decode_seconds, program_seconds
 from kvrecomp.plan.named import named_plan
 
@@ -21,6 +22,15 @@ def test_compiling_takes_as_long_as_there_are_blocks():
     grouped = replace(PLAN, groups=3, order="column")
     assert compile_seconds(grouped) == pytest.approx(dense + 3 * attending)
     assert compile_seconds(replace(grouped, order="row")) == compile_seconds(PLAN)
+
+
+def test_drafts_are_compiled_too():
+    """Once, or as often as a step has parts of them."""
+    alone = program_seconds(PLAN, 0)
+    drafted = replace(PLAN, drafting=Drafting("sketch", 2, codec="fp8"))
+    assert program_seconds(replace(PLAN, drafting=Drafting("prompt_lookup", 2)), 0) == alone
+    assert program_seconds(drafted, 0) == pytest.approx(2 * alone)
+    assert program_seconds(replace(drafted, groups=2), 0) == pytest.approx(5 * alone)
 
 
 def test_programs_that_are_not_ready_in_time_are_waited_for():

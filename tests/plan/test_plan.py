@@ -393,4 +393,6 @@ def test_the_table_says_which_drafts_are_checked():
     assert {layer.method for layer in plan.sketched.layers} == {"absorb"}
     assert "up to 2 drafts a step (fp8 sketch, 2.9 KiB)" in " ".join(str(plan).split())
     looked_up = replace(MIXED, drafting=Drafting("prompt_lookup", 5))
+    under_copies = replace(plan, groups=2)
+    assert "up to 2 drafts a step made under copies (fp8 sketch, 5.9 KiB)" in " ".join(str(under_copies).split())
     assert "up to 5 drafts a step (prompt lookup)" in " ".join(str(looked_up).split())

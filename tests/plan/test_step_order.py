@@ -12,6 +12,7 @@ from kvrecomp.plan import Workload
 from kvrecomp.plan.named import named_plan, with_host_weights
 from kvrecomp.plan.step_order import (
     COPIES_IN_FLIGHT,
+    DRAFT_PARTS,
     GROUPS_AT_ONCE,
     START,
     TAIL,
@@ -94,11 +95,15 @@ def test_matrices_of_a_model_count_instead_of_its_shape():
 
 
 @many
-@given(layers(), st.integers(1, 50), st.sampled_from(["pipelined", "layerwise"]))
-def test_copies_start_as_early_as_the_rules_allow_and_never_earlier(found, more, schedule):
+@given(
+    layers(),
+    st.integers(1, 50),
+    st.sampled_from([("pipelined", 2), ("pipelined", None), ("layerwise", COPIES_IN_FLIGHT)]),
+)
+def test_copies_start_as_early_as_the_rules_allow_and_never_earlier(found, more, how):
     """Step by step: what has ended, what is on its way, what is in use."""
-    window = 20 + largest_need(found) + more
-    order = order_layers(found, range(len(found)), window, schedule)
+    window, (schedule, in_flight) = 20 + largest_need(found) + more, how
+    order = order_layers(found, range(len(found)), window, schedule, in_flight)
     ops = [op for layer in found for op in layer]
     layer_of = [number for number, layer in enumerate(found) for _ in layer]
     copies = [number for number, op in enumerate(ops) if op.kind == "copy"]
@@ -113,7 +118,8 @@ def test_copies_start_as_early_as_the_rules_allow_and_never_earlier(found, more,
             layer_before = max((n for n, op in enumerate(ops) if op.kind == "finish" and n < number), default=START)
             return on_their_way == 0 and (not first or layer_before <= ended)
         in_use = sum(ops[earlier].nbytes for earlier in before) - sum(op.frees for op in ops[: ended + 1])
-        return on_their_way < COPIES_IN_FLIGHT and (in_use <= 0 or in_use + ops[number].nbytes <= window)
+        few = in_flight is None or on_their_way < in_flight
+        return few and (in_use <= 0 or in_use + ops[number].nbytes <= window)
 
     most, earliest = 0, START
     for place, waits_for in enumerate(order.waits_for.tolist()):
@@ -160,3 +166,18 @@ def test_many_groups_hold_no_more_at_once_than_a_few(plan, groups):
         assert high_water(plan, write_outs) == step_order(plan, write_outs).high_water
     few = step_order(plan, 0, groups=min(groups, GROUPS_AT_ONCE))
     assert sum(op.kind == "append" for op in few.layers[0]) == min(groups, GROUPS_AT_ONCE)
+
+
+@pytest.mark.parametrize(("layers", "before"), [(9, [0, 2, 4, 6]), (3, [0, 0, 1, 2]), (1, [0, 0, 0, 0])])
+def test_drafts_come_between_layers(layers, before):
+    """In four parts, as far apart as they can be, the first before all layers; the rest of the step is as without."""
+    kind = OPT.shape.layers[0]
+    plan = named_plan("activations", dataclasses.replace(OPT.shape, layers=(kind,) * layers), WORKLOAD, tail=4)
+    without, order = step_order(plan), step_order(plan, drafts=True)
+    assert DRAFT_PARTS == len(before)
+    found = [layer.drafts for layer in order.of_layers()]
+    assert [number for number, parts in enumerate(found) for _ in range(parts)] == before
+    assert [op for _, op in order if op.kind != "draft"] == [op for _, op in without]
+    assert without.high_water <= order.high_water
+    waits_for = order.waits_for[order.waits_for >= 0].tolist()
+    assert all(op.kind != "draft" for number, op in order if number in waits_for)

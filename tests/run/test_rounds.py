@@ -220,6 +220,19 @@ def test_an_assistant():
     assert (other.acceptance < 0.5).all()
 
 
+def test_an_assistant_under_copies():
+    """What it has cached of a group is that of its rows, whichever group is checked meanwhile."""
+    expected = run(make_plan(), None, Sampling())
+    drafting = Drafting("assistant", 3)
+    plan = make_plan(batch=1, groups=3, drafting=drafting)
+    assert plan.drafts_under_copies
+    found = kvrecomp.generate(
+        toy.model(), TEXTS.ids, TEXTS.mask, max_new_tokens=NEW, plan=plan, assistant_model=toy.model(), drafts=3
+    )
+    assert_alike(found, expected)
+    assert (found.acceptance == 1).all() and found.passes.tolist() == [5, 4, 4]
+
+
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 def test_narrow_numbers(dtype):
     """Texts may part at near ties: logits are those of the forward pass over what is written, in float32."""
