@@ -316,12 +316,11 @@ class TokenLoop:
         sampling = replace(self.sampling, seed=0)  # it is in the rows' keys, and in no program
         return Rounds(drafter, sampling, len(eos), self.output_logits, given, eos, turn), kept
 
-    def _no_drafts(self) -> tuple[Any, Any]:
+    def _no_drafts(self) -> tuple[Array, Array]:
         """What a group's turn has of drafts before the first round."""
         plan = self.decoder.plan
-        if not plan.drafts_under_copies:
-            return None, None
-        drafts = np.zeros((plan.workload.batch, plan.tokens_per_step - 1), np.int32)
+        most = plan.tokens_per_step - 1 if plan.drafts_under_copies else 0
+        drafts = np.zeros((plan.workload.batch, most), np.int32)
         return jax.device_put((drafts, np.int32(0)), memory.sharding("device"))
 
     def _rounds(

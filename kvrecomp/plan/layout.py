@@ -278,12 +278,11 @@ class Plan:
     def drafts_under_copies(self) -> bool:
         """Whether a group's drafts are made in the step of the group before it, while that waits for copies.
 
-        Drafts by a model, which take a while, of groups in row order. Weights in host memory would be copied for
-        them too.
+        Those over a sketch, of groups in row order. Weights in host memory would be copied for them too; an assistant
+        would have to see what the first group takes in its first round, which has no drafts yet.
         """
-        by_model = self.drafting is not None and self.drafting.drafter != "prompt_lookup"
-        in_turn = self.groups > self.groups_per_pass and self.schedule == "pipelined"
-        return by_model and in_turn and not self.host_weight_bytes and self.bytes_in("host", self.write_outs) > 0
+        in_turn = self.groups > self.groups_per_pass and self.schedule == "pipelined" and not self.host_weight_bytes
+        return self.sketched is not None and in_turn and self.bytes_in("host", self.write_outs) > 0
 
     @property
     def draft_counts(self) -> Sequence[int]:

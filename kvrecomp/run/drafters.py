@@ -29,15 +29,15 @@ class Turn:
 
     `newest` int32[b] is each row's last token, not cached yet, and `left` int32[b] how many it may still take. `kept`
     is what the drafter keeps. Of `drafts` int32[b, most], made in the round before, the first `count` int32[] are to be
-    checked; None where each round makes its own.
+    checked; there are none where each round makes its own.
     """
 
     rows: Rows
     newest: Array
     left: Array
     kept: Any
-    drafts: Array | None = None
-    count: Array | None = None
+    drafts: Array
+    count: Array
 
 
 class Group(NamedTuple):

@@ -74,8 +74,9 @@ def decode_step(
     hidden = model.embed(ids.reshape(-1), positions.reshape(-1))
     tails: list[list[Block]] = []
     for number, step in enumerate(steps):
-        for _ in range(step.order.drafts):
-            under_copies, hidden = under_copies.go_on(hidden)
+        if under_copies is not None:
+            for _ in range(step.order.drafts):
+                under_copies, hidden = under_copies.go_on(hidden)
         with jax.named_scope(f"layer_{number}"):  # metadata only: a trace tells by it which layer a kernel belongs to
             hidden, tails_of_layer, copies = step.run(layers, hidden, copies)
         tails.append(tails_of_layer)

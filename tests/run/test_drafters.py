@@ -31,7 +31,7 @@ def as_group(texts, lengths, newest):
     """Rows that use so many slots, whose newest tokens are not cached yet."""
     nobody: Any = None
     recent = Recent((), jnp.int32(PROMPT), lengths, jnp.zeros_like(lengths), ())
-    return Group((), (), recent, Turn(nobody, newest, nobody, texts), None)
+    return Group((), (), recent, Turn(nobody, newest, nobody, texts, nobody, nobody), None)
 
 
 @functools.cache
