@@ -42,6 +42,7 @@ from rich.text import Text
 
 import kvrecomp
 import models
+from kvrecomp.acceptance import with_acceptance
 from kvrecomp.drafts import as_drafting, without_assistant
 from kvrecomp.plan import AUTO, format_bytes
 from kvrecomp.plan.footprint import check_within
@@ -273,7 +274,8 @@ def continue_given(given: flags.FlagValues, source: Source, budget: kvrecomp.Bud
     drafting = as_drafting(*asked, given.drafts)
     if assistant is not None and isinstance(drafting, kvrecomp.Drafting):
         budget = without_assistant(budget, shape, assistant.shape, workload, drafting.most, loaded=False)
-    plan = kvrecomp.plan_for(given.plan, shape, workload, budget=budget, drafting=drafting, **options)
+    known = with_acceptance(shape, drafting)
+    plan = kvrecomp.plan_for(given.plan, shape, workload, budget=budget, drafting=known, **options)
     check_within(plan, limits(budget))  # before the weights are read or made
     options = {"max_new_tokens": given.max_new_tokens, "check": given.check, "chat": given.chat}
     options |= dict(zip(("prompt_lookup_num_tokens", "assistant_model", "num_assistant_tokens"), asked))

@@ -26,14 +26,14 @@ def plan_for(
     order: Order | None = None,
     tail: int | None = None,
     window: int | None = None,
-    drafting: Drafting | Literal["auto"] | None = None,
+    drafting: Drafting | Sequence[Drafting] | Literal["auto"] | None = None,
 ) -> Plan:
     """The plan of that name for this machine.
 
     `auto` is the fastest that fits in the budget, by default what is free; see `make_plan`. `weights` is where a loaded
     model has those of each layer (`kvrecomp.weight_memories`), None if none is loaded: then `auto` chooses, and others
     have them on the device. `groups` None lets `auto` split the rows. `profile` is measured if not given. `drafting`
-    says which drafts steps check; with `auto`, those that are predicted to pay, and plans by name have none.
+    says which drafts steps check; of several, or with `auto`, those that are predicted to pay: plans by name have none.
 
     Raises:
         PlanError: there is no such plan, nothing fits, or the profile is of another machine.
@@ -62,4 +62,6 @@ def plan_for(
         plan = with_weights(plan, weights)
     groups = 1 if groups is None else groups
     order = order or default_order(plan.host_weight_bytes > 0, groups)
-    return dataclasses.replace(plan, groups=groups, order=order, drafting=None if drafting == AUTO else drafting)
+    return dataclasses.replace(
+        plan, groups=groups, order=order, drafting=drafting if isinstance(drafting, Drafting) else None
+    )

@@ -12,7 +12,6 @@ from kvrecomp.plan import AUTO, Budget, Drafting, ModelShape, Plan, PlanError, W
 from kvrecomp.plan.drafting import MOST_DRAFTS
 from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.named import named_plan
-from kvrecomp.predict.scheduler import acceptance_of
 from kvrecomp.run.cache import Cache
 from kvrecomp.run.decoder import Decoder
 from kvrecomp.run.drafters import Assistant, Drafter, PromptLookup, Sketch
@@ -168,7 +167,7 @@ class Pace:
     def __init__(self, plan: Plan):
         self._drafting, self._unpaid = plan.drafting or Drafting("prompt_lookup", 1), 0
         self._counts = plan.draft_counts
-        assumed = acceptance_of(self._drafting)
+        assumed = self._drafting.acceptance
         self._right, self._tried = assumed * FEW_TRIED, float(FEW_TRIED)
 
     def drafts(self) -> int:

@@ -15,6 +15,14 @@ from collections.abc import Iterator
 from typing import Any
 
 
+def cache_folder() -> pathlib.Path:
+    """Where files for later runs are kept: under XDG_CACHE_HOME or ~/.cache. Raises OSError where there is neither."""
+    try:
+        return pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache") / "kvrecomp"
+    except RuntimeError:  # of a user that the machine does not know
+        raise OSError("there is no home directory") from None
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
     """A context that gives a file to write, which takes the place of `path` at its end, and is gone after an error.

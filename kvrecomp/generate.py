@@ -15,6 +15,7 @@ import jax
 import numpy as np
 from jax import Array
 
+from kvrecomp.acceptance import keep, with_acceptance
 from kvrecomp.auto import plan_for
 from kvrecomp.background import BackgroundIterator
 from kvrecomp.drafts import Pace, as_drafting, check_drafting, make_drafter, without_assistant
@@ -57,8 +58,8 @@ class Generated:
     `logits` float32[new, batch, vocab] if asked for; they mean nothing where a row had ended. `prefill_seconds`
     includes compiling; `step_seconds` are the times of the steps, or of the rounds, and `link_bytes` the bytes that
     each of them copied from the host, of blocks and of weights. `passes` int32[batch] counts those that each row took
-    part in, and `drafted` int32[batch] the drafts that these checked of it; `taken` int32[passes, batch] are the tokens
-    that each row took in each, 0 once it had ended.
+    part in, `drafted` int32[batch] the drafts that these checked of it, and `tried` int32[batch] those up to the first
+    wrong one of each; `taken` int32[passes, batch] are the tokens that each row took in each, 0 once it had ended.
     """
 
     sequences: np.ndarray
@@ -66,6 +67,7 @@ class Generated:
     plan: Plan
     passes: np.ndarray
     drafted: np.ndarray
+    tried: np.ndarray
     taken: np.ndarray
     logits: np.ndarray | None = None
     prefill_seconds: float = 0.0
@@ -123,8 +125,8 @@ def generate(
     Several tokens are checked in a step where some are drafted: `prompt_lookup_num_tokens` that followed the newest
     ones before in the row's text, or `num_assistant_tokens` (default 8) by an `assistant_model` of the same vocabulary,
     which is on the device. Or the model itself drafts over a smaller copy of its cache, where `auto` predicts that to
-    pay. `drafts` fixes their number in a round, 0 for none; by default it goes by how often they are right. The text is
-    the one without drafts.
+    pay, by how often they were right in earlier calls. `drafts` fixes their number in a round, 0 for none; by default
+    it goes by how often they are right. The text is the one without drafts.
 
     Raises `PromptError` for prompts that cannot be decoded, `PlanError` for a plan that does not fit or a profile of
     another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN or
@@ -147,7 +149,8 @@ def generate(
             allowed = Budget(**limits(budget or Budget(), weights_in(model.shape, placed)))
             shapes = model.shape, assistant_model.shape
             budget = without_assistant(allowed, *shapes, work, drafting.most, loaded=True)
-        options = {"budget": budget, "profile": profile, "weights": placed, "groups": None, "drafting": drafting}
+        known = with_acceptance(model.shape, drafting)
+        options = {"budget": budget, "profile": profile, "weights": placed, "groups": None, "drafting": known}
         plan = plan_for(plan, model.shape, work, **options)
     else:
         check_drafting(plan, drafting)
@@ -156,7 +159,9 @@ def generate(
     loop = TokenLoop(
         decoder, sampling, eos, (*pads, *eos, 0)[0], streamer, output_logits, drafter=drafter, drafts=drafts
     )
-    return loop.run(input_ids, attention_mask, max_new_tokens, row_ids)
+    result = loop.run(input_ids, attention_mask, max_new_tokens, row_ids)
+    keep(model.shape, plan.drafting, int(result.accepted.sum()), int(result.tried.sum()))
+    return result
 
 
 class _Dispatched(NamedTuple):
@@ -232,6 +237,7 @@ class TokenLoop:
             plan=self.decoder.plan,
             passes=texts.passes,
             drafted=texts.drafted,
+            tried=texts.tried,
             taken=np.array(texts.taken[1:], np.int32).reshape(-1, len(prompt)),
             logits=texts.logits[: texts.longest] if texts.logits is not None else None,
             prefill_seconds=float(seconds[0]),

@@ -12,7 +12,7 @@ class Texts:
 
     def __init__(self, rows: int, most: int, eos: Sequence[int], pad: int):
         self.tokens, self.counts = np.full((rows, most), pad, np.int32), np.zeros(rows, int)
-        self.passes, self.drafted = np.zeros(rows, np.int32), np.zeros(rows, np.int32)
+        self.passes, self.drafted, self.tried = (np.zeros(rows, np.int32) for _ in range(3))
         self.taken: list[np.ndarray] = []
         self.logits: np.ndarray | None = None
         self._eos, self._ended, self._streamed = eos, np.zeros(rows, bool), 0
@@ -45,7 +45,10 @@ class Texts:
             if start:  # the first token is of the prefill
                 self.passes[row] += 1
             if start and len(own):  # or the tail had no room for a token of this row
-                self.drafted[row] += min(drafts[row], self.tokens.shape[1] - start - 1)
+                drafted = min(drafts[row], self.tokens.shape[1] - start - 1)
+                self.drafted[row] += drafted
+                ended = np.isin(own, self._eos).any()
+                self.tried[row] += len(own) - 1 + (len(own) <= drafted and not ended)
             self.tokens[row, start : start + len(own)] = own
             if logits is not None:
                 if self.logits is None:

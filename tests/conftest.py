@@ -13,6 +13,7 @@ import jax
 import pytest
 from hypothesis import settings
 
+from kvrecomp.acceptance import acceptance_path
 from kvrecomp.measure import profiler
 from kvrecomp.predict.hardware import HardwareProfile, Line
 
@@ -58,3 +59,9 @@ def known_machine(tmp_path_factory):
     )
     profiler.keep(made_up)
     return made_up
+
+
+@pytest.fixture(autouse=True)
+def nothing_known_of_drafts(known_machine):
+    """What other tests' drafts were like decides nothing."""
+    acceptance_path().unlink(missing_ok=True)

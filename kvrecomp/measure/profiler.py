@@ -2,12 +2,11 @@
 
 import json
 import logging
-import os
 import pathlib
 import re
 from typing import Any
 
-from kvrecomp.files import write_json
+from kvrecomp.files import cache_folder, write_json
 from kvrecomp.measure.layers import measure_layer
 from kvrecomp.measure.machine import measure_machine, this_machine
 from kvrecomp.plan import PlanError
@@ -61,13 +60,9 @@ def keep(measured: HardwareProfile) -> None:
 
 
 def profile_path() -> pathlib.Path:
-    """Where this machine's profile is kept: under XDG_CACHE_HOME or ~/.cache. Raises OSError where there is neither."""
-    try:
-        cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    except RuntimeError:  # of a user that the machine does not know
-        raise OSError("there is no home directory") from None
+    """Where this machine's profile is kept. Raises OSError where there is no cache directory."""
     name = "-".join(map(str, this_machine().values()))
-    return cache / "kvrecomp" / f"profile-{re.sub(r'[^A-Za-z0-9.]+', '_', name).strip('_')}.json"
+    return cache_folder() / f"profile-{re.sub(r'[^A-Za-z0-9.]+', '_', name).strip('_')}.json"
 
 
 def check_profile(given: HardwareProfile) -> None:

@@ -7,8 +7,8 @@ tokens of the rows ahead. A row that comes to the end of that room takes fewer t
 """
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from kvrecomp.plan.codecs import CODECS, LOSSLESS, Codec
@@ -20,6 +20,10 @@ SKETCHES: tuple[Codec, ...] = tuple(codec for codec in CODECS if codec not in LO
 # Of a step without drafts: for less, rounds without drafts take the program that checks some. Another one takes a while
 # to load: of W1, 1.6 s on an H200, where a step that checks eight drafts takes 1.007 of one that checks none.
 NEARLY = 1.03
+# How often drafts are right, each if those before it are, where nothing is known of the model. SmolLM2-135M's were, on
+# six kinds of text (cpu_acceptance.json): 0.98 to 1 of an fp8 sketch, 0.96 to 1 of an int4 one, 0.08 to 0.98 of prompt
+# lookup, greedy after 2048 tokens; a little less is assumed. Of an assistant nothing was measured.
+ACCEPTANCE: Mapping[str, float] = {"fp8": 0.95, "int4": 0.93, "prompt_lookup": 0.5, "assistant": 0.7}
 MOST_DRAFTS = 256  # of a row in a round: their logits, and the program that checks them, grow with these
 ROUNDS_AHEAD = 4  # of all drafts right, for which there is room; the host learns two rounds late what was taken
 
@@ -33,7 +37,8 @@ class Drafting:
     over it, and over the other blocks as they are. For `prompt_lookup` and an `assistant` model see `run.drafters`.
 
     How many of `most` drafts a round has is decided while decoding, by how often they are right and by what they cost:
-    `draft_cost` is the time of a draft, and `check_cost` that of a step that checks `most`, in times of a step without.
+    `draft_cost` is the time of a draft, and `check_cost` that of a step that checks `most`, in times of a step without,
+    and `acceptance` how often one is right, if those before it are, as far as is known beforehand.
     """
 
     drafter: Drafter
@@ -42,11 +47,14 @@ class Drafting:
     codec: Codec | None = None
     draft_cost: float = 0.1
     check_cost: float = 1.0
+    acceptance: float = field(default=math.nan, compare=False)  # it is in no program
 
     def __post_init__(self):
         if self.ahead == 0:
             ahead = ROUNDS_AHEAD * (self.most + 1)
             object.__setattr__(self, "ahead", ahead + -ahead % ALIGNED)
+        if math.isnan(self.acceptance):
+            object.__setattr__(self, "acceptance", ACCEPTANCE.get(self.codec or self.drafter, 0.0))
         check_choice(self, get_args(Drafter), self.drafter)
         check_positive(self, most=self.most, ahead=self.ahead)
         if self.most > MOST_DRAFTS:
@@ -58,6 +66,8 @@ class Drafting:
                 f"Drafting: a draft costs {self.draft_cost} and a step that checks {self.check_cost} times a step; "
                 "expected numbers"
             )
+        if not 0 <= self.acceptance <= 1:
+            raise PlanError(f"Drafting: acceptance is {self.acceptance}; expected a probability, from 0 to 1")
         if self.drafter == "sketch":
             check_choice(self, SKETCHES, str(self.codec))
         elif self.codec is not None:

@@ -10,7 +10,7 @@ does, and more where groups follow each other, so no more of them leave than hav
 
 import bisect
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 from kvrecomp.plan import AUTO, Budget, Drafting, Memory, ModelShape, Order, Plan, PlanError, Workload
@@ -26,10 +26,6 @@ from kvrecomp.predict.problem import Problem, excess_bytes, resolve_budget
 from kvrecomp.predict.search import SURE, fast_ones, search
 
 SPLITS = (1, 2, 4, 8, 16)  # groups that rows are split into: a program of column order has the attention of each
-# How often drafts are right, each if those before it are, where nothing is known of the text. SmolLM2-135M's were, on
-# six kinds of text (cpu_acceptance.json): 0.98 to 1 of an fp8 sketch, 0.96 to 1 of an int4 one, 0.08 to 0.98 of prompt
-# lookup, greedy after 2048 tokens; a little less is assumed. Of an assistant nothing was measured.
-ACCEPTANCE: Mapping[str, float] = {"fp8": 0.95, "int4": 0.93, "prompt_lookup": 0.5, "assistant": 0.7}
 DRAFTINGS = (Drafting("sketch", 8, codec="fp8"), Drafting("sketch", 8, codec="int4"), Drafting("prompt_lookup", 8))
 PAYING = 1.05  # times as fast, at least, with drafts as without
 ALIKE = 1.03  # times the shortest workload, with fewer groups or in row order, whose program is smaller, is as good
@@ -49,7 +45,7 @@ def make_plan(
     order: Order | None = None,
     tail: int | None = None,
     window: int | None = None,
-    drafting: Drafting | Literal["auto"] | None = None,
+    drafting: Drafting | Sequence[Drafting] | Literal["auto"] | None = None,
 ) -> Plan:
     """The plan that fits in the budget with the shortest predicted steps, in the mean of the workload's; with the
     shortest workload, where steps wait.
@@ -58,8 +54,8 @@ def make_plan(
     they are not given: the memory of each layer's `weights`, the `order` of the groups, the `tail`, in tokens, by its
     bytes, or longer where steps would wait for programs, and the `window`, in bytes. There are `groups` of the
     workload's rows each; None splits its rows into as few groups as are fastest, and the plan's workload is one of
-    them. `drafting` says which drafts steps check; with `auto` they check none, or those of DRAFTINGS with which tokens
-    come soonest, if ACCEPTANCE of these are right, and sooner by the factor PAYING than without.
+    them. `drafting` says which drafts steps check; of several, or with `auto` of DRAFTINGS, they check none, or those
+    with which tokens come soonest, if as many are right as they say, and sooner by the factor PAYING than without.
 
     Raises:
         PlanError: nothing fits; the message says what is needed and what would fit. A budget in the wrong unit.
@@ -70,8 +66,11 @@ def make_plan(
         if given is not None and given < 1:
             raise PlanError(f"{name} is {given}; it must be greater than zero, or None to be chosen")
     if drafting == AUTO:
+        drafting = DRAFTINGS
+    if isinstance(drafting, Sequence):
         options: Any = {"weights": weights, "groups": groups, "order": order, "tail": tail, "window": window}
         return _with_drafts_that_pay(
+            drafting,
             profile,
             resolve_budget(budget or Budget(), profile),
             lambda drafting: make_plan(shape, workload, profile, budget, drafting=drafting, **options),
@@ -109,22 +108,22 @@ def token_seconds(profile: HardwareProfile, plan: Plan) -> float:
     """Predicted seconds of a token, of all groups, if as many drafts as pay are made and as many right as assumed."""
     if plan.drafting is None:
         return float(plan_costs(profile, [plan]).seconds[0])
-    acceptance = acceptance_of(plan.drafting)
+    acceptance = plan.drafting.acceptance
     return round_cost(profile, plan).step / plan.drafting.pace(
         plan.drafting.best_count(acceptance, plan.draft_counts), acceptance
     )
 
 
-def acceptance_of(drafting: Drafting) -> float:
-    """How often a draft is right, if those before it are, where nothing is known of the text."""
-    return ACCEPTANCE[drafting.codec or drafting.drafter]
-
-
-def _with_drafts_that_pay(profile: HardwareProfile, budget: Budget, make: Callable[[Drafting | None], Plan]) -> Plan:
+def _with_drafts_that_pay(
+    draftings: Sequence[Drafting],
+    profile: HardwareProfile,
+    budget: Budget,
+    make: Callable[[Drafting | None], Plan],
+) -> Plan:
     """What is made without drafts, or with those that are predicted to be fastest, by the factor PAYING or more."""
     chosen = plan = make(None)
     alone = best = token_seconds(profile, plan)
-    for drafting in DRAFTINGS if plan.link_bytes(plan.write_outs) else ():  # or nothing is waited for
+    for drafting in draftings if plan.link_bytes(plan.write_outs) else ():  # or nothing is waited for
         if drafting.codec and chosen.sketched:
             continue  # over more bits, drafts are faster and more of them right
         drafted = dataclasses.replace(plan, drafting=drafting)
@@ -134,7 +133,7 @@ def _with_drafts_that_pay(profile: HardwareProfile, budget: Budget, make: Callab
         except PlanError:  # there is no room for it
             continue
         costs = with_costs(drafted, drafting, profile)
-        seconds, acceptance = token_seconds(profile, costs), acceptance_of(drafting)
+        seconds, acceptance = token_seconds(profile, costs), drafting.acceptance
         if PAYING * seconds < alone and seconds < best:
             count = (
                 drafting.most if costs.drafting is None else costs.drafting.best_count(acceptance, costs.draft_counts)
@@ -186,7 +185,7 @@ def _solve_with_tail(problem: Problem, clock: HardwareProfile) -> _Solution:
     if clock is not problem.profile:
         seconds = _mean_seconds(clock, plan)
     if plan.drafting is not None:  # it is that of a round
-        seconds /= tokens_per_round(plan.drafting.most, acceptance_of(plan.drafting))
+        seconds /= tokens_per_round(plan.drafting.most, plan.drafting.acceptance)
     return _Solution(plan, decode_seconds(plan, seconds))
 
 

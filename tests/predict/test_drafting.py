@@ -25,7 +25,7 @@ from kvrecomp.predict.cost import (
     step_seconds,
 )
 from kvrecomp.predict.hardware import HardwareProfile, Line
-from kvrecomp.predict.scheduler import ACCEPTANCE, PAYING
+from kvrecomp.predict.scheduler import PAYING
 
 MACHINE = HardwareProfile("none", GIB, Line(1e-7, 1e-10), beside_compute=9e9, matmul_rate=3e11, memory_rate=7e10)
 LOOKUP, FP8, INT4 = (
@@ -189,7 +189,7 @@ def test_plans_with_drafts_fit_and_say_why(part):
     assert memory_needed(plan)["device"]["sketch"] == plan.sketch_bytes(plan.write_outs)
     step, check, draft = round_cost(machine(), plan)
     assert (drafting.check_cost, drafting.draft_cost) == pytest.approx((check / step, draft / step))
-    acceptance = ACCEPTANCE[drafting.codec or drafting.drafter]
+    acceptance = drafting.acceptance
     count = drafting.best_count(acceptance)
     seconds = (check + count * draft) / tokens_per_round(count, acceptance)
     before = plan_costs(machine(), [alone]).seconds[0]
