@@ -21,9 +21,9 @@ BELOW = {
     "kvrecomp.predict": {"kvrecomp.plan"},
     "kvrecomp.run": {"kvrecomp.plan"},
     "kvrecomp.measure": {"kvrecomp.files", "kvrecomp.progress", "kvrecomp.plan", "kvrecomp.predict", "kvrecomp.run"},
-    "kvrecomp": {"kvrecomp.progress", "kvrecomp.plan", "kvrecomp.predict", "kvrecomp.run", "kvrecomp.measure"},
     "models": {"kvrecomp.plan", "kvrecomp.run"},
 }
+BELOW["kvrecomp"] = {*BELOW} - {"models"}
 BELOW["experiments.support"] = {*BELOW}
 BELOW["experiments"] = {*BELOW}
 
