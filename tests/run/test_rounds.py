@@ -108,13 +108,11 @@ def test_groups(groups, order):
 def test_drafts_under_copies(data):
     """Each group's are made in the step of the group before it, and checked in the round after, wherever write-outs and
     ends of rows come between."""
-    groups, batch = data.draw(st.sampled_from([(3, 1), (2, 2)]))
+    groups, batch, ahead = data.draw(st.sampled_from([(3, 1, 7), (2, 2, 1)]))
     texts = toy.texts(groups * batch, PROMPT, longest_padding=PROMPT - 1)
-    eos = data.draw(st.lists(st.integers(0, toy.VOCAB - 1), max_size=2))
+    eos = data.draw(st.lists(st.integers(0, toy.VOCAB - 1), min_size=2, max_size=2))
     expected = run(make_plan(batch=groups * batch), None, SAMPLED, texts=texts, eos=eos)
-    plan = make_plan(
-        batch=batch, groups=groups, drafting=Drafting("sketch", 3, data.draw(st.sampled_from([1, 7])), "fp8")
-    )
+    plan = make_plan(batch=batch, groups=groups, drafting=Drafting("sketch", 3, ahead, "fp8"))
     assert plan.drafts_under_copies
     shares = data.draw(st.lists(st.sampled_from([0.0, 0.5, 0.9, 1.0]), min_size=plan.rows, max_size=plan.rows))
     rng = np.random.default_rng(data.draw(st.integers(0, 99)))
