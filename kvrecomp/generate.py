@@ -350,7 +350,7 @@ class TokenLoop:
         while (remaining > 0).any():
             if not unread or (len(unread) < LEAD and remaining.max() > sum(1 + drafts for *_, drafts, _ in unread)):
                 drafts = pace.drafts() if self.drafts is None else self.drafts
-                drafts = next(count for count in plan.draft_counts if count >= drafts)
+                drafts = min((count for count in plan.draft_counts if count >= drafts), default=plan.draft_counts[-1])
                 caches, turns, taken = decoder.round_groups(caches, turns, rounds, drafts)
                 write_outs = decoder.write_outs(caches[0])
                 sent = decoder.plan.link_bytes(write_outs)

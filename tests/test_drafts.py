@@ -48,6 +48,15 @@ def paced(drafting, rows, acceptances):
     return np.array(drafts)
 
 
+@pytest.mark.parametrize("drafts", [1, 4, 9])
+def test_under_copies_any_number_of_drafts_is_all_of_them(plainly, drafts):
+    plan = make_plan(batch=1, groups=BATCH, drafting=Drafting("sketch", 4, ahead=20, codec="fp8"))
+    found = run(plan, known(written(plainly), ~NEVER), SAMPLED, drafts=drafts)
+    assert_alike(found, plainly)
+    assert found.passes[1:].tolist() == [-(-(NEW - 1) // 5)] * 2  # a pass checks four and takes five tokens
+    assert found.passes[0] == 1 + -(-(NEW - 2) // 5)  # the first group's first one checks none
+
+
 def test_under_copies_all_drafts_are_made_or_none():
     drafting = Drafting("sketch", 8, codec="fp8", draft_cost=0.02)
     pace = Pace(replace(FOUR, drafting=drafting, groups=2))
