@@ -72,17 +72,11 @@ def make_plan(shape: kvrecomp.ModelShape, workload: kvrecomp.Workload) -> kvreco
     return kvrecomp.named_plan("keys_values" if smaller else "activations", shape, workload, tail=workload.new)
 
 
-def count_drafts(taken: np.ndarray, drafts: int) -> dict[str, Any]:
-    """Of int[passes], the tokens that a row took in each, its last one at the end of its text: how many drafts were
-    right, and how many were tried. In the last pass only those that were right are known."""
-    taken = np.trim_zeros(taken, "b")
-    right = taken - 1
-    return {
-        "passes": len(taken),
-        "tokens_per_pass": float(taken.mean()),
-        "right": int(right.sum()),
-        "tried": int(right.sum() + (right[:-1] < drafts).sum()),
-    }
+def count_drafts(result: kvrecomp.Generated) -> list[dict[str, Any]]:
+    """Of each row, its passes, and how many drafts were right and how many were tried."""
+    counts = result.passes, result.tokens_per_pass, result.accepted, result.tried
+    names = ("passes", "tokens_per_pass", "right", "tried")
+    return [dict(zip(names, row)) for row in zip(*(column.tolist() for column in counts))]
 
 
 def gaps(expected: kvrecomp.Generated, new: np.ndarray) -> list[float]:
@@ -129,7 +123,7 @@ def measure(
             "median_ms": statistics.median(after_warm_up(result.step_seconds)) * 1e3,
             "rows_that_differ": int((result.sequences != expected.sequences).any(axis=1).sum()),
             "gaps": gaps(expected, result.sequences[:, prompt:]),
-            "texts": [count_drafts(taken, each.most) for taken in result.taken.T],
+            "texts": count_drafts(result),
         }
 
 

@@ -37,8 +37,8 @@ class Drafting:
     over it, and over the other blocks as they are. For `prompt_lookup` and an `assistant` model see `run.drafters`.
 
     How many of `most` drafts a round has is decided while decoding, by how often they are right and by what they cost:
-    `draft_cost` is the time of a draft, and `check_cost` that of a step that checks `most`, in times of a step without,
-    and `acceptance` how often one is right, if those before it are, as far as is known beforehand.
+    `draft_cost` is what a draft adds to a round, and `check_cost` the time of a step that checks `most`, in times of a
+    step without, and `acceptance` how often one is right, if those before it are, as far as is known beforehand.
     """
 
     drafter: Drafter

@@ -234,6 +234,6 @@ def order_layers(
 
 
 def in_flight_bytes(window: int, largest: int, weights: int) -> int:
-    """An upper bound of a pipeline's high-water mark: of copies of at most `largest` bytes those on their way and one
-    in use, and a layer's weights, as far as the window allows."""
+    """An upper bound of a pipeline's high-water mark, but for one with drafts: of copies of at most `largest` bytes
+    those on their way and one in use, and a layer's weights, as far as the window allows."""
     return min(window, (COPIES_IN_FLIGHT + 1) * largest + weights)

@@ -2,7 +2,7 @@
 
     prefill     the prompt -> its blocks, streamed to where the plan wants them under the next layer's compute
     step        one token per row: copies of host blocks under the compute of earlier ones
-    round       drafts, and a step that checks several tokens per row
+    round       drafts, and a step that checks several tokens per row: those drafts, or under copies earlier ones
     write-out   full tails -> new blocks
 
 A program is fixed by the plan and the layout (the blocks of every layer). A written-out tail makes a new layout and so

@@ -99,19 +99,6 @@ def test_texts_that_differ_are_counted(loaded, monkeypatch):
     assert row["rows_that_differ"] == 2 and row["temperature"] == 0.5
 
 
-@pytest.mark.parametrize(
-    ("taken", "passes", "right", "tried"),
-    [
-        ([3, 1, 4, 2, 0, 0], 4, 6, 2 + 1 + 0 + 1 + 3 + 1),  # of the last pass the one right draft is known
-        ([4, 4], 2, 6, 6),
-        ([1], 1, 0, 0),
-    ],
-)
-def test_what_is_tried_ends_at_the_first_wrong_draft(taken, passes, right, tried):
-    found = acceptance.count_drafts(np.array(taken), drafts=3)
-    assert found == {"passes": passes, "tokens_per_pass": sum(taken) / passes, "right": right, "tried": tried}
-
-
 def test_rows_of_other_runs_are_kept(tmp_path):
     row = {"model": "a", "prompt": 5, "new": 7, "temperature": 0.0, "drafter": "fp8 sketch", "drafts": 8}
     other = row | {"temperature": 1.0}

@@ -201,6 +201,17 @@ def test_plans_with_drafts_fit_and_say_why(part):
     assert "\n" not in plan.reason
 
 
+@pytest.mark.parametrize("part", [0.5, 0.7, 0.9])
+def test_plans_with_drafts_under_copies_fit(part):
+    """More copies are on their way, and have their room too; what is left is used."""
+    budget = with_room(OPEN, part)
+    plan = make_plan(OPEN, WORKLOAD, machine(), budget, groups=2, drafting=Drafting("sketch", 8, codec="int4"))
+    assert plan.drafts_under_copies and fits(plan, budget)
+    assert plan.bytes_in("device", plan.write_outs) + plan.sketch_bytes(plan.write_outs) > 0.2 * part * cache_bytes(
+        OPEN, WORKLOAD
+    )
+
+
 def test_some_of_them_have_sketches_and_some_none():
     """A sketch where there is room for one and for few blocks; nothing where all activations are on the device."""
     found = [auto(with_room(OPEN, part)).drafting for part in (0.0, 0.3, 0.6)]
