@@ -18,14 +18,15 @@ SHAPE = toy.model().shape
 FP8 = Drafting("sketch", 3, codec="fp8")
 
 
-def tried_in(right, most):
+def tried_in(text, right, most, end):
     """Of one row, by passes in plain Python: drafts up to the first wrong one, each pass taking those before it and one
-    token more; the first token is the prompt's."""
+    token more, up to one that ends the text; the first token is the prompt's."""
     tried, place = 0, 1
-    while place < len(right):
+    while place < len(right) and end not in text[:place]:
         drafts = right[place : min(place + most, len(right) - 1)]
         taken = drafts.index(False) if False in drafts else len(drafts)
-        tried += min(taken + 1, len(drafts))
+        ended = end in text[place : place + taken + 1]
+        tried += text.index(end, place) - place if ended else min(taken + 1, len(drafts))
         place += taken + 1
     return tried
 
@@ -35,8 +36,10 @@ def test_what_was_tried_is_counted(most):
     texts = written(run(make_plan()))
     right = np.random.default_rng(most).random((BATCH, NEW)) < 0.7
     plan = make_plan(drafting=Drafting("prompt_lookup", most, ahead=NEW))
-    found = run(plan, known(texts, right))
-    assert found.tried.tolist() == [tried_in(row, most) for row in right.tolist()]
+    for end in (-1, int(texts[0, 1]), int(texts[1, 6]), int(texts[2, 5])):
+        found = run(plan, known(texts, right), eos=[end])
+        expected = [tried_in(*row, most, end) for row in zip(texts.tolist(), right.tolist())]
+        assert found.tried.tolist() == expected
     assert (found.accepted <= found.tried).all() and (found.tried <= found.drafted).all()
 
 
