@@ -37,7 +37,7 @@ COPIES_IN_FLIGHT = 2  # as many as XLA keeps where it is not told otherwise; see
 # More groups hold no more at once: a copy starts when that before the last one is in use, so there is something of so
 # many groups at most.
 GROUPS_AT_ONCE = COPIES_IN_FLIGHT + 1
-DRAFT_PARTS = 4  # each is compiled; what is on its way, a window's bytes, is to last as long as the drafts of one
+DRAFT_PARTS = 3  # each is compiled; what is on its way, a window's bytes, is to last as long as the drafts of one
 TAIL = -1  # among the blocks that an operation attends to
 START = -1  # what a copy waits for that may start with the step
 

@@ -156,12 +156,19 @@ MIXES: tuple[Mixes, ...] = get_args(Mixes)
 class Partial(NamedTuple):
     """Softmax attention over some of the tokens.
 
-    `log_total` float32[b, k, g] is the log of the sum of exp(score); `mixed` float32[b, k, g, w] is the weighted mean
-    of their values (w = d) or, where V is absorbed, of their activations (w = h).
+    With weights exp(score - most), where `most` float32[b, k, g] is the largest score, `total` float32[b, k, g] is
+    their sum, and `mixed` float32[b, k, g, w] that of the tokens' values (w = d) or, where V is absorbed, activations
+    (w = h), times their weights. It is divided by the total at the very end, since a pass over it takes a while.
     """
 
-    log_total: Array
+    most: Array
+    total: Array
     mixed: Array
+
+    def scaled(self, most: Array) -> "Partial":
+        """The same, with weights that are relative to another score."""
+        by = jnp.exp(self.most - most)
+        return Partial(most, by * self.total, by[..., None] * self.mixed)
 
 
 @dataclass(frozen=True)
@@ -197,10 +204,8 @@ class Query:
     def absorbed(self) -> tuple[Array, Array | None]:
         """W_K q [b, k, g, h], to be multiplied by activations, and q . b_K float32[b, k, g]."""
         kernel, bias = self.projections.key
-        absorbed = jnp.einsum("bkgd,hkd->bkgh", self.heads, kernel)
-        # Of few rows XLA makes the right operand, and the batch innermost of the product. Attention reads a row at a
-        # time, which would then be scattered.
-        absorbed = with_layout_constraint(absorbed, Layout(major_to_minor=(0, 1, 2, 3)))
+        by_head = _as_written(jnp.einsum("bkgd,hkd->kbgh", self.heads, kernel))
+        absorbed = _as_written(by_head.swapaxes(0, 1))
         if bias is None:
             return absorbed, None
         return absorbed, jnp.einsum("bkgd,kd->bkg", self.heads, bias, preferred_element_type=jnp.float32)
@@ -274,10 +279,16 @@ def _mix(scored: Sequence[tuple[Array, Array]], mixes: Mixes) -> Partial:
         if mixes == "values":
             mixed.append(_by_head("bkgs,sbkd->bkgd", piece_weights, mixable))
         else:
-            mixed.append(jnp.einsum("bkgs,sbh->bkgh", piece_weights, mixable, preferred_element_type=jnp.float32))
+            of_piece = jnp.einsum("bkgs,sbh->bkgh", piece_weights, mixable, preferred_element_type=jnp.float32)
+            mixed.append(_as_written(of_piece))
         start += piece.shape[-1]
-    # Divided once mixed: dividing the weights would read and write them once more.
-    return Partial((most + jnp.log(total))[..., 0], functools.reduce(jnp.add, mixed) / total)
+    return Partial(most[..., 0], total[..., 0], functools.reduce(jnp.add, mixed))
+
+
+def _as_written(rows: Array) -> Array:
+    """The rows [..., w] laid out as they are given. XLA would put the channels of few rows outside of these, since that
+    is how it multiplies them; what else reads or makes the rows has them one by one, and would be slow at it."""
+    return with_layout_constraint(rows, Layout(major_to_minor=tuple(range(rows.ndim))))
 
 
 def _by_head(subscripts: str, rows: Array, matrices: Array) -> Array:
@@ -308,27 +319,31 @@ def join(partials: Mapping[Mixes, Partial], found: Mapping[Mixes, Partial]) -> d
     for mixes, new in found.items():
         old = joined.pop(mixes, None)
         if old is not None:
-            total = jnp.logaddexp(old.log_total, new.log_total)
-            old_share, new_share = (jnp.exp(partial.log_total - total)[..., None] for partial in (old, new))
-            new = Partial(total, old_share * old.mixed + new_share * new.mixed)
+            most = jnp.maximum(old.most, new.most)
+            old, new = old.scaled(most), new.scaled(most)
+            new = Partial(most, old.total + new.total, _as_written(old.mixed + new.mixed))
         joined[mixes] = new
     return joined
 
 
-def merge(query: Query, partials: Mapping[Mixes, Partial]) -> Array:
+def merge(query: Query, partials: Mapping[Mixes, Partial], lossless: bool = True) -> Array:
     """Partial results over disjoint tokens -> [b, q, n * d], in the dtype of the query.
 
-    Each counts by its share of the weights, exp(log_total) over the sum of all.
+    Mixed activations are multiplied in float32 where all tokens were `lossless`; where some were not, rounding them
+    adds nothing to speak of.
     """
-    shares = jax.nn.softmax(jnp.stack([partial.log_total for partial in partials.values()]), axis=0)[..., None]
+    most = functools.reduce(jnp.maximum, [partial.most for partial in partials.values()])
+    scaled = {mixes: partial.scaled(most) for mixes, partial in partials.items()}
+    total = sum(partial.total for partial in scaled.values())[..., None]
     dtype, out = query.queries.dtype, jnp.zeros((), jnp.float32)
-    for share, (mixes, partial) in zip(shares, partials.items(), strict=True):
-        values = partial.mixed
+    for mixes, partial in scaled.items():
+        values = partial.mixed / total
         if mixes == "activations":
             kernel, bias = query.projections.value
-            parts = _parts(values, dtype)
-            projected = _by_head("bkgh,hkd->bkgd", jnp.concatenate(parts, axis=2), kernel)
+            parts = _parts(values, dtype) if lossless else [values.astype(dtype)]
+            rows = _as_written(jnp.concatenate(parts, axis=2).swapaxes(0, 1)).swapaxes(0, 1)  # head by head
+            projected = _by_head("bkgh,hkd->bkgd", rows, kernel)
             values = sum(jnp.split(projected, len(parts), axis=2))
-            values += 0 if bias is None else bias[:, None]
-        out += share * values
+            values += 0 if bias is None else bias[:, None] * (partial.total[..., None] / total)
+        out += values
     return query.by_token(out.astype(dtype))

@@ -78,7 +78,8 @@ class Proposal(NamedTuple):
             return state
         steps = count + self.more
         with jax.named_scope("draft"):
-            return jax.lax.fori_loop(number * steps // parts, (number + 1) * steps // parts, self.step, state)
+            first, end = (-(-each * steps // parts) for each in (number, number + 1))
+            return jax.lax.fori_loop(first, end, self.step, state)
 
 
 class Drafter(Protocol):

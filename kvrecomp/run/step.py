@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from kvrecomp.plan import Form, Method, Plan
+from kvrecomp.plan import LOSSLESS, Form, Method, Plan
 from kvrecomp.plan.step_order import TAIL, LayerOrder, step_order
 from kvrecomp.run.attention import Mixes, Partial, Projections, Query, attend, join, merge
 from kvrecomp.run.cache import Block, Recent, append, tensors_of
@@ -188,7 +188,8 @@ class CachedAttention:
                         partials = join(partials, attend(query, [blocks[place] for place in op.blocks], self.method))
                         newest, partial = partials.popitem()
                         copies, partials[newest] = copies.ended(self.order, op_number, partial)
-            of_group = merge(query, partials)
+            lossless = all(block.codec in LOSSLESS for block in group.blocks)
+            of_group = merge(query, partials, lossless)
             mixed.append(of_group if finite is None else jnp.where(finite, of_group, jnp.nan))
             tails.append(tail)
         return jnp.concatenate(mixed).reshape(len(positions), -1), (tails, copies)

@@ -168,9 +168,9 @@ def test_many_groups_hold_no_more_at_once_than_a_few(plan, groups):
     assert sum(op.kind == "append" for op in few.layers[0]) == min(groups, GROUPS_AT_ONCE)
 
 
-@pytest.mark.parametrize(("layers", "before"), [(9, [0, 2, 4, 6]), (3, [0, 0, 1, 2]), (1, [0, 0, 0, 0])])
+@pytest.mark.parametrize(("layers", "before"), [(8, [0, 2, 5]), (2, [0, 0, 1]), (1, [0, 0, 0])])
 def test_drafts_come_between_layers(layers, before):
-    """In four parts, as far apart as they can be, the first before all layers; the rest of the step is as without."""
+    """In three parts, as far apart as they can be, the first before all layers; the rest of the step is as without."""
     kind = OPT.shape.layers[0]
     plan = named_plan("activations", dataclasses.replace(OPT.shape, layers=(kind,) * layers), WORKLOAD, tail=4)
     without, order = step_order(plan), step_order(plan, drafts=True)

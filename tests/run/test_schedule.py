@@ -295,7 +295,7 @@ def products(text: str, einsum: str) -> list[str]:
 def test_the_rows_of_an_absorbed_query_are_not_scattered():
     """Attention reads a row at a time; XLA would leave the batch innermost."""
     rows = f"bf16[{WORKLOAD.batch},{CONFIG.heads},{CONFIG.hidden}]{{2,1,0}} fusion("
-    found = products(compile_step("activations", 4 * BLOCK)[0], "bkgd,hkd->bkgh")
+    found = products(compile_step("activations", 4 * BLOCK)[0], "bkgd,hkd->kbgh")
     assert len(found) == CONFIG.layers
     assert all(rows in line for line in found)
 
@@ -423,7 +423,8 @@ def test_as_many_copies_as_the_window_allows_are_on_their_way_while_drafts_are_m
         if kind == "while":
             assert "known_trip_count" in line  # or a GPU would read how often it goes round behind all copies
             while_drafting.append(on_their_way)
-    assert while_drafting == [6, 6, 4, 2]  # of 8, two layers having been attended to before each
+    # Of 8, with 2 and 5 layers attended to before the later drafts; XLA starts the last of the first six a little late.
+    assert while_drafting == [5, 6, 3]
     order = step_order(plan, drafts=True)
     assert order.high_water == 6 * BLOCK
     needed = memory_needed(plan, 0)["device"]["prefill or step"]
