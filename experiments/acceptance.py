@@ -12,14 +12,13 @@ near they were.
 
 import dataclasses
 import json
-import pathlib
 import statistics
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from experiments.support import script
 from experiments.support.results import terminal
-from experiments.support.results.report import after_warm_up, run_info
+from experiments.support.results.report import after_warm_up, kept_rows, run_info
 from experiments.support.results.tables import drafts
 from experiments.support.source import SHIPPED
 from experiments.support.texts import KINDS, make_texts
@@ -30,10 +29,11 @@ from absl import flags
 import kvrecomp
 import models
 from kvrecomp.files import check_writable, write_json
-from kvrecomp.plan.drafting import SKETCHES
+from kvrecomp.plan.codecs import SKETCHES
 from kvrecomp.run.sampling import Sampling
 
 DRAFTERS = (*SKETCHES, "prompt_lookup")
+RUN = ("model", "dtype", "prompt", "new", "temperature", "drafter", "drafts")  # what tells rows apart
 
 
 def define_flags(into: flags.FlagValues) -> None:
@@ -130,23 +130,6 @@ def measure(
 # --- the command ------------------------------------------------------------------------------------------------------
 
 
-def kept_rows(path: str, rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The rows of a file, if it is there, that are of no run of these. Raises ValueError where it has others'."""
-    if not pathlib.Path(path).exists():
-        return []
-    try:
-        old = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))["rows"]
-        mine = [_run_of(row) for row in rows]
-        return [row for row in old if _run_of(row) not in mine]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--out: {path} is no file of this script, and would be lost: give another") from error
-
-
-def _run_of(row: dict[str, Any]) -> tuple[Any, ...]:
-    fields = ("model", "prompt", "new", "temperature", "drafter", "drafts")
-    return *(row[name] for name in fields), row.get("dtype", "float32")
-
-
 def main(given: flags.FlagValues) -> None:
     contexts = script.whole_numbers("contexts", given.contexts)
     drafting = draftings(given.drafters, given.assistant is not None, given.drafts)
@@ -158,7 +141,7 @@ def main(given: flags.FlagValues) -> None:
     ]
     if given.out:
         check_writable(given.out)
-        kept_rows(given.out, ())
+        kept_rows(given.out, (), RUN)
     kinds, info = script.names("texts", given.texts), run_info(given.commit)
     model, text = models.load(given.checkpoint, dtype=given.dtype), models.load_text(given.checkpoint)
     assistant = models.load(given.assistant, dtype=given.dtype) if given.assistant else None
@@ -170,7 +153,7 @@ def main(given: flags.FlagValues) -> None:
                 texts = [{"kind": kind} | found for kind, found in zip(kinds, row.pop("texts"))]
                 rows.append(row | {"commit": info["commit"], "command": info["command"], "texts": texts})
                 if given.out:
-                    write_json(given.out, info | {"rows": [*kept_rows(given.out, rows), *rows]})
+                    write_json(given.out, info | {"rows": [*kept_rows(given.out, rows, RUN), *rows]})
                 print(f"{context} tokens, {row['drafter']}: {row['rows_that_differ']} rows differ", flush=True)
     terminal.show(terminal.standard_output(), drafts(rows))
     print(json.dumps(info | {"rows": rows}))

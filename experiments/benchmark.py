@@ -73,6 +73,7 @@ def define_flags(into: flags.FlagValues) -> None:
         ["auto", "activations", "keys_values"],
         "Plans: auto, auto:F (within F GiB of device memory), or as named_plan has them.",
     )
+    define.loss()
     where = "Where the layers' weights are: device, host, the fraction of layers on the host, or auto."
     define.string("weights", "device", where)
     define.integer("groups", 1, "Groups of so many rows each, decoded together.", lower_bound=1)
@@ -379,6 +380,7 @@ def main(given: flags.FlagValues) -> None:
         machine = machines[workload.batch]
         for plan in asked:
             options = {"weights": weights, "profile": machine, "budget": plan.budget, "drafting": plan.drafting}
+            options["loss"] = given.loss if plan.plan == AUTO else "none"
             make_plan = functools.partial(plan_for, plan.plan, model.shape, workload, **options)
             waiting.append((make_decoder(model, plan.budget, make_plan), plan, machine))
     with machine_lock.shared():

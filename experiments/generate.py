@@ -46,7 +46,7 @@ from kvrecomp.acceptance import with_acceptance
 from kvrecomp.drafts import as_drafting, without_assistant
 from kvrecomp.plan import AUTO, format_bytes
 from kvrecomp.plan.footprint import check_within
-from kvrecomp.plan.named import NAMES
+from kvrecomp.plan.named import BEHIND, NAMES
 from kvrecomp.run.limits import limits
 from kvrecomp.run.sampling import Sampling
 
@@ -65,8 +65,10 @@ def define_flags(into: flags.FlagValues) -> None:
     define.string("input", None, "Instead of prompts, a file of them: lines of JSON, with a prompt and maybe an id.")
     define.string("output", None, "Where to write records of an input; one that is there is gone on with.")
     define.integer("batch", BATCH, "Most prompts of an input decoded at once.", lower_bound=1)
-    plans = f"What is cached how and where: {AUTO}, the fastest; {', '.join(NAMES)}; or one of these with +packed."
+    behind = ", ".join(f"+{codec}" for codec in BEHIND)
+    plans = f"What is cached how and where: {AUTO}, the fastest; {', '.join(NAMES)}; or one of these with {behind}."
     define.string("plan", AUTO, plans)
+    define.loss()
     define.window("as the plan needs")
     define.integer("tail", None, "Tokens in the tail; default: as the plan needs.", lower_bound=1)
     define.device_memory()
@@ -271,6 +273,7 @@ def continue_given(given: flags.FlagValues, source: Source, budget: kvrecomp.Bud
     assistant = None if given.assistant is None else models.load(given.assistant, dtype=shape.dtype)
     asked = given.prompt_lookup_num_tokens, assistant, given.num_assistant_tokens
     options = {"groups": None, "tail": given.tail, "window": script.window_bytes(given.window_mib)}
+    options["loss"] = given.loss
     drafting = as_drafting(*asked, given.drafts)
     if assistant is not None and isinstance(drafting, kvrecomp.Drafting):
         budget = without_assistant(budget, shape, assistant.shape, workload, drafting.most, loaded=False)

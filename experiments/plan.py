@@ -58,6 +58,7 @@ def define_flags(into: flags.FlagValues) -> None:
     define.host_memory("what is free, or as much as is asked for")
     define.window("as the chosen plan; of the plans by name")
     define.boolean("drafts", False, "Weigh drafts of a sketch or of the text too, several of which a step checks.")
+    define.loss()
     define.string("plot", None, "Write a PNG: predicted step time against the split.")
     define.list("measured", [], "Results files of experiments/benchmark.py, to show rows of the same workload beside.")
     define.boolean("json", False, "Print a JSON document as the last line of standard output.")
@@ -181,7 +182,9 @@ def main(given: flags.FlagValues) -> None:
     if given.hardware == THIS:
         budget = Budget(**limits(budget))  # what is free, as no weights are there
     drafting = AUTO if given.drafts else None
-    found = what_if(shape, workload, profile, budget, groups=given.groups, window=window, drafting=drafting)
+    found = what_if(
+        shape, workload, profile, budget, groups=given.groups, window=window, drafting=drafting, loss=given.loss
+    )
     measured = None if rows is None else measured_as(found.chosen.plan, rows)
     show(found, measured)
     if given.plot is not None:

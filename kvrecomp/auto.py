@@ -5,7 +5,20 @@ from collections.abc import Sequence
 from typing import Literal
 
 from kvrecomp.measure import profiler
-from kvrecomp.plan import AUTO, DEFAULT_WINDOW, Budget, Drafting, Memory, ModelShape, Order, Plan, Workload
+from kvrecomp.plan import (
+    AUTO,
+    DEFAULT_WINDOW,
+    Budget,
+    Drafting,
+    Loss,
+    Memory,
+    ModelShape,
+    Order,
+    Plan,
+    PlanError,
+    Workload,
+)
+from kvrecomp.plan.codecs import check_loss
 from kvrecomp.plan.footprint import weights_in
 from kvrecomp.plan.named import named_plan, with_weights
 from kvrecomp.predict.hardware import HardwareProfile
@@ -27,6 +40,7 @@ def plan_for(
     tail: int | None = None,
     window: int | None = None,
     drafting: Drafting | Sequence[Drafting] | Literal["auto"] | None = None,
+    loss: Loss = "none",
 ) -> Plan:
     """The plan of that name for this machine.
 
@@ -34,10 +48,13 @@ def plan_for(
     model has those of each layer (`kvrecomp.weight_memories`), None if none is loaded: then `auto` chooses, and others
     have them on the device. `groups` None lets `auto` split the rows. `profile` is measured if not given. `drafting`
     says which drafts steps check; of several, or with `auto`, those that are predicted to pay: plans by name have none.
+    `loss` is what `auto` may write blocks with; other names say it themselves, as activations+int4 does.
 
     Raises:
-        PlanError: there is no such plan, nothing fits, or the profile is of another machine.
+        PlanError: there is no such plan, nothing fits, or the profile is of another machine. A loss for a plan that is
+            not `auto`.
     """
+    check_loss(loss)
     loaded = None if weights is None else weights_in(shape, weights)  # raises where these are not one a layer
     if name == AUTO:
         if profile is None:
@@ -56,7 +73,10 @@ def plan_for(
             tail=tail,
             window=window,
             drafting=drafting,
+            loss=loss,
         )
+    if loss != "none":
+        raise PlanError(f"loss={loss} is for plan {AUTO}; {name} has a codec behind its name, as {name}+{loss} does")
     plan = named_plan(name, shape, workload, tail=tail, window=DEFAULT_WINDOW if window is None else window)
     if weights is not None:
         plan = with_weights(plan, weights)

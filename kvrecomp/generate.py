@@ -19,7 +19,7 @@ from kvrecomp.acceptance import keep, with_acceptance
 from kvrecomp.auto import plan_for
 from kvrecomp.background import BackgroundIterator
 from kvrecomp.drafts import Pace, as_drafting, check_drafting, make_drafter, without_assistant
-from kvrecomp.plan import AUTO, Budget, Drafting, Plan, PlanError, Workload
+from kvrecomp.plan import AUTO, Budget, Drafting, Loss, Plan, PlanError, Workload
 from kvrecomp.plan.footprint import weights_in
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.progress import StepBar
@@ -113,6 +113,7 @@ def generate(
     assistant_model: Model | None = None,
     num_assistant_tokens: int | None = None,
     drafts: int | None = None,
+    loss: Loss = "none",
 ) -> Generated:
     """Continues prompts int[batch, prompt], left-padded where `attention_mask` is 0, by up to `max_new_tokens`.
 
@@ -127,6 +128,9 @@ def generate(
     which is on the device. Or the model itself drafts over a smaller copy of its cache, where `auto` predicts that to
     pay, by how often they were right in earlier calls. `drafts` fixes their number in a round, 0 for none; by default
     it goes by how often they are right. The text is the one without drafts.
+
+    `loss` lets `auto` write blocks in 8 or 4 bits a number, `int8` or `int4`, which changes logits: see
+    experiments/quality.py for how much. Tokens are exact until their tail is written out, which drafts put off.
 
     Raises `PromptError` for prompts that cannot be decoded, `PlanError` for a plan that does not fit or a profile of
     another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN or
@@ -151,7 +155,9 @@ def generate(
             budget = without_assistant(allowed, *shapes, work, drafting.most, loaded=True)
         known = with_acceptance(model.shape, drafting)
         options = {"budget": budget, "profile": profile, "weights": placed, "groups": None, "drafting": known}
-        plan = plan_for(plan, model.shape, work, **options)
+        plan = plan_for(plan, model.shape, work, loss=loss, **options)
+    elif loss != "none":
+        raise PlanError(f"loss is {loss!r} and plan {plan.name} is given, whose blocks have codecs: leave loss out")
     else:
         check_drafting(plan, drafting)
     decoder = Decoder(model, plan, budget=budget, kept=_KEPT)

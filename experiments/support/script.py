@@ -20,12 +20,13 @@ import logging
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from typing import get_args
 
 import jax
 from absl import app, flags
 from absl import logging as absl_logging
 
-from kvrecomp.plan import GIB, MIB, Workload
+from kvrecomp.plan import GIB, MIB, Loss, Workload
 from kvrecomp.predict.hardware import LARGEST_DEVICE, LEAST_DEVICE
 from kvrecomp.run import memory
 
@@ -145,6 +146,11 @@ class Define:
         """--window_mib, of a size that a device may have."""
         help = f"Bytes from the host in flight or in use, in MiB; default: {otherwise}."
         self.number("window_mib", None, help, 1 / MIB, LARGEST_DEVICE / MIB)
+
+    def loss(self) -> None:
+        """--loss, of what plan auto may use."""
+        help = "What plan auto may write blocks with: none but what is lossless, or 8 or 4 bits a number too."
+        self.enum("loss", "none", get_args(Loss), help)
 
     def seed(self, help: str) -> None:
         """--seed, as jax and numpy take it."""

@@ -12,7 +12,19 @@ from typing import Literal
 
 from experiments.support.results import tables
 
-from kvrecomp.plan import AUTO, MEMORIES, Budget, Drafting, Memory, Method, ModelShape, Plan, Workload, format_bytes
+from kvrecomp.plan import (
+    AUTO,
+    MEMORIES,
+    Budget,
+    Drafting,
+    Loss,
+    Memory,
+    Method,
+    ModelShape,
+    Plan,
+    Workload,
+    format_bytes,
+)
 from kvrecomp.plan.cutting import default_tail
 from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.named import named_plan, named_weights, with_weights
@@ -79,15 +91,17 @@ def what_if(
     groups: int = 1,
     window: int | None = None,
     drafting: Drafting | Literal["auto"] | None = None,
+    loss: Loss = "none",
 ) -> WhatIf:
     """The plan that the scheduler makes for so many groups of the workload's rows, and the predicted steps of others
     with as many, and with weights where it has them; `window` in bytes is theirs. Where layers' `weights` are is chosen
-    too, unless it is given. `drafting` is of the chosen one. Raises PlanError where the model has too few positions, or
-    nothing fits in the budget.
+    too, unless it is given. `drafting` and `loss` are of the chosen one. Raises PlanError where the model has
+    too few positions, or nothing fits in the budget.
     """
     named_plan("device", shape, workload)  # its one block costs nothing to make, however long a prompt is asked for
     budget = resolve_budget(budget or Budget(), profile)
-    chosen = make_plan(shape, workload, profile, budget, weights=weights, groups=groups, drafting=drafting)
+    options = {"weights": weights, "groups": groups, "drafting": drafting, "loss": loss}
+    chosen = make_plan(shape, workload, profile, budget, **options)
     weights = [layer.weights for layer in chosen.layers]
     window = chosen.window if window is None else window
     tail = min(chosen.tail, default_tail(shape, workload, window))

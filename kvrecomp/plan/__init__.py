@@ -1,6 +1,6 @@
 """Plain data, without jax: the sizes of a model, a workload, a budget, and the plan of what is cached where."""
 
-from kvrecomp.plan.codecs import CODECS, LOSSLESS, Codec
+from kvrecomp.plan.codecs import CODECS, LOSSLESS, Codec, Loss
 from kvrecomp.plan.drafting import Drafting
 from kvrecomp.plan.layout import AUTO, DEFAULT_WINDOW, BlockSpec, LayerPlan, Order, Plan, Schedule
 from kvrecomp.plan.shapes import (
@@ -41,6 +41,7 @@ __all__ = [
     "Form",
     "LayerPlan",
     "LayerShape",
+    "Loss",
     "Memory",
     "Method",
     "ModelShape",

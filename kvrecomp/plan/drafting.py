@@ -11,11 +11,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from kvrecomp.plan.codecs import CODECS, LOSSLESS, Codec
+from kvrecomp.plan.codecs import SKETCHES, Codec
 from kvrecomp.plan.shapes import ALIGNED, PlanError, check_choice, check_positive
 
 Drafter = Literal["sketch", "prompt_lookup", "assistant"]
-SKETCHES: tuple[Codec, ...] = tuple(codec for codec in CODECS if codec not in LOSSLESS)
 
 # Of a step without drafts: for less, rounds without drafts take the program that checks some. Another one takes a while
 # to load: of W1, 1.6 s on an H200, where a step that checks eight drafts takes 1.007 of one that checks none.

@@ -130,22 +130,22 @@ def rows_bytes(plan: Plan) -> int:
 
 
 def packing_bytes(plan: Plan) -> int:
-    """What packing a prompt's blocks takes, of one layer at a time: their parts, before they are one array."""
+    """What writing a prompt's blocks takes, of one layer at a time: their parts, before they are one array."""
     most = 0
     for layer, layer_shape in plan.distinct_layers:
-        sizes = [plan.bytes_of(layer_shape, block) for block in layer.prompt if block.codec == "packed"]
+        sizes = [plan.bytes_of(layer_shape, block) for block in layer.prompt if block.codec != "plain"]
         most = max(most, sum(sizes))
     return most
 
 
 def unpacked_bytes(plan: Plan, write_outs: int) -> int:
-    """What a step has unpacked at once: a layer's blocks on the device, or one from the host."""
+    """What a step has as plain numbers at once: a layer's blocks on the device, or one from the host."""
     most = 0
     for layer, layer_shape in plan.distinct_layers:
         blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
         sizes: dict[Memory, list[int]] = {memory: [0] for memory in MEMORIES}
         for block in blocks:
-            if block.codec == "packed":
+            if block.codec != "plain":
                 size = plan.bytes_of(layer_shape, dataclasses.replace(block, codec="plain"))
                 sizes[block.memory].append(size)
         most = max(most, sum(sizes["device"]), *sizes["host"])

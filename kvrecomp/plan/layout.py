@@ -16,7 +16,7 @@ from typing import Literal, get_args
 from rich.console import Console
 from rich.table import Table
 
-from kvrecomp.plan.codecs import CODECS, PACKED_DTYPE, Codec, codec_bytes
+from kvrecomp.plan.codecs import CODECS, LOSSLESS, PACKED_DTYPE, Codec, codec_bytes
 from kvrecomp.plan.drafting import Drafting, tail_room
 from kvrecomp.plan.shapes import (
     FORMS,
@@ -232,14 +232,19 @@ class Plan:
 
     def bytes_of(self, layer_shape: LayerShape, block: BlockSpec) -> int:
         """Bytes of a block of that layer."""
-        rows, tensors = block.tokens * self.workload.batch, TENSORS[block.form]
-        return codec_bytes(block.codec, tensors, rows, layer_shape.width(block.form) // tensors, self.shape.itemsize)
+        channels = layer_shape.width(block.form) // TENSORS[block.form]
+        return codec_bytes(block.codec, block.form, block.tokens, self.workload.batch, channels, self.shape.itemsize)
 
     @functools.cached_property
     def codecs(self) -> tuple[Codec, ...]:
         """The codecs that blocks have, in the order of CODECS."""
         found = {block.codec for layer, _ in self.distinct_layers for block in layer.blocks(self.write_outs, self.tail)}
         return tuple(codec for codec in CODECS if codec in found)
+
+    @property
+    def lossless(self) -> bool:
+        """Whether all blocks keep their numbers."""
+        return all(codec in LOSSLESS for codec in self.codecs)
 
     def plain_from(self, layers: Collection[int], write_outs: int | None = None) -> "Plan":
         """The plan with plain blocks in these layers, from that write-out on; None: all of them are."""

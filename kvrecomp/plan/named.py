@@ -8,19 +8,20 @@ kvpr:F         the same split in KVPR's own schedule: K and V recomputed, copies
 device         all keys and values on the device
 device:F       the first F of the prompt as keys and values on the device, the rest as activations in host memory
 
-With "+packed" behind the name its blocks are packed.
+With "+packed" behind the name its blocks are packed, with "+int8" or "+int4" they are written with loss.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
-from kvrecomp.plan.codecs import LOSSLESS, Codec
+from kvrecomp.plan.codecs import LOSSY, Codec
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs, default_tail
 from kvrecomp.plan.layout import AUTO, DEFAULT_WINDOW, LayerPlan, Plan
 from kvrecomp.plan.shapes import Form, LayerShape, Memory, ModelShape, PlanError
 from kvrecomp.plan.workload import Workload
 
 NAMES = ("activations", "recompute", "keys_values", "split:F", "kvpr:F", "device[:F]")
+BEHIND: tuple[Codec, ...] = ("packed", *LOSSY)  # with a plus, behind a name
 _BARE = ("activations", "recompute", "keys_values", "device")
 _WITH_FRACTION = ("split", "kvpr", "device")
 
@@ -50,18 +51,19 @@ def _read_name(name: str) -> tuple[str, float, Codec]:
     layout, plus, word = name.partition("+")
     kind, colon, argument = layout.partition(":")
     if layout == AUTO and plus:
-        raise PlanError(f"plan {name!r}: {AUTO} packs where that is faster: leave +{word} out")
+        ways = f"say loss={word}" if word in LOSSY else f"leave +{word} out"
+        raise PlanError(f"plan {name!r}: {AUTO} chooses codecs, without loss unless that is allowed: {ways}")
     if layout == AUTO:
         raise PlanError("what plan auto is goes by the machine: use plan_for or make_plan")
     if kind not in (_WITH_FRACTION if argument else _BARE) or (colon and not argument):
         raise PlanError(
             f"there is no plan {name!r}; the plans are {', '.join((AUTO, *NAMES))}, with F from 0 to 1, and all but "
-            f"{AUTO} with +packed behind the name"
+            f"{AUTO} with {', '.join(f'+{codec}' for codec in BEHIND)} behind the name"
         )
-    codecs: dict[str, Codec] = {codec: codec for codec in LOSSLESS}
+    codecs: dict[str, Codec] = {codec: codec for codec in ("plain", *BEHIND)}
     codec = codecs.get(word) if plus else "plain"
     if codec is None:
-        raise PlanError(f"plan {name!r}: there is no codec {word!r}; the codecs are {', '.join(LOSSLESS)}")
+        raise PlanError(f"plan {name!r}: there is no codec {word!r}; the codecs are {', '.join(codecs)}")
     fraction = _fraction(argument) if colon else 1.0
     if fraction is None:
         raise PlanError(f"plan {name!r}: {argument!r} is not a fraction from 0 to 1")

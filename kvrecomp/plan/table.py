@@ -42,6 +42,8 @@ def plan_table(plan: Any) -> Table:
     if plan.write_outs and plan.codecs != ("plain",):
         codecs = {layer.written_to(number)[1] for layer, _ in plan.distinct_layers for number in range(plan.write_outs)}
         total.append(f"tails written out {' and '.join(sorted(codecs))}")
+    if not plan.lossless:
+        total.append("with loss")
     if hosted:
         layers = f"{hosted} layer{'s' if hosted > 1 else ''} ({format_bytes(plan.host_weight_bytes)})"
         total.append(f"weights of {layers} in host memory")

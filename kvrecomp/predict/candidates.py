@@ -17,7 +17,7 @@ from kvrecomp.plan import (
     Method,
     Plan,
 )
-from kvrecomp.plan.codecs import LOSSLESS, token_bytes
+from kvrecomp.plan.codecs import token_bytes
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
 from kvrecomp.plan.drafting import tail_room
 from kvrecomp.plan.footprint import memory_needed
@@ -148,14 +148,10 @@ def _layer_plan(
     write_outs = problem.write_outs
     sizes = {
         (form, codec): token_bytes(
-            codec,
-            TENSORS[form],
-            workload.batch,
-            layer.width(form) // TENSORS[form],
-            problem.shape.itemsize,
+            codec, form, workload.batch, layer.width(form) // TENSORS[form], problem.shape.itemsize
         )
         for form in FORMS
-        for codec in LOSSLESS
+        for codec in problem.codecs
     }
     on_device: dict[Form, float] = {form: sizes[form, settings.codec("device")][0] for form in FORMS}
     of_block = sum(sizes[form, settings.codec("device")][1] for form in FORMS)
@@ -194,7 +190,7 @@ def _sketched_bytes(problem: Problem, layer: LayerShape, settings: Settings) -> 
         copied = form if layer.absorbs_keys else "keys_values"
         channels = layer.width(copied) // TENSORS[copied]
         batch, itemsize = problem.workload.batch, problem.shape.itemsize
-        total += share * token_bytes(problem.drafting.codec, TENSORS[copied], batch, channels, itemsize)[0]
+        total += share * token_bytes(problem.drafting.codec, copied, batch, channels, itemsize)[0]
     return total
 
 

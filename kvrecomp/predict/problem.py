@@ -12,6 +12,7 @@ from kvrecomp.plan import (
     Codec,
     Drafting,
     LayerShape,
+    Loss,
     Memory,
     ModelShape,
     Order,
@@ -51,6 +52,7 @@ class Problem:
     tail: int | None = None
     window: int | None = None
     drafting: Drafting | None = None
+    loss: Loss = "none"
 
     @cached_property
     def weight_memories(self) -> tuple[Memory, ...]:
@@ -118,8 +120,9 @@ class Problem:
 
     @cached_property
     def codecs(self) -> tuple[Codec, ...]:
-        """The codecs to choose from, all of them lossless."""
-        return ("plain", "packed") if self.shape.dtype == PACKED_DTYPE else ("plain",)
+        """The codecs to choose from, lossless but for that whose loss is allowed."""
+        lossless: tuple[Codec, ...] = ("plain", "packed") if self.shape.dtype == PACKED_DTYPE else ("plain",)
+        return lossless if self.loss == "none" else (*lossless, self.loss)
 
     @cached_property
     def write_outs(self) -> int:

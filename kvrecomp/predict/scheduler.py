@@ -13,7 +13,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from kvrecomp.plan import AUTO, Budget, Drafting, Memory, ModelShape, Order, Plan, PlanError, Workload
+from kvrecomp.plan import AUTO, FORMS, Budget, Drafting, Loss, Memory, ModelShape, Order, Plan, PlanError, Workload
+from kvrecomp.plan.codecs import check_loss
 from kvrecomp.plan.compiling import decode_seconds
 from kvrecomp.plan.cutting import default_tail
 from kvrecomp.plan.drafting import tokens_per_round
@@ -46,6 +47,7 @@ def make_plan(
     tail: int | None = None,
     window: int | None = None,
     drafting: Drafting | Sequence[Drafting] | Literal["auto"] | None = None,
+    loss: Loss = "none",
 ) -> Plan:
     """The plan that fits in the budget with the shortest predicted steps, in the mean of the workload's; with the
     shortest workload, where steps wait.
@@ -56,10 +58,12 @@ def make_plan(
     workload's rows each; None splits its rows into as few groups as are fastest, and the plan's workload is one of
     them. `drafting` says which drafts steps check; of several, or with `auto` of DRAFTINGS, they check none, or those
     with which tokens come soonest, if as many are right as they say, and sooner by the factor PAYING than without.
+    `loss` is the codec whose loss is allowed.
 
     Raises:
         PlanError: nothing fits; the message says what is needed and what would fit. A budget in the wrong unit.
     """
+    check_loss(loss)
     if groups is not None and groups < 1:
         raise PlanError(f"groups is {groups}; it must be greater than zero, or None to split the rows")
     for name, given in (("tail", tail), ("window", window)):
@@ -69,6 +73,7 @@ def make_plan(
         drafting = DRAFTINGS
     if isinstance(drafting, Sequence):
         options: Any = {"weights": weights, "groups": groups, "order": order, "tail": tail, "window": window}
+        options["loss"] = loss
         return _with_drafts_that_pay(
             drafting,
             profile,
@@ -78,7 +83,7 @@ def make_plan(
     budget = resolve_budget(budget or Budget(), profile)
     memories = None if weights is None else tuple(weights)
     count = 1 if groups is None else groups
-    problem = Problem(shape, workload, profile, budget, count, order, memories, tail, window, drafting)
+    problem = Problem(shape, workload, profile, budget, count, order, memories, tail, window, drafting, loss)
     problems = _splits(problem) if groups is None else [problem]
     # Times are measured for one batch: those of another, estimated from the machine's rates, do not compare.
     clock = profile if len(problems) == 1 else dataclasses.replace(profile, layers=())
@@ -93,7 +98,7 @@ def make_plan(
         raise misfits[0]
     most = ALIKE * min(solution.seconds for solution in solutions)
     plan = next(solution.plan for solution in solutions if solution.seconds <= most)
-    plan = dataclasses.replace(plan, reason=_reason(plan, profile, budget))
+    plan = dataclasses.replace(plan, reason=_reason(plan, profile, budget, loss))
     return with_costs(plan, plan.drafting, profile) if plan.drafting else plan
 
 
@@ -249,10 +254,10 @@ def _in_faster_order(plan: Plan, seconds: float, problem: Problem) -> tuple[Plan
     return plan, seconds
 
 
-def _rivals(plan: Plan, budget: Budget) -> list[Plan]:
+def _rivals(plan: Plan, budget: Budget, loss: Loss) -> list[Plan]:
     """The plans by name that fit, with the tail, window, weights and groups of this one, and not the same blocks."""
     rivals: list[Plan] = []
-    for name in RIVALS:
+    for name in RIVALS + tuple(f"{form}+{loss}" for form in FORMS if loss != "none"):
         try:
             rival = named_plan(name, plan.shape, plan.workload, tail=plan.tail, window=plan.window)
         except PlanError:  # a token larger than the window
@@ -267,7 +272,7 @@ def _rivals(plan: Plan, budget: Budget) -> list[Plan]:
 
 def _rival_if_faster(plan: Plan, seconds: float, problem: Problem) -> tuple[Plan, float]:
     """The plan, or its fastest rival where that is faster by more than a thousandth, with its mean step's seconds."""
-    rivals = _rivals(plan, problem.budget)
+    rivals = _rivals(plan, problem.budget, problem.loss)
     predicted = fast_ones(problem.profile, rivals, seconds)
     fastest = min(predicted, key=predicted.__getitem__, default=None)
     if fastest is None or 1.001 * predicted[fastest] >= seconds:
@@ -280,9 +285,9 @@ def _mean_seconds(profile: HardwareProfile, plan: Plan) -> float:
     return float(mean_costs(profile, [plan]).seconds[0])
 
 
-def _reason(plan: Plan, profile: HardwareProfile, budget: Budget) -> str:
-    """What bounds the step, and what the next best of the plans by name would cost."""
-    rivals = _rivals(plan, budget)
+def _reason(plan: Plan, profile: HardwareProfile, budget: Budget, loss: Loss) -> str:
+    """What bounds the step, what is lost, and what the next best of the plans by name would cost."""
+    rivals = _rivals(plan, budget, loss)
     costs = mean_costs(profile, [plan, *rivals])
     seconds, copying, computing = (float(values[0]) for values in costs)
     bound = "link" if copying > computing else "device"
@@ -295,6 +300,8 @@ def _reason(plan: Plan, profile: HardwareProfile, budget: Budget) -> str:
         f"{1e3 * seconds:.2f} ms a {what} predicted{grows}, bound by the {bound}: copies take {1e3 * copying:.2f} ms, "
         f"compute {1e3 * computing:.2f} ms"
     )
+    if not plan.lossless:
+        text = f"{text}; with loss, which is allowed ({loss})"
     if not rivals:
         return f"{text}; no plan by name fits beside it"
     seconds, name = min((float(seconds), rival.name) for seconds, rival in zip(costs.seconds[1:], rivals))

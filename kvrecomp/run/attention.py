@@ -334,7 +334,7 @@ def merge(query: Query, partials: Mapping[Mixes, Partial], lossless: bool = True
     """
     most = functools.reduce(jnp.maximum, [partial.most for partial in partials.values()])
     scaled = {mixes: partial.scaled(most) for mixes, partial in partials.items()}
-    total = sum(partial.total for partial in scaled.values())[..., None]
+    total = functools.reduce(jnp.add, [partial.total for partial in scaled.values()])[..., None]
     dtype, out = query.queries.dtype, jnp.zeros((), jnp.float32)
     for mixes, partial in scaled.items():
         values = partial.mixed / total

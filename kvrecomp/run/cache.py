@@ -10,7 +10,7 @@ instead of by the copy engine. Its form, memory and codec are static, so they se
     keys_values on device    K [s, b, kv_heads, head_dim] and V alike
     keys_values on host      both in one, [s, 2, b, kv_heads, head_dim]
     packed                   bytes, uint8[n]; see `plan.codecs`
-    fp8, int4                one array or three of each tensor; see `run.codecs`
+    fp8, int8, int4          one array or three of each tensor; on host the bytes of all of them, uint8[n]
 
 A host block is one array because XLA keeps two copies under way: as two arrays, one block would be both, and the next
 block's copy would make XLA await one of them before its time. On the device K and V are two arrays because scores over
@@ -27,10 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvrecomp.plan import BlockSpec, Codec, Form, LayerShape, Memory, Plan
+from kvrecomp.plan import LOSSLESS, BlockSpec, Codec, Form, LayerShape, Memory, Plan
+from kvrecomp.plan.codecs import steps_of
 from kvrecomp.plan.shapes import TENSORS
 from kvrecomp.run import memory
-from kvrecomp.run.codecs import from_int4, pack, to_fp8, to_int4, unpack
+from kvrecomp.run.codecs import InSteps, from_bytes, from_steps, pack, to_bytes, to_fp8, to_steps, unpack
 
 STATIC: dict = {"static": True}  # part of the tree's structure, so it selects the program
 
@@ -70,15 +71,24 @@ class Block:
         if self.codec == "packed":
             (data,) = self.arrays
             return unpack(data, self.shape, TENSORS[self.form])
-        if self.codec == "fp8":
-            return tuple(array.astype(self.dtype) for array in self.arrays)
-        if self.codec == "int4":
-            parts = zip(self.arrays[::3], self.arrays[1::3], self.arrays[2::3], strict=True)
-            return tuple(from_int4(*of_tensor, self.shape, self.dtype) for of_tensor in parts)
+        if self.codec not in LOSSLESS:
+            return self._with_loss
         if self.form == "keys_values" and self.memory == "host":
             (both,) = self.arrays
             return both[:, 0], both[:, 1]
         return self.arrays
+
+    @property
+    def _with_loss(self) -> tuple[Array, ...]:
+        """The tensors that `_written` has written."""
+        arrays = self.arrays
+        if self.memory == "host":
+            tensors = [jax.ShapeDtypeStruct(self.shape, self.dtype)] * TENSORS[self.form]
+            arrays = from_bytes(arrays[0], jax.eval_shape(functools.partial(_written, self.codec, self.form), tensors))
+        if self.codec == "fp8":
+            return tuple(array.astype(self.dtype) for array in arrays)
+        each = zip(steps_of(self.codec, self.form), arrays[::3], arrays[1::3], arrays[2::3], strict=True)
+        return tuple(from_steps(InSteps(*of_tensor), steps, self.shape) for steps, *of_tensor in each)
 
     def as_plain(self) -> "Block":
         """The block, on the device, with its numbers as they are."""
@@ -139,12 +149,20 @@ def make_block(spec: BlockSpec, tensors: Sequence[Array], start: Array) -> tuple
     if spec.codec == "packed":
         data, overflowed = pack(tensors)
         tensors = (data,)
-    elif spec.codec != "plain":
-        write = to_fp8 if spec.codec == "fp8" else to_int4
-        tensors = [array for tensor in tensors for array in write(tensor)]
+    elif spec.codec not in LOSSLESS:
+        tensors = _written(spec.codec, spec.form, tensors)
+        tensors = [to_bytes(tensors)] if spec.memory == "host" else tensors
     elif spec.form == "keys_values" and spec.memory == "host":
         tensors = (jnp.stack(tensors, axis=1),)
     return Block(tuple(tensors), start, shape, spec.form, spec.memory, spec.codec, dtype), overflowed
+
+
+def _written(codec: Codec, form: Form, tensors: Sequence[Array]) -> list[Array]:
+    """Arrays that have the tensors of a block with loss."""
+    if codec == "fp8":
+        return list(map(to_fp8, tensors))
+    each = zip(tensors, steps_of(codec, form), strict=True)
+    return [array for tensor, steps in each for array in to_steps(tensor, steps)]
 
 
 def cut(specs: Sequence[BlockSpec], x: Array, key: Array, value: Array) -> tuple[tuple[Block, ...], Array]:

@@ -2,18 +2,19 @@
 
 A packed block is one array of bytes, so that it is one copy. All of this is elementwise but for the list of numbers
 apart: those are found by counting, and put back by one small scatter. Blocks with loss are arrays with the axes of
-their tensors, so that what reads them may read a number at a time.
+their tensors, so that what reads them may read a number at a time; in host memory their bytes are one array.
 """
 
 import itertools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from kvrecomp.plan.codecs import ESCAPE, GROUP, packed
+from kvrecomp.plan.codecs import ESCAPE, Steps, packed
 
 _EXPONENT = 255  # a mask; and the exponent of infinities and of what is no number
 _MAGNITUDE = 0x7FFF  # a mask: all but the sign
@@ -117,30 +118,78 @@ def _chunk_of(counts: Array, number: Array) -> tuple[Array, Array]:
 _MOST_FP8 = float(jnp.finfo(jnp.float8_e4m3fn).max)  # what is larger would be no number
 
 
-def to_fp8(x: Array) -> tuple[Array]:
+def to_fp8(x: Array) -> Array:
     """Numbers of any shape -> float8_e4m3fn."""
-    return (jnp.clip(x.astype(jnp.float32), -_MOST_FP8, _MOST_FP8).astype(jnp.float8_e4m3fn),)
+    return jnp.clip(x.astype(jnp.float32), -_MOST_FP8, _MOST_FP8).astype(jnp.float8_e4m3fn)
 
 
-def to_int4(x: Array) -> tuple[Array, Array, Array]:
-    """x [s, b, ...] -> uint8[s, b, c / 2], of c channels, the first half of them in the low 4 bits and the second in
-    the high ones; and the step and the least number of each GROUP, bfloat16[s, b, c / GROUP]. Channels are filled up to
-    a multiple of GROUP."""
-    rows = x.reshape(*x.shape[:2], -1).astype(jnp.float32)
-    rows = jnp.pad(rows, [(0, 0), (0, 0), (0, -rows.shape[-1] % GROUP)], mode="edge")
-    groups = rows.reshape(*x.shape[:2], -1, GROUP)
-    least = groups.min(axis=-1).astype(jnp.bfloat16)
-    step = ((groups.max(axis=-1) - least.astype(jnp.float32)) / ESCAPE).astype(jnp.bfloat16)
-    above = groups - least.astype(jnp.float32)[..., None]
-    codes = jnp.round(above / jnp.maximum(step.astype(jnp.float32), 1e-30)[..., None])
-    codes = jnp.clip(codes, 0, ESCAPE).astype(jnp.uint8).reshape(rows.shape)
-    low, high = jnp.split(codes, 2, axis=-1)
-    return low | (high << 4), step, least
+class InSteps(NamedTuple):
+    """A tensor [s, b, ...], of c channels, as `Steps` says: the number of steps above the least of its group that each
+    number is, uint8[s, b, c] or two in a byte, and each group's step and least number, in the tensor's dtype."""
+
+    codes: Array
+    step: Array
+    least: Array
 
 
-def from_int4(codes: Array, step: Array, least: Array, shape: Sequence[int], dtype: jnp.dtype) -> Array:
-    """The numbers, of that shape, that `to_int4` has written."""
-    both = jnp.concatenate([codes & ESCAPE, codes >> 4], axis=-1).astype(dtype)
-    groups = both.reshape(*step.shape, GROUP) * step.astype(dtype)[..., None] + least.astype(dtype)[..., None]
-    channels = int(np.prod(shape[2:]))
-    return groups.reshape(*codes.shape[:2], -1)[..., :channels].reshape(shape)
+def to_steps(x: Array, steps: Steps) -> InSteps:
+    """x [s, b, ...] in steps, of floating point; within half a step of each group."""
+    rows = x.reshape(*x.shape[:2], -1)
+    groups = _grouped(rows, steps).astype(jnp.float32)
+    least, most = groups.min(axis=(1, 4)), groups.max(axis=(1, 4))
+    exact = (most - least) / steps.most
+    step = exact.astype(x.dtype)
+    step = jnp.where(step.astype(jnp.float32) < exact, jnp.nextafter(step, jnp.asarray(jnp.inf, x.dtype)), step)
+    finite = jnp.isfinite(groups).all(axis=(1, 4)) & jnp.isfinite(exact)  # XLA may find a least beside a NaN
+    step = jnp.where(finite, step, jnp.nan)
+    each = jnp.maximum(step.astype(jnp.float32), jnp.finfo(jnp.float32).tiny)
+    codes = jnp.round((groups - least[:, None, ..., None]) / each[:, None, ..., None])
+    codes = jnp.clip(codes, 0, steps.most).astype(jnp.uint8)
+    codes = codes.reshape(groups.shape[0] * steps.tokens, x.shape[1], -1)[: rows.shape[0], :, : rows.shape[2]]
+    if steps.bits < 8:
+        low, high = jnp.split(jnp.pad(codes, [(0, 0), (0, 0), (0, codes.shape[2] % 2)]), 2, axis=2)
+        codes = low | (high << steps.bits)
+    return InSteps(codes, step, least.astype(x.dtype))
+
+
+def from_steps(written: InSteps, steps: Steps, shape: Sequence[int]) -> Array:
+    """The tensor of that shape that `to_steps` has written."""
+    codes, (tokens, _, *heads) = written.codes, shape
+    channels = int(np.prod(heads))
+    if steps.bits < 8:
+        codes = jnp.concatenate([codes & steps.most, codes >> steps.bits], axis=2)[..., :channels]
+    step, least = (_of_each(of_group, steps, tokens, channels) for of_group in (written.step, written.least))
+    x = codes.astype(jnp.float32) * step.astype(jnp.float32) + least.astype(jnp.float32)
+    return x.astype(written.least.dtype).reshape(shape)
+
+
+def _grouped(rows: Array, steps: Steps) -> Array:
+    """[s, b, c] -> [groups, tokens, b, groups, channels], filled up with what is there last."""
+    fill = -rows.shape[0] % steps.tokens, -rows.shape[2] % steps.channels
+    padded = jnp.pad(rows, [(0, fill[0]), (0, 0), (0, fill[1])], mode="edge")
+    return padded.reshape(-1, steps.tokens, rows.shape[1], padded.shape[2] // steps.channels, steps.channels)
+
+
+def _of_each(of_groups: Array, steps: Steps, tokens: int, channels: int) -> Array:
+    """What each group has, for each of its numbers: [groups, b, groups] -> [s, b, c]."""
+    if steps.tokens > 1:
+        of_groups = jnp.broadcast_to(of_groups[:, None], (len(of_groups), steps.tokens, *of_groups.shape[1:]))
+        return of_groups.reshape(-1, *of_groups.shape[2:])[:tokens]
+    each = jnp.broadcast_to(of_groups[..., None], (*of_groups.shape, steps.channels))
+    return each.reshape(*of_groups.shape[:2], -1)[..., :channels]
+
+
+def to_bytes(arrays: Sequence[Array]) -> Array:
+    """The arrays' bytes, one after the other, uint8[n]."""
+    return jnp.concatenate([jax.lax.bitcast_convert_type(array, jnp.uint8).reshape(-1) for array in arrays])
+
+
+def from_bytes(data: Array, like: Sequence[jax.ShapeDtypeStruct]) -> list[Array]:
+    """The arrays that `to_bytes` was given, of these shapes and dtypes."""
+    arrays, start = [], 0
+    for each in like:
+        itemsize = each.dtype.itemsize
+        part = data[start : start + each.size * itemsize].reshape(*each.shape, *([itemsize] if itemsize > 1 else []))
+        arrays.append(jax.lax.bitcast_convert_type(part, each.dtype))
+        start += each.size * itemsize
+    return arrays

@@ -100,15 +100,15 @@ def test_texts_that_differ_are_counted(loaded, monkeypatch):
 
 
 def test_rows_of_other_runs_are_kept(tmp_path):
-    row = {"model": "a", "prompt": 5, "new": 7, "temperature": 0.0, "drafter": "fp8 sketch", "drafts": 8}
+    row = dict.fromkeys(acceptance.RUN, "a") | {"temperature": 0.0}
     other = row | {"temperature": 1.0}
     path = tmp_path / "out.json"
-    assert acceptance.kept_rows(str(path), [row]) == []
+    assert acceptance.kept_rows(str(path), [row], acceptance.RUN) == []
     path.write_text(json.dumps({"rows": [row | {"median_ms": 3.0}, other]}))
-    assert acceptance.kept_rows(str(path), [row]) == [other]
+    assert acceptance.kept_rows(str(path), [row], acceptance.RUN) == [other]
     path.write_text(json.dumps({"rows": [{"model": "a"}]}))
     with pytest.raises(ValueError, match=r"^--out: .*out.json is no file of this script, and would be lost"):
-        acceptance.kept_rows(str(path), [])
+        acceptance.kept_rows(str(path), [], acceptance.RUN)
 
 
 @pytest.mark.parametrize(

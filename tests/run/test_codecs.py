@@ -273,8 +273,10 @@ def test_other_dtypes_are_refused(dtype):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("activations+zip", "there is no codec 'zip'; the codecs are plain, packed"),
-        ("auto+packed", r"auto packs where that is faster: leave \+packed out"),
+        ("activations+zip", "there is no codec 'zip'; the codecs are plain, packed, int8, int4"),
+        ("activations+fp8", "there is no codec 'fp8'"),
+        ("auto+packed", r"auto chooses codecs, without loss unless that is allowed: leave \+packed out"),
+        ("auto+int4", "unless that is allowed: say loss=int4"),
     ],
 )
 def test_codecs_that_names_cannot_have(name, message):

@@ -1,4 +1,4 @@
-"""Drafters and the codecs of sketches, against plain Python and closed forms."""
+"""Drafters, against plain Python."""
 
 import functools
 from dataclasses import replace
@@ -14,10 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import kvrecomp
-from kvrecomp.plan import BlockSpec, Drafting, Workload
-from kvrecomp.plan.codecs import GROUP, codec_bytes
-from kvrecomp.run.cache import Recent, describe_sketches, make_block
-from kvrecomp.run.codecs import to_fp8, to_int4
+from kvrecomp.plan import Drafting, Workload
+from kvrecomp.run.cache import Recent, describe_sketches
 from kvrecomp.run.drafters import Group, PromptLookup, Turn, _written
 
 # --- what followed before ---------------------------------------------------------------------------------------------
@@ -150,87 +148,7 @@ def test_learns_what_rows_took(seed):
         kept = learnt(kept, *toy.put((lengths, newest, tokens, counts)))
 
 
-# --- codecs with loss -------------------------------------------------------------------------------------------------
-
-LARGEST = 448.0  # of float8_e4m3fn: 1.75 * 2**8; the smallest steps are 2**-9
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_fp8_is_the_nearest_number(dtype):
-    """Within half a step of 3 bits of mantissa, of any size; what is larger than the largest is that, never NaN."""
-    rng = np.random.default_rng(2)
-    x = rng.normal(size=(41, 7, 5)) * 2.0 ** rng.integers(-12, 12, size=(41, 7, 5))
-    x.reshape(-1)[:8] = [0.0, -0.0, LARGEST, -LARGEST, 464.0, 65504.0, np.inf, -np.inf]
-    x = x.astype(np.float32).astype(dtype)
-    (written,) = jax.jit(to_fp8)(toy.put(x))
-    assert written.dtype == jnp.float8_e4m3fn and written.shape == x.shape
-    found = toy.get(written).astype(np.float64)
-    clipped = np.clip(x.astype(np.float64), -LARGEST, LARGEST)
-    exponents = np.maximum(np.frexp(clipped)[1] - 1, -6)
-    assert (np.abs(found - clipped) <= 2.0 ** (exponents - 4)).all()
-    assert found.reshape(-1)[4:8].tolist() == [LARGEST, LARGEST, LARGEST, -LARGEST]
-
-
-def by_numpy(codes, step, least, channels):
-    """Whole steps above the least of each group: the first half of the channels is in the low 4 bits."""
-    both = np.concatenate([codes % 16, codes // 16], axis=-1).astype(np.float64)
-    each = np.repeat(np.stack([step, least]).astype(np.float64), GROUP, axis=-1)
-    return (both * each[0] + each[1])[..., :channels]
-
-
-@pytest.mark.parametrize("shape", [(5, 3, 7), (3, 2, 32), (7, 1, 3, 13), (2, 3, 65), (2, 5, 2, 48)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-def test_int4_is_within_half_a_step(shape, dtype):
-    """Of the 15 between the least and the largest of 32 channels of a token and row; as many bytes as are planned."""
-    rng = np.random.default_rng(shape[-1])
-    x = (rng.normal(size=shape) * 3.0 ** rng.integers(-4, 4, size=shape)).astype(np.float32)
-    x = x.astype(jnp.bfloat16).astype(dtype)  # the least is then written as it is
-    channels = int(np.prod(shape[2:]))
-    block, overflowed = jax.jit(functools.partial(make_block, BlockSpec("activations", "device", shape[0], "int4")))(
-        [toy.put(x)], toy.put(np.int32(0))
-    )
-    rows = x.astype(np.float64).reshape(*shape[:2], channels)
-    steps = np.empty(rows.shape)
-    for start in range(0, channels, GROUP):
-        group = rows[..., start : start + GROUP]
-        steps[..., start : start + GROUP] = (group.max(axis=-1, keepdims=True) - group.min(axis=-1, keepdims=True)) / 15
-    codes, step, least = (toy.get(array) for array in block.arrays)
-    assert codes.dtype == np.uint8 and step.dtype == least.dtype == jnp.bfloat16
-    decoded = by_numpy(codes, step, least, channels)
-    assert (np.abs(decoded - rows) <= 0.51 * steps).all()  # a step has 8 bits
-    (found,) = jax.jit(lambda block: block.tensors)(block)
-    assert found.shape == shape and found.dtype == dtype
-    rounding = 2 * float(jnp.finfo(dtype).eps) * np.abs(rows).max(axis=-1, keepdims=True)
-    assert (np.abs(toy.get(found).reshape(rows.shape) - decoded) <= rounding).all()
-    assert not overflowed and block.nbytes == codec_bytes("int4", 1, shape[0] * shape[1], channels, x.itemsize)
-
-
-def test_int4_of_channels_that_are_alike():
-    """A step of zero; and a group that is filled up has the least and the largest of its own channels."""
-    x = np.full((3, 2, 45), 7.25, np.float32)
-    x[1, :, 32:] = -1000.0
-    codes, step, least = jax.device_get(jax.jit(to_int4)(toy.put(x)))
-    np.testing.assert_array_equal(by_numpy(codes, step, least, 45), x)
-    assert (step == 0).all()
-
-
-@pytest.mark.parametrize("codec", ["fp8", "int4"])
-@pytest.mark.parametrize("form", ["activations", "keys_values"])
-def test_blocks_of_both_forms(codec, form):
-    """Each tensor comes back as itself, nearly; the block keeps where it is and what numbers it had."""
-    rng = np.random.default_rng(3)
-    shape, scales = ((5, 3, 35), [1.0]) if form == "activations" else ((5, 3, 2, 19), [1.0, 20.0])
-    tensors = [rng.normal(size=shape).astype(np.float32) * np.float32(scale) for scale in scales]
-    spec = BlockSpec(form, "device", 5, codec)
-    block, _ = jax.jit(functools.partial(make_block, spec))(toy.put(tensors), toy.put(np.int32(11)))
-    found = jax.jit(lambda block: block.as_plain().tensors)(block)
-    assert len(found) == len(tensors) and block.tokens == 5 and int(toy.get(block.start)) == 11
-    for tensor, read in zip(tensors, found, strict=True):
-        assert read.dtype == np.float32 and read.shape == shape
-        error = np.abs(toy.get(read) - tensor)
-        assert 0 < error.max() < 0.13 * np.abs(tensor).max()
-    width, count = int(np.prod(shape[2:])), len(tensors)
-    assert block.nbytes == codec_bytes(codec, count, 15, width, 4)
+# --- sketches ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("codec", ["fp8", "int4"])

@@ -34,7 +34,7 @@ from rich.console import Console
 
 import kvrecomp
 from kvrecomp.drafts import as_drafting
-from kvrecomp.plan import AUTO, Memory, Plan
+from kvrecomp.plan import AUTO, Loss, Memory, Plan
 from kvrecomp.plan.footprint import check_within
 from kvrecomp.run.limits import limits
 from kvrecomp.run.sampling import Sampling
@@ -52,6 +52,7 @@ class Settings:
     max_new_tokens: int
     batch: int = BATCH
     plan: str = AUTO
+    loss: Loss = "none"
     tail: int | None = None
     window_mib: float | None = None
     device_memory_gib: float | None = None
@@ -195,7 +196,9 @@ def describe(
 
     def make(length: int, batch: int) -> Plan:
         workload = kvrecomp.Workload(batch, length, new)
-        plan = kvrecomp.plan_for(settings.plan, shape, workload, weights=weights, drafting=drafting, **options)
+        plan = kvrecomp.plan_for(
+            settings.plan, shape, workload, weights=weights, drafting=drafting, loss=settings.loss, **options
+        )
         check_within(plan, allowed)
         return plan
 

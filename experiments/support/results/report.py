@@ -1,6 +1,7 @@
 """What every results file says about where and how it was made, and which steps of a run are counted."""
 
 import importlib.metadata
+import json
 import pathlib
 import platform
 import shlex
@@ -35,6 +36,22 @@ def run_info(commit: str = "", device: str | None = None) -> dict[str, Any]:
         "commit": commit or output("git", "rev-parse", "HEAD"),
         "command": command(),
     }
+
+
+def kept_rows(path: str, rows: Sequence[dict[str, Any]], fields: Sequence[str]) -> list[dict[str, Any]]:
+    """The rows of a results file, if it is there, that differ from all of these in some of the fields.
+
+    Raises ValueError where it has rows of another kind, which would be lost.
+    """
+    if not pathlib.Path(path).exists():
+        return []
+    try:
+        old = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))["rows"]
+        found = [[row[name] for name in fields] for row in old]
+        own = [[row[name] for name in fields] for row in rows]
+        return [row for row, facts in zip(old, found) if facts not in own]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--out: {path} is no file of this script, and would be lost: give another") from error
 
 
 def command() -> str:

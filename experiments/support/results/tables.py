@@ -305,6 +305,22 @@ def _drafted(kind: str, row: Row) -> str:
     return f"{text['tokens_per_pass']:.1f}{share}"
 
 
+def losses(rows: Sequence[Row]) -> str:
+    """Rows of experiments/quality.py: what is lost by each plan, by model and sizes."""
+    return table(
+        rows,
+        ("model", lambda row: predictions.title(row["model"])),
+        ("tokens", lambda row: f"{row['prompt']} + {row['new']}"),
+        ("plan", lambda row: noted(f"`{row['plan']}`")),
+        ("bytes, of plain K and V", lambda row: f"{row['bytes_of_plain']:.3f}"),
+        ("bits a token", lambda row: f"{row['bits']:.4f}"),
+        ("without loss", lambda row: f"{row['bits_exact']:.4f}"),
+        ("loss", lambda row: f"{row['loss']:+.3%}"),
+        ("divergence", lambda row: f"{row['divergence']:.5f}"),
+        ("chosen alike", lambda row: f"{row['agreement']:.1%}"),
+    )
+
+
 def _plan(row: Row) -> str:
     name = noted(row["plan"], word("plan", row["plan"])) + (" (chosen)" if row.get("chosen") else "")
     return name.replace("the GPU", "the CPU") if row.get("device") == "cpu" else name
