@@ -392,6 +392,20 @@ def test_drafts_that_a_plan_has_no_room_for(plan, options, parts):
         kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan=plan, **options)
 
 
+@pytest.mark.parametrize(
+    ("plan", "loss", "parts"),
+    [
+        ("auto", "int2", ["loss is 'int2'", "none, int8, int4"]),
+        ("auto", None, ["loss is None", "none, int8, int4"]),
+        ("activations", "int4", ["loss=int4 is for plan auto", "activations+int4"]),
+        (plan_of(), "int8", ["loss is 'int8'", f"plan {plan_of().name} is given", "leave loss out"]),
+    ],
+)
+def test_losses_that_cannot_be(plan, loss, parts):
+    with one_line(PlanError, *parts):
+        kvrecomp.generate(toy.model(), IDS, max_new_tokens=3, plan=plan, loss=loss)
+
+
 def test_assistants_that_cannot_draft():
     other = toy.randomised(dataclasses.replace(toy.OPT, name="other", vocab=67).build(dtype="float32", rngs=None))
     options = {"max_new_tokens": 3, "plan": "activations"}

@@ -139,13 +139,14 @@ def packing_bytes(plan: Plan) -> int:
 
 
 def unpacked_bytes(plan: Plan, write_outs: int) -> int:
-    """What a step has as plain numbers at once: a layer's blocks on the device, or one from the host."""
+    """What a step has as plain numbers at once: a layer's packed blocks on the device, or a block from the host. Those
+    with loss on the device are read number by number."""
     most = 0
     for layer, layer_shape in plan.distinct_layers:
         blocks = layer_shape.in_sight(layer.blocks(write_outs, plan.tail))
         sizes: dict[Memory, list[int]] = {memory: [0] for memory in MEMORIES}
         for block in blocks:
-            if block.codec != "plain":
+            if block.codec == "packed" or (block.codec != "plain" and block.memory == "host"):
                 size = plan.bytes_of(layer_shape, dataclasses.replace(block, codec="plain"))
                 sizes[block.memory].append(size)
         most = max(most, sum(sizes["device"]), *sizes["host"])

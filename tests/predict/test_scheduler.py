@@ -413,3 +413,30 @@ def test_more_new_tokens_than_tails_may_be_written_out(monkeypatch):
     shape = replace(models.preset("opt-125m").shape, positions=10**8)
     plan = scheduler.make_plan(shape, Workload(700, 3, 7_000), machine(), Budget.of_gib(60, 10**6), groups=3)
     assert plan.tail >= 7_000 / 97 and plan.write_outs <= 97
+
+
+# --- what loss is allowed ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("part", [0.15, 0.25, 1.2])
+@pytest.mark.parametrize("loss", ["int8", "int4"])
+def test_loss_where_it_is_allowed_and_makes_steps_shorter(loss, part):
+    """All that is sent is written so; where nothing has to be sent, nothing is lost."""
+    shape = model(*[LEARNED] * 3)
+    budget = with_room(shape, part)
+    exact, plan = (make_plan(shape, WORKLOAD, machine(), budget, loss=each) for each in ("none", loss))
+    assert exact.lossless and "loss" not in exact.reason and "with loss" not in str(exact)
+    before, after = (mean_seconds(machine(), each)[0] for each in (exact, plan))
+    assert fits(plan, budget) and after <= 1.001 * before
+    if part > 1:
+        assert plan.lossless
+        return
+    sent = {block.codec for layer in plan.layers for block in layer.prompt if block.memory == "host"}
+    assert sent <= {loss} and not plan.lossless
+    assert f"with loss, which is allowed ({loss})" in plan.reason and "with loss" in str(plan)
+    assert after < before
+
+
+def test_a_loss_that_there_is_not():
+    with pytest.raises(PlanError, match="loss is 'int2'; expected one of none, int8, int4"):
+        make_plan(model(LEARNED), WORKLOAD, machine(), loss="int2")

@@ -1,5 +1,6 @@
 """Codecs with loss, against NumPy and closed forms."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,13 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import toy
+import toy_drafts
+import toy_plans
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvrecomp.plan import FORMS, MEMORIES, BlockSpec
+import kvrecomp
+from kvrecomp.plan import FORMS, MEMORIES, BlockSpec, Drafting
 from kvrecomp.plan.codecs import LOSSY, codec_bytes, steps_of, token_bytes
+from kvrecomp.run import memory
 from kvrecomp.run.cache import make_block
 from kvrecomp.run.codecs import to_fp8, to_steps
+from kvrecomp.run.drafters import Sketch
 
 DTYPES = ("float32", "bfloat16", "float16")
 LARGEST = 448.0  # of float8_e4m3fn: 1.75 * 2**8; the smallest steps are 2**-9
@@ -175,3 +181,68 @@ def test_room_is_enough(codec, form, tokens, batch, channels, itemsize):
     """That of a token for each of a block's, and what a block adds."""
     a_token, a_block = token_bytes(codec, form, batch, channels, itemsize)
     assert codec_bytes(codec, form, tokens, batch, channels, itemsize) <= tokens * a_token + a_block + 1e-6
+
+
+# --- through the decoder ----------------------------------------------------------------------------------------------
+
+
+def lossy(plan, codec):
+    """The plan with all blocks in that codec."""
+    layers = [
+        dataclasses.replace(
+            layer,
+            prompt=tuple(dataclasses.replace(block, codec=codec) for block in layer.prompt),
+            write_out_codecs=(codec,),
+        )
+        for layer in plan.layers
+    ]
+    return dataclasses.replace(plan, layers=tuple(layers), window=10 * plan.window)  # few tokens take more bytes
+
+
+def as_read(block, codec):
+    """A plain block with what is left of its numbers."""
+    spec = BlockSpec(block.form, "device", block.tokens, codec)
+    plain = BlockSpec(block.form, block.memory, block.tokens)
+
+    def program(block):
+        written, _ = make_block(spec, block.tensors, block.start)
+        return make_block(plain, written.as_plain().tensors, block.start)[0].arrays
+
+    there = dataclasses.replace(block, arrays=jax.device_put(block.arrays, memory.sharding("device")))
+    left = jax.device_put(jax.jit(program)(there), memory.sharding(block.memory))
+    return dataclasses.replace(block, arrays=left)
+
+
+@pytest.mark.parametrize("kind", ["opt", "grouped"])
+@settings(max_examples=3)
+@given(data=st.data())
+def test_logits_are_those_of_plain_blocks_with_what_is_left(kind, data):
+    """Of any plan, of the prompt and of what is written out; the tail is as it was."""
+    model, codec = toy.model(kind), data.draw(st.sampled_from(LOSSY))
+    plan = data.draw(toy_plans.plans(model.shape, 2))
+    work = plan.workload
+    texts = toy.texts(work.batch, work.prompt + work.new)
+    found = toy.decoded_logits(kvrecomp.Decoder(model, lossy(plan, codec)), texts)
+    decoder = kvrecomp.Decoder(model, plan)
+    cache, logits = decoder.prefill(texts.ids[:, : work.prompt], texts.mask[:, : work.prompt])
+    expected, read = [toy.get(logits)], [()] * len(plan.layers)
+    for slot in range(work.prompt, work.prompt + work.new):
+        (cache,) = decoder._before_step([cache])  # what is written out is attended to as it is read
+        read = [
+            (*old, *(as_read(block, codec) for block in layer[len(old) :])) for old, layer in zip(read, cache.blocks)
+        ]
+        cache, logits = decoder.step(dataclasses.replace(cache, blocks=tuple(read)), toy.put(texts.ids[:, slot]))
+        expected.append(toy.get(logits))
+    np.testing.assert_allclose(found, np.stack(expected, axis=1), atol=2e-4)
+
+
+@pytest.mark.parametrize("codec", LOSSY)
+def test_drafts_leave_the_text_as_it_is(codec):
+    """Over blocks with loss, whose sketch has more of it; nothing is written out."""
+    plan = lossy(toy_drafts.make_plan("activations"), codec)
+    plan = dataclasses.replace(plan, tail=plan.workload.new)
+    expected = toy_drafts.run(plan)
+    drafted = dataclasses.replace(plan, drafting=Drafting("sketch", 3, codec="fp8"))
+    found = toy_drafts.run(drafted, Sketch())
+    np.testing.assert_array_equal(found.sequences, expected.sequences)
+    assert not plan.lossless and (found.passes < plan.workload.new - 1).all()

@@ -1,0 +1,79 @@
+"""Losses as the script counts them, against whole forward passes and plain NumPy."""
+
+import json
+
+import numpy as np
+import pytest
+import scripts
+import toy
+
+import models
+from experiments import quality
+from experiments.support import texts
+from experiments.support.source import SHIPPED
+
+PROMPT, NEW, TAIL = 41, 13, 5
+WORDS = (f"--prompt={PROMPT}", f"--new={NEW}", f"--tail={TAIL}", "--texts=code,list", "--commit=abc")
+
+
+def log2(logits):
+    logits = logits.astype(np.float64)
+    return (logits - np.logaddexp.reduce(logits, axis=-1, keepdims=True)) / np.log(2)
+
+
+def test_bits_without_loss_are_those_of_a_forward_pass(tmp_path, capsys):
+    """And a codec that keeps everything loses nothing; what is lost by another is between what it may be."""
+    out = tmp_path / "out.json"
+    scripts.call(quality, *WORDS, "--plans=keys_values,activations+int4,flexgen:1", f"--out={out}")
+    document = json.loads(out.read_text())
+    printed = capsys.readouterr().out
+    assert json.loads(printed.splitlines()[-1]) == document and document["commit"] == "abc"
+    same, lossy, worst = document["rows"]
+    model, text = models.load(SHIPPED, dtype="float32"), models.load_text(SHIPPED)
+    ids = np.array(texts.make_texts(["code", "list"], model, text, PROMPT + NEW + 1))
+    found = log2(toy.get(model(toy.put(ids.astype(np.int32)))))[:, PROMPT:-1]
+    bits = -np.take_along_axis(found, ids[:, PROMPT + 1 :, None], axis=-1)[..., 0].mean(axis=1)
+    assert [row["kind"] for row in same["texts"]] == ["code", "list"]
+    np.testing.assert_allclose([row["bits_exact"] for row in same["texts"]], bits, atol=1e-5)
+    assert same["bits"] == pytest.approx(bits.mean(), abs=1e-5) and same["loss"] == pytest.approx(0, abs=1e-5)
+    assert same["divergence"] == pytest.approx(0, abs=1e-6) and same["agreement"] == 1
+    assert 1e-6 < lossy["divergence"] < worst["divergence"] and worst["agreement"] < 1
+    assert worst["loss"] == pytest.approx(worst["bits"] / worst["bits_exact"] - 1)
+    # Of bfloat16: 41 tokens are one group of a channel; two tensors of the baseline have groups of 64 channels.
+    assert same["bytes_of_plain"] == 1
+    assert lossy["bytes_of_plain"] == pytest.approx((0.5 + 4 / PROMPT) / 4)
+    assert worst["bytes_of_plain"] == pytest.approx((1 / 8 + 4 / 64) / 2)
+    facts = {"model": "opt-pydoc", "batch": 2, "prompt": PROMPT, "new": NEW, "tail": TAIL, "plan": "activations+int4"}
+    assert lossy | facts == lossy
+
+
+def test_divergence_and_agreement(monkeypatch):
+    """Of probabilities that are known."""
+    sure, unsure = np.log([0.75, 0.25]), np.log([0.25, 0.75])
+    given = iter([[[sure, unsure], [sure, sure]], [[sure, sure], [unsure, sure]]])
+    monkeypatch.setattr(quality, "forced", lambda *_: iter(np.array(next(given), np.float32)))
+    model = models.load(SHIPPED, dtype="float32")
+    ((name, rows),) = quality.measure(model, np.array([[7, 7, 0, 0], [7, 7, 0, 1]]), 1, 1, ["activations+int8"])
+    assert name == "activations+int8"
+    gap = 0.5 * np.log2(3)  # of one from the other
+    first, second = rows
+    assert first == pytest.approx(
+        {"bits": 1.2075, "bits_exact": 0.4150, "divergence": gap / 2, "agreement": 0.5}, abs=1e-3
+    )
+    assert second["divergence"] == pytest.approx(gap / 2) and second["agreement"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--plans=flexgen:9"], "--plans has 'flexgen:9'; expected flexgen:B, with B bits from 1 to 8"),
+        (["--plans=activations+zip"], "there is no codec 'zip'; the codecs are plain, packed, int8, int4"),
+        (["--plans="], "--plans is empty"),
+        (["--texts=poem"], "poem"),
+        (["--prompt=1024"], "1024 and 13 new tokens need 1037 positions"),
+    ],
+)
+def test_refusals(words, message):
+    with pytest.raises(SystemExit) as refused:
+        scripts.call(quality, *WORDS, *words)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
