@@ -139,15 +139,17 @@ def measure(
 
 
 def share_of_plain(name: str, shape: kvrecomp.ModelShape, work: kvrecomp.Workload) -> float:
-    """Bytes of the prompt's blocks, of those of plain keys and values, both as of bfloat16."""
+    """Bytes of the plan's blocks in host memory, of those of the same tokens as plain K and V; all of bfloat16."""
     plan_name, steps = read_plan(name)
-    shape = dataclasses.replace(shape, dtype="bfloat16")
-    plain = kvrecomp.named_plan("keys_values", shape, work).bytes_in("host")
-    if steps is None:
-        return kvrecomp.named_plan(plan_name, shape, work).bytes_in("host") / plain
-    layers = shape.layers
-    channels = [layer.width("keys_values") for layer in layers]
-    return sum(steps.nbytes(work.prompt, work.batch, each, shape.itemsize) for each in channels) / plain
+    plan = kvrecomp.named_plan(plan_name, dataclasses.replace(shape, dtype="bfloat16"), work)
+    nbytes = numbers = 0
+    for layer, blocks in zip(plan.shape.layers, plan.blocks()):
+        for block in blocks:
+            if block.memory == "host":
+                width = layer.width("keys_values")
+                own = steps.nbytes(block.tokens, work.batch, width, 2) if steps else plan.bytes_of(layer, block)
+                nbytes, numbers = nbytes + own, numbers + block.tokens * work.batch * width
+    return nbytes / (2 * numbers) if numbers else 1.0
 
 
 def main(given: flags.FlagValues) -> None:

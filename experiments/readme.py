@@ -16,6 +16,7 @@ overview            table of the same, with a row for each workload and its plan
 sweep               table of rows of experiments/sweep.py
 drafts              table of rows of experiments/acceptance.py
 rounds              table of rows of experiments/benchmark.py with drafts
+losses              table of rows of experiments/quality.py
 paper_gains         table of the gains of the paper KVPR, and of those predicted and measured
 paper_steps         its tables of steps, with those predicted and measured
 paper_layers        its table 1, beside its formula; of no results
@@ -23,6 +24,7 @@ paper_disagreements where it disagrees with itself; of no results
 bars_plot           picture of the step times of one workload
 curves_plot         picture of step times against cached tokens, of one model and batch
 drafts_plot         picture of tokens a pass, by kind of text and drafter, of one model and context
+losses_plot         picture of what plans with loss change, of one model
 predictions_plot    picture of how far predictions are off
 choices_plot        picture of the scheduler's choices against the best plans by hand
 timeline            picture of copies and compute in the steps that experiments/trace.py traced
@@ -51,7 +53,7 @@ from typing import Any, NamedTuple
 from experiments.support import script
 from experiments.support.paper import report as paper
 from experiments.support.paper.numbers import read
-from experiments.support.plots import bars, curves, drafts
+from experiments.support.plots import bars, curves, drafts, losses
 from experiments.support.results import predictions, tables
 from experiments.support.results.tables import Row
 from experiments.support.traces import timeline
@@ -74,6 +76,7 @@ TABLES = {
     "sweep": tables.sweep,
     "drafts": tables.drafts,
     "rounds": tables.rounds,
+    "losses": tables.losses,
     "paper_gains": paper.all_gains,
     "paper_steps": paper.all_steps,
     "paper_layers": lambda _: paper.layers(read()),
@@ -96,6 +99,7 @@ PICTURES = {
     "bars_plot": Picture("bars.png", bars.steps, bars.draw, bars.said),
     "curves_plot": Picture("curves.png", curves.points, curves.draw_curves, curves.said),
     "drafts_plot": Picture("acceptance.png", drafts.drafted, drafts.draw, drafts.said),
+    "losses_plot": Picture("losses.png", losses.lost, losses.draw, losses.said),
     "predictions_plot": Picture(
         "predictions.png", tables.predicted, predictions.draw_predictions, predictions.accuracy
     ),

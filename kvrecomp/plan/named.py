@@ -8,14 +8,15 @@ kvpr:F         the same split in KVPR's own schedule: K and V recomputed, copies
 device         all keys and values on the device
 device:F       the first F of the prompt as keys and values on the device, the rest as activations in host memory
 
-With "+packed" behind the name its blocks are packed, with "+int8" or "+int4" they are written with loss.
+With "+packed" behind the name its blocks are packed, with "+int8" or "+int4" they are written with loss, but for a
+prompt's first tokens.
 """
 
 import dataclasses
 from collections.abc import Sequence
 
 from kvrecomp.plan.codecs import LOSSY, Codec
-from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs, default_tail
+from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs, default_tail, first_block, first_tokens, without_first
 from kvrecomp.plan.layout import AUTO, DEFAULT_WINDOW, LayerPlan, Plan
 from kvrecomp.plan.shapes import Form, LayerShape, Memory, ModelShape, PlanError
 from kvrecomp.plan.workload import Workload
@@ -37,7 +38,9 @@ def named_plan(
     for layer in shape.distinct_layers:
         runs = _runs(kind, fraction, layer.cached(workload.prompt))
         last_form, last_memory, _ = runs[-1]
-        blocks = cut_runs(runs, layer, shape, workload, most_bytes, codec)
+        first = first_tokens(layer, workload.prompt, [codec])
+        others = cut_runs(without_first(runs, first), layer, shape, workload, most_bytes, codec)
+        blocks = (*first_block(last_form, first), *others)
         method = "recompute" if kind in ("recompute", "kvpr") else "absorb"
         plans[layer] = LayerPlan(blocks, last_form, (last_memory,), method, write_out_codecs=(codec,))
     layers = tuple(plans[layer] for layer in shape.layers)

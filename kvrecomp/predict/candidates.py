@@ -18,7 +18,7 @@ from kvrecomp.plan import (
     Plan,
 )
 from kvrecomp.plan.codecs import token_bytes
-from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
+from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs, first_block, first_tokens
 from kvrecomp.plan.drafting import tail_room
 from kvrecomp.plan.footprint import memory_needed
 from kvrecomp.plan.shapes import TENSORS
@@ -144,7 +144,8 @@ def _layer_plan(
     It has `room` bytes for its tail and blocks, and those `beside_window` where it needs a window too.
     """
     workload = problem.workload
-    prompt = layer.cached(workload.prompt)
+    first = first_tokens(layer, workload.prompt, settings.codecs)
+    prompt = layer.cached(workload.prompt) - first
     write_outs = problem.write_outs
     sizes = {
         (form, codec): token_bytes(
@@ -156,7 +157,7 @@ def _layer_plan(
     on_device: dict[Form, float] = {form: sizes[form, settings.codec("device")][0] for form in FORMS}
     of_block = sum(sizes[form, settings.codec("device")][1] for form in FORMS)
     room_tokens = tail_room(problem.drafting, problem.tail_tokens, workload.new)
-    tail_bytes = room_tokens * sizes[settings.tail_form, "plain"][0]
+    tail_bytes = (room_tokens + first) * sizes[settings.tail_form, "plain"][0]
     written_bytes = problem.tail_tokens * on_device[settings.tail_form] + of_block
 
     all_fits = prompt * on_device[smaller_form(layer)] + tail_bytes + write_outs * written_bytes + of_block <= room
@@ -175,7 +176,7 @@ def _layer_plan(
     some_leave = stay < write_outs or any(split[form, "host"] for form in FORMS)
     memories: list[Memory] = ["device"] * stay
     memories.append("host" if some_leave else "device")
-    blocks = _cut(problem, layer, settings, window, split)
+    blocks = (*first_block(settings.tail_form, first), *_cut(problem, layer, settings, window, split))
     codecs: list[Codec] = [settings.codec(memory) for memory in memories]
     return LayerPlan(blocks, settings.tail_form, tuple(memories), settings.method, write_out_codecs=tuple(codecs))
 
