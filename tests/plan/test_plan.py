@@ -221,6 +221,43 @@ def test_named_plans(name, runs, tail_form, memory, method, schedule):
 
 
 @pytest.mark.parametrize(
+    ("name", "blocks", "tail_form", "codec"),
+    [
+        ("activations+int4", [(acts, "device", 32), (acts, "host", 45, "int4")], acts, "int4"),
+        ("split:0.3+int8", [(kv, "device", 32), (kv, "host", 45, "int8")], kv, "int8"),
+        ("split:0.8+int4", [(kv, "device", 32), (acts, "host", 30, "int4"), (kv, "host", 15, "int4")], kv, "int4"),
+        ("device+int8", [(kv, "device", 32), (kv, "device", 45, "int8")], kv, "int8"),
+        ("activations+packed", [(acts, "host", 77, "packed")], acts, "packed"),
+    ],
+)
+def test_first_tokens_are_plain_where_others_have_loss(name, blocks, tail_form, codec):
+    """Of 77, of the form that the tail has."""
+    shape = replace(SHAPE, positions=90, dtype="bfloat16")
+    plan = named_plan(name, shape, Workload(3, 77, 8))
+    for layer in plan.layers:
+        assert layer.prompt == tuple(BlockSpec(*block) for block in blocks)
+        assert (layer.tail_form, layer.write_out_codecs) == (tail_form, (codec,))
+    assert plan.lossless == (codec == "packed")
+    assert ("with loss" in str(plan)) is not plan.lossless
+
+
+def test_short_prompts_are_plain_and_what_is_written_out_is_not():
+    plan = named_plan("activations+int4", SHAPE, WORKLOAD, tail=3)
+    assert all(layer.prompt == (BlockSpec(acts, "device", 11),) for layer in plan.layers)
+    assert not plan.lossless and plan.codecs == ("plain", "int4")
+    assert named_plan("activations+int4", SHAPE, WORKLOAD, tail=8).lossless  # nothing is written out
+
+
+def test_first_tokens_that_a_layer_does_not_see_are_in_no_block():
+    seen = replace(PLAIN, sliding_window=41)
+    plan = named_plan("keys_values+int4", replace(SHAPE, layers=(seen, PLAIN), positions=90), Workload(3, 77, 8))
+    assert [[(block.memory, block.tokens) for block in layer.prompt] for layer in plan.layers] == [
+        [("host", seen.cached(77))],
+        [("device", 32), ("host", 45)],
+    ]
+
+
+@pytest.mark.parametrize(
     ("batch", "new", "asked", "tail"),
     [
         (1, 3, None, 3),
