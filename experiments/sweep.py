@@ -56,8 +56,9 @@ from kvrecomp.plan import (
 from kvrecomp.plan.cutting import BLOCKS_PER_WINDOW, cut_runs
 from kvrecomp.plan.footprint import check_weights
 from kvrecomp.plan.named import named_plan, named_weights
-from kvrecomp.predict.cost import Part, make_tasks, plan_costs
+from kvrecomp.predict.cost import plan_costs
 from kvrecomp.predict.hardware import HardwareProfile
+from kvrecomp.predict.tasks import Part, make_tasks
 from kvrecomp.run import memory
 from kvrecomp.run.limits import limits
 from kvrecomp.run.programs import side_by_side

@@ -13,10 +13,11 @@ from typing import NamedTuple
 from kvrecomp.plan import ALIGNED, FORMS, MEMORIES, BlockSpec, Codec, Method, Plan, PlanError
 from kvrecomp.plan.footprint import check_within
 from kvrecomp.predict.candidates import Candidate, Settings, candidate_plan, layer_plans, least_candidate
-from kvrecomp.predict.cost import MOST_LENGTHS, PLANS, mean_bounds, mean_costs
+from kvrecomp.predict.cost import MOST_LENGTHS, mean_bounds, mean_costs
 from kvrecomp.predict.estimate import layer_times, slow_if_uneven
 from kvrecomp.predict.hardware import HardwareProfile
 from kvrecomp.predict.problem import Problem, excess_bytes
+from kvrecomp.predict.tasks import PLANS
 
 GRID = 8  # steps of the coarse grid of fractions; a finer one has as many within one of them
 FRACTIONS = tuple(step / GRID for step in range(GRID + 1))

@@ -14,18 +14,9 @@ from kvrecomp.plan import GIB, MIB, BlockSpec, LayerPlan, Plan, PlanError, Workl
 from kvrecomp.plan.named import named_plan, with_host_weights
 from kvrecomp.plan.step_order import COPIES_IN_FLIGHT, START, TAIL, step_order
 from kvrecomp.predict import cost
-from kvrecomp.predict.cost import (
-    Part,
-    Tasks,
-    make_tasks,
-    mean_bounds,
-    mean_costs,
-    plan_costs,
-    stack_tasks,
-    step_seconds,
-    work_table,
-)
+from kvrecomp.predict.cost import mean_bounds, mean_costs, plan_costs, step_seconds, work_table
 from kvrecomp.predict.hardware import KNOTS, WORKS, Curve, HardwareProfile, LayerTimes, Line, project_work
+from kvrecomp.predict.tasks import Part, Tasks, make_tasks, stack_tasks
 
 LATENCY = 1e-7  # longer than some of the copies below, shorter than others
 MACHINE = HardwareProfile("none", GIB, Line(LATENCY, 1e-10), beside_compute=9e9, matmul_rate=1e14, memory_rate=1e12)
@@ -213,7 +204,7 @@ def test_many_groups_alike_are_predicted_as_if_one_by_one(monkeypatch, name, hos
     profile = HardwareProfile.from_datasheet("a100")
     found, bound, tasks = plan_costs(profile, [plan], 0), mean_bounds(profile, [plan]), make_tasks(Part(1, plan))
     assert len(tasks.kind) == len(make_tasks(Part(1, replace(plan, groups=10**6))).kind)
-    monkeypatch.setattr(cost, "SHARED_GROUPS", 101)
+    monkeypatch.setattr("kvrecomp.predict.tasks.SHARED_GROUPS", 101)
     expected, expected_bound = plan_costs(profile, [plan], 0), mean_bounds(profile, [plan])
     assert len(make_tasks(Part(1, plan)).kind) > 5 * len(tasks.kind)
     assert found.seconds == pytest.approx(expected.seconds, rel=0.04)

@@ -13,19 +13,10 @@ from kvrecomp.plan import GIB, Budget, Drafting, PlanError, Workload
 from kvrecomp.plan.drafting import NEARLY, tokens_per_round
 from kvrecomp.plan.footprint import attention_bytes, memory_needed
 from kvrecomp.plan.named import named_plan, with_host_weights
-from kvrecomp.predict.cost import (
-    READ_TIMES,
-    Part,
-    make_tasks,
-    mean_bounds,
-    mean_costs,
-    plan_costs,
-    round_cost,
-    stack_tasks,
-    step_seconds,
-)
+from kvrecomp.predict.cost import mean_bounds, mean_costs, plan_costs, round_cost, step_seconds
 from kvrecomp.predict.hardware import HardwareProfile, Line
 from kvrecomp.predict.scheduler import PAYING
+from kvrecomp.predict.tasks import READ_TIMES, Part, make_tasks, stack_tasks
 
 MACHINE = HardwareProfile("none", GIB, Line(1e-7, 1e-10), beside_compute=9e9, matmul_rate=3e11, memory_rate=7e10)
 LOOKUP, FP8, INT4 = (
