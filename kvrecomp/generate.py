@@ -130,7 +130,8 @@ def generate(
     it goes by how often they are right. The text is the one without drafts.
 
     `loss` lets `auto` write blocks in 8 or 4 bits a number, `int8` or `int4`, which changes logits: see
-    experiments/quality.py for how much. Tokens are exact until their tail is written out, which drafts put off.
+    experiments/quality.py for how much. New tokens are as they are until their tail is written out; `drafts` that are
+    asked for change when that is, and the text with it.
 
     Raises `PromptError` for prompts that cannot be decoded, `PlanError` for a plan that does not fit or a profile of
     another machine, ValueError for sampling options out of range, and FloatingPointError where logits are NaN or

@@ -129,12 +129,18 @@ class LayerPlan:
         )
 
     def plain_from(self, write_outs: int | None) -> "LayerPlan":
-        """The same with plain blocks from that write-out on; None: all of them are."""
+        """The same with plain blocks in place of packed ones from that write-out on; None: of all."""
+        first = write_outs or 0
+        codecs = [self.written_to(number)[1] for number in range(max(len(self.write_out_codecs), first + 1))]
+        codecs[first:] = map(_unpacked, codecs[first:])
+        prompt = self.prompt
         if write_outs is None:
-            prompt = tuple(dataclasses.replace(block, codec="plain") for block in self.prompt)
-            return dataclasses.replace(self, prompt=prompt, write_out_codecs=("plain",))
-        codecs = (self.written_to(number)[1] for number in range(write_outs))
-        return dataclasses.replace(self, write_out_codecs=(*codecs, "plain"))
+            prompt = tuple(dataclasses.replace(block, codec=_unpacked(block.codec)) for block in prompt)
+        return dataclasses.replace(self, prompt=prompt, write_out_codecs=tuple(codecs))
+
+
+def _unpacked(codec: Codec) -> Codec:
+    return "plain" if codec == "packed" else codec
 
 
 @dataclass(frozen=True)
@@ -247,7 +253,7 @@ class Plan:
         return all(codec in LOSSLESS for codec in self.codecs)
 
     def plain_from(self, layers: Collection[int], write_outs: int | None = None) -> "Plan":
-        """The plan with plain blocks in these layers, from that write-out on; None: all of them are."""
+        """The plan with plain blocks in place of packed ones in these layers, from that write-out on; None: of all."""
         kept = enumerate(self.layers)
         plans = (layer.plain_from(write_outs) if number in layers else layer for number, layer in kept)
         return dataclasses.replace(self, layers=tuple(plans))

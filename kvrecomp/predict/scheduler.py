@@ -57,7 +57,8 @@ def make_plan(
     bytes, or longer where steps would wait for programs, and the `window`, in bytes. There are `groups` of the
     workload's rows each; None splits its rows into as few groups as are fastest, and the plan's workload is one of
     them. `drafting` says which drafts steps check; of several, or with `auto` of DRAFTINGS, they check none, or those
-    with which tokens come soonest, if as many are right as they say, and sooner by the factor PAYING than without.
+    with which tokens come soonest, if as many are right as they say, and sooner by the factor PAYING than without. With
+    none where a tail is written out with loss: the text would go by how many are right.
     `loss` is the codec whose loss is allowed.
 
     Raises:
@@ -137,6 +138,8 @@ def _with_drafts_that_pay(
                 drafted = make(drafting)
         except PlanError:  # there is no room for it
             continue
+        if drafted.write_outs and not drafted.lossless:
+            continue  # when a tail is written out goes by what rows took, and what is lost with it by that
         costs = with_costs(drafted, drafting, profile)
         seconds, acceptance = token_seconds(profile, costs), drafting.acceptance
         if PAYING * seconds < alone and seconds < best:

@@ -241,6 +241,17 @@ def test_first_tokens_are_plain_where_others_have_loss(name, blocks, tail_form, 
     assert ("with loss" in str(plan)) is not plan.lossless
 
 
+def test_what_cannot_be_packed_is_plain_and_what_has_loss_stays():
+    """Of the prompt and of what is written out, or from a write-out on."""
+    blocks = (BlockSpec(acts, "device", 5, "packed"), BlockSpec(acts, "host", 6, "int4"))
+    layer = LayerPlan(blocks, acts, ("device", "host"), write_out_codecs=("packed", "int4"))
+    found = layer.plain_from(None)
+    assert [block.codec for block in found.prompt] == ["plain", "int4"] and found.write_out_codecs == ("plain", "int4")
+    assert layer.plain_from(1) == layer
+    packed = replace(layer, write_out_codecs=("packed",)).plain_from(2)
+    assert packed.prompt == blocks and packed.write_out_codecs == ("packed", "packed", "plain")
+
+
 def test_short_prompts_are_plain_and_what_is_written_out_is_not():
     plan = named_plan("activations+int4", SHAPE, WORKLOAD, tail=3)
     assert all(layer.prompt == (BlockSpec(acts, "device", 11),) for layer in plan.layers)

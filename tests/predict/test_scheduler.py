@@ -437,6 +437,15 @@ def test_loss_where_it_is_allowed_and_makes_steps_shorter(loss, part):
     assert after < before
 
 
+def test_no_drafts_where_tails_are_written_out_with_loss():
+    """A text is not to go by drafts; where nothing is written out, or without loss, they pay here."""
+    shape = model(*[LEARNED] * 3)
+    budget = with_room(shape, 0.1)
+    for loss, tail, drafted in (("none", 4, True), ("int8", 4, False), ("int8", WORKLOAD.new, True)):
+        plan = make_plan(shape, WORKLOAD, machine(), budget, loss=loss, tail=tail, drafting="auto")
+        assert (plan.drafting is not None) == drafted and plan.lossless == (loss == "none"), (loss, tail)
+
+
 def test_a_loss_that_there_is_not():
     with pytest.raises(PlanError, match="loss is 'int2'; expected one of none, int8, int4"):
         make_plan(model(LEARNED), WORKLOAD, machine(), loss="int2")
