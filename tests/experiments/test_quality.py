@@ -10,6 +10,8 @@ import toy
 import models
 from experiments import quality
 from experiments.support import texts
+from experiments.support.plots import losses
+from experiments.support.results import tables
 from experiments.support.source import SHIPPED
 
 PROMPT, NEW, TAIL = 73, 13, 5
@@ -77,3 +79,25 @@ def test_refusals(words, message):
     with pytest.raises(SystemExit) as refused:
         scripts.call(quality, *WORDS, *words)
     assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+ROW = {"model": "opt-6.7b", "prompt": 5, "new": 7, "bits": 2.02, "bits_exact": 2.0, "loss": 0.01, "agreement": 0.975}
+
+
+def test_what_is_drawn_and_said(tmp_path):
+    rows = [
+        ROW | {"plan": "activations+int4", "bytes_of_plain": 0.133, "divergence": 0.00123},
+        ROW | {"plan": "flexgen:4", "bytes_of_plain": 0.281, "divergence": 0.0345},
+    ]
+    found = losses.lost(rows)
+    assert losses.said(found) == (
+        "Divergence of OPT-6.7B with loss from without, 7 tokens after 5 of each text, in bits a token: "
+        "activations+int4 0.0012, flexgen:4 0.035"
+    )
+    losses.draw(found, tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(ValueError, match="the rows have prompt 5 and 9; expected one of them"):
+        losses.lost([*rows, rows[0] | {"prompt": 9}])
+    assert tables.losses(rows[:1]).splitlines()[2] == (
+        "| OPT-6.7B | 5 + 7 | `activations+int4` | 0.133 | 2.0200 | 2.0000 | +1.000% | 0.00123 | 97.5% |"
+    )
