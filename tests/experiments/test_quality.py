@@ -91,7 +91,7 @@ def test_what_is_drawn_and_said(tmp_path):
     ]
     found = losses.lost(rows)
     assert losses.said(found) == (
-        "Divergence of OPT-6.7B with loss from without, 7 tokens after 5 of each text, in bits a token: "
+        "OPT-6.7B with loss and without, 7 tokens after 5, divergence in bits a token: "
         "activations+int4 0.0012, flexgen:4 0.035"
     )
     losses.draw(found, tmp_path / "losses.png")

@@ -31,19 +31,20 @@ def lost(rows: Sequence[Row]) -> list[Row]:
 def said(found: Sequence[Row]) -> str:
     """Every plan's divergence, in a sentence without its full stop."""
     each = ", ".join(f"{row['plan']} {row['divergence']:.2g}" for row in found)
-    return f"{_title(found[0])}, in bits a token: {each}"
+    return f"{_title(found[0])}, divergence in bits a token: {each}"
 
 
 def _title(row: Row) -> str:
-    sizes = f"{row['new']} tokens after {row['prompt']} of each text"
-    return f"Divergence of {predictions.title(row['model'])} with loss from without, {sizes}"
+    return f"{predictions.title(row['model'])} with loss and without, {row['new']} tokens after {row['prompt']}"
 
 
 def draw(found: Sequence[Row], path: str | os.PathLike) -> None:
     """Writes a PNG. Raises ModuleNotFoundError, ValueError and OSError as `png.check_path` does."""
     png.check_path(path)
     figure = png.figure(height=3.6)
-    axes = png.grid(figure, _title(found[0]), "bytes of blocks, of those of plain keys and values", "bits a token")
+    axes = png.grid(
+        figure, _title(found[0]), "bytes of blocks, of those of plain keys and values", "divergence, bits a token"
+    )
     for begins, (colour, marker, label) in STYLES.items():
         points = [row for row in found if row["plan"].startswith(begins)]
         places = [[row[name] for row in points] for name in ("bytes_of_plain", "divergence")]
@@ -54,9 +55,9 @@ def draw(found: Sequence[Row], path: str | os.PathLike) -> None:
             axes.annotate(codec, spot, (6, 0), textcoords="offset points", va="center", fontsize="small")
     axes.set_xscale("log")
     axes.set_yscale("log")
-    ticks = (0.125, 0.25, 0.5)
+    ticks = (0.125, 0.25, 0.5, 1)
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks], minor=False)
     axes.set_xticks([], minor=True)
-    axes.set_xlim(0.1, 0.75)
+    axes.set_xlim(0.1, 1.2)
     figure.legend(ncols=len(STYLES), **png.LEGEND)
     png.save(figure, path, predictions.digest(found))
