@@ -79,7 +79,10 @@ WORDS = (
     "{}",
     "a\nb",
 )
-PLANS = ("auto", "activations", "recompute", "keys_values", "split:0.5", "kvpr:0.3", "device", "device:0.25")
+PLANS = (
+    *("auto", "activations", "recompute", "keys_values", "split:0.5", "kvpr:0.3", "device", "device:0.25"),
+    *("activations+int4", "keys_values+int8", "device:0.25+int4"),
+)
 ODD_PLANS = (
     "device:",
     "split:2",
@@ -479,6 +482,7 @@ def try_arguments(case: Case) -> None:
         "drafts": (*INTEGERS, None, 2.5, "x"),
         "prompt_lookup_num_tokens": (*INTEGERS, None, 2.5),
         "num_assistant_tokens": (None, 3, -1),
+        "loss": ("none", "int8", "int4", "int2", None, 4),
     }.items():
         if rng.random() < 0.07:
             named[name] = rng.choice(values)
