@@ -131,12 +131,12 @@ class LayerPlan:
     def plain_from(self, write_outs: int | None) -> "LayerPlan":
         """The same with plain blocks in place of packed ones from that write-out on; None: of all."""
         first = write_outs or 0
-        codecs = [self.written_to(number)[1] for number in range(max(len(self.write_out_codecs), first + 1))]
-        codecs[first:] = map(_unpacked, codecs[first:])
+        written = [self.written_to(number)[1] for number in range(max(len(self.write_out_codecs), first + 1))]
+        codecs = (*written[:first], *map(_unpacked, written[first:]))
         prompt = self.prompt
         if write_outs is None:
             prompt = tuple(dataclasses.replace(block, codec=_unpacked(block.codec)) for block in prompt)
-        return dataclasses.replace(self, prompt=prompt, write_out_codecs=tuple(codecs))
+        return dataclasses.replace(self, prompt=prompt, write_out_codecs=codecs)
 
 
 def _unpacked(codec: Codec) -> Codec:
