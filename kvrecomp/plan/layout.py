@@ -131,7 +131,8 @@ class LayerPlan:
     def plain_from(self, write_outs: int | None) -> "LayerPlan":
         """The same with plain blocks in place of packed ones from that write-out on; None: of all."""
         first = write_outs or 0
-        written = [self.written_to(number)[1] for number in range(max(len(self.write_out_codecs), first + 1))]
+        numbers = range(max(len(self.write_out_codecs), first + 1))
+        written: list[Codec] = [self.written_to(number)[1] for number in numbers]
         codecs = (*written[:first], *map(_unpacked, written[first:]))
         prompt = self.prompt
         if write_outs is None:
