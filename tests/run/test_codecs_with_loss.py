@@ -125,6 +125,19 @@ def test_groups(codec):
     assert np.abs(key - by_token).max() > 1e-3 and np.abs(value - by_channel).max() > 1e-3
 
 
+@pytest.mark.parametrize("codec", LOSSY)
+def test_steps_reach_the_largest_number(codec):
+    """A step is rounded up to the dtype, or the largest number of a group would have no code of its own."""
+    (steps,) = steps_of(codec, "activations")
+    x = np.random.default_rng(8).normal(size=(steps.tokens, 3, 65)).astype(jnp.bfloat16)
+    _, step, least = (toy.get(array) for array in jax.jit(functools.partial(to_steps, steps=steps))(toy.put(x)))
+    assert step.dtype == least.dtype == x.dtype
+    reached = least[0].astype(np.float64) + steps.most * step[0].astype(np.float64)
+    assert (reached >= x.max(axis=0)).all() and (
+        reached <= x.max(axis=0) + 2**-7 * np.ptp(x.astype(float), axis=0)
+    ).all()
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_two_codes_are_in_a_byte_of_int4(form):
     """Of the first and the second half of the channels, the first in the low 4 bits; against NumPy, in float32."""

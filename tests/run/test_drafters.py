@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import kvrecomp
 from kvrecomp.plan import Drafting, Workload
 from kvrecomp.run.cache import Recent, describe_sketches
-from kvrecomp.run.drafters import Group, PromptLookup, Turn, _written
+from kvrecomp.run.drafters import Group, PromptLookup, Proposal, Turn, _written
 
 # --- what followed before ---------------------------------------------------------------------------------------------
 
@@ -146,6 +146,31 @@ def test_learns_what_rows_took(seed):
         tokens = np.where(np.arange(MOST + 1) < counts[:, None], right, (right + 1) % FEW).astype(np.int32)
         lengths = lengths + counts
         kept = learnt(kept, *toy.put((lengths, newest, tokens, counts)))
+
+
+# --- steps in parts ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5])
+@pytest.mark.parametrize("more", [0, 1])
+def test_parts_make_every_draft_once(parts, more):
+    """In order, whatever their number, and as near to equal as they can be; as one, and of a number that is data."""
+    nobody: Any = None
+
+    def step(number, state):
+        log, count = state
+        return log.at[count].set(number), count + 1
+
+    proposal = Proposal(toy.put((np.full(12, -1, np.int32), np.int32(0))), step, nobody, more)
+    for count in range(9):
+        state, sizes = proposal.state, []
+        for number in range(parts):
+            state = jax.jit(functools.partial(proposal.part, count, parts, number))(state)
+            sizes.append(int(toy.get(state[1])) - sum(sizes))
+        for log, made in (state, jax.jit(proposal.made)(toy.put(np.int32(count)))):
+            assert int(toy.get(made)) == count + more
+            assert toy.get(log).tolist() == [*range(count + more), *[-1] * (12 - count - more)]
+        assert max(sizes) - min(sizes) <= 1
 
 
 # --- sketches ---------------------------------------------------------------------------------------------------------

@@ -163,6 +163,17 @@ def test_packed_blocks_and_a_sketch_of_them():
     assert found.plan.codecs == ("packed",) and (found.passes < NEW - 1).all()
 
 
+@pytest.mark.parametrize("kind", ["opt", "grouped"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_most_drafts_over_a_sketch_are_right(kind, groups):
+    """Texts are the same whatever is drafted: that it is the model's own is seen by how often it is right. Of tokens
+    that repeat the newest one, half are."""
+    drafting = Drafting("sketch", 4, 20, "fp8")
+    plan = make_plan("activations", kind, drafting, batch=BATCH if groups == 1 else 1, groups=groups)
+    found = run(plan, Sketch(), kind=kind, texts=toy.texts(plan.rows, PROMPT))
+    assert found.accepted.sum() >= 0.8 * found.tried.sum() > 10
+
+
 @settings(few, max_examples=3)
 @given(data=st.data())
 def test_any_plan(data):
