@@ -379,9 +379,9 @@ def main(given: flags.FlagValues) -> None:
     for workload in workloads:
         machine = machines[workload.batch]
         for plan in asked:
-            options = {"weights": weights, "profile": machine, "budget": plan.budget, "drafting": plan.drafting}
-            options["loss"] = given.loss if plan.plan == AUTO else "none"
-            make_plan = functools.partial(plan_for, plan.plan, model.shape, workload, **options)
+            loss = given.loss if plan.plan == AUTO else "none"
+            options = {"profile": machine, "budget": plan.budget, "drafting": plan.drafting, "loss": loss}
+            make_plan = functools.partial(plan_for, plan.plan, model.shape, workload, weights=weights, **options)
             waiting.append((make_decoder(model, plan.budget, make_plan), plan, machine))
     with machine_lock.shared():
         side_by_side(compile_first, [(decoder, plan.drafter) for decoder, plan, _ in waiting])

@@ -272,8 +272,8 @@ def continue_given(given: flags.FlagValues, source: Source, budget: kvrecomp.Bud
     workload = kvrecomp.Workload(len(prompts), encode(text, prompts, given.chat)[0].shape[1], given.max_new_tokens)
     assistant = None if given.assistant is None else models.load(given.assistant, dtype=shape.dtype)
     asked = given.prompt_lookup_num_tokens, assistant, given.num_assistant_tokens
-    options = {"groups": None, "tail": given.tail, "window": script.window_bytes(given.window_mib)}
-    options["loss"] = given.loss
+    window = script.window_bytes(given.window_mib)
+    options = {"groups": None, "tail": given.tail, "window": window, "loss": given.loss}
     drafting = as_drafting(*asked, given.drafts)
     if assistant is not None and isinstance(drafting, kvrecomp.Drafting):
         budget = without_assistant(budget, shape, assistant.shape, workload, drafting.most, loaded=False)

@@ -3,10 +3,10 @@
     python experiments/quality.py --checkpoint=path/to/model --prompt=1536 --new=512
 
 The first tokens of a text of each kind are a prompt, and those after it are fed one by one, as if they had been chosen,
-under each plan and under the same without loss. Of all of them are recorded the bits a token (the mean of the negative
-binary logarithm of the probability that the model gives the token that follows), what these are more than without loss,
-the divergence (of Kullback and Leibler, in bits, of the probabilities without loss from those with it), and the share
-of tokens that greedy decoding would choose alike.
+under each plan, and without loss under plan activations. Of all of them are recorded the bits a token (the mean of the
+negative binary logarithm of the probability that the model gives the token that follows), what these are more than
+without loss, the divergence (of Kullback and Leibler, in bits, of the probabilities without loss from those with it),
+and the share of tokens that greedy decoding would choose alike.
 
 `flexgen:B` is a baseline, plan keys_values with K and V in B bits by groups of 64 of a token's channels, as FlexGen has
 them (Sheng et al. 2023, arXiv 2303.06865).

@@ -96,8 +96,8 @@ class Steps(NamedTuple):
 
 
 def steps_of(codec: Codec, form: Form) -> list[Steps]:
-    """How each tensor of that form is written, by `int8` or `int4`: x, or K and V."""
-    bits, tokens, channels = (8, 256, 128) if codec == "int8" else (4, 128, 64)
+    """How each tensor of that form is written, by one of LOSSY: x, or K and V. KeyError for other codecs."""
+    bits, tokens, channels = {"int8": (8, 256, 128), "int4": (4, 128, 64)}[codec]
     by_channel, by_token = Steps(bits, tokens, 1), Steps(bits, 1, channels)
     return [by_channel] if form == "activations" else [by_channel, by_token]
 

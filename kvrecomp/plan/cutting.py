@@ -15,7 +15,8 @@ TAIL_BYTES = 2 * GIB
 # Of a prompt, in blocks of their own on the device where others have loss: tokens attend to the first one whatever it
 # is (Xiao et al. 2023, "Efficient streaming language models with attention sinks", arXiv 2309.17453), and what it has
 # far beyond other tokens would make the steps of its group large. With SmolLM2-135M's activations in 4 bits, texts of
-# 2048 tokens cost 1.5 % more bits a token before that (cpu_quality_e6e733b.json), 0.1 since (cpu_quality.json).
+# 2048 tokens cost 1.5 % more bits a token before that (cpu_quality_e6e733b.json), 0.1 since (cpu_quality.json). Of a
+# row that is padded by as many or more the first token is not among them.
 FIRST_TOKENS = ALIGNED
 SCORE_BYTES = 2**28  # scores of one chunk of queries during prefill
 

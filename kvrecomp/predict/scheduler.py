@@ -73,8 +73,14 @@ def make_plan(
     if drafting == AUTO:
         drafting = DRAFTINGS
     if isinstance(drafting, Sequence):
-        options: Any = {"weights": weights, "groups": groups, "order": order, "tail": tail, "window": window}
-        options["loss"] = loss
+        options: Any = {
+            "weights": weights,
+            "groups": groups,
+            "order": order,
+            "tail": tail,
+            "window": window,
+            "loss": loss,
+        }
         return _with_drafts_that_pay(
             drafting,
             profile,

@@ -8,8 +8,8 @@ q a query, absorption moves the projections to the other side (Slim attention, a
 
 so that nothing is recomputed. `q . b_K` is the same for all tokens and would drop out of one softmax; it is kept
 because blocks of different forms share one. Where K is normalised or rotated after its projection, K is recomputed
-from x and only V is absorbed. Blocks give a `Partial` each as they arrive, which are joined by log-sum-exp, so the
-result does not depend on how tokens were cut into blocks.
+from x and only V is absorbed. Blocks give a `Partial` each as they arrive, sums that are joined, so the result does
+not depend on how tokens were cut into blocks.
 
 Axes: b batch row, s cached token, t prompt token, q new token, n heads, k kv_heads, g queries of each of these (those
 of the new tokens, one after the other), d head_dim, h hidden. Tokens come first in arrays, since the blocks are
@@ -233,7 +233,7 @@ def _score(query: Query, block: Block, method: Method, shared: bool) -> tuple[Ar
     tail, at every step, all that is cached on the device.
     """
 
-    # With loss, numbers are made within the products that read them: a barrier would have them written out.
+    # With loss, numbers on the device are made within the products that read them; a barrier would have them written.
     written, block = block, block.as_plain()
     read = (block if written.codec in LOSSLESS else written).arrays[0]
 
